@@ -1,0 +1,5 @@
+"""``python -m dcafy``."""
+
+from dcafy.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""The emitted module: a ``GraphModule`` that keeps its original's containers and survives copying.
+
+``torch.fx.GraphModule`` keeps only the submodules that its graph calls, and is pickled as source that
+is traced again when it is loaded. Both would lose what a user of the original relies on: unused
+modules and plain attributes, and a graph that reads a module's mode while it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from dcafy.blocks import Plan
+from dcafy.connection import Connection
+
+__all__ = ["ConnectedModule", "Connections", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model was converted: enough to do it again.
+
+    ``plan``      what was connected, with every link's settings filled in
+    ``options``   the options of :func:`dcafy.convert`
+    ``model``     ``torchvision:NAME`` or ``timm:NAME`` where known
+    """
+
+    plan: Plan
+    options: dict[str, Any]
+    model: str | None = None
+
+
+class Connections(nn.Module):
+    """The submodule ``dca``: every connection at the path of the block that hears, and the recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.addresses: dict[str, str] = {}
+
+    def add(self, name: str, connection: Connection, *, at: str) -> str:
+        """Where the connection into block ``name`` went, as a path below ``dca``: ``at``, or close to it.
+
+        Outer blocks are to be added before inner ones.
+        """
+        parent: nn.Module = self
+        *containers, last = at.split(".")
+        path = []
+        for part in containers:
+            part = part if part in parent._modules and part != "match" else _free(parent, part)
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+            path.append(part)
+        path.append(_free(parent, last))
+        parent.add_module(path[-1], connection)
+        self.addresses[name] = ".".join(path)
+        return self.addresses[name]
+
+    def connection(self, name: str) -> Connection:
+        """The connection into the block of that name."""
+        found = self.get_submodule(self.addresses[name])
+        assert isinstance(found, Connection)
+        return found
+
+
+def _free(parent: nn.Module, name: str) -> str:
+    """``name``, changed where ``parent`` has something else under it (a block may be called ``alpha``)."""
+    while hasattr(parent, name):
+        name += "_"
+    return name
+
+
+class ConnectedModule(fx.GraphModule):
+    """What :func:`dcafy.convert` returns; see the module's docstring."""
+
+    def __init__(self, host: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name)
+        own = dict(self.__dict__)
+        self.__dict__.update(host.__dict__)
+        self.__dict__.pop("forward", None)
+        for name in _GRAPH_STATE:
+            if name in own:
+                self.__dict__[name] = own[name]
+        graph._tracer_cls = None
+        self.graph = graph
+
+    def recompile(self) -> Any:
+        with warnings.catch_warnings():
+            # A get_attr node that reads ``some.module.training`` is neither parameter nor buffer.
+            warnings.filterwarnings("ignore", message="Node .* target .* of .* does not reference")
+            return super().recompile()
+
+    def _state(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConnectedModule:
+        twin = _empty(type(self).__name__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self._state(), memo))
+        twin.graph = _graph_from(_rows(self.graph))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self).__name__, _rows(self.graph), self._state())
+
+
+_GRAPH_STATE = (
+    "_graph",
+    "_code",
+    "_tracer_cls",
+    "_tracer_extras",
+    "meta",
+    "_replace_hooks",
+    "_create_node_hooks",
+    "_erase_node_hooks",
+    "_deepcopy_hooks",
+    "shape_env",
+)
+"""What belongs to a ``GraphModule`` itself and not to the network in it."""
+
+
+def _empty(class_name: str) -> ConnectedModule:
+    return ConnectedModule(nn.Module(), fx.Graph(), class_name)
+
+
+def _rebuild(class_name: str, rows: list[Any], state: dict[str, Any]) -> ConnectedModule:
+    module = _empty(class_name)
+    module.__dict__.update(state)
+    module.graph = _graph_from(rows)
+    return module
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A node of a graph that is written down as data."""
+
+    name: str
+
+
+def _rows(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The graph as data: (op, name, target, args, kwargs), nodes as references."""
+
+    def refer(value: Any) -> Any:
+        return _Ref(value.name) if isinstance(value, fx.Node) else value
+
+    return [
+        (n.op, n.name, n.target, map_aggregate(n.args, refer), map_aggregate(n.kwargs, refer)) for n in graph.nodes
+    ]
+
+
+def _graph_from(rows: list[tuple[Any, ...]]) -> fx.Graph:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        return nodes[value.name] if isinstance(value, _Ref) else value
+
+    for op, name, target, args, kwargs in rows:
+        nodes[name] = graph.create_node(
+            op, target, map_aggregate(args, resolve), map_aggregate(kwargs, resolve), name=name
+        )
+    return graph

@@ -1,0 +1,324 @@
+"""Plan -> GraphModule: connections inserted, and what a user does with the result.
+
+::
+
+    pool = call_module[se.pool](x)              pool = call_module[se.pool](x)
+    fc = call_module[se.fc](pool)      ─▶       dca_se = call_module[dca.se](pool, T_prev, G_prev)
+    ...                                         fc = call_module[se.fc](dca_se)
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from dcafy.blocks import Link
+from dcafy.connected import ConnectedModule, Connections, Recipe
+from dcafy.connection import Connection, channel_match, spatial_match
+from dcafy.errors import InputError, PlanError
+from dcafy.find import Found
+from dcafy.link import Carried, Unlinkable, mismatch
+from dcafy.ops import Op, alters_argument, op_of
+from dcafy.survey import Region
+from dcafy.trace.fold import Folded
+
+__all__ = ["Settings", "connect", "connections", "freeze_base", "parameter_groups", "revert"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a conversion that a link may override."""
+
+    schema: str = "direct"
+    channel_match: str = "fc2"
+    reduction: int = 16
+    min_hidden: int = 8
+    spatial_match: str = "avg"
+
+    def complete(self, link: Link) -> Link:
+        """The link with every setting that it leaves open filled in."""
+        own = {f.name: getattr(link, f.name) for f in dataclasses.fields(self)}
+        given = dataclasses.asdict(self)
+        return dataclasses.replace(link, **{name: given[name] if value is None else value for name, value in own.items()})
+
+
+def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Recipe) -> ConnectedModule:
+    """``host`` (a copy of the module that ``region`` describes) as a graph with these links connected.
+
+    ``links`` have all their settings. Raises ``PlanError`` for a link that no connection can make.
+    """
+    folded = region.fold(links)
+    dca = Connections(recipe)
+    for link in sorted(links, key=lambda link: link.target.count(".")):
+        dca.add(link.target, _connection(region, link, host), at=region.local(link.target))
+    passes = _Insertion(region, folded)
+    for link in sorted(links, key=lambda link: region.order[region[link.target].contexts[0]]):
+        passes.insert(link, f"dca.{dca.addresses[link.target]}")
+    passes.graph.lint()
+    for node in passes.graph.nodes:
+        node.meta = {}
+    dca.train(host.training)
+    host.add_module("dca", dca)
+    _report_bypassed_hooks(host, folded.entered)
+    return ConnectedModule(host, passes.graph, class_name=type(host).__name__)
+
+
+def _connection(region: Region, link: Link, host: nn.Module) -> Connection:
+    source, target = region[link.source], region[link.target]
+    passed = region.carried[link.source]
+    reason = str(passed) if isinstance(passed, Unlinkable) else mismatch(passed, source, target)
+    if reason or isinstance(passed, Unlinkable):
+        raise PlanError(f"{link.target} cannot hear {link.source}: {reason}. Leave the link out of the plan.")
+    if source.block.dimension != target.block.dimension:
+        raise PlanError(f"{link.target} varies over {target.block.dimension}, {link.source} over {source.block.dimension}.")
+    place = _place(region.local(target.name), host)
+    return Connection(
+        target.block.dimension,
+        _match(passed, target, link, place),
+        schema=link.schema or "direct",
+        bounded=passed.kind == "product",
+        source_axis=source.axis,
+        target_axis=target.axis,
+        **place,
+    )
+
+
+def _match(passed: Carried, target: Found, link: Link, place: dict[str, Any]) -> nn.Module:
+    assert link.channel_match and link.spatial_match and link.reduction and link.min_hidden
+    if target.block.dimension == "channel":
+        sizes = {"reduction": link.reduction, "min_hidden": link.min_hidden}
+        return channel_match(link.channel_match, passed.channels, target.block.channels, **sizes, **place)
+    return spatial_match(link.spatial_match, passed.size or (), target.block.size or ())
+
+
+def _place(name: str, host: nn.Module) -> dict[str, Any]:
+    """Device and dtype of the block's own parameters, or of the nearest around it."""
+    path = name.split("#")[0].split(".")
+    while path:
+        try:
+            module = host.get_submodule(".".join(path))
+        except AttributeError:
+            module = None
+        if module is not None:
+            for parameter in module.parameters():
+                if parameter.is_floating_point():
+                    return {"device": parameter.device, "dtype": parameter.dtype}
+        path.pop()
+    floating = [p for p in host.parameters() if p.is_floating_point()]
+    return {"device": floating[0].device, "dtype": floating[0].dtype} if floating else {}
+
+
+class _Insertion:
+    """Puts connections into one folded graph."""
+
+    def __init__(self, region: Region, folded: Folded) -> None:
+        self.region = region
+        self.graph = folded.graph
+        self.image = dict(folded.image)
+        self.inside = folded.inside
+        self.modules = dict(region.recording.model.named_modules())
+        self._kept: dict[fx.Node, fx.Node] = {}
+        self._fused: dict[str, tuple[fx.Node, ...]] = {}
+
+    def insert(self, link: Link, path: str) -> None:
+        """One call of the connection per extraction output of the block that hears."""
+        source, target = self.region[link.source], self.region[link.target]
+        for i, context in enumerate(target.contexts):
+            passed = self._passed(source, i, context)
+            own = self.image[context]
+            readers = [user for user in own.users if self._transforms(user, target)]
+            with self.graph.inserting_after(own):
+                call = self.graph.call_module(path, (own, *passed))
+            for reader in readers:
+                reader.replace_input_with(own, call)
+
+    def _transforms(self, user: fx.Node, target: Found) -> bool:
+        return not target.between.isdisjoint(self.inside.get(user, ()))
+
+    def _passed(self, source: Found, i: int, reader: fx.Node) -> tuple[fx.Node, ...]:
+        """(T, G) or (T,) of the earlier block, or its extraction on the fused output."""
+        carried = self.region.carried[source.name]
+        assert isinstance(carried, Carried)
+        nearest = min(i, len(source.contexts) - 1)
+        if carried.kind == "fused":
+            return (self._extract_again(source, carried)[nearest],)
+        if carried.kind == "map":
+            return (self._readable(source.map, reader),)
+        return (self._readable(source.map, reader), self._readable(source.contexts[nearest], reader))
+
+    def _readable(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """The image of ``node``, copied where something alters it in place before ``reader`` reads it."""
+        image = self._kept.get(node, self.image[node])
+        if node in self._kept or not self._altered_between(node, reader):
+            return image
+        with self.graph.inserting_after(image):
+            copied = self.graph.call_method("clone", (image,))
+        self._kept[node] = copied
+        return copied
+
+    def _altered_between(self, node: fx.Node, reader: fx.Node) -> bool:
+        same = self._aliases(node)
+        first, last = self.region.order[node], self.region.order[reader]
+        return any(
+            first < self.region.order[user] < last and alters_argument(user, self.modules) and user.args[:1] == (alias,)
+            for alias in same
+            for user in alias.users
+        )
+
+    def _aliases(self, node: fx.Node) -> set[fx.Node]:
+        """Nodes that may share memory with ``node``: what it is a view of, and what is a view of it."""
+        same = {node}
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            viewed = [n for n in current.all_input_nodes if self._shares(current)]
+            for other in (*viewed, *(user for user in current.users if self._shares(user))):
+                if other not in same:
+                    same.add(other)
+                    pending.append(other)
+        return same
+
+    def _shares(self, node: fx.Node) -> bool:
+        return alters_argument(node, self.modules) or op_of(node, self.modules) in (Op.LAYOUT, Op.SLICE, Op.EXPAND)
+
+    def _extract_again(self, source: Found, carried: Carried) -> tuple[fx.Node, ...]:
+        """The earlier block's extraction on its fused output, made once for all who hear it."""
+        if source.name not in self._fused:
+            assert carried.source is not None and carried.fused_output is not None
+            copies = {carried.source: self.image[carried.fused_output]}
+            last = copies[carried.source]
+            for node in carried.extraction:
+                with self.graph.inserting_after(last):
+                    last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self.image[n])
+                copies[node] = last
+            self._fused[source.name] = tuple(copies[c] for c in source.contexts)
+        return self._fused[source.name]
+
+
+def _report_bypassed_hooks(host: nn.Module, entered: tuple[str, ...]) -> None:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    silent = [p for p in entered if any(getattr(host.get_submodule(p), kind, None) for kind in kinds)]
+    if silent:
+        warnings.warn(
+            f"The connected model computes inside these modules without calling them, so hooks on them no longer "
+            f"fire: {', '.join(silent)}. Hook one of their submodules, or the module around them.",
+            stacklevel=5,
+        )
+
+
+# -- what a user does with the result -------------------------------------------------------------------
+
+
+def connected_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Connections]]:
+    """(path, module, its ``dca``) of every connected graph in ``model``: the root, or its islands."""
+    for path, module in model.named_modules():
+        dca = getattr(module, "dca", None)
+        if isinstance(dca, Connections):
+            yield path, module, dca
+
+
+def _require_connected(model: nn.Module) -> list[tuple[str, nn.Module, Connections]]:
+    found = list(connected_modules(model))
+    if not found:
+        raise InputError(f"{type(model).__name__} has no connections: convert it first with dcafy.convert(model).")
+    return found
+
+
+def connections(model: nn.Module) -> dict[str, Connection]:
+    """Name of the receiving block -> its :class:`Connection`, in the order data meets them.
+
+    Raises ``InputError`` for a model that was not converted.
+    """
+    return {
+        link.target: dca.connection(link.target)
+        for _, _, dca in _require_connected(model)
+        for link in dca.recipe.plan.links
+        if link.target in dca.addresses
+    }
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, connection_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups: the base, the matching layers' weights, and what no decay may shrink.
+
+    No decay on α, β, norms and biases (everything of one dimension). ``connection_lr`` (default: ``lr``) is
+    the rate of everything under ``dca``. Parameters that do not require a gradient are left out.
+
+    >>> # optimizer = torch.optim.SGD(dcafy.parameter_groups(model, lr=0.01, connection_lr=0.1), momentum=0.9)
+    """
+    own = {id(p) for _, _, dca in _require_connected(model) for p in dca.parameters()}
+    rates = {False: lr, True: lr if connection_lr is None else connection_lr}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in own, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[ours], "weight_decay": weight_decay if decays else 0.0}
+        for (ours, decays), parameters in groups.items()
+    ]
+
+
+def freeze_base(model: nn.Module) -> nn.Module:
+    """``model`` with only ``dca.*`` trainable, like an adapter; batch norm of the base stays in eval.
+
+    Frozen running statistics must not drift, so the base's batch norms stay in eval through ``.train()``.
+    """
+    own = {id(p) for _, _, dca in _require_connected(model) for p in dca.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+            # On the instance, so that the class stays the user's; a partial, so that it can be pickled.
+            module.__dict__["train"] = functools.partial(_stay_in_eval, module)
+    return model
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    module.training = False
+    return module
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """A new model without connections, with the base weights as they are now.
+
+    Its state dict has exactly the keys of the model that was converted.
+    """
+    _require_connected(model)
+    twin = copy.deepcopy(model)
+    for _, module, _ in list(connected_modules(twin)):
+        assert isinstance(module, ConnectedModule)
+        module.graph = _disconnected(module.graph)
+        del module._modules["dca"]
+    return twin
+
+
+def _disconnected(graph: fx.Graph) -> fx.Graph:
+    """The graph with G in the place of every connection, and without what only connections read."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_module" and str(node.target).startswith("dca."):
+            passed = node.args[1:]
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            for source in passed:
+                _erase_unread(graph, source)
+    graph.lint()
+    return graph
+
+
+def _erase_unread(graph: fx.Graph, node: Any) -> None:
+    """A message that nobody hears any more, and what was computed for it alone."""
+    if not isinstance(node, fx.Node) or node.users or node.op == "placeholder":
+        return
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        _erase_unread(graph, source)

@@ -1,0 +1,51 @@
+"""The one exception family of dcafy: every message says what was wrong and what to do next."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "DcafyError",
+    "InputError",
+    "NoAttentionError",
+    "PlanError",
+    "SourceError",
+    "TracingError",
+    "UsageError",
+    "VerificationError",
+]
+
+
+class DcafyError(Exception):
+    """Every error that dcafy raises on purpose; catching it catches all of them."""
+
+
+class UsageError(DcafyError):
+    """An argument, an option or a model name is not one that dcafy knows."""
+
+
+class InputError(DcafyError):
+    """The model or the example input is of a kind that dcafy cannot work on."""
+
+
+class TracingError(DcafyError):
+    """The network, or the part of it that holds attention, could not be written down as a graph."""
+
+
+class NoAttentionError(DcafyError):
+    """There is nothing to connect: no attention block, or none that follows another."""
+
+
+class PlanError(DcafyError):
+    """A plan does not fit the model, or asks for something that no connection can do."""
+
+
+class VerificationError(DcafyError):
+    """The converted model does not compute what the original did."""
+
+
+class SourceError(DcafyError):
+    """A file is unreadable, is not what its name says, or would have to run code to be opened."""
+
+
+class CheckpointError(SourceError):
+    """A folder written by :func:`dcafy.save` is damaged or does not fit the model."""

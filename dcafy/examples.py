@@ -1,0 +1,107 @@
+"""Example inputs: what the user gave, or a good guess, as tensors to trace with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.errors import InputError
+
+__all__ = ["as_inputs", "guesses", "probe", "real_inputs"]
+
+_SIDES = {1: (16000, 4096, 1024, 256), 2: (224, 256, 299, 320, 384, 512, 128, 96, 64, 32), 3: (112, 64, 224, 32)}
+"""Usual lengths, image sides and frame sides, most usual first."""
+
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
+    """The positional inputs that a user's ``example_inputs`` stands for; ``InputError`` where it is none."""
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    for value in _tensors(inputs):
+        if value.numel() == 0:
+            raise InputError(
+                f"The example input has the shape {tuple(value.shape)}, which holds no elements. "
+                "Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
+            )
+    if not any(True for _ in _tensors(inputs)):
+        raise InputError(
+            f"example_inputs must be a tensor or a tuple of positional inputs with a tensor in it, "
+            f"not {type(example_inputs).__name__}. Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
+        )
+    return inputs
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def probe(inputs: Any, scale: int = 1) -> Any:
+    """``inputs`` without data, with a batch of at least 2 and maps ``scale`` times as large."""
+    if isinstance(inputs, Tensor):
+        shape = list(inputs.shape)
+        if len(shape) > 1:
+            shape[0] = max(shape[0], 2)
+        if len(shape) > 3:
+            shape[2:] = [n * scale for n in shape[2:]]
+        return torch.empty(shape, dtype=inputs.dtype, device="meta")
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(probe(item, scale) for item in inputs)
+    if isinstance(inputs, dict):
+        return {key: probe(item, scale) for key, item in inputs.items()}
+    return inputs
+
+
+def real_inputs(inputs: Any, model: nn.Module) -> Any:
+    """``inputs`` with data (a guess is made of meta tensors), on the model's device, without touching the RNG."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.device.type == "meta":
+            if not value.is_floating_point():
+                return torch.zeros(value.shape, dtype=value.dtype, device=device)
+            return torch.rand(value.shape, generator=generator).to(device=device, dtype=value.dtype)
+        if isinstance(value, tuple | list):
+            return type(value)(fill(item) for item in value)
+        return value
+
+    return fill(inputs)
+
+
+def guesses(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """Likely inputs of ``model``, best first, as meta tensors with a batch of 2."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for shape in dict.fromkeys(_shapes(model)):
+        yield (torch.empty((2, *shape), dtype=dtype, device="meta"),)
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, name, None)
+        shape = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+        if isinstance(shape, tuple | list) and all(isinstance(n, int) for n in shape):
+            yield tuple(shape)
+    first = next((m for m in model.modules() if isinstance(m, tuple(_CONVOLUTIONS) + (nn.Linear,))), None)
+    if isinstance(first, nn.Linear):
+        yield (first.in_features,)
+        yield (16, first.in_features)
+        return
+    rank = next((n for kind, n in _CONVOLUTIONS.items() if isinstance(first, kind)), 2)
+    channels = first.in_channels if first is not None else 3
+    stated = getattr(model, "image_size", None) or getattr(model, "img_size", None)
+    sides = [stated] if isinstance(stated, int) else []
+    for side in (*sides, *_SIDES[rank]):
+        yield (channels, 16, side, side) if rank == 3 else (channels, *[side] * rank)
+    if channels != 3 and rank == 2:  # the first convolution registered need not be the first one called
+        yield (3, 224, 224)

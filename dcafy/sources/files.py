@@ -1,0 +1,271 @@
+"""Files: what one is, told by its first bytes and never by its name, and what it holds."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import pickle
+import pickletools
+import shlex
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from dcafy.errors import SourceError
+from dcafy.sources.factories import one_line, working_folder_importable
+from dcafy.sources.pickles import PickleContents, lent_classes, load_pickled, read_pickle
+from dcafy.tables import printable
+
+__all__ = ["MARKER", "listing", "read_object"]
+
+log = logging.getLogger(__name__)
+
+MARKER = "dcafy.json"
+"""The file that makes a folder one of ``dcafy.save``'s."""
+
+_SAVE_AGAIN = "save model.state_dict() with torch.save or safetensors, and open that with --arch"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A file to open, and what the user said about it.
+
+    ``spec`` and ``arch`` are what the user wrote, for the messages; ``trust`` says that the file may run code.
+    """
+
+    path: Path
+    spec: str
+    arch: str | None
+    trust: bool
+
+    @property
+    def accepting(self) -> str:
+        """The command that accepts the risk of opening this pickle."""
+        arch = f" --arch {shlex.quote(self.arch)}" if self.arch else ""
+        return f"dcafy inspect {shlex.quote(self.spec)}{arch} --trust-pickle"
+
+    def error(self, what: str) -> SourceError:
+        """``SourceError`` that says something about this file."""
+        return SourceError(f"{self.spec!r} {what}")
+
+
+def read_object(path: Path, spec: str, arch: str | None, trust: bool) -> Any:
+    """What the file holds: a network, a state dict, or whatever else was saved.
+
+    ``SourceError`` says in one line why a file cannot be opened. No code of the file's choosing runs
+    unless ``trust`` is set.
+    """
+    request = Request(path, spec, arch, trust)
+    if not path.is_file():
+        raise request.error("is not a regular file.")
+    try:
+        with path.open("rb") as file:
+            opener = _opener(request, file)
+            file.seek(0)
+            return opener(request, file)
+    except OSError as error:
+        raise request.error(f"could not be read ({one_line(error)}).") from error
+
+
+def listing(folder: Path) -> str:
+    """The model files in a folder, by name, for a message."""
+    known = {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}
+    try:
+        return ", ".join(sorted(repr(p.name) for p in folder.iterdir() if p.suffix.lower() in known)[:5])
+    except OSError:
+        return ""
+
+
+# --- which kind of file -----------------------------------------------------------------------------
+
+_STRANGERS: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras?), not a PyTorch model."),
+    (0, b"\x1f\x8b", "is compressed with gzip: decompress it first (gunzip)."),
+    (0, b"\xfd7zXZ\x00", "is compressed with xz: decompress it first (unxz)."),
+    (0, b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it first."),
+    (0, b"Rar!", "is a RAR archive: unpack it first."),
+    (0, b"\x93NUMPY", "is a NumPy array, not a PyTorch model."),
+    (0, b"GGUF", "is a GGUF file, not a PyTorch model."),
+    (4, b"TFL3", "is a TensorFlow Lite model, not a PyTorch one."),
+    (0, b"version https://git-lfs", "is a Git LFS pointer, not the file itself: fetch it with git lfs pull."),
+    (0, b"<!DOCTYPE", "is a web page, not a model: the download went wrong."),
+    (0, b"<!doctype", "is a web page, not a model: the download went wrong."),
+    (0, b"<html", "is a web page, not a model: the download went wrong."),
+)
+"""Offset and bytes by which other kinds of files are known, and what to say about them."""
+
+_LONGEST_HEADER = 100_000_000
+"""Bytes that the header of a safetensors file may have, by that format's definition."""
+
+
+def _opener(request: Request, file: IO[bytes]) -> Callable[[Request, IO[bytes]], Any]:
+    """The function that opens this kind of file."""
+    head = file.read(512)
+    if not head:
+        raise request.error("is an empty file.")
+    for offset, magic, meaning in _STRANGERS:
+        if head[offset : offset + len(magic)] == magic:
+            raise request.error(meaning)
+    if head.startswith(b"PK"):
+        return _open_zip
+    if head[257:262] == b"ustar":
+        return _open_tar
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+        return _open_safetensors
+    if head.startswith(pickle.PROTO):
+        return _open_legacy
+    if request.path.suffix.lower() == ".onnx":
+        raise request.error("is an ONNX model: dcafy needs the PyTorch network that it was exported from.")
+    raise request.error(
+        "is not a model file that dcafy knows: it starts neither like a safetensors file nor like one of torch.save."
+    )
+
+
+def _open_safetensors(request: Request, file: IO[bytes]) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(request.path))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise request.error(f"is a truncated or damaged safetensors file ({one_line(error)}).") from error
+
+
+_ARCHIVES: tuple[tuple[str, str], ...] = (
+    (
+        "constants.pkl",
+        f"is a TorchScript archive, which holds a compiled program and no Python network to work on: {_SAVE_AGAIN}.",
+    ),
+    (
+        "archive_format",
+        f"is a .pt2 archive of torch.export, which holds a finished graph and no network to work on: {_SAVE_AGAIN}.",
+    ),
+    (
+        "serialized_exported_program.json",
+        f"is a .pt2 archive of torch.export, which holds a finished graph and no network to work on: {_SAVE_AGAIN}.",
+    ),
+    (".data/extern_modules", f"is a torch.package archive, which brings its own code: {_SAVE_AGAIN}."),
+)
+"""A record by which an archive is known, and what to say about it."""
+
+
+def _open_zip(request: Request, file: IO[bytes]) -> Any:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = {name.partition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise request.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
+    for record, meaning in _ARCHIVES:
+        if record in records:
+            raise request.error(meaning)
+    if "data.pkl" not in records:
+        raise request.error("is a zip archive that torch.save did not write.")
+    if request.trust:
+        return _trusted(request)
+    try:
+        # torch's own reader and not zipfile's: what is judged must be the very bytes that will be loaded.
+        pickled = torch._C.PyTorchFileReader(str(request.path)).get_record("data.pkl")
+    except RuntimeError as error:
+        raise request.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
+    contents = _read(request, io.BytesIO(pickled), pickles=1)
+    return _guarded(request, file, contents)
+
+
+_PICKLES_IN_A_LEGACY_FILE = 5
+"""Magic number, protocol, system, the object, the keys of its storages; raw numbers follow."""
+
+
+def _open_legacy(request: Request, file: IO[bytes]) -> Any:
+    """A file as torch.save wrote them before PyTorch 1.6: pickles one after the other."""
+    try:
+        first = [argument for _, argument, _ in itertools.islice(pickletools.genops(file), 4)]
+    except (ValueError, LookupError) as error:
+        raise request.error(f"is truncated or damaged ({one_line(error)}).") from error
+    if torch.serialization.MAGIC_NUMBER not in first:
+        raise request.error("is a Python pickle that torch.save did not write: " + _SAVE_AGAIN + ".")
+    if request.trust:
+        return _trusted(request)
+    file.seek(0)
+    contents = _read(request, file, pickles=_PICKLES_IN_A_LEGACY_FILE)
+    classes, wanted = lent_classes(contents)
+    if classes and not wanted:
+        raise request.error(
+            "is a whole network in the format from before PyTorch 1.6, which can only be opened by running what it "
+            f"says. Instead {_SAVE_AGAIN}; or, if you trust where it comes from, accept the risk: {request.accepting}"
+        )
+    return _guarded(request, file, contents)
+
+
+def _open_tar(request: Request, file: IO[bytes]) -> Any:
+    if request.trust:
+        return _trusted(request)
+    raise request.error(
+        "is a tar archive. If torch.save wrote it (before PyTorch 0.1.10), it can only be opened by running what it "
+        f"says; if you trust where it comes from, accept the risk: {request.accepting}"
+    )
+
+
+# --- opening pickles --------------------------------------------------------------------------------
+
+
+def _read(request: Request, stream: IO[bytes], pickles: int) -> PickleContents:
+    try:
+        parts = [read_pickle(stream) for _ in range(pickles)]
+    except (ValueError, LookupError, UnicodeError, TypeError) as error:
+        raise request.error(f"is truncated or damaged ({one_line(error)}).") from error
+    return PickleContents(
+        frozenset().union(*(part.names for part in parts)),
+        frozenset().union(*(part.calls for part in parts)),
+        max(part.protocol for part in parts),
+    )
+
+
+def _guarded(request: Request, file: IO[bytes], contents: PickleContents) -> Any:
+    """What the file holds, opened without running code of its choosing; ``SourceError`` where that cannot be."""
+    classes, wanted = lent_classes(contents)
+    if wanted:
+        shown = ", ".join(printable(name) for name in wanted[:12])
+        more = f" and {len(wanted) - 12} more" if len(wanted) > 12 else ""
+        raise request.error(
+            f"is a pickle that wants {shown}{more}. Opening it would run code that the file chooses; dcafy opens "
+            "only tensors and the network classes of torch.nn, torchvision and timm. Better, "
+            f"{_SAVE_AGAIN}. If you trust where the file comes from, accept the risk: {request.accepting}"
+        )
+    file.seek(0)
+    try:
+        return load_pickled(file, classes.items())
+    except Exception as error:
+        hint = (
+            f" It is written in pickle protocol {contents.protocol}, torch.save's own is 2."
+            if (contents.protocol > 2)
+            else ""
+        )
+        raise request.error(
+            f"could not be opened without running code, it may be damaged ({type(error).__name__}: "
+            f"{_first_sentence(error)}).{hint} If you trust where it comes from, accept the risk: {request.accepting}"
+        ) from error
+
+
+def _trusted(request: Request) -> Any:
+    log.warning("opening %s with --trust-pickle: this runs code that the file chooses", request.spec)
+    try:
+        with working_folder_importable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(request.path, map_location="cpu", weights_only=False)
+    except (Exception, SystemExit) as error:
+        raise request.error(
+            f"could not be unpickled ({type(error).__name__}: {one_line(error)}). Its classes must be importable: "
+            "run from the folder that holds their code."
+        ) from error
+
+
+def _first_sentence(error: BaseException) -> str:
+    """torch's reason, without its advice to switch the safe reader off."""
+    text = one_line(error)
+    return text.rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0].partition(". ")[0]

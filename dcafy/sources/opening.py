@@ -1,0 +1,145 @@
+"""The one door: whatever a user names as a model, opened as an ``nn.Module``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcafy.errors import SourceError, UsageError
+from dcafy.sources.contents import network_or_weights
+from dcafy.sources.factories import is_factory
+from dcafy.sources.files import MARKER, listing, read_object
+from dcafy.sources.fitting import architectures_that_fit, load_into, same_shape
+from dcafy.sources.specs import Recipe, parse, unknown
+from dcafy.sources.zoos import ZOOS
+
+__all__ = ["Source", "open_model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was opened, and where it came from.
+
+    ``model``         the network, on the CPU
+    ``spec``          what the user wrote
+    ``architecture``  the ``torchvision:`` or ``timm:`` name from which the network can be built
+                      again without its weights, or ``None`` where there is no such name
+    ``settings``      the arguments that building it again takes besides the name
+    """
+
+    model: nn.Module
+    spec: str
+    architecture: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_model(
+    spec: str,
+    *,
+    arch: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    on_meta: bool = False,
+) -> Source:
+    """The network that ``spec`` names: an architecture, a factory, a file, or a folder of ``dcafy.save``.
+
+    ``arch`` is the spec of the architecture that a file's bare weights belong to; ``settings`` are the
+    arguments with which an architecture or a factory is called. A ``package.module:factory`` runs code,
+    and so does a pickle opened with ``trust_pickle``; nothing else does. With ``on_meta`` an architecture
+    that is named without weights is built on the meta device, quickly and only to look at its shapes.
+    The global random state is left as it was.
+
+    Raises ``UsageError`` for a name or an argument that is not known, ``SourceError`` for a file that
+    cannot be opened or weights that cannot be fetched.
+
+    >>> from dcafy.sources import open_model
+    >>> open_model("torchvision:mobilenet_v3_small").architecture
+    'torchvision:mobilenet_v3_small'
+    """
+    chosen = dict(settings or {})
+    named = spec.partition(":")[0] in ZOOS and ":" in spec
+    with torch.random.fork_rng(devices=[]):
+        if not named and os.path.isdir(spec):
+            return _folder(Path(spec), spec, arch, chosen)
+        if not named and os.path.exists(spec):
+            return _file(Path(spec), spec, arch, chosen, trust_pickle)
+        if named or is_factory(spec):
+            return _named(spec, arch, chosen, on_meta)
+    raise _missing(spec)
+
+
+def _named(spec: str, arch: str | None, settings: dict[str, Any], on_meta: bool) -> Source:
+    if arch is not None:
+        raise UsageError(f"--arch says what a file's weights belong to; {spec!r} is no file. Leave --arch out.")
+    recipe = parse(spec, settings)
+    return _source(spec, recipe, recipe.build(on_meta=on_meta and recipe.weights is None))
+
+
+def _source(spec: str, recipe: Recipe, model: nn.Module) -> Source:
+    """The source, with an architecture only where that gives the same network again."""
+    plain = recipe.without_weights()
+    # Weights can bring settings along: another image size, another number of classes.
+    if plain is None or (plain != recipe and not same_shape(plain.build(on_meta=True), model)):
+        return Source(model, spec)
+    return Source(model, spec, plain.spec, plain.settings)
+
+
+def _folder(path: Path, spec: str, arch: str | None, settings: dict[str, Any]) -> Source:
+    """A folder that ``dcafy.save`` wrote."""
+    if not (path / MARKER).is_file():
+        inside = listing(path)
+        raise SourceError(
+            f"{spec!r} is a folder without a {MARKER}, so dcafy.save did not write it."
+            + (f" Name one of its files instead: {inside}." if inside else "")
+        )
+    if settings and arch is None:
+        raise UsageError(f"--set has nothing to set: the folder {spec!r} says how its model is built.")
+    from dcafy.checkpoint import load
+
+    recipe = None if arch is None else parse(arch, settings)
+    return Source(load(path, None if recipe is None else recipe.build()), spec)
+
+
+def _file(path: Path, spec: str, arch: str | None, settings: dict[str, Any], trust_pickle: bool) -> Source:
+    """A file: a whole network, or weights for ``arch``."""
+    recipe = None if arch is None else parse(arch, settings)
+    held = network_or_weights(read_object(path, spec, arch, trust_pickle), spec)
+    if isinstance(held, nn.Module):
+        if recipe is not None or settings:
+            option = "--set" if recipe is None else "--arch"
+            raise UsageError(f"{spec!r} holds a whole network, so {option} has nothing to say. Leave it out.")
+        return Source(held, spec)
+    if recipe is None:
+        raise _needs_architecture(spec, held)
+    model, used = load_into(recipe, held, spec)
+    return _source(spec, used, model)
+
+
+def _needs_architecture(spec: str, state: Mapping[str, torch.Tensor]) -> SourceError:
+    start = f"{spec!r} holds weights only ({len(state)} tensors), not the network they belong to. "
+    if any("dca" in key.split(".") for key in state):
+        return SourceError(
+            f"{start}They are those of a converted model: name the folder that dcafy.save wrote (with its {MARKER}), "
+            "not the file in it."
+        )
+    found = architectures_that_fit(state)
+    if not found:
+        return SourceError(
+            f"{start}No architecture of torchvision or timm that is installed here has these keys and shapes. Say "
+            "which network they are for: --arch package.module:factory, with --set key=value for its arguments."
+        )
+    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    return SourceError(f"{start}Their keys and shapes fit: {shown}. Say which one it is, such as --arch {found[0]}.")
+
+
+def _missing(spec: str) -> SourceError | UsageError:
+    """The error for a spec that is neither a name nor anything on the disk."""
+    if "/" in spec or "\\" in spec or Path(spec).suffix.lower() in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
+        return SourceError(f"There is no file or folder {spec!r} (looked in {str(Path.cwd())!r}).")
+    return unknown(spec)

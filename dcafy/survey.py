@@ -1,0 +1,242 @@
+"""Trace, find and link in one go: everything that is known about a model before anything is changed.
+
+A *region* is a module with a graph of its own: the root, or an island inside a module whose
+forward cannot be written down as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dcafy.blocks import Chain, Link, Plan, Skipped
+from dcafy.errors import InputError, TracingError
+from dcafy.examples import as_inputs, guesses, probe
+from dcafy.find import Found, find
+from dcafy.link import Carried, Unlinkable, carried_by, chains, predecessors
+from dcafy.trace.fold import CannotEnter, Folded, fold
+from dcafy.trace.islands import Observed, observe
+from dcafy.trace.recorder import Recorder, Recording, data_free_copy, one_line
+from dcafy.trace.values import Evaluator, node_value
+from dcafy.trace.witness import undecided
+
+__all__ = ["Region", "Survey", "survey"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module with a graph of its own, the blocks in it, and what they can pass on."""
+
+    path: str
+    recording: Recording
+    found: tuple[Found, ...]
+    carried: dict[str, Carried | Unlinkable]
+    chains: tuple[Chain, ...]
+    skipped: tuple[Skipped, ...]
+    order: dict[fx.Node, int] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Found:
+        return next(block for block in self.found if block.name == name)
+
+    def __contains__(self, name: object) -> bool:
+        return any(block.name == name for block in self.found)
+
+    def local(self, name: str) -> str:
+        """A block's name as seen from the region."""
+        return name.removeprefix(f"{self.path}.") if self.path else name
+
+    def fold(self, links: tuple[Link, ...]) -> Folded:
+        """The shallow graph in which everything these links touch has a node of its own."""
+        visible: set[fx.Node] = set()
+        apart = []
+        for link in links:
+            source, target, passed = self[link.source], self[link.target], self.carried[link.source]
+            visible.update(target.contexts, source.contexts, source.fusions, target.fusions, {source.map})
+            if isinstance(passed, Carried) and passed.fused_output is not None and passed.source is not None:
+                visible.update({passed.fused_output, passed.source}, passed.extraction)
+            apart += [(context, target.between) for context in target.contexts]
+        return fold(self.recording, visible, apart)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All regions of a model, its plan, and the inputs they were recorded with (meta tensors where guessed)."""
+
+    plan: Plan
+    regions: tuple[Region, ...]
+    inputs: tuple[Any, ...]
+
+
+def survey(model: nn.Module, example_inputs: Any = None, name: str = "") -> Survey:
+    """What there is to connect in ``model``; raises ``TracingError`` or ``InputError``, changes nothing."""
+    require_module(model)
+    name = name or type(model).__name__
+    if example_inputs is not None:
+        inputs = as_inputs(example_inputs)
+        return _Surveyor(model, name).run(inputs)
+    errors = []
+    tried = list(guesses(model))
+    for inputs in tried:
+        try:
+            return _Surveyor(model, name).run(inputs)
+        except TracingError as error:
+            errors.append(error)
+    shapes = ", ".join(str(tuple(inputs[0].shape)) for inputs in tried[:4])
+    raise TracingError(
+        f"{name} ran on none of the inputs that were guessed for it ({shapes}, ...). Pass one that fits, for "
+        f"example dcafy.inspect(model, example_inputs=torch.rand(2, 3, 224, 224)). The first error was: {errors[0]}"
+    ) from errors[0]
+
+
+class _Surveyor:
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = model
+        self.name = name
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.evaluator = Evaluator(device)
+        self.skipped: list[Skipped] = []
+
+    def run(self, inputs: tuple[Any, ...]) -> Survey:
+        regions = self._regions_at(inputs, 1)
+        for scale in (2, 4, 8):
+            if not any(_has_tiny_maps(region) for region in regions):
+                break
+            # On maps under 4x4 a reduction is no longer told from a plain layer: look at larger ones.
+            larger = self._regions_at(inputs, scale, optional=True)
+            if larger is None or _count(larger) < _count(regions):
+                break
+            regions = larger
+        kept = tuple(region for region in regions if region.found)
+        plan = Plan(
+            blocks=tuple(found.block for region in kept for found in region.found),
+            chains=tuple(chain for region in kept for chain in region.chains),
+            skipped=tuple(s for region in kept for s in region.skipped) + tuple(dict.fromkeys(self.skipped)),
+            islands=tuple(region.path for region in kept if region.path),
+            model=self.name,
+        )
+        return Survey(plan, kept, inputs)
+
+    def _regions_at(self, inputs: tuple[Any, ...], scale: int, optional: bool = False) -> list[Region] | None | Any:
+        before = list(self.skipped)
+        self.skipped = []
+        try:
+            return list(self._regions("", Observed(probe(inputs, scale), {}, inputs)))
+        except TracingError:
+            if not optional:
+                raise
+            self.skipped = before
+            return None
+
+    def _regions(self, path: str, observed: Observed) -> Iterator[Region]:
+        """The region of the module at ``path``; where it cannot be one, those of its submodules."""
+        module = self.model.get_submodule(path)
+        opaque: frozenset[str] = frozenset()
+        while True:
+            try:
+                region = self._region(path, module, observed, opaque)
+            except CannotEnter as reason:
+                if reason.path and reason.path not in opaque:
+                    opaque |= {reason.path}
+                    continue
+                yield from self._islands(path, module, observed, reason.reason)
+                return
+            yield region
+            break
+        whole = {**region.recording.kept_whole, **dict.fromkeys(opaque, "")}
+        for inner in whole:
+            for child, inputs in region.recording.observed.items():
+                if child.startswith(f"{inner}.") and "." not in child.removeprefix(f"{inner}."):
+                    yield from self._inside(_join(path, child), Observed(*inputs, None))
+
+    def _region(self, path: str, module: nn.Module, observed: Observed, opaque: frozenset[str]) -> Region:
+        try:
+            recorder = Recorder(self.evaluator, opaque)
+            recording = recorder.record(data_free_copy(module), observed.args, observed.kwargs)
+        except Exception as error:  # a user's forward may fail in any way; the reason is told
+            raise CannotEnter("", one_line(error)) from error
+        for owner, reason in undecided(recording, self.evaluator).items():
+            raise CannotEnter(owner, reason)
+        found = find(recording.graph, recording.model, path)
+        heard = predecessors(recording.graph, recording.model, found)
+        carried = {f.name: carried_by(f, recording.graph, recording.model, self.evaluator) for f in found}
+        made, skipped = chains(found, heard, carried)
+        order = {node: i for i, node in enumerate(recording.graph.nodes)}
+        region = Region(path, recording, found, carried, made, skipped, order)
+        region.fold(tuple(link for chain in made for link in chain.links))
+        return region
+
+    def _islands(self, path: str, module: nn.Module, observed: Observed, reason: str) -> Iterator[Region]:
+        inside = observe(module, observed)
+        if isinstance(inside, str):
+            raise TracingError(
+                f"{path or self.name} could not be traced: {reason}. It could not be run on the example either "
+                f"({inside}), so its submodules were not tried. Pass example_inputs that the model accepts."
+            )
+        self.skipped.append(Skipped(path or self.name, f"not traced as a whole: {reason}"))
+        for child, inputs in inside.items():
+            if "." not in child:
+                yield from self._inside(_join(path, child), inputs, {k: v for k, v in inside.items() if k != child})
+
+    def _inside(self, path: str, observed: Observed, siblings: Any = None) -> Iterator[Region]:
+        module = self.model.get_submodule(path)
+        if any(True for _ in module.parameters()) and any(True for _ in module.children()):
+            try:
+                yield from self._regions(path, observed)
+            except TracingError as error:
+                self.skipped.append(Skipped(path, str(error)))
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _count(regions: list[Region]) -> int:
+    return sum(len(region.found) for region in regions)
+
+
+def _has_tiny_maps(region: Region) -> bool:
+    """Whether some feature map is under 4x4 before anything has pooled it."""
+    for node in region.recording.graph.nodes:
+        value = node_value(node)
+        source = next((node_value(n) for n in node.all_input_nodes), None)
+        if not (isinstance(value, Tensor) and isinstance(source, Tensor) and node.op == "call_module"):
+            continue
+        if value.ndim >= 4 and source.ndim == value.ndim and 1 < max(source.shape[2:]) and max(value.shape[2:]) < 4:
+            if isinstance(region.recording.model.get_submodule(str(node.target)), nn.Conv2d | nn.Conv3d):
+                return True
+    return False
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "model.module",
+    "OptimizedModule": "model._orig_mod",
+}
+
+
+def require_module(model: Any) -> None:
+    """Nothing for a model that dcafy can work on; ``InputError`` says what else it is, and what to do."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise InputError(f"{model.__name__} is a class. Pass an instance: {model.__name__}(...).")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"A torch.nn.Module is needed, not {type(model).__name__}.")
+    wrapper = type(model).__name__
+    if wrapper in _WRAPPERS:
+        raise InputError(f"The model is wrapped in {wrapper}. Pass {_WRAPPERS[wrapper]}, and wrap the result again.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("A TorchScript module holds no Python to trace. Pass the model it was scripted from.")
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise InputError(f"{path or wrapper} is quantized. Connect the float model first, then quantize the result.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"{path} is a TorchScript module. Pass a model built from Python modules.")
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if torch.nn.parameter.is_lazy(tensor):
+                raise InputError(
+                    f"{_join(path, name)} is not initialized yet (a lazy module). Run the model once on an input first."
+                )

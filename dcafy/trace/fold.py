@@ -1,0 +1,178 @@
+"""Deep recording -> shallow graph: calls in which nothing of interest happens become the module again.
+
+::
+
+    x = placeholder                                   x = placeholder
+    conv = call_module[block.conv](x)                 block = call_module[block](x)
+    relu = call_function[torch.relu](conv)     ─▶     se_pool = call_module[se.pool](block)
+    se_pool = call_module[se.pool](relu)              ...
+    ...
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from dcafy.trace.recorder import Call, Recording, passed_through
+from dcafy.trace.values import VALUE, node_value
+
+__all__ = ["CannotEnter", "Folded", "fold"]
+
+
+class CannotEnter(Exception):
+    """A module has to be entered, and its forward may not be inlined."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Folded:
+    """``graph``: the shallow graph; ``image``: deep node -> its node there; ``inside``: shallow node -> deep nodes."""
+
+    graph: fx.Graph
+    image: dict[fx.Node, fx.Node]
+    inside: dict[fx.Node, tuple[fx.Node, ...]]
+    entered: tuple[str, ...]
+
+
+def fold(
+    recording: Recording, visible: Iterable[fx.Node], apart: Iterable[tuple[fx.Node, frozenset[fx.Node]]] = ()
+) -> Folded:
+    """The graph in which only what must be seen is entered; everything else stays the user's module.
+
+    ``visible``: deep nodes that need a node of their own. ``apart``: (node, users): in the result these users
+    of the node must not share a call with other users of it. Raises :class:`CannotEnter` where a
+    module that must be entered decides by its mode or stores what it computes.
+    """
+    return _Fold(recording, frozenset(visible), tuple(apart)).run()
+
+
+class _Fold:
+    def __init__(
+        self, recording: Recording, visible: frozenset[fx.Node], apart: tuple[tuple[fx.Node, frozenset[fx.Node]], ...]
+    ) -> None:
+        self.recording = recording
+        self.visible = visible
+        self.apart = apart
+        self.graph = fx.Graph()
+        self.image: dict[fx.Node, fx.Node] = {}
+        self.inside: dict[fx.Node, tuple[fx.Node, ...]] = {}
+
+    def run(self) -> Folded:
+        folds, entered = self._plan()
+        skipped: set[fx.Node] = set()
+        for node in self.recording.graph.nodes:
+            if node in folds:
+                call = folds[node]
+                self._call(call)
+                skipped.update(call.nodes)
+            if node in skipped:
+                continue
+            if node.target is passed_through:
+                self.image[node] = self.image[node.args[0]]
+                continue
+            copied = self.graph.node_copy(node, self.image.__getitem__)
+            self.image[node] = copied
+            self.inside[copied] = (node,)
+        _drop_unused_queries(self.graph, self.image)
+        return Folded(self.graph, self.image, self.inside, entered)
+
+    def _plan(self) -> tuple[dict[fx.Node, Call], tuple[str, ...]]:
+        """First node -> the call that is folded there; and the paths that are entered."""
+        self._check("")
+        order = {node: i for i, node in enumerate(self.recording.graph.nodes)}
+        folds: dict[fx.Node, Call] = {}
+        entered: dict[str, None] = {}
+        end = -1
+        for call in self.recording.calls:
+            if not call.nodes or order[call.nodes[0]] <= end:
+                continue
+            if self._can_fold(call):
+                folds[call.nodes[0]] = call
+                end = order[call.nodes[-1]]
+            else:
+                self._check(call.path)
+                entered[call.path] = None
+        return folds, tuple(entered)
+
+    def _check(self, path: str) -> None:
+        if path in self.recording.mode_read:
+            raise CannotEnter(path, "its forward takes another path in training than in eval")
+        if path in self.recording.kept_whole:
+            raise CannotEnter(path, self.recording.kept_whole[path])
+
+    def _can_fold(self, call: Call) -> bool:
+        nodes = set(call.nodes)
+        if not self.visible.isdisjoint(nodes) or not _foldable(call.output):
+            return False
+        outputs = set(_nodes_in(call.output))
+        if any(user not in nodes for node in call.nodes if node not in outputs for user in node.users):
+            return False
+        for node, users in self.apart:
+            inner = {user for user in node.users if user in nodes}
+            if node not in nodes and inner & users and inner - users:
+                return False
+        return True
+
+    def _call(self, call: Call) -> None:
+        args = map_arg(call.args, self.image.__getitem__)
+        kwargs = map_arg(call.kwargs, self.image.__getitem__)
+        node = self.graph.call_module(call.path, args, kwargs)
+        node.meta[VALUE] = map_arg(call.output, node_value)
+        self.inside[node] = tuple(call.nodes)
+        self._bind(call.output, node)
+
+    def _bind(self, output: Any, node: fx.Node) -> None:
+        """The nodes of a folded call's output, as items of its result."""
+        if isinstance(output, fx.Node):
+            self.image.setdefault(output, node)
+            return
+        items = output.items() if isinstance(output, dict) else enumerate(output) if _is_sequence(output) else ()
+        for key, item in items:
+            if any(True for _ in _nodes_in(item)):
+                part = self.graph.call_function(operator.getitem, (node, key))
+                self._bind(item, part)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, tuple | list)
+
+
+def _foldable(output: Any) -> bool:
+    if isinstance(output, fx.Node):
+        return True
+    if isinstance(output, dict):
+        return all(_foldable(item) for item in output.values())
+    if _is_sequence(output):
+        return all(_foldable(item) for item in output)
+    return isinstance(output, int | float | str | bool | type(None))
+
+
+def _nodes_in(value: Any) -> Iterable[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg(value, lambda node: found.append(node))
+    return found
+
+
+_QUERIES = frozenset({getattr, operator.getitem})
+
+
+def _drop_unused_queries(graph: fx.Graph, image: dict[fx.Node, fx.Node]) -> None:
+    """Shape questions that only folded modules asked are asked no more."""
+    for node in reversed(graph.nodes):
+        query = node.op == "get_attr" or (node.op == "call_function" and node.target in _QUERIES)
+        query = query or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
+        if query and not node.users:
+            graph.erase_node(node)
+    alive = set(graph.nodes)
+    for deep in [deep for deep, shallow in image.items() if shallow not in alive]:
+        del image[deep]

@@ -1,0 +1,81 @@
+"""What the submodules of an untraceable module are called with, seen by running it once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.trace.recorder import data_free_copy, one_line, shared_copy
+
+__all__ = ["Observed", "observe"]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The inputs of one call: meta tensors, and where they are known with data (``real``)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    real: tuple[Any, ...] | None = None
+
+
+def observe(module: nn.Module, inputs: Observed) -> dict[str, Observed] | str:
+    """Path -> inputs of the first call of every submodule, in the order of the calls; or why it did not run.
+
+    It is run without data where that works, else on the example (detectors look at scores and boxes).
+    """
+    reason = "no inputs are known"
+    try:
+        return _run(data_free_copy(module), inputs.args, inputs.kwargs)
+    except Exception as error:  # any forward may fail on meta tensors in any way
+        reason = one_line(error)
+    if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
+        return reason
+    from dcafy.examples import real_inputs
+
+    try:
+        with torch.random.fork_rng():
+            return _run(shared_copy(module), real_inputs(inputs.real, module), inputs.kwargs)
+    except Exception as error:  # as above; the caller tells the user
+        return one_line(error)
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Observed]:
+    seen: dict[str, Observed] = {}
+    with _watched(module, seen), torch.no_grad():
+        module.eval()(*args, **kwargs)
+    return seen
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module, seen: dict[str, Observed]) -> Iterator[None]:
+    handles = []
+    for path, child in module.named_modules():
+        if path:
+
+            def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
+
+            handles.append(child.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_without_data, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(_without_data, value))
+    if isinstance(value, dict):
+        return {key: _without_data(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,143 @@
+"""Proxies that carry the value of their node, so that a forward's questions have an answer.
+
+``torch.fx`` stops at the first ``if x.shape[1] == 3``. A ``ValueProxy`` knows what its node computes on
+the example: lengths, branches, iteration and ``isinstance`` of numbers and tuples are settled from it,
+while the graph keeps the symbolic node. Every value that is settled is told to the tracer, which
+checks afterwards that it holds at another batch and image size, too.
+
+It never claims to be a tensor through ``__class__``: C++ code would believe it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from types import BuiltinMethodType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from dcafy.trace.values import node_value
+
+if TYPE_CHECKING:
+    from dcafy.trace.recorder import Recorder
+
+__all__ = ["Mode", "ValueProxy"]
+
+
+class ValueProxy(fx.Proxy):
+    """An ``fx.Proxy`` whose node's value on the example is known."""
+
+    tracer: Recorder
+
+    @property
+    def value(self) -> Any:
+        """What the node computes on the example."""
+        return node_value(self.node)
+
+    # isinstance(x.shape[0], int) is asked of numbers and tuples; a tensor's proxy says what it is.
+    @property
+    def __class__(self) -> type:
+        value = node_value(object.__getattribute__(self, "node"))
+        return type(self) if value is None or isinstance(value, Tensor) else type(value)
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of a proxy cannot be assigned")
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        attribute = getattr(value, name)  # AttributeError is the right answer to hasattr()
+        if isinstance(value, Tensor) and name == "ndim":
+            return attribute
+        if isinstance(attribute, MethodType | BuiltinMethodType) or (callable(attribute) and hasattr(value, name)):
+            return fx.proxy.Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def dim(self) -> Any:
+        """The rank: it does not vary with the input, so it is a plain number."""
+        return self.value.dim()
+
+    ndimension = dim
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.settle(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.settle(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.settle(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.settle(self))
+
+    def __len__(self) -> int:
+        value = self.value
+        if isinstance(value, Tensor):
+            return int(self.shape[0])
+        return len(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, item: Any) -> bool:
+        return any(item is own or bool(item == own) for own in self)
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        value = self.value
+        shown = f"{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        return f"ValueProxy({self.node.name}: {shown})"
+
+
+def _in_place(name: str) -> Any:
+    def update(self: ValueProxy, other: Any) -> Any:
+        target = getattr(operator, name)
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return update
+
+
+# Python falls back from x *= y to x = x * y where there is no __imul__: the user's in-place update of a
+# tensor that something else still reads would be lost.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(ValueProxy, f"__{_name}__", _in_place(_name))
+
+
+class Mode:
+    """Stands for ``self.training`` of one entered module while its forward is recorded.
+
+    As an argument (``F.dropout(x, training=self.training)``) it becomes a node that reads the module's
+    mode when the graph runs. Where it is asked for its truth, the forward's control flow depends
+    on the mode: eval is recorded, and the tracer is told.
+    """
+
+    def __init__(self, tracer: Recorder, path: str) -> None:
+        self._tracer = tracer
+        self._path = path
+
+    def __bool__(self) -> bool:
+        self._tracer.mode_read.add(self._path)
+        return False
+
+    def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
+        node = tracer.create_node("get_attr", f"{self._path}.training".lstrip("."), (), {})
+        node.meta["value"] = False
+        return node

@@ -1,0 +1,484 @@
+"""One deep trace: every module entered, every node's value known, every call's boundary kept.
+
+A network is recorded once, on a copy without data. Modules are entered wherever they compute
+something of their own; the nodes of each entered call are remembered as a :class:`Call`, so that a
+call in which nothing of interest happens can later be folded back into the very module the user
+built (``fold.py``). That makes the deep graph and the emitted graph one and the same recording.
+
+A module whose forward cannot be recorded (data-dependent control flow, say) is kept whole: the nodes
+of the attempt are taken back and the module is called as a leaf.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dcafy.errors import DcafyError
+from dcafy.trace.proxy import Mode, ValueProxy
+from dcafy.trace.values import VALUE, Evaluator, node_value
+
+__all__ = [
+    "Call",
+    "Recorder",
+    "Recording",
+    "check_default",
+    "data_free_copy",
+    "one_line",
+    "passed_through",
+    "shared_copy",
+]
+
+OWNER = "owner"
+"""The key, in ``node.meta``, of the path of the entered module whose forward made the node."""
+
+
+@dataclass
+class Call:
+    """One entered module call: its nodes lie between ``first`` and ``last`` in the graph."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    nodes: list[fx.Node] = field(default_factory=list)
+    output: Any = None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a deep trace yields.
+
+    ``graph``       every node with its value (``node.meta["value"]``) and owner (``node.meta["owner"]``)
+    ``calls``       the entered calls, outer before inner
+    ``mode_read``   modules whose control flow asks for their mode; recorded as in eval
+    ``kept_whole``  module path -> why its forward was not recorded
+    ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
+    ``settled``     nodes whose value decided something while recording
+    ``model``       the data-free copy that was traced
+    """
+
+    graph: fx.Graph
+    calls: tuple[Call, ...]
+    mode_read: frozenset[str]
+    kept_whole: dict[str, str]
+    observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    settled: tuple[fx.Node, ...]
+    model: nn.Module
+
+
+def passed_through(value: Any) -> Any:
+    """``value``: marks where a module handed its own input on, so that the call can be folded."""
+    return value
+
+
+def check_default(value: Any, default: Any, name: str) -> None:
+    """Nothing, unless an argument that was recorded with its default is given another value."""
+    if value is not default and not (isinstance(value, int | float | str) and value == default):
+        raise DcafyError(
+            f"This model was converted with {name}={default!r} and computes only that; got {name}={value!r}. "
+            f"Convert it with example_inputs that contain the value you need for {name!r}."
+        )
+
+
+def data_free_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` on the meta device, without hooks and in eval mode, to be traced."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = _without_data(value)
+        for name in _HOOKS:
+            hooks = module.__dict__.get(name)
+            if hooks:
+                memo[id(hooks)] = collections.OrderedDict()
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module.__dict__["training"] = False
+    return twin
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy with modules of its own that shares every tensor with ``model``."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "meta":
+        return tensor
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+_LAYERS = (nn.modules.container.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the deep trace calls ``module`` as a leaf.
+
+    A ``torch.nn`` layer is one, and so is a subclass of one that has no parametric children
+    (timm's ``BatchNormAct2d``, ``Conv2dSame``): entered, its mode and its padding would be baked.
+    """
+    kind = type(module)
+    if kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")):
+        return not isinstance(module, nn.Sequential)
+    from_torch = any(base.__module__.startswith("torch.nn.") and base not in _LAYERS for base in kind.__mro__)
+    return from_torch and not any(True for child in module.children() for _ in child.parameters())
+
+
+class Recorder(fx.Tracer):
+    """Traces a data-free model on example values; see :func:`record` for the front door."""
+
+    def __init__(self, evaluator: Evaluator, opaque: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self._evaluator = evaluator
+        self._opaque = opaque
+        self._owner = ""
+        self._running = False  # True while real code runs on values, and nothing is recorded
+        self._observing: str | None = None
+        self.calls: list[Call] = []
+        self.mode_read: set[str] = set()
+        self.kept_whole: dict[str, str] = {}
+        self.observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.settled: list[fx.Node] = []
+
+    # -- the questions that fx asks -------------------------------------------------------------
+
+    def record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Recording:
+        """The recording of ``model``, which must be data-free, called with meta values."""
+        self._args, self._kwargs = args, kwargs or {}
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._tensors: dict[int, str] = {}
+        for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._tensors.setdefault(id(tensor), path)
+        self._attributes: dict[str, ValueProxy] = {}
+        with _recorded_factories(self):
+            model.__dict__["training"] = Mode(self, "")  # type: ignore[assignment]
+            try:
+                graph = self.trace(model)
+            finally:
+                model.__dict__["training"] = False
+        self._refuse_leaks(model)
+        return Recording(
+            graph,
+            tuple(self.calls),
+            frozenset(self.mode_read),
+            self.kept_whole,
+            self.observed,
+            tuple(dict.fromkeys(self.settled)),
+            model,
+        )
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for what the example gives; defaults stay defaults and are checked at run time."""
+        given, by_name = list(self._args), dict(self._kwargs)
+        args: list[Any] = []
+        named: dict[str, Any] = {}
+        for parameter in inspect.signature(self.root.forward).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += [self._placeholder(f"{parameter.name}_{i}", (), value) for i, value in enumerate(given)]
+                given = []
+            elif parameter.name in by_name:
+                default = () if parameter.default is parameter.empty else (parameter.default,)
+                named[parameter.name] = self._placeholder(parameter.name, default, by_name.pop(parameter.name))
+            elif parameter.kind is parameter.KEYWORD_ONLY or not given:
+                if parameter.default is parameter.empty:
+                    raise TypeError(f"the example gives no value for the argument {parameter.name!r}")
+                proxy = self._placeholder(parameter.name, (parameter.default,), parameter.default)
+                self.create_proxy("call_function", check_default, (proxy, parameter.default, parameter.name), {})
+                if parameter.kind is parameter.KEYWORD_ONLY or named:
+                    named[parameter.name] = parameter.default
+                else:
+                    args.append(parameter.default)
+            else:
+                default = () if parameter.default is parameter.empty else (parameter.default,)
+                args.append(self._placeholder(parameter.name, default, given.pop(0)))
+        if given or by_name:
+            raise TypeError(f"the example has {len(given) + len(by_name)} more inputs than the model's forward takes")
+        return (lambda root, *values: root.forward(*values, **named)), [self.root, *args]
+
+    def _placeholder(self, name: str, default: tuple[Any, ...], value: Any) -> Any:
+        node = self.create_node("placeholder", name, default, {})
+        node.meta[VALUE] = value
+        return ValueProxy(node, self)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        node.meta[OWNER] = self._owner
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if issubclass(kind, fx.Proxy):
+            return a.node
+        if kind is Mode:
+            return a.__fx_create_arg__(self)
+        if kind is collections.OrderedDict:  # fx would hand it on as a plain dict
+            rows = [(key, self.create_arg(item)) for key, item in a.items()]
+            node = self.create_node("call_function", collections.OrderedDict, (rows,), {})
+            node.meta[VALUE] = collections.OrderedDict((key, _values(item)) for key, item in a.items())
+            return node
+        if isinstance(a, Tensor):
+            return self._tensor(a).node
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> ValueProxy:
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), *rest[:2])
+        with self._run():
+            node.meta[VALUE] = self._value(kind, target, _values(args), _values(kwargs))
+        return ValueProxy(node, self)
+
+    def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kind == "call_function":
+            return self._evaluator.function(target, args, kwargs)
+        if kind == "call_method":
+            return self._evaluator.method(target, args, kwargs)
+        raise TypeError(f"a {kind} node is not made this way")
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
+            return attr_val
+        return self._tensor(attr_val)
+
+    def _tensor(self, tensor: Tensor) -> ValueProxy:
+        """The node that reads one of the model's own tensors."""
+        path = self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
+        if path is None:
+            raise fx.proxy.TraceError("the forward computes a constant tensor that belongs to no module")
+        if path not in self._attributes:
+            node = self.create_node("get_attr", path, (), {})
+            node.meta[VALUE] = tensor
+            self._attributes[path] = ValueProxy(node, self)
+        return self._attributes[path]
+
+    def settle(self, proxy: fx.Proxy) -> Any:
+        """The value that a forward wants to decide by; remembered, to be checked at other sizes."""
+        value = node_value(proxy.node)
+        if isinstance(value, Tensor):
+            raise fx.proxy.TraceError("the forward decides by the content of a tensor")
+        self.settled.append(proxy.node)
+        return value
+
+    # -- modules --------------------------------------------------------------------------------
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self._paths.get(id(m))
+        if self._running:
+            if self._observing is not None and path is not None and path.startswith(self._observing):
+                self.observed.setdefault(path, (args, kwargs))
+            return forward(*args, **kwargs)
+        if path is None:  # made on the fly (a slice of a Sequential): its children have paths, it has none
+            return forward(*args, **kwargs)
+        if is_layer(m) or path in self._opaque:
+            return self._leaf(path, m, args, kwargs)
+        return self._enter(path, m, forward, args, kwargs)
+
+    def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
+        node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
+        with self._run(observing=f"{path}." if path in self._opaque or path in self.kept_whole else None):
+            node.meta[VALUE] = self._evaluator.module(module, _values(args), _values(kwargs))
+        return ValueProxy(node, self)
+
+    def _enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        call = Call(path, self.create_arg(args), self.create_arg(kwargs))
+        before = _last(self.graph)
+        outer, self._owner = self._owner, path
+        mode = module.__dict__["training"]
+        state = (len(self.calls), len(self.settled), set(self.mode_read), dict(self._attributes))
+        self.calls.append(call)
+        module.__dict__["training"] = Mode(self, path)
+        try:
+            output = self._leave(forward(*args, **kwargs), before)
+            call.output = self.create_arg(output)
+        except Exception as error:  # any forward may raise anything; what cannot be entered is kept whole
+            module.__dict__["training"] = mode
+            self._owner = outer
+            self._take_back(before, state)
+            self.kept_whole[path] = one_line(error)
+            return self._leaf(path, module, args, kwargs)
+        finally:
+            module.__dict__["training"] = mode
+            self._owner = outer
+        call.nodes = list(_after(before, self.graph))
+        return output
+
+    def _leave(self, output: Any, before: fx.Node) -> Any:
+        """``output`` with what came from outside the call marked, so that the call has nodes of its own."""
+        inside = set(_after(before, self.graph))
+
+        def mark(value: Any) -> Any:
+            if isinstance(value, ValueProxy):
+                return value if value.node in inside else self.create_proxy("call_function", passed_through, (value,), {})
+            if type(value) in (tuple, list):
+                return type(value)(mark(item) for item in value)
+            if type(value) in (dict, collections.OrderedDict):
+                return type(value)((key, mark(item)) for key, item in value.items())
+            return value
+
+        return mark(output)
+
+    def _take_back(self, before: fx.Node, state: tuple[int, int, set[str], dict[str, ValueProxy]]) -> None:
+        for node in reversed(list(_after(before, self.graph))):
+            self.graph.erase_node(node)
+        calls, settled, self.mode_read, self._attributes = state
+        del self.calls[calls:], self.settled[settled:]
+
+    @contextlib.contextmanager
+    def _run(self, observing: str | None = None) -> Iterator[None]:
+        """Real code runs on values: patched calls and attributes behave as if nobody were tracing."""
+        before = (self._running, self._observing)
+        self._running, self._observing = True, observing if observing is not None else self._observing
+        try:
+            yield
+        finally:
+            self._running, self._observing = before
+
+    def _refuse_leaks(self, model: nn.Module) -> None:
+        """A forward that stores what it computes on a module would be emitted without that side effect."""
+        for path, module in model.named_modules():
+            stored = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
+            stored += [name for name, value in module._buffers.items() if type(value) is ValueProxy]
+            for name in stored:
+                self.kept_whole.setdefault(path, f"its forward stores what it computes in self.{name}")
+
+
+def _holds_proxy(value: Any) -> bool:
+    if type(value) is ValueProxy:
+        return True
+    if type(value) in (list, tuple):
+        return any(_holds_proxy(item) for item in value)
+    return type(value) is dict and any(_holds_proxy(item) for item in value.values())
+
+
+def _values(arguments: Any) -> Any:
+    """``arguments`` with every proxy and node replaced by its value."""
+    kind = type(arguments)
+    if issubclass(kind, fx.Proxy):
+        return node_value(arguments.node)
+    if kind is fx.Node:
+        return node_value(arguments)
+    if kind is Mode:
+        return False
+    if kind is tuple or kind is list:
+        return kind([_values(item) for item in arguments])
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind(*[_values(item) for item in arguments])
+    if kind is dict or kind is collections.OrderedDict:
+        return kind((key, _values(item)) for key, item in arguments.items())
+    if kind is slice:
+        return slice(_values(arguments.start), _values(arguments.stop), _values(arguments.step))
+    if dataclasses.is_dataclass(arguments) and not isinstance(arguments, type):
+        return dataclasses.replace(arguments, **{f.name: _values(getattr(arguments, f.name)) for f in dataclasses.fields(arguments)})
+    if issubclass(kind, list):
+        return [_values(item) for item in arguments]
+    return arguments
+
+
+def _last(graph: fx.Graph) -> fx.Node:
+    return graph._root.prev
+
+
+def _after(node: fx.Node, graph: fx.Graph) -> Iterator[fx.Node]:
+    current = node.next
+    while current is not graph._root:
+        yield current
+        current = current.next
+
+
+def one_line(error: BaseException) -> str:
+    """One line: what went wrong, and in which line of the user's code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
+    text = str(error).strip().splitlines()
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}{where}"
+
+
+def _is_machinery(filename: str) -> bool:
+    path = filename.replace("\\", "/")
+    return any(part in path for part in ("/torch/", "/dcafy/trace/")) or path.startswith("<")
+
+
+_FACTORIES = (
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "range",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+)
+
+
+@contextlib.contextmanager
+def _recorded_factories(recorder: Recorder) -> Iterator[None]:
+    """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever.
+
+    The C++ parser of ``torch.zeros`` refuses a proxy before any override is asked, so the names in ``torch``
+    are replaced while the trace runs.
+    """
+
+    def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if recorder._running:
+                return factory(*args, **kwargs)
+            node = recorder.create_node("call_function", factory, recorder.create_arg(args), recorder.create_arg(kwargs))
+            with recorder._run(), torch.no_grad():
+                node.meta[VALUE] = factory(*_values(args), **{**_values(kwargs), "device": "meta"})
+            return ValueProxy(node, recorder)
+
+        return make
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder._running or not any(type(a) is ValueProxy for a in args):
+            return original.__get__(None, cls)(*args, **kwargs)
+        return recorder.create_proxy("call_function", original.__get__(None, cls), args, kwargs)
+
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    original = torch.autograd.Function.__dict__["apply"]
+    try:
+        for name, factory in originals.items():
+            setattr(torch, name, recorded(factory))
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        yield
+    finally:
+        for name, factory in originals.items():
+            setattr(torch, name, factory)
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
