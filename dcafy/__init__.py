@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dcafy.convert import convert, inspect
     from dcafy.emit import connections, freeze_base, parameter_groups, revert
     from dcafy.errors import DcafyError
+    from dcafy.insert import insert
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _HOME = {
     "connections": "emit",
     "convert": "convert",
     "freeze_base": "emit",
+    "insert": "insert",
     "inspect": "convert",
     "load": "checkpoint",
     "parameter_groups": "emit",
@@ -52,6 +54,7 @@ __all__ = [
     "connections",
     "convert",
     "freeze_base",
+    "insert",
     "inspect",
     "load",
     "parameter_groups",

@@ -17,7 +17,7 @@ from dcafy.errors import PlanError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["AttentionBlock", "Chain", "Dimension", "FusionKind", "Gate", "Link", "Plan", "Skipped"]
+__all__ = ["AttentionBlock", "Chain", "Cost", "Dimension", "FusionKind", "Gate", "Link", "Plan", "Skipped"]
 
 SCHEMA_VERSION = 1
 
@@ -93,6 +93,15 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a topology adds to a model, with the options that :func:`dcafy.convert` has by default."""
+
+    topology: str
+    connections: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What was found in a network and what will be connected: immutable, printable, serialisable.
 
@@ -101,6 +110,7 @@ class Plan:
     ``skipped``    what was seen and will not be connected, with reasons
     ``islands``    paths of the submodules that were traced on their own (empty: the root was traced)
     ``model``      the model's name or class, for the reader
+    ``costs``      what each topology would add, as far as it was asked for
     """
 
     blocks: tuple[AttentionBlock, ...]
@@ -108,6 +118,7 @@ class Plan:
     skipped: tuple[Skipped, ...] = ()
     islands: tuple[str, ...] = ()
     model: str = ""
+    costs: tuple[Cost, ...] = ()
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -180,6 +191,7 @@ class Plan:
                 skipped=tuple(_record(Skipped, row) for row in data["skipped"]),
                 islands=tuple(_text(path) for path in data.get("islands", ())),
                 model=_text(data.get("model", "")),
+                costs=tuple(_record(Cost, row) for row in data.get("costs", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"This is not a plan written by Plan.to_dict: {error}.") from error

@@ -65,7 +65,8 @@ def _reported() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(exit_code(error)) from None
     except errors.DcafyError as error:
-        _complain(str(error))
+        translated = " On the command line that is --input-size CxHxW." if "example_inputs" in str(error) else ""
+        _complain(f"{error}{translated}")
         raise typer.Exit(exit_code(error)) from None
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
@@ -77,6 +78,13 @@ def _reported() -> Iterator[None]:
 
 def _complain(message: str) -> None:
     print(f"dcafy: error: {message}", file=sys.stderr)
+
+
+class _ToStderr(logging.Handler):
+    """What the package logs, one line each, on what is stderr at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"dcafy: {record.getMessage()}", file=sys.stderr)
 
 
 class _Commands(TyperGroup):
@@ -123,9 +131,7 @@ def dcafy(
     ] = False,
 ) -> None:
     """Connect the attention blocks of a trained network (DCANet)."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("dcafy: %(message)s"))
-    log.handlers, log.propagate = [handler], False
+    log.handlers, log.propagate = [_ToStderr()], False
     log.setLevel(logging.INFO)
 
 
@@ -233,10 +239,9 @@ def inspect_command(
     if as_json:
         print(json.dumps(plan_document(plan), indent=2))
     else:
-        from dcafy.tables import node_table, plan_tables, rendered
+        from dcafy.tables import written
 
-        tables = [*plan_tables(plan), *([node_table(plan)] if nodes else [])]
-        print(rendered(tables, colour=sys.stdout.isatty()), end="")
+        print(written(plan, nodes=nodes, terminal=sys.stdout.isatty()), end="")
     sys.stdout.flush()
     if not plan.blocks:
         raise errors.NoAttentionError(
@@ -251,10 +256,17 @@ def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
 
     from dcafy.sources import open_model
 
-    source = open_model(spec, on_meta=True, **how)
+    model = open_model(spec, on_meta=True, **how).model
     from dcafy.convert import inspect
 
-    return dataclasses.replace(inspect(source.model, example_inputs=example), model=spec)
+    try:
+        plan = inspect(model, example_inputs=example)
+    except (errors.TracingError, errors.InputError):
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        # Where the course of the forward depends on values, as in detectors, it takes values to look.
+        plan = inspect(open_model(spec, **how).model, example_inputs=example)
+    return dataclasses.replace(plan, model=spec)
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:

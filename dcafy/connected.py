@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -18,7 +18,10 @@ from torch.fx.node import map_aggregate
 from dcafy.blocks import Plan
 from dcafy.connection import Connection
 
-__all__ = ["ConnectedModule", "Connections", "Recipe"]
+__all__ = ["OWNER", "ConnectedModule", "Connections", "Recipe"]
+
+OWNER = "owner"
+"""The key, in ``node.meta``, of the path of the module whose forward made the node."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,15 @@ class Recipe:
     ``plan``      what was connected, with every link's settings filled in
     ``options``   the options of :func:`dcafy.convert`
     ``model``     ``torchvision:NAME`` or ``timm:NAME`` where known
+    ``arguments`` what the network is built with besides the name
+    ``inputs``    the example it was traced with, as :func:`dcafy.examples.as_data` writes it down
     """
 
     plan: Plan
     options: dict[str, Any]
     model: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    inputs: Any = None
 
 
 class Connections(nn.Module):
@@ -43,10 +50,11 @@ class Connections(nn.Module):
         self.recipe = recipe
         self.addresses: dict[str, str] = {}
 
-    def add(self, name: str, connection: Connection, *, at: str) -> str:
-        """Where the connection into block ``name`` went, as a path below ``dca``: ``at``, or close to it.
+    def add(self, names: dict[str, str], module: nn.Module, *, at: str) -> str:
+        """Where ``module`` went, as a path below ``dca``: ``at``, or close to it.
 
-        Outer blocks are to be added before inner ones.
+        ``names``: name of each connection in it -> its path inside the module. Outer blocks are to be
+        added before inner ones.
         """
         parent: nn.Module = self
         *containers, last = at.split(".")
@@ -58,12 +66,14 @@ class Connections(nn.Module):
             parent = parent.get_submodule(part)
             path.append(part)
         path.append(_free(parent, last))
-        parent.add_module(path[-1], connection)
-        self.addresses[name] = ".".join(path)
-        return self.addresses[name]
+        parent.add_module(path[-1], module)
+        address = ".".join(path)
+        for name, inner in names.items():
+            self.addresses[name] = f"{address}.{inner}" if inner else address
+        return address
 
     def connection(self, name: str) -> Connection:
-        """The connection into the block of that name."""
+        """The connection of that name: the name of the block that hears, as in :func:`dcafy.connections`."""
         found = self.get_submodule(self.addresses[name])
         assert isinstance(found, Connection)
         return found
@@ -87,6 +97,8 @@ class ConnectedModule(fx.GraphModule):
         for name in _GRAPH_STATE:
             if name in own:
                 self.__dict__[name] = own[name]
+        # Which class the network is of shows nowhere else: a GraphModule is a class of its own.
+        self.__dict__.setdefault("_converted_from", f"{type(host).__module__}.{type(host).__qualname__}")
         graph._tracer_cls = None
         self.graph = graph
 
@@ -144,13 +156,14 @@ class _Ref:
 
 
 def _rows(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """The graph as data: (op, name, target, args, kwargs), nodes as references."""
+    """The graph as data: (op, name, target, args, kwargs, owner), nodes as references."""
 
     def refer(value: Any) -> Any:
         return _Ref(value.name) if isinstance(value, fx.Node) else value
 
     return [
-        (n.op, n.name, n.target, map_aggregate(n.args, refer), map_aggregate(n.kwargs, refer)) for n in graph.nodes
+        (n.op, n.name, n.target, map_aggregate(n.args, refer), map_aggregate(n.kwargs, refer), n.meta.get(OWNER, ""))
+        for n in graph.nodes
     ]
 
 
@@ -161,8 +174,8 @@ def _graph_from(rows: list[tuple[Any, ...]]) -> fx.Graph:
     def resolve(value: Any) -> Any:
         return nodes[value.name] if isinstance(value, _Ref) else value
 
-    for op, name, target, args, kwargs in rows:
-        nodes[name] = graph.create_node(
-            op, target, map_aggregate(args, resolve), map_aggregate(kwargs, resolve), name=name
-        )
+    for op, name, target, args, kwargs, owner in rows:
+        node = graph.create_node(op, target, map_aggregate(args, resolve), map_aggregate(kwargs, resolve), name=name)
+        node.meta[OWNER] = owner
+        nodes[name] = node
     return graph

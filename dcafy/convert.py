@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,15 @@ from torch import Tensor, fx, nn
 
 from dcafy.blocks import Link, Plan
 from dcafy.connected import Recipe
-from dcafy.connection import CHANNEL_MATCHES, SCHEMAS, SPATIAL_MATCHES
-from dcafy.emit import Settings, connect, connected_modules
-from dcafy.errors import InputError, NoAttentionError, PlanError, UsageError, VerificationError
-from dcafy.examples import real_inputs
+from dcafy.connection import INEXACT_SCHEMAS
+from dcafy.emit import connect, connected_modules
+from dcafy.errors import InputError, NoAttentionError, PlanError, VerificationError
+from dcafy.examples import as_data, real_inputs
+from dcafy.insert import insert
+from dcafy.settings import Settings
 from dcafy.survey import Survey, survey
-from dcafy.trace.recorder import shared_copy
+from dcafy.topology import costs, shaped
+from dcafy.trace.recorder import one_line, shared_copy
 
 __all__ = ["convert", "inspect"]
 
@@ -37,7 +41,8 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     >>> len(plan.blocks), len(plan.links)
     (9, 8)
     """
-    return survey(model, example_inputs).plan
+    known = survey(model, example_inputs)
+    return dataclasses.replace(known.plan, costs=costs(known.plan, known, Settings()))
 
 
 def convert(
@@ -50,6 +55,10 @@ def convert(
     reduction: int = 16,
     min_hidden: int = 8,
     spatial_match: str = "avg",
+    dimension: str = "all",
+    topology: str = "chain",
+    attention: str | None = None,
+    attention_reduction: int = 16,
     copy: bool = True,
     verify: bool = True,
 ) -> fx.GraphModule:
@@ -58,10 +67,16 @@ def convert(
     Every connection starts at α = 1, β = 0 (paper eq. 3), where its output is G itself.
 
     ``plan``: from :func:`inspect`, perhaps edited; a link's own settings beat the options given here.
-    ``schema``: the form of f. ``channel_match``: ``fc2`` or ``fc1``, where widths differ (paper 3.3);
-    ``reduction`` and ``min_hidden`` set the hidden width of ``fc2``. ``spatial_match``: ``avg``.
+    ``schema``: the form of f: ``direct``, ``weighted`` or ``softmax`` (paper 3.2).
+    ``channel_match``: ``fc2`` or ``fc1``, where widths differ (paper 3.3); ``reduction`` and ``min_hidden`` set the
+    hidden width of ``fc2``. ``spatial_match``: ``avg``, ``max`` or ``conv``, where sizes differ.
+    ``dimension``: ``channel``, ``spatial`` or ``all`` (paper 4.2: DCA-C, DCA-S, DCA-All).
+    ``topology``: ``chain``, or ``dense`` where each block hears all earlier ones that reach it.
+    ``attention``: a network without attention is given this one first, as :func:`dcafy.insert` does it, with
+    ``attention_reduction`` for its bottleneck.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
-    ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical.
+    ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` is
+    not the identity at the start: a warning tells how far the outputs have moved.
 
     Raises ``NoAttentionError`` where there is nothing to connect, ``PlanError`` for a plan that does not
     fit, ``VerificationError``, and what :func:`inspect` raises; ``model`` is as it was in every case.
@@ -73,34 +88,29 @@ def convert(
     >>> torch.equal(connected(x), model(x))
     True
     """
-    settings = _settings(schema, channel_match, reduction, min_hidden, spatial_match)
+    settings = Settings(schema, channel_match, reduction, min_hidden, spatial_match)
+    settings.check()
+    original = model
+    if attention is not None:
+        model = insert(model, attention, reduction=attention_reduction, example_inputs=example_inputs, copy=copy)
+        copy = False  # it is a copy already
     known = survey(model, example_inputs)
     _refuse_connected(model)
     if verify and any(p.device.type == "meta" for p in model.parameters()):
         raise InputError("A model on the meta device computes nothing to compare. Pass verify=False.")
     chosen = _checked(known.plan if plan is None else plan, known)
+    chosen = shaped(chosen, known, dimension=dimension, topology=topology)
     if not chosen.links:
         raise NoAttentionError(_nothing_to_connect(chosen))
     chosen = _with_settings(chosen, settings)
     with _preserved_rng(model):
         converted = _connected(model, known, chosen, settings, copy)
-        if verify:
-            _verify(model, converted, known.inputs)
+        inexact = sorted({str(link.schema) for link in chosen.links} & INEXACT_SCHEMAS)
+        if inexact:
+            _tell_drift(inexact[0], original, converted, known.inputs if verify else None)
+        elif verify:
+            _verify(original, converted, known.inputs)
     return converted  # type: ignore[return-value]
-
-
-def _settings(schema: str, channel_match: str, reduction: int, min_hidden: int, spatial_match: str) -> Settings:
-    for name, value, known in (
-        ("schema", schema, SCHEMAS),
-        ("channel_match", channel_match, CHANNEL_MATCHES),
-        ("spatial_match", spatial_match, SPATIAL_MATCHES),
-    ):
-        if value not in known:
-            raise UsageError(f"{name}={value!r} is not known. Use one of: {', '.join(sorted(known))}.")
-    for name, number in (("reduction", reduction), ("min_hidden", min_hidden)):
-        if not isinstance(number, int) or number < 1:
-            raise UsageError(f"{name} must be a whole number of at least 1, not {number!r}.")
-    return Settings(schema, channel_match, reduction, min_hidden, spatial_match)
 
 
 def _refuse_connected(model: nn.Module) -> None:
@@ -111,6 +121,10 @@ def _refuse_connected(model: nn.Module) -> None:
 
 
 def _checked(plan: Plan, known: Survey) -> Plan:
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"plan must be a dcafy.Plan, not {type(plan).__name__}: take the one that dcafy.inspect(model) gives, or read a dict with dcafy.Plan.from_dict."
+        )
     names = [block.name for block in known.plan.blocks]
     for link in plan.links:
         for name in (link.source, link.target):
@@ -123,10 +137,18 @@ def _checked(plan: Plan, known: Survey) -> Plan:
             raise PlanError(f"The plan links {link.source!r} to {link.target!r}, which data meets before it.")
         if not any(link.source in region and link.target in region for region in known.regions):
             raise PlanError(f"{link.source!r} and {link.target!r} lie in different islands, which share no graph.")
-    heard = [link.target for link in plan.links]
-    twice = next((name for name in heard if heard.count(name) > 1), None)
+    for name in {name for link in plan.links for name in (link.source, link.target)}:
+        ours, theirs = known.plan.block(name), next((b for b in plan.blocks if b.name == name), None)
+        for fact in ("dimension", "channels", "gate", "fusion_kind") if theirs else ():
+            if getattr(theirs, fact) != getattr(ours, fact):
+                raise PlanError(
+                    f"The plan was made for another network: its block {name!r} has {fact} {getattr(theirs, fact)!r}, "
+                    f"this model's {getattr(ours, fact)!r}. Make the plan with dcafy.inspect(model)."
+                )
+    heard = [(link.source, link.target) for link in plan.links]
+    twice = next((pair for pair in heard if heard.count(pair) > 1), None)
     if twice:
-        raise PlanError(f"The plan has {heard.count(twice)} links into {twice!r}; a block hears one earlier block.")
+        raise PlanError(f"The plan links {twice[0]!r} to {twice[1]!r} more than once.")
     return plan
 
 
@@ -142,19 +164,28 @@ def _nothing_to_connect(plan: Plan) -> str:
     if not plan.blocks:
         what = f"{plan.model or 'The model'} has no attention block that could be connected."
     else:
-        what = f"{plan.model or 'The model'} has {len(plan.blocks)} attention block(s), but none that follows another."
-    skipped = "".join(f"\n  skipped {item.name}: {item.reason}" for item in plan.skipped)
+        names = _few([block.name for block in plan.blocks])
+        what = f"{plan.model or 'The model'} has attention ({names}), but no block that could hear an earlier one."
+    reasons: dict[str, list[str]] = {}
+    for item in plan.skipped:
+        reasons.setdefault(item.reason, []).append(item.name)
+    skipped = "".join(f"\n  skipped {_few(names)}: {reason}" for reason, names in reasons.items())
     return (
-        f"{what}{skipped}\nAttention can be added to a network before converting it: put a module such as "
-        "torchvision.ops.SqueezeExcitation at the end of each residual branch, and train or load it."
+        f"{what}{skipped}\nAttention can be added to a network before converting it: dcafy.insert(model, 'se') puts it "
+        "at the end of each residual branch, and dcafy.convert(model, attention='se') does both."
     )
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _connected(model: nn.Module, known: Survey, plan: Plan, settings: Settings, copy: bool) -> nn.Module:
     import copy as copying
 
     host = copying.deepcopy(model) if copy else shared_copy(model)
-    recipe = Recipe(plan, dataclasses.asdict(settings))
+    recipe = Recipe(plan, dataclasses.asdict(settings), inputs=as_data(known.inputs))
     for region in known.regions:
         links: tuple[Link, ...] = tuple(link for link in plan.links if link.target in region)
         if not links:
@@ -178,7 +209,14 @@ def _preserved_rng(model: nn.Module) -> Iterator[None]:
 def _verify(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Raises unless both give bit-identical outputs in eval mode."""
     example = real_inputs(inputs, model)
-    expected, actual = _output(model, example), _output(converted, example)
+    try:
+        expected = _output(model, example)
+    except Exception as error:  # any forward may refuse its input in any way
+        raise InputError(
+            f"{type(model).__name__} does not run on the example input: {one_line(error)}. "
+            "Pass example_inputs that it accepts."
+        ) from error
+    actual = _output(converted, example)
     for ours, theirs in zip(_tensors(actual), _tensors(expected), strict=True):
         if not torch.equal(ours, theirs) and not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
             raise VerificationError(
@@ -186,6 +224,18 @@ def _verify(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]) -> 
                 "on the example. If the model draws random numbers in eval mode, that is expected: "
                 "pass verify=False. If not, please report it with the model's code."
             )
+
+
+def _tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...] | None) -> None:
+    """Warns that a schema is not the identity at the start, and tells by how much where ``inputs`` are given."""
+    message = f"The schema {schema!r} is not the identity at α = 1, β = 0, so that the outputs have moved"
+    if inputs is not None:
+        example = real_inputs(inputs, model)
+        pairs = zip(_tensors(_output(model, example)), _tensors(_output(converted, example)), strict=True)
+        drifts = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in pairs if a.is_floating_point()]
+        drift, largest = max(drifts)
+        message += f": by up to {drift:.3g} on the example, where the largest output is {largest:.3g}"
+    warnings.warn(f"{message}. Train before you use it.", stacklevel=3)
 
 
 def _output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -216,4 +266,3 @@ def _tensors(value: Any) -> list[Tensor]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [t for f in dataclasses.fields(value) for t in _tensors(getattr(value, f.name))]
     return []
-

@@ -10,43 +10,25 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from dcafy.blocks import Link
-from dcafy.connected import ConnectedModule, Connections, Recipe
-from dcafy.connection import Connection, channel_match, spatial_match
-from dcafy.errors import InputError, PlanError
+from dcafy.connected import OWNER, ConnectedModule, Connections, Recipe
+from dcafy.connection import Connection
+from dcafy.errors import InputError
 from dcafy.find import Found
-from dcafy.link import Carried, Unlinkable, mismatch
+from dcafy.link import Carried
 from dcafy.ops import Op, alters_argument, op_of
 from dcafy.survey import Region
 from dcafy.trace.fold import Folded
+from dcafy.wiring import Wire, wires
 
-__all__ = ["Settings", "connect", "connections", "freeze_base", "parameter_groups", "revert"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of a conversion that a link may override."""
-
-    schema: str = "direct"
-    channel_match: str = "fc2"
-    reduction: int = 16
-    min_hidden: int = 8
-    spatial_match: str = "avg"
-
-    def complete(self, link: Link) -> Link:
-        """The link with every setting that it leaves open filled in."""
-        own = {f.name: getattr(link, f.name) for f in dataclasses.fields(self)}
-        given = dataclasses.asdict(self)
-        return dataclasses.replace(link, **{name: given[name] if value is None else value for name, value in own.items()})
+__all__ = ["connect", "connections", "freeze_base", "parameter_groups", "revert"]
 
 
 def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Recipe) -> ConnectedModule:
@@ -56,46 +38,28 @@ def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Re
     """
     folded = region.fold(links)
     dca = Connections(recipe)
-    for link in sorted(links, key=lambda link: link.target.count(".")):
-        dca.add(link.target, _connection(region, link, host), at=region.local(link.target))
+    into = {
+        target: tuple(link for link in links if link.target == target)
+        for target in dict.fromkeys(link.target for link in links)
+    }
+    made = {target: wires(region, group, _place(region.local(target), host)) for target, group in into.items()}
+    places = {}
+    for target in sorted(into, key=lambda target: target.count(".")):
+        for wire in made[target]:
+            at = ".".join(part for part in (region.local(target), wire.suffix) if part)
+            places[id(wire)] = dca.add(wire.names, wire.module, at=at)
     passes = _Insertion(region, folded)
-    for link in sorted(links, key=lambda link: region.order[region[link.target].contexts[0]]):
-        passes.insert(link, f"dca.{dca.addresses[link.target]}")
+    for target in sorted(into, key=lambda target: region.order[region[target].contexts[0]]):
+        for wire in made[target]:
+            passes.insert(into[target], wire, f"dca.{places[id(wire)]}")
+            dca.addresses.update({name: dca.addresses.pop(name) for name in wire.names})  # in the order of the data
     passes.graph.lint()
     for node in passes.graph.nodes:
-        node.meta = {}
+        node.meta = {OWNER: node.meta.get(OWNER, "")}  # values are of the example and of no use to anybody else
     dca.train(host.training)
     host.add_module("dca", dca)
     _report_bypassed_hooks(host, folded.entered)
     return ConnectedModule(host, passes.graph, class_name=type(host).__name__)
-
-
-def _connection(region: Region, link: Link, host: nn.Module) -> Connection:
-    source, target = region[link.source], region[link.target]
-    passed = region.carried[link.source]
-    reason = str(passed) if isinstance(passed, Unlinkable) else mismatch(passed, source, target)
-    if reason or isinstance(passed, Unlinkable):
-        raise PlanError(f"{link.target} cannot hear {link.source}: {reason}. Leave the link out of the plan.")
-    if source.block.dimension != target.block.dimension:
-        raise PlanError(f"{link.target} varies over {target.block.dimension}, {link.source} over {source.block.dimension}.")
-    place = _place(region.local(target.name), host)
-    return Connection(
-        target.block.dimension,
-        _match(passed, target, link, place),
-        schema=link.schema or "direct",
-        bounded=passed.kind == "product",
-        source_axis=source.axis,
-        target_axis=target.axis,
-        **place,
-    )
-
-
-def _match(passed: Carried, target: Found, link: Link, place: dict[str, Any]) -> nn.Module:
-    assert link.channel_match and link.spatial_match and link.reduction and link.min_hidden
-    if target.block.dimension == "channel":
-        sizes = {"reduction": link.reduction, "min_hidden": link.min_hidden}
-        return channel_match(link.channel_match, passed.channels, target.block.channels, **sizes, **place)
-    return spatial_match(link.spatial_match, passed.size or (), target.block.size or ())
 
 
 def _place(name: str, host: nn.Module) -> dict[str, Any]:
@@ -127,11 +91,15 @@ class _Insertion:
         self._kept: dict[fx.Node, fx.Node] = {}
         self._fused: dict[str, tuple[fx.Node, ...]] = {}
 
-    def insert(self, link: Link, path: str) -> None:
-        """One call of the connection per extraction output of the block that hears."""
-        source, target = self.region[link.source], self.region[link.target]
-        for i, context in enumerate(target.contexts):
-            passed = self._passed(source, i, context)
+    def insert(self, links: tuple[Link, ...], wire: Wire, path: str) -> None:
+        """One call of the module per extraction output that it is for."""
+        target = self.region[links[0].target]
+        for i in wire.contexts:
+            context = target.contexts[i]
+            passed: tuple[fx.Node | None, ...] = ()
+            for link in links:
+                heard = self._passed(self.region[link.source], i, context)
+                passed += heard if len(links) == 1 else (*heard, None)[:2]
             own = self.image[context]
             readers = [user for user in own.users if self._transforms(user, target)]
             with self.graph.inserting_after(own):
@@ -147,6 +115,8 @@ class _Insertion:
         carried = self.region.carried[source.name]
         assert isinstance(carried, Carried)
         nearest = min(i, len(source.contexts) - 1)
+        if carried.kind == "branches":
+            return (self._readable(carried.maps[i], reader), self._readable(source.contexts[i], reader))
         if carried.kind == "fused":
             return (self._extract_again(source, carried)[nearest],)
         if carried.kind == "map":
@@ -191,7 +161,8 @@ class _Insertion:
     def _extract_again(self, source: Found, carried: Carried) -> tuple[fx.Node, ...]:
         """The earlier block's extraction on its fused output, made once for all who hear it."""
         if source.name not in self._fused:
-            assert carried.source is not None and carried.fused_output is not None
+            assert carried.source is not None
+            assert carried.fused_output is not None
             copies = {carried.source: self.image[carried.fused_output]}
             last = copies[carried.source]
             for node in carried.extraction:
@@ -234,14 +205,12 @@ def _require_connected(model: nn.Module) -> list[tuple[str, nn.Module, Connectio
 def connections(model: nn.Module) -> dict[str, Connection]:
     """Name of the receiving block -> its :class:`Connection`, in the order data meets them.
 
+    A block that hears several others has one under ``name<-source`` for each; a block with one map per branch (SK)
+    has one under ``name[0]``, ``name[1]``, ... for each branch.
+
     Raises ``InputError`` for a model that was not converted.
     """
-    return {
-        link.target: dca.connection(link.target)
-        for _, _, dca in _require_connected(model)
-        for link in dca.recipe.plan.links
-        if link.target in dca.addresses
-    }
+    return {name: dca.connection(name) for _, _, dca in _require_connected(model) for name in dca.addresses}
 
 
 def parameter_groups(
@@ -276,10 +245,21 @@ def freeze_base(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(id(parameter) in own)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
-            # On the instance, so that the class stays the user's; a partial, so that it can be pickled.
-            module.__dict__["train"] = functools.partial(_stay_in_eval, module)
+            keep_in_eval(module)
     return model
+
+
+def keep_in_eval(module: nn.Module) -> None:
+    """Puts ``module`` in eval mode, where it stays through ``.train()``."""
+    module.eval()
+    # On the instance, so that the class stays the user's; a partial, so that it can be pickled.
+    module.__dict__["train"] = functools.partial(_stay_in_eval, module)
+
+
+def stays_in_eval(module: nn.Module) -> bool:
+    """Whether :func:`keep_in_eval` was called on ``module``."""
+    own = module.__dict__.get("train")
+    return isinstance(own, functools.partial) and own.func is _stay_in_eval
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:

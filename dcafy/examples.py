@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dcafy.errors import InputError
 
-__all__ = ["as_inputs", "guesses", "probe", "real_inputs"]
+__all__ = ["as_data", "as_inputs", "from_data", "guesses", "probe", "real_inputs"]
 
 _SIDES = {1: (16000, 4096, 1024, 256), 2: (224, 256, 299, 320, 384, 512, 128, 96, 64, 32), 3: (112, 64, 224, 32)}
 """Usual lengths, image sides and frame sides, most usual first."""
@@ -74,9 +75,76 @@ def real_inputs(inputs: Any, model: nn.Module) -> Any:
             return torch.rand(value.shape, generator=generator).to(device=device, dtype=value.dtype)
         if isinstance(value, tuple | list):
             return type(value)(fill(item) for item in value)
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
         return value
 
     return fill(inputs)
+
+
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "list": list}
+
+_DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+
+_MOST = 2**31
+"""Elements that described inputs may have: some networks can only be looked at by running them."""
+
+
+def as_data(inputs: Any) -> Any:
+    """The shapes, dtypes and plain values of ``inputs`` as JSON-ready data; ``None`` for any other kind.
+
+    >>> as_data((torch.empty(2, 3, 224, 224), None))
+    {'tuple': [{'tensor': {'shape': [2, 3, 224, 224], 'dtype': 'float32'}}, {'value': None}]}
+    """
+    if sum(value.numel() for value in _tensors(inputs)) > _MOST:
+        return None
+    try:
+        return _written(inputs)
+    except TypeError:
+        return None
+
+
+def _written(value: Any) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        return {"tensor": {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}}
+    for name, kind in _SEQUENCES.items():
+        if type(value) is kind:
+            return {name: [_written(item) for item in value]}
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _written(item) for key, item in value.items()}}
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return {"value": value}
+    raise TypeError(f"a {type(value).__name__} cannot be written down")
+
+
+def from_data(data: Any) -> tuple[Any, ...]:
+    """The inputs that :func:`as_data` wrote down, as meta tensors; ``ValueError`` where it did not write this."""
+    try:
+        inputs = _restored(data)
+    except RuntimeError as error:  # a shape beyond all bounds, or lists in lists without end
+        raise ValueError(str(error)[:80]) from error
+    if not isinstance(inputs, tuple) or not any(True for _ in _tensors(inputs)):
+        raise ValueError("the inputs are no tuple with a tensor in it")
+    if sum(value.numel() for value in _tensors(inputs)) > _MOST:
+        raise ValueError("the inputs are too large")
+    return inputs
+
+
+def _restored(data: Any) -> Any:
+    if not isinstance(data, dict) or len(data) != 1:
+        raise ValueError("an input is described by one entry: tensor, tuple, list, dict or value")
+    ((kind, value),) = data.items()
+    if kind in _SEQUENCES and isinstance(value, list):
+        return _SEQUENCES[kind](_restored(item) for item in value)
+    if kind == "dict" and isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if kind == "value" and not isinstance(value, dict | list):
+        return value
+    if kind == "tensor" and isinstance(value, dict) and set(value) == {"shape", "dtype"}:
+        shape, dtype = value["shape"], _DTYPES.get(str(value["dtype"]))
+        if isinstance(shape, list) and all(type(n) is int and 0 < n < 2**31 for n in shape) and dtype is not None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+    raise ValueError(f"{str(data)[:60]} describes no input")
 
 
 def guesses(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
@@ -92,7 +160,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         shape = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
         if isinstance(shape, tuple | list) and all(isinstance(n, int) for n in shape):
             yield tuple(shape)
-    first = next((m for m in model.modules() if isinstance(m, tuple(_CONVOLUTIONS) + (nn.Linear,))), None)
+    first: Any = next((m for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear))), None)
     if isinstance(first, nn.Linear):
         yield (first.in_features,)
         yield (16, first.in_features)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 
 from dcafy.blocks import AttentionBlock, Dimension, FusionKind, Gate
+from dcafy.connected import OWNER
 from dcafy.ops import Op, gate_of, op_name, op_of
-from dcafy.trace.recorder import OWNER
 from dcafy.trace.values import node_value, tensors_in
 
-__all__ = ["Found", "ROOT_NAME", "find"]
+__all__ = ["ROOT_NAME", "Found", "find"]
 
 ROOT_NAME = "root"
 """The name of a block that the network's own forward holds."""
@@ -43,6 +43,7 @@ class Found:
     ``map``        the node that is T
     ``fusions``    the products or sums in which T meets X
     ``between``    the transformation: every node from G (excluded) to T
+    ``bounded``    whether T itself is bounded
     ``axis``       where G has its channels: 1, -1, or ``None`` where it has no channel axis
     """
 
@@ -52,6 +53,7 @@ class Found:
     fusions: tuple[fx.Node, ...]
     between: frozenset[fx.Node]
     axis: int | None
+    bounded: bool
 
     @property
     def name(self) -> str:
@@ -134,7 +136,8 @@ class _Finder:
         pairs.sort(key=lambda pair: self.sizes[self._core(pair[0])])
         for small, large in pairs:
             core = self._core(small)
-            if self.sizes[core] > self.sizes[large] or small is large:
+            least = self.sizes[core] + 1 if _is_vector(node_value(core)) else self.sizes[core]
+            if self.sizes[large] < least or small is large:
                 continue
             for ratio in RATIOS:
                 walk = _Walk(ratio, large)
@@ -152,7 +155,8 @@ class _Finder:
             return "mul", tensors[1:]
         if len(tensors) != 2:
             return None, []
-        if self.ops[node] is Op.MULTIPLY or (name == "einsum" and self.sizes[node] == max(map(self.sizes.get, tensors))):  # type: ignore[type-var, arg-type]
+        largest = max(self.sizes[n] for n in tensors)
+        if self.ops[node] is Op.MULTIPLY or (name == "einsum" and self.sizes[node] == largest):
             return "mul", tensors
         return ("add", tensors) if self.ops[node] is Op.ADD else (None, [])
 
@@ -168,10 +172,16 @@ class _Finder:
     def _first_tensor(self, node: fx.Node) -> fx.Node | None:
         return next((n for n in node.all_input_nodes if self.sizes[n]), None)
 
+    def _is_connection(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and getattr(self.modules.get(str(node.target)), "is_connection", False)
+
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         # A connection that dcafy made takes (G, T, G): the block's own extraction is its first argument.
-        if node.op == "call_module" and getattr(self.modules.get(str(node.target)), "is_connection", False):
+        if self._is_connection(node):
             return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+        if self.ops[node] in (Op.LAYOUT, Op.EXPAND):  # x.expand_as(y) holds nothing of y
+            first = self._first_tensor(node)
+            return [first] if first in self.depends else []
         return [n for n in node.all_input_nodes if n in self.depends]
 
     # -- the walk --------------------------------------------------------------------------------
@@ -209,9 +219,7 @@ class _Finder:
             return True
         return self._pass(node, ref, walk, maps, inputs)
 
-    def _pass(
-        self, node: fx.Node, ref: float, walk: _Walk, maps: frozenset[fx.Node], inputs: list[fx.Node]
-    ) -> bool:
+    def _pass(self, node: fx.Node, ref: float, walk: _Walk, maps: frozenset[fx.Node], inputs: list[fx.Node]) -> bool:
         walk.between.add(node)
         if len(walk.between) > REACH:
             return False
@@ -242,9 +250,7 @@ class _Finder:
         A convolution to one channel may be the extraction itself (spatial squeeze-excite), where nothing
         behind it reduces.
         """
-        full = any(
-            self.sizes[n] >= self.sizes[walk.other] and _positions(n) >= _positions(walk.other) for n in inputs
-        )
+        full = any(self.sizes[n] >= self.sizes[walk.other] and _positions(n) >= _positions(walk.other) for n in inputs)
         if not full:
             snapshot = (set(walk.frontier), set(walk.between), dict(walk.verdicts), walk.local)
             if self._pass(node, ref, walk, maps, inputs):
@@ -252,7 +258,12 @@ class _Finder:
             walk.frontier, walk.between, walk.verdicts, walk.local = snapshot
         value, source = node_value(node), node_value(inputs[0])
         squeezes = isinstance(value, Tensor) and isinstance(source, Tensor) and value.ndim == source.ndim >= 3
-        if squeezes and _positions(node) > 1 and value.numel() * 2 <= source.numel() and 1 in (value.shape[1], value.shape[-1]):
+        if (
+            squeezes
+            and _positions(node) > 1
+            and value.numel() * 2 <= source.numel()
+            and 1 in (value.shape[1], value.shape[-1])
+        ):
             walk.local = True
             return self._mark(node, walk)
         return False
@@ -296,13 +307,16 @@ class _Finder:
             return [self._block(contexts, first.map, fusions, first.between - frontier, first.kind)]
         parts = []
         for contexts in by_dimension.values():
-            between = self._reached_only_from(set(contexts), frontier, first.between)
-            top = max(between | set(contexts), key=self.order.__getitem__)
-            parts.append(self._block(contexts, self._core(top), fusions, frozenset(between), first.kind))
+            own = self._reached_only_from(set(contexts), frontier, first.between)
+            top = max(own | set(contexts), key=self.order.__getitem__)
+            shared = first.between - self._reached_only_from(frontier - set(contexts), frontier, first.between)
+            part = self._block(contexts, self._core(top), fusions, shared - frontier, first.kind)
+            # The part is passed on from before the two were joined, where no gate has bounded it yet.
+            parts.append(dataclasses.replace(part, bounded=any(gate_of(n, self.modules) for n in own)))
         return parts
 
     def _reached_only_from(
-        self, contexts: set[fx.Node], frontier: frozenset[fx.Node], between: frozenset[fx.Node]
+        self, contexts: set[fx.Node] | frozenset[fx.Node], frontier: frozenset[fx.Node], between: frozenset[fx.Node]
     ) -> frozenset[fx.Node]:
         others = frontier - contexts
         tainted, own = set(others), set(contexts)
@@ -352,7 +366,7 @@ class _Finder:
             transformation=tuple(n.name for n in visible),
             fusion=tuple(n.name for n in fusions),
         )
-        return Found(block, tuple(contexts), map_, fusions, between, axis)
+        return Found(block, tuple(contexts), map_, fusions, between, axis, block.bounded)
 
     def _extraction(self, contexts: list[fx.Node]) -> set[fx.Node]:
         """The contexts, what they concatenate, and the weights of a soft pooling (GC's mask)."""
@@ -362,18 +376,21 @@ class _Finder:
             node = pending.pop()
             op = self.ops[node]
             for source in self._inputs(node):
-                weights = op is Op.CONTRACT or (op is Op.REDUCE and self.ops[source] is Op.MULTIPLY)
+                weighted = self.ops[source] is Op.MULTIPLY and len(source.users) == 1
+                weights = op is Op.CONTRACT or (op is Op.REDUCE and weighted)
                 inside = op in (Op.JOIN, Op.SLICE, Op.LAYOUT, Op.GATE, Op.MULTIPLY) and source.op != "placeholder"
                 if op is Op.PARAMETRIC or not (weights or inside) or source in nodes:
                     continue
                 if self._is_extraction_step(source):
                     nodes.add(source)
                     pending.append(source)
-        return {n for n in nodes if self.ops[n] is not Op.LAYOUT or n in contexts}
+        return {n for n in nodes if self.ops[n] not in (Op.LAYOUT, Op.SLICE) or n in contexts}
 
     def _is_extraction_step(self, node: fx.Node) -> bool:
         """Part of the pooling rather than of X: a reduction, softmax weights, a 1-channel mask."""
         op = self.ops[node]
+        if op is Op.SLICE:
+            return any(self.ops[source] in _REDUCES for source in self._inputs(node))
         if op in _REDUCES or op is Op.MULTIPLY or gate_of(node, self.modules) == "softmax":
             return True
         value = node_value(node)
@@ -418,7 +435,8 @@ class _Finder:
 
     def _home(self, nodes: list[fx.Node]) -> str:
         """The path of the innermost module that holds all of ``nodes``."""
-        paths = [str(n.target) if n.op == "call_module" else str(n.meta.get(OWNER, "")) for n in nodes]
+        own = [n for n in nodes if not self._is_connection(n)]
+        paths = [str(n.target) if n.op == "call_module" else str(n.meta.get(OWNER, "")) for n in own]
         common = paths[0].split(".")
         for path in paths[1:]:
             parts = path.split(".")

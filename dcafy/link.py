@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -13,7 +13,7 @@ from dcafy.find import Found
 from dcafy.ops import Op, alters_argument, op_of
 from dcafy.trace.values import Evaluator, node_value, tensors_in
 
-__all__ = ["Carried", "Unlinkable", "carried_by", "chains", "mismatch", "predecessors"]
+__all__ = ["Carried", "Unlinkable", "branch_maps", "carried_by", "chains", "earlier", "mismatch", "predecessors"]
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,19 @@ class Carried:
     ``fused``     the extraction once more, on the fused output: T has a branch dimension or another width
                   than G, so that T ⊙ G has no meaning (SK, split attention, LR-ASPP)
 
+    ``branches``  Tᵢ ⊙ Gᵢ, once per branch: there is a map and a descriptor of each (SK as the paper has it)
+
+    ``maps`` holds each branch's map, in the order of the block's extraction outputs, for ``branches``;
     ``fused_output`` and ``extraction`` (with ``source``, which it is to be replaced by) say how, for ``fused``.
     """
 
-    kind: Literal["product", "map", "fused"]
+    kind: Literal["product", "map", "fused", "branches"]
     channels: int
     size: tuple[int, ...] | None
     source: fx.Node | None = None
     fused_output: fx.Node | None = None
     extraction: tuple[fx.Node, ...] = ()
+    maps: tuple[fx.Node, ...] = ()
 
 
 class Unlinkable(Exception):
@@ -42,6 +46,11 @@ class Unlinkable(Exception):
 
 def predecessors(graph: fx.Graph, model: nn.Module, found: tuple[Found, ...]) -> dict[str, str]:
     """Block name -> the nearest earlier block of its dimension whose fused output reaches it."""
+    return {target: sources[-1] for target, sources in earlier(graph, model, found).items()}
+
+
+def earlier(graph: fx.Graph, model: nn.Module, found: tuple[Found, ...]) -> dict[str, tuple[str, ...]]:
+    """Block name -> all earlier blocks of its dimension whose fused outputs reach it, nearest last."""
     modules = dict(model.named_modules())
     bit = {node: 1 << i for i, block in enumerate(found) for node in block.fusions}
     bits: dict[fx.Node, int] = {}
@@ -56,19 +65,19 @@ def predecessors(graph: fx.Graph, model: nn.Module, found: tuple[Found, ...]) ->
         if alters_argument(node, modules) and node.args and isinstance(node.args[0], fx.Node):
             reach[node.args[0]] |= reach[node]  # whoever reads the altered tensor later hears it, too
         bits[node] = reach[node]
-    heard: dict[str, str] = {}
+    heard: dict[str, tuple[str, ...]] = {}
     for block in found:
         reaching = 0
         for context in block.contexts:
             for source in context.all_input_nodes:
                 reaching |= bits[source]
-        earlier = [
-            other
+        before = tuple(
+            other.name
             for i, other in enumerate(found)
             if reaching >> i & 1 and other is not block and other.block.dimension == block.block.dimension
-        ]
-        if earlier:
-            heard[block.name] = earlier[-1].name
+        )
+        if before:
+            heard[block.name] = before
     return heard
 
 
@@ -103,6 +112,8 @@ def chains(
 
 def mismatch(passed: Carried, source: Found, target: Found) -> str | None:
     """Why ``passed`` cannot be brought to the size of the target's G, or ``None`` where it can."""
+    if passed.kind == "branches" and len(passed.maps) != len(branch_maps(target)):
+        return f"it has a map for each of its {len(passed.maps)} branches, and this block has no such branches"
     if target.block.dimension == "channel":
         return None
     ours, theirs = target.block.channels, passed.channels
@@ -125,8 +136,11 @@ def carried_by(found: Found, graph: fx.Graph, model: nn.Module, evaluator: Evalu
     context, map_ = node_value(found.contexts[0]), node_value(found.map)
     if not isinstance(map_, Tensor) or not isinstance(context, Tensor):
         return Unlinkable("its attention map is not one tensor")
-    if not found.block.bounded:
+    if not found.bounded:
         return _unbounded(found, map_)
+    maps = branch_maps(found)
+    if maps and found.block.dimension == "channel":
+        return Carried("branches", found.block.channels, None, maps=maps)
     if _same_extent(found, map_, context):
         channels = found.block.channels
         return Carried("product", channels, found.block.size)
@@ -134,6 +148,22 @@ def carried_by(found: Found, graph: fx.Graph, model: nn.Module, evaluator: Evalu
         return _Refusion(found, graph, model, evaluator).carried()
     except Unlinkable as reason:
         return reason
+
+
+def branch_maps(found: Found) -> tuple[fx.Node, ...]:
+    """The map of each branch, in the order of the extraction outputs; empty for a block without such branches.
+
+    A branch has a fusion of its own, and a descriptor of its own that is extracted from the very tensor it fuses.
+    """
+    maps = []
+    for context in found.contexts:
+        sources = set(context.all_input_nodes)
+        fusions = [f for f in found.fusions if not sources.isdisjoint(f.all_input_nodes)]
+        own = [n for f in fusions for n in f.all_input_nodes if n not in sources]
+        if len(fusions) != 1 or len(own) != 1 or node_value(own[0]).numel() != node_value(context).numel():
+            return ()
+        maps.append(own[0])
+    return tuple(maps) if len(set(maps)) == len(found.fusions) > 1 else ()
 
 
 def _unbounded(found: Found, map_: Tensor) -> Carried | Unlinkable:
@@ -244,8 +274,8 @@ class _Refusion:
                 return node
         raise Unlinkable("its fused output has other axes than what it extracts from")
 
-    def _evaluate(self, source: fx.Node, steps: tuple[fx.Node, ...], fused: fx.Node) -> dict[fx.Node, object]:
-        values: dict[fx.Node, object] = {source: node_value(fused)}
+    def _evaluate(self, source: fx.Node, steps: tuple[fx.Node, ...], fused: fx.Node) -> dict[fx.Node, Any]:
+        values: dict[fx.Node, Any] = {source: node_value(fused)}
         for node in steps:
             args = map_arg(node.args, lambda n: values.get(n, node_value(n)))
             kwargs = map_arg(node.kwargs, lambda n: values.get(n, node_value(n)))

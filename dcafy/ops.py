@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from dcafy.blocks import Gate
 
-__all__ = ["Op", "alters_argument", "gate_of", "has_parameters", "op_of", "op_name"]
+__all__ = ["Op", "alters_argument", "gate_of", "has_parameters", "op_name", "op_of"]
 
 
 class Op(enum.Enum):

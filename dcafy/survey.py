@@ -18,6 +18,7 @@ from dcafy.errors import InputError, TracingError
 from dcafy.examples import as_inputs, guesses, probe
 from dcafy.find import Found, find
 from dcafy.link import Carried, Unlinkable, carried_by, chains, predecessors
+from dcafy.selfattention import self_attention
 from dcafy.trace.fold import CannotEnter, Folded, fold
 from dcafy.trace.islands import Observed, observe
 from dcafy.trace.recorder import Recorder, Recording, data_free_copy, one_line
@@ -45,6 +46,11 @@ class Region:
     def __contains__(self, name: object) -> bool:
         return any(block.name == name for block in self.found)
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The region's submodules by path, without data."""
+        return dict(self.recording.model.named_modules())
+
     def local(self, name: str) -> str:
         """A block's name as seen from the region."""
         return name.removeprefix(f"{self.path}.") if self.path else name
@@ -58,6 +64,8 @@ class Region:
             visible.update(target.contexts, source.contexts, source.fusions, target.fusions, {source.map})
             if isinstance(passed, Carried) and passed.fused_output is not None and passed.source is not None:
                 visible.update({passed.fused_output, passed.source}, passed.extraction)
+            if isinstance(passed, Carried):
+                visible.update(passed.maps)
             apart += [(context, target.between) for context in target.contexts]
         return fold(self.recording, visible, apart)
 
@@ -83,7 +91,7 @@ def survey(model: nn.Module, example_inputs: Any = None, name: str = "") -> Surv
     for inputs in tried:
         try:
             return _Surveyor(model, name).run(inputs)
-        except TracingError as error:
+        except TracingError as error:  # noqa: PERF203 (a failed guess is the exception that is expected here)
             errors.append(error)
     shapes = ", ".join(str(tuple(inputs[0].shape)) for inputs in tried[:4])
     raise TracingError(
@@ -106,33 +114,36 @@ class _Surveyor:
             if not any(_has_tiny_maps(region) for region in regions):
                 break
             # On maps under 4x4 a reduction is no longer told from a plain layer: look at larger ones.
-            larger = self._regions_at(inputs, scale, optional=True)
-            if larger is None or _count(larger) < _count(regions):
+            before = list(self.skipped)
+            try:
+                larger = self._regions_at(inputs, scale)
+            except TracingError:  # the network takes the example's size only
+                self.skipped = before
+                break
+            if _count(larger) < _count(regions):
+                self.skipped = before
                 break
             regions = larger
         kept = tuple(region for region in regions if region.found)
         plan = Plan(
             blocks=tuple(found.block for region in kept for found in region.found),
             chains=tuple(chain for region in kept for chain in region.chains),
-            skipped=tuple(s for region in kept for s in region.skipped) + tuple(dict.fromkeys(self.skipped)),
+            skipped=tuple(s for region in regions for s in region.skipped) + tuple(dict.fromkeys(self.skipped)),
             islands=tuple(region.path for region in kept if region.path),
             model=self.name,
         )
         return Survey(plan, kept, inputs)
 
-    def _regions_at(self, inputs: tuple[Any, ...], scale: int, optional: bool = False) -> list[Region] | None | Any:
-        before = list(self.skipped)
+    def _regions_at(self, inputs: tuple[Any, ...], scale: int) -> list[Region]:
+        """All regions, seen with maps ``scale`` times as large as the example's."""
         self.skipped = []
-        try:
-            return list(self._regions("", Observed(probe(inputs, scale), {}, inputs)))
-        except TracingError:
-            if not optional:
-                raise
-            self.skipped = before
-            return None
+        return list(self._regions("", Observed(probe(inputs, scale), {}, inputs), {}))
 
-    def _regions(self, path: str, observed: Observed) -> Iterator[Region]:
-        """The region of the module at ``path``; where it cannot be one, those of its submodules."""
+    def _regions(self, path: str, observed: Observed, known: dict[str, Observed]) -> Iterator[Region]:
+        """The region of the module at ``path``; where it cannot be one, those of its submodules.
+
+        ``known``: inputs of submodules, by path from the root, where somebody has seen them already.
+        """
         module = self.model.get_submodule(path)
         opaque: frozenset[str] = frozenset()
         while True:
@@ -142,52 +153,60 @@ class _Surveyor:
                 if reason.path and reason.path not in opaque:
                     opaque |= {reason.path}
                     continue
-                yield from self._islands(path, module, observed, reason.reason)
+                yield from self._islands(path, module, observed, known, reason.reason)
                 return
             yield region
             break
-        whole = {**region.recording.kept_whole, **dict.fromkeys(opaque, "")}
-        for inner in whole:
-            for child, inputs in region.recording.observed.items():
-                if child.startswith(f"{inner}.") and "." not in child.removeprefix(f"{inner}."):
-                    yield from self._inside(_join(path, child), Observed(*inputs, None))
+        seen = {_join(path, child): Observed(*inputs) for child, inputs in region.recording.observed.items()}
+        for inner in (*region.recording.kept_whole, *opaque):
+            yield from self._children(_join(path, inner), seen)
 
     def _region(self, path: str, module: nn.Module, observed: Observed, opaque: frozenset[str]) -> Region:
+        def record(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Recording:
+            return Recorder(self.evaluator, opaque).record(data_free_copy(module), *inputs)
+
+        inputs = (observed.args, observed.kwargs)
         try:
-            recorder = Recorder(self.evaluator, opaque)
-            recording = recorder.record(data_free_copy(module), observed.args, observed.kwargs)
+            recording = record(inputs)
+            baked = undecided(recording, self.evaluator, inputs, record)
         except Exception as error:  # a user's forward may fail in any way; the reason is told
             raise CannotEnter("", one_line(error)) from error
-        for owner, reason in undecided(recording, self.evaluator).items():
+        for owner, reason in baked.items():
             raise CannotEnter(owner, reason)
         found = find(recording.graph, recording.model, path)
         heard = predecessors(recording.graph, recording.model, found)
         carried = {f.name: carried_by(f, recording.graph, recording.model, self.evaluator) for f in found}
         made, skipped = chains(found, heard, carried)
         order = {node: i for i, node in enumerate(recording.graph.nodes)}
+        skipped += self_attention(recording.graph, recording.model, found, path)
         region = Region(path, recording, found, carried, made, skipped, order)
         region.fold(tuple(link for chain in made for link in chain.links))
         return region
 
-    def _islands(self, path: str, module: nn.Module, observed: Observed, reason: str) -> Iterator[Region]:
-        inside = observe(module, observed)
-        if isinstance(inside, str):
-            raise TracingError(
-                f"{path or self.name} could not be traced: {reason}. It could not be run on the example either "
-                f"({inside}), so its submodules were not tried. Pass example_inputs that the model accepts."
-            )
+    def _islands(
+        self, path: str, module: nn.Module, observed: Observed, known: dict[str, Observed], reason: str
+    ) -> Iterator[Region]:
         self.skipped.append(Skipped(path or self.name, f"not traced as a whole: {reason}"))
-        for child, inputs in inside.items():
-            if "." not in child:
-                yield from self._inside(_join(path, child), inputs, {k: v for k, v in inside.items() if k != child})
+        if not any(child.startswith(f"{path}.") for child in known):
+            inside = observe(module, observed)
+            if isinstance(inside, str):
+                raise TracingError(
+                    f"{path or self.name} could not be traced: {reason}. It could not be run on the example either "
+                    f"({inside}), so its submodules were not tried. Pass example_inputs that the model accepts."
+                )
+            known = {_join(path, child): inputs for child, inputs in inside.items()}
+        yield from self._children(path, known)
 
-    def _inside(self, path: str, observed: Observed, siblings: Any = None) -> Iterator[Region]:
-        module = self.model.get_submodule(path)
-        if any(True for _ in module.parameters()) and any(True for _ in module.children()):
-            try:
-                yield from self._regions(path, observed)
-            except TracingError as error:
-                self.skipped.append(Skipped(path, str(error)))
+    def _children(self, path: str, known: dict[str, Observed]) -> Iterator[Region]:
+        """The regions of the modules directly inside one that has no graph of its own."""
+        for name, module in self.model.get_submodule(path).named_children():
+            child = _join(path, name)
+            if not any(True for _ in module.parameters()) or not any(True for _ in module.children()):
+                continue
+            if child in known:
+                yield from self._regions(child, known[child], known)
+            else:  # a container that is indexed and never called
+                yield from self._children(child, known)
 
 
 def _join(*parts: str) -> str:
@@ -200,39 +219,44 @@ def _count(regions: list[Region]) -> int:
 
 def _has_tiny_maps(region: Region) -> bool:
     """Whether some feature map is under 4x4 before anything has pooled it."""
+    modules = region.modules
     for node in region.recording.graph.nodes:
-        value = node_value(node)
-        source = next((node_value(n) for n in node.all_input_nodes), None)
-        if not (isinstance(value, Tensor) and isinstance(source, Tensor) and node.op == "call_module"):
-            continue
-        if value.ndim >= 4 and source.ndim == value.ndim and 1 < max(source.shape[2:]) and max(value.shape[2:]) < 4:
-            if isinstance(region.recording.model.get_submodule(str(node.target)), nn.Conv2d | nn.Conv3d):
-                return True
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        value, source = node_value(node), next((node_value(n) for n in node.all_input_nodes), None)
+        maps = isinstance(value, Tensor) and isinstance(source, Tensor) and isinstance(module, nn.Conv2d | nn.Conv3d)
+        if maps and max(source.shape[2:]) > 1 and max(value.shape[2:]) < 4:
+            return True
     return False
 
 
 _WRAPPERS = {
-    "DistributedDataParallel": "model.module",
-    "DataParallel": "model.module",
-    "FullyShardedDataParallel": "model.module",
-    "OptimizedModule": "model._orig_mod",
+    "DistributedDataParallel": ("DistributedDataParallel", "model.module"),
+    "DataParallel": ("DataParallel", "model.module"),
+    "FullyShardedDataParallel": ("FullyShardedDataParallel", "model.module"),
+    "OptimizedModule": ("torch.compile", "model._orig_mod"),
 }
+"""Class of a wrapper -> what it is called, and where the model is in it."""
 
 
 def require_module(model: Any) -> None:
     """Nothing for a model that dcafy can work on; ``InputError`` says what else it is, and what to do."""
     if isinstance(model, type) and issubclass(model, nn.Module):
-        raise InputError(f"{model.__name__} is a class. Pass an instance: {model.__name__}(...).")
+        raise InputError(f"{model.__name__} is a class; an nn.Module instance is needed: {model.__name__}(...).")
     if not isinstance(model, nn.Module):
-        raise InputError(f"A torch.nn.Module is needed, not {type(model).__name__}.")
+        raise InputError(
+            f"A torch.nn.Module is needed, not {type(model).__name__}. Build the network first; "
+            "weights alone are loaded into it with load_state_dict."
+        )
     wrapper = type(model).__name__
     if wrapper in _WRAPPERS:
-        raise InputError(f"The model is wrapped in {wrapper}. Pass {_WRAPPERS[wrapper]}, and wrap the result again.")
+        known_as, inner = _WRAPPERS[wrapper]
+        raise InputError(f"The model is wrapped by {known_as}. Pass {inner}, and wrap the result again.")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("A TorchScript module holds no Python to trace. Pass the model it was scripted from.")
     for path, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
-            raise InputError(f"{path or wrapper} is quantized. Connect the float model first, then quantize the result.")
+        quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
+        if quantized and type(module).__name__ != "FloatFunctional":  # which only adds, in float
+            raise InputError(f"{path or wrapper} is quantized. Connect the float model before quantizing it.")
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(f"{path} is a TorchScript module. Pass a model built from Python modules.")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -10,13 +10,14 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from dcafy.blocks import AttentionBlock, Chain, Link, Plan
 
-__all__ = ["as_text", "link_matches", "node_table", "plan_tables", "printable"]
+__all__ = ["as_text", "link_matches", "node_table", "plan_tables", "printable", "written"]
 
 DEFAULT_CHANNEL_MATCH = "fc2"
 DEFAULT_SPATIAL_MATCH = "avg"
@@ -52,47 +53,65 @@ def plan_tables(plan: Plan) -> Iterator[RenderableType]:
     alone = [chain for chain in plan.chains if not chain.links]
     for number, chain in enumerate(connected, start=1):
         title = f"chain {number}: {_count(len(chain.blocks), 'block')}, {_count(len(chain.links), 'connection')}"
-        yield _block_table(plan, [chain], title)
+        yield _titled(title, _block_table(plan, [chain]))
     if alone:
-        yield _block_table(plan, alone, "on their own: no block of the same dimension comes before or after")
+        yield _titled("on their own: no connection leads to or from these blocks", _block_table(plan, alone))
     if plan.islands:
-        yield _island_table(plan.islands)
+        yield _titled("islands: submodules that were traced on their own", _rows(("submodule",), zip(plan.islands)))
     if plan.skipped:
-        yield _skipped_table(plan)
+        rows = ((row.name, row.reason) for row in plan.skipped)
+        yield _titled("skipped: seen and left alone", _rows(("name", "reason"), rows))
 
 
-def node_table(plan: Plan) -> Table:
+def node_table(plan: Plan) -> RenderableType:
     """Every node of every block with its role, in the order data meets the blocks.
 
     The names are those of the graph in which everything was entered; they inform and do not address.
     """
-    table = _table("nodes", "block", "role", "node")
+    table = _table("block", "role", "node")
     for block in plan.blocks:
         roles = {"extraction": block.extraction, "transformation": block.transformation, "fusion": block.fusion}
         for role, nodes in roles.items():
             for node in nodes:
                 table.add_row(_name(block.name), role, _name(node))
         table.add_section()
-    return table
+    return _titled("nodes", table)
 
 
 def as_text(plan: Plan, *, nodes: bool = False) -> str:
     """The plan as plain text of at most 120 columns, without colour."""
-    return rendered([*plan_tables(plan), *([node_table(plan)] if nodes else [])], width=WIDTH)
+    return _plain([*plan_tables(plan), *([node_table(plan)] if nodes else [])], WIDTH)
 
 
-def rendered(renderables: Iterable[RenderableType], *, width: int | None = None, colour: bool = False) -> str:
-    """What rich makes of these, as one string; in the terminal's own width and colours where asked."""
-    if colour:
-        console = Console(width=width, highlight=False)
-    else:
-        console = Console(
-            file=io.StringIO(), width=width or WIDTH, color_system=None, force_terminal=False, highlight=False
-        )
+def written(plan: Plan, *, nodes: bool = False, terminal: bool = False) -> str:
+    """The plan as the command line prints it.
+
+    On a terminal that is its width and its colours; in a file or a pipe every name stays on one line,
+    so that ``grep`` finds it.
+    """
+    tables = [*plan_tables(plan), *([node_table(plan)] if nodes else [])]
+    if not terminal:
+        return _plain(tables, max(WIDTH, *map(_natural_width, tables)))
+    console = Console(highlight=False)
+    with console.capture() as capture:
+        console.print(*tables, sep="")
+    return capture.get()
+
+
+def _plain(renderables: Iterable[RenderableType], width: int) -> str:
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False, legacy_windows=False
+    )
     with console.capture() as capture:
         for renderable in renderables:
             console.print(renderable)
-    return "".join(f"{line.rstrip()}\n" if not colour else f"{line}\n" for line in capture.get().splitlines())
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def _natural_width(renderable: RenderableType) -> int:
+    """Columns that it takes if nothing is to be folded."""
+    console = Console(width=10_000, color_system=None, force_terminal=False, legacy_windows=False)
+    return Measurement.get(console, console.options, renderable).maximum
 
 
 def _headline(plan: Plan) -> Text:
@@ -107,9 +126,9 @@ def _headline(plan: Plan) -> Text:
     return Text.assemble((_name(plan.model or "model").plain, "bold"), f": {counts}\n")
 
 
-def _block_table(plan: Plan, chains: Sequence[Chain], title: str) -> Table:
+def _block_table(plan: Plan, chains: Sequence[Chain]) -> Table:
     """One row for each block; a block that hears several others has them under one another."""
-    table = _table(title, "block", "dimension", "channels", "size", "gate", "predecessor", "match")
+    table = _table("block", "dimension", "channels", "size", "gate", "predecessor", "match")
     table.columns[2].justify = "right"
     for chain in chains:
         heard: dict[str, list[Link]] = {}
@@ -142,25 +161,23 @@ def _match(plan: Plan, target: AttentionBlock, link: Link) -> str:
     return " ".join(parts) or "-"
 
 
-def _island_table(islands: Sequence[str]) -> Table:
-    table = _table("islands: submodules that were traced on their own", "submodule")
-    for path in islands:
-        table.add_row(_name(path))
+def _rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*map(_name, row))
     return table
 
 
-def _skipped_table(plan: Plan) -> Table:
-    table = _table("skipped: seen and left alone", "name", "reason")
-    for row in plan.skipped:
-        table.add_row(_name(row.name), _name(row.reason))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE)
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _titled(title: str, table: Table) -> Group:
+    # A table's own title is wrapped at the width of the table.
+    return Group(Text(title, "bold"), table)
 
 
 def _lines(texts: Sequence[Text]) -> Text:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
+from dcafy.ops import alters_argument
 from dcafy.trace.recorder import Call, Recording, passed_through
 from dcafy.trace.values import VALUE, node_value
 
@@ -63,6 +64,7 @@ class _Fold:
         self.recording = recording
         self.visible = visible
         self.apart = apart
+        self.modules = dict(recording.model.named_modules())
         self.graph = fx.Graph()
         self.image: dict[fx.Node, fx.Node] = {}
         self.inside: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -107,21 +109,30 @@ class _Fold:
     def _check(self, path: str) -> None:
         if path in self.recording.mode_read:
             raise CannotEnter(path, "its forward takes another path in training than in eval")
-        if path in self.recording.kept_whole:
-            raise CannotEnter(path, self.recording.kept_whole[path])
+        if path in self.recording.stores:
+            raise CannotEnter(path, self.recording.stores[path])
 
     def _can_fold(self, call: Call) -> bool:
         nodes = set(call.nodes)
         if not self.visible.isdisjoint(nodes) or not _foldable(call.output):
             return False
         outputs = set(_nodes_in(call.output))
-        if any(user not in nodes for node in call.nodes if node not in outputs for user in node.users):
-            return False
+        for node in call.nodes:
+            # What the call altered in place and did not return is still the caller's own tensor.
+            own = node not in outputs and self._base(node) in nodes
+            if own and any(user not in nodes for user in node.users):
+                return False
         for node, users in self.apart:
             inner = {user for user in node.users if user in nodes}
             if node not in nodes and inner & users and inner - users:
                 return False
         return True
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        """The tensor that a chain of in-place operations works on."""
+        while alters_argument(node, self.modules) and node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node
 
     def _call(self, call: Call) -> None:
         args = map_arg(call.args, self.image.__getitem__)
@@ -130,6 +141,10 @@ class _Fold:
         node.meta[VALUE] = map_arg(call.output, node_value)
         self.inside[node] = tuple(call.nodes)
         self._bind(call.output, node)
+        for inner in call.nodes:
+            base = self._base(inner)
+            if inner not in self.image and base in self.image:
+                self.image[inner] = self.image[base]
 
     def _bind(self, output: Any, node: fx.Node) -> None:
         """The nodes of a folded call's output, as items of its result."""

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import BuiltinMethodType, MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx
 
 from dcafy.trace.values import node_value
@@ -31,6 +30,7 @@ class ValueProxy(fx.Proxy):
     """An ``fx.Proxy`` whose node's value on the example is known."""
 
     tracer: Recorder
+    __getitem__: Callable[[Any, Any], Any]  # fx.Proxy has it, made in a loop that type checkers cannot see
 
     @property
     def value(self) -> Any:
@@ -50,6 +50,8 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         value = self.value
         attribute = getattr(value, name)  # AttributeError is the right answer to hasattr()
+        if isinstance(value, dict) and name in _DICT_VIEWS:
+            return lambda: _DICT_VIEWS[name](self, list(value))
         if isinstance(value, Tensor) and name == "ndim":
             return attribute
         if isinstance(attribute, MethodType | BuiltinMethodType) or (callable(attribute) and hasattr(value, name)):
@@ -81,6 +83,8 @@ class ValueProxy(fx.Proxy):
         return len(value)
 
     def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return iter(list(self.value))
         return (self[i] for i in range(len(self)))
 
     def __contains__(self, item: Any) -> bool:
@@ -105,6 +109,14 @@ class ValueProxy(fx.Proxy):
         value = self.value
         shown = f"{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         return f"ValueProxy({self.node.name}: {shown})"
+
+
+_DICT_VIEWS: dict[str, Callable[[ValueProxy, list[Any]], list[Any]]] = {
+    "keys": lambda proxy, keys: keys,
+    "values": lambda proxy, keys: [proxy[key] for key in keys],
+    "items": lambda proxy, keys: [(key, proxy[key]) for key in keys],
+}
+"""The keys of a dict that a leaf returns are known; its items are nodes."""
 
 
 def _in_place(name: str) -> Any:

@@ -16,15 +16,20 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import operator
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from dcafy.connected import OWNER, ConnectedModule
 from dcafy.errors import DcafyError
+from dcafy.ops import alters_argument
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.values import VALUE, Evaluator, node_value
 
@@ -38,9 +43,6 @@ __all__ = [
     "passed_through",
     "shared_copy",
 ]
-
-OWNER = "owner"
-"""The key, in ``node.meta``, of the path of the entered module whose forward made the node."""
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Recording:
     ``calls``       the entered calls, outer before inner
     ``mode_read``   modules whose control flow asks for their mode; recorded as in eval
     ``kept_whole``  module path -> why its forward was not recorded
+    ``stores``      module path -> what its forward stores on it, which a graph would not
     ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
     ``settled``     nodes whose value decided something while recording
     ``model``       the data-free copy that was traced
@@ -71,6 +74,7 @@ class Recording:
     calls: tuple[Call, ...]
     mode_read: frozenset[str]
     kept_whole: dict[str, str]
+    stores: dict[str, str]
     observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
     settled: tuple[fx.Node, ...]
     model: nn.Module
@@ -151,6 +155,23 @@ def is_layer(module: nn.Module) -> bool:
     return from_torch and not any(True for child in module.children() for _ in child.parameters())
 
 
+class _OwnedInterpreter(fx.Interpreter):
+    """Replays a connected graph under a recorder, which gets the owner that each node was emitted with."""
+
+    def __init__(self, module: ConnectedModule, recorder: Recorder, path: str) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self._recorder = recorder
+        self._path = path
+
+    def run_node(self, n: fx.Node) -> Any:
+        outer = self._recorder._owner
+        self._recorder._owner = ".".join(part for part in (self._path, str(n.meta.get(OWNER, ""))) if part)
+        try:
+            return super().run_node(n)
+        finally:
+            self._recorder._owner = outer
+
+
 class Recorder(fx.Tracer):
     """Traces a data-free model on example values; see :func:`record` for the front door."""
 
@@ -183,12 +204,12 @@ class Recorder(fx.Tracer):
                 graph = self.trace(model)
             finally:
                 model.__dict__["training"] = False
-        self._refuse_leaks(model)
         return Recording(
             graph,
             tuple(self.calls),
             frozenset(self.mode_read),
             self.kept_whole,
+            _stored(model),
             self.observed,
             tuple(dict.fromkeys(self.settled)),
             model,
@@ -224,7 +245,10 @@ class Recorder(fx.Tracer):
                 args.append(self._placeholder(parameter.name, default, given.pop(0)))
         if given or by_name:
             raise TypeError(f"the example has {len(given) + len(by_name)} more inputs than the model's forward takes")
-        return (lambda root, *values: root.forward(*values, **named)), [self.root, *args]
+        forward = self.root.forward
+        if isinstance(self.root, ConnectedModule):
+            forward = self._interpreted("", self.root)
+        return (lambda root, *values: forward(*values, **named)), [self.root, *args]
 
     def _placeholder(self, name: str, default: tuple[Any, ...], value: Any) -> Any:
         node = self.create_node("placeholder", name, default, {})
@@ -251,11 +275,13 @@ class Recorder(fx.Tracer):
             return self._tensor(a).node
         return super().create_arg(a)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> ValueProxy:
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), *rest[:2])
         with self._run():
             node.meta[VALUE] = self._value(kind, target, _values(args), _values(kwargs))
-        return ValueProxy(node, self)
+        if node.meta[VALUE] is None and target is operator.getitem:
+            return None  # an item that is None is asked for with ``is None``, which no proxy can answer
+        return self._result(node, args, alters_argument(node, {}))
 
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kind == "call_function":
@@ -298,14 +324,31 @@ class Recorder(fx.Tracer):
             return forward(*args, **kwargs)
         if path is None:  # made on the fly (a slice of a Sequential): its children have paths, it has none
             return forward(*args, **kwargs)
-        if is_layer(m) or path in self._opaque:
+        if is_layer(m) or path in self._opaque or getattr(m, "is_connection", False):
             return self._leaf(path, m, args, kwargs)
+        if isinstance(m, ConnectedModule):
+            forward = self._interpreted(path, m)
         return self._enter(path, m, forward, args, kwargs)
+
+    def _interpreted(self, path: str, module: ConnectedModule) -> Callable[..., Any]:
+        """The forward of a graph that dcafy emitted, node by node, each with its owner in the original."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _OwnedInterpreter(module, self, path).run(*args, *kwargs.values())
+
+        return forward
 
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         with self._run(observing=f"{path}." if path in self._opaque or path in self.kept_whole else None):
             node.meta[VALUE] = self._evaluator.module(module, _values(args), _values(kwargs))
+        return self._result(node, args, bool(getattr(module, "inplace", False)))
+
+    def _result(self, node: fx.Node, args: Any, in_place: bool) -> ValueProxy:
+        """The proxy of ``node``; who holds the proxy of what it altered in place reads ``node`` from now on."""
+        if in_place and isinstance(node.meta[VALUE], Tensor) and args and type(args[0]) is ValueProxy:
+            args[0].node = node
+            return args[0]
         return ValueProxy(node, self)
 
     def _enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -337,7 +380,9 @@ class Recorder(fx.Tracer):
 
         def mark(value: Any) -> Any:
             if isinstance(value, ValueProxy):
-                return value if value.node in inside else self.create_proxy("call_function", passed_through, (value,), {})
+                return (
+                    value if value.node in inside else self.create_proxy("call_function", passed_through, (value,), {})
+                )
             if type(value) in (tuple, list):
                 return type(value)(mark(item) for item in value)
             if type(value) in (dict, collections.OrderedDict):
@@ -362,13 +407,16 @@ class Recorder(fx.Tracer):
         finally:
             self._running, self._observing = before
 
-    def _refuse_leaks(self, model: nn.Module) -> None:
-        """A forward that stores what it computes on a module would be emitted without that side effect."""
-        for path, module in model.named_modules():
-            stored = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
-            stored += [name for name, value in module._buffers.items() if type(value) is ValueProxy]
-            for name in stored:
-                self.kept_whole.setdefault(path, f"its forward stores what it computes in self.{name}")
+
+def _stored(model: nn.Module) -> dict[str, str]:
+    """Modules on which a forward stored what it computed: a side effect that no graph has."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        stored = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
+        stored += [name for name, value in module._buffers.items() if type(value) is ValueProxy]
+        if stored:
+            found[path] = f"its forward stores what it computes in self.{stored[0]}"
+    return found
 
 
 def _holds_proxy(value: Any) -> bool:
@@ -397,7 +445,9 @@ def _values(arguments: Any) -> Any:
     if kind is slice:
         return slice(_values(arguments.start), _values(arguments.stop), _values(arguments.step))
     if dataclasses.is_dataclass(arguments) and not isinstance(arguments, type):
-        return dataclasses.replace(arguments, **{f.name: _values(getattr(arguments, f.name)) for f in dataclasses.fields(arguments)})
+        return dataclasses.replace(
+            arguments, **{f.name: _values(getattr(arguments, f.name)) for f in dataclasses.fields(arguments)}
+        )
     if issubclass(kind, list):
         return [_values(item) for item in arguments]
     return arguments
@@ -417,9 +467,9 @@ def _after(node: fx.Node, graph: fx.Graph) -> Iterator[fx.Node]:
 def one_line(error: BaseException) -> str:
     """One line: what went wrong, and in which line of the user's code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
-    text = str(error).strip().splitlines()
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}{where}"
+    text = textwrap.shorten(str(error), 160, placeholder=" ...")
+    where = f" ({PurePath(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{type(error).__name__}: {text or 'no message'}{where}"
 
 
 def _is_machinery(filename: str) -> bool:
@@ -459,7 +509,9 @@ def _recorded_factories(recorder: Recorder) -> Iterator[None]:
         def make(*args: Any, **kwargs: Any) -> Any:
             if recorder._running:
                 return factory(*args, **kwargs)
-            node = recorder.create_node("call_function", factory, recorder.create_arg(args), recorder.create_arg(kwargs))
+            node = recorder.create_node(
+                "call_function", factory, recorder.create_arg(args), recorder.create_arg(kwargs)
+            )
             with recorder._run(), torch.no_grad():
                 node.meta[VALUE] = factory(*_values(args), **{**_values(kwargs), "device": "meta"})
             return ValueProxy(node, recorder)

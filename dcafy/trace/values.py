@@ -90,6 +90,10 @@ class Evaluator:
                 return args[0]
             if kind in _GEOMETRY:
                 weight = getattr(module, "weight", None)
+                if weight is not None and weight.dtype != args[0].dtype:  # meta kernels do not look
+                    raise TypeError(
+                        f"the input is {args[0].dtype}, and the weights of a {kind.__name__} are {weight.dtype}"
+                    )
                 geometry = tuple(_key(getattr(module, name)) for name in _GEOMETRY[kind])
                 key = (kind, geometry, None if weight is None else _key(weight), _key(args[0]))
                 return self._once(key, lambda: module(*args))
@@ -113,9 +117,7 @@ class Evaluator:
             args, kwargs = _stay_on_meta(args), _stay_on_meta(kwargs)
         return self.function(getattr(type(args[0]), name, getattr(args[0], name)), args, kwargs)
 
-    def node(
-        self, node: fx.Node, modules: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def node(self, node: fx.Node, modules: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``node`` would compute on other arguments."""
         if node.op == "call_module":
             return self.module(modules[str(node.target)], args, kwargs)

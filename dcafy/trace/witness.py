@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
-from dcafy.trace.recorder import OWNER, Recording
+from dcafy.connected import OWNER
+from dcafy.trace.recorder import Recording
 from dcafy.trace.values import Evaluator, node_value
 
 __all__ = ["undecided"]
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-def undecided(recording: Recording, evaluator: Evaluator) -> dict[str, str]:
+
+def undecided(
+    recording: Recording, evaluator: Evaluator, inputs: Inputs, again: Callable[[Inputs], Recording]
+) -> dict[str, str]:
     """Path of a module -> what it decided by the example's batch or image size alone.
 
-    Empty for almost every network: most decisions are about ranks, widths and options.
+    Empty for almost every network: most decisions are about ranks, widths and options. Where a value that
+    was asked for does vary, the network is recorded ``again`` at the other size, and the graphs compared: a
+    number that only an argument parser looked at is still symbolic in both.
     """
-    found: dict[str, str] = {}
-    if not recording.settled:
-        return found
     for what, change in (("batch", _other_batch), ("image", _other_image)):
-        values = _values(recording, evaluator, change)
-        for node in recording.settled:
-            # At an image size that the network itself refuses, nothing was learned about it.
-            if node in values and values[node] != node_value(node):
-                found.setdefault(str(node.meta.get(OWNER, "")), f"its forward decides by the {what} size ({node.name})")
-    return found
+        if not _varies(recording, evaluator, change):
+            continue
+        try:
+            other = again((_changed(inputs[0], change), _changed(inputs[1], change)))
+        except Exception:  # a network may refuse another size in any way; then nothing else is to be learned
+            if what == "batch":
+                raise
+            continue
+        different = _first_difference(recording.graph, other.graph)
+        if different is not None:
+            owner = str(different.meta.get(OWNER, ""))
+            return {owner: f"its forward bakes the {what} size of its input into its computation ({different.name})"}
+    return {}
 
 
-def _values(recording: Recording, evaluator: Evaluator, change: Any) -> dict[fx.Node, Any]:
+def _varies(recording: Recording, evaluator: Evaluator, change: Callable[[Any], Any]) -> bool:
+    """Whether some value that a forward asked for is another one on the changed example."""
+    values = _values(recording, evaluator, change)
+    return any(node in values and values[node] != node_value(node) for node in recording.settled)
+
+
+def _values(recording: Recording, evaluator: Evaluator, change: Callable[[Any], Any]) -> dict[fx.Node, Any]:
     """Values of all that the settled nodes depend on, on the changed example; up to the first failure."""
     needed: set[fx.Node] = set()
     pending = list(recording.settled)
@@ -55,6 +73,33 @@ def _values(recording: Recording, evaluator: Evaluator, change: Any) -> dict[fx.
             except Exception:  # any user code may refuse another size in any way; the caller reads what is there
                 return values
     return values
+
+
+def _first_difference(one: fx.Graph, other: fx.Graph) -> fx.Node | None:
+    """The first node of ``one`` that ``other`` does not have in its place."""
+    order: dict[fx.Node, int] = {}
+
+    def numbered(value: Any) -> Any:
+        return order[value] if isinstance(value, fx.Node) else value
+
+    pairs = zip(list(one.nodes), list(other.nodes), strict=False)
+    for i, (a, b) in enumerate(pairs):
+        order[a] = order[b] = i
+        written = [(n.op, str(n.target), map_aggregate((n.args, n.kwargs), numbered)) for n in (a, b)]
+        if written[0] != written[1]:
+            return a
+    longer = len(one.nodes) != len(other.nodes)
+    return list(one.nodes)[min(len(one.nodes), len(other.nodes)) - 1] if longer else None
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_changed(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _changed(item, change) for key, item in value.items()}
+    return value
 
 
 def _other_batch(value: Any) -> Any:

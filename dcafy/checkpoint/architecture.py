@@ -1,0 +1,237 @@
+"""Which ``torchvision:`` or ``timm:`` name builds a network, shown by building it again without data.
+
+A name is only given where the network that it builds is the same one: the same classes at the same paths,
+the same tensors, and the same plain settings (strides, dropout rates, ...) in every module. A network that
+somebody has changed has no name, but for a classifier with another number of classes, which the zoos
+can build.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dcafy.checkpoint.description import Built
+from dcafy.checkpoint.tensors import difference
+from dcafy.connected import ConnectedModule, Recipe
+from dcafy.emit import connected_modules
+from dcafy.errors import CheckpointError, UsageError
+from dcafy.sources import specs
+from dcafy.sources.zoos import ZOOS
+from dcafy.tables import printable
+
+__all__ = ["Shapes", "built", "recognised"]
+
+log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "num_classes": (int,),
+    "in_chans": (int,),
+    "img_size": (int, tuple),
+    "output_stride": (int,),
+    "global_pool": (str,),
+    "aux_loss": (bool,),
+    **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "attn_drop_rate"), (int, float)),
+    **dict.fromkeys(("proj_drop_rate", "dropout", "stochastic_depth_prob"), (int, float)),
+}
+"""Arguments that a folder may give to a builder, and their types: none of them loads or imports anything."""
+
+
+# --- building -------------------------------------------------------------------------------------------
+
+
+def built(how: Built, expected: Shapes) -> nn.Module:
+    """The network of that name with new weights, once a copy without data has shown the ``expected`` shapes.
+
+    Nothing is fetched. Raises ``CheckpointError`` for a name that is not registered, an argument that may not
+    be given, and a network with other keys or shapes.
+    """
+    try:
+        recipe = _recipe(how)
+        differs = difference(expected, _shapes_of(recipe.build(on_meta=True)))
+        if differs:
+            raise CheckpointError(
+                f"the tensors in the folder do not fit the {printable(how.name)} that is built here: {differs}. "
+                "If the installed version builds it differently, pass the network: dcafy.load(directory, model=...)."
+            )
+        return recipe.build()
+    except UsageError as error:
+        raise CheckpointError(f"its network cannot be built here: {error}") from error
+
+
+def _recipe(how: Built) -> specs.Recipe:
+    for name, value in how.arguments.items():
+        allowed = type(value) in _ARGUMENTS.get(name, ())
+        if not allowed or (isinstance(value, tuple) and any(type(item) is not int for item in value)):
+            raise UsageError(
+                f"{printable(name)} with the value {printable(repr(value)[:60])} is not given to a builder."
+            )
+    prefix, _, name = how.name.partition(":")
+    if prefix not in ZOOS or "@" in name:
+        raise UsageError(f"{printable(how.name[:80])!r} is not a torchvision: or timm: name.")
+    return specs.parse(how.name, how.arguments)
+
+
+def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+# --- recognising ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module of a network, without its values: ``tensors`` are shapes, by name."""
+
+    kind: str
+    settings: dict[str, Any]
+    tensors: Shapes
+    is_graph: bool = False
+
+    def is_like(self, zoo: _Module, informative: frozenset[str]) -> bool:
+        if self.kind != zoo.kind or self.tensors != zoo.tensors:
+            return False
+        # A graph has attributes of its own besides those of the network.
+        names = zoo.settings.keys() if self.is_graph else self.settings.keys() | zoo.settings.keys()
+        return all(self.settings.get(n, ...) == zoo.settings.get(n, ...) for n in names - informative)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """All modules of a network by path, and the shapes in its state dict."""
+
+    modules: dict[str, _Module]
+    shapes: Shapes = field(repr=False)
+
+    def is_like(self, zoo: _Network) -> bool:
+        return self.modules.keys() == zoo.modules.keys() and all(
+            module.is_like(zoo.modules[path], frozenset() if path else _INFORMATIVE)
+            for path, module in self.modules.items()
+        )
+
+
+_INFORMATIVE = frozenset(
+    ("num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args", "_model_args", "_traits")
+)
+"""Attributes of the outermost module that describe it: a new head leaves them as they were."""
+
+
+def recognised(model: nn.Module, recipe: Recipe) -> Built | None:
+    """How torchvision or timm builds the network that ``model`` was converted from; ``None`` where they do not."""
+    ours = _network(model)
+    for candidate in _candidates(model, ours, recipe):
+        theirs = _zoo_network(candidate.name, tuple(candidate.arguments.items()))
+        if theirs is not None and ours.shapes != theirs.shapes:
+            classes = difference(ours.shapes, theirs.shapes).classes
+            if classes is None:
+                continue
+            candidate = Built(candidate.name, {**candidate.arguments, "num_classes": classes})
+            theirs = _zoo_network(candidate.name, tuple(candidate.arguments.items()))
+        if theirs is not None and ours.is_like(theirs):
+            return candidate
+    return None
+
+
+def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Built]:
+    if recipe.model is not None:
+        yield Built(recipe.model, recipe.arguments)
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and isinstance(config.get("architecture"), str):
+        given = getattr(model, "_model_args", None)  # kept by timm since 1.0.20 or so
+        arguments = {k: v for k, v in given.items() if type(v) in _ARGUMENTS.get(k, ())} if given else {}
+        for name in dict.fromkeys(
+            ".".join(filter(None, (config["architecture"], tag))) for tag in (config.get("tag"), "")
+        ):
+            yield Built(f"timm:{name}", arguments)
+    home, _, _ = ours.modules[""].kind.rpartition(".")
+    if home.startswith("torchvision.models."):
+        yield from (
+            Built(f"torchvision:{name}") for name in _torchvision_names(home, sum(map(_size, ours.shapes.values())))
+        )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _torchvision_names(home: str, size: int) -> list[str]:
+    """The names whose builders are in that module, the one nearest in size first."""
+    models = importlib.import_module("torchvision.models")
+    names = [n for n in models.list_models() if models.get_model_builder(n).__module__ == home]
+
+    def distance(name: str) -> int:
+        known = [weights.meta.get("num_params", 0) for weights in models.get_model_weights(name)]
+        return abs(known[0] - size) if known else sys.maxsize
+
+    return sorted(names, key=distance)
+
+
+@functools.lru_cache(maxsize=32)
+def _zoo_network(name: str, arguments: tuple[tuple[str, Any], ...]) -> _Network | None:
+    """What a zoo builds under that name; kept, because a training program saves after every epoch."""
+    try:
+        return _network(_recipe(Built(name, dict(arguments))).build(on_meta=True))
+    except Exception as error:  # a builder may fail in any way; the network then goes without a name
+        log.debug("%s could not be built for comparison: %s", name, error)
+        return None
+
+
+def _network(model: nn.Module) -> _Network:
+    connections = {id(module) for _, _, dca in connected_modules(model) for module in dca.modules()}
+    modules = {
+        path: _module(module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) not in connections
+    }
+    state = _shapes_of(model)
+    return _Network(modules, {key: shape for key, shape in state.items() if "dca" not in key.split(".")})
+
+
+def _module(module: nn.Module) -> _Module:
+    cls = type(module)
+    is_graph = isinstance(module, ConnectedModule)
+    kind = module.__dict__.get("_converted_from") if is_graph else f"{cls.__module__}.{cls.__qualname__}"
+    plain = {name: _plain(value) for name, value in vars(module).items() if name not in _machinery(is_graph)}
+    tensors = {
+        name: tuple(value.shape)
+        for holder in (module._parameters, module._buffers)
+        for name, value in holder.items()
+        if value is not None
+    }
+    return _Module(str(kind), {k: v for k, v in plain.items() if v is not _NOT_PLAIN}, tensors, is_graph)
+
+
+@functools.cache
+def _machinery(is_graph: bool) -> frozenset[str]:
+    """Attributes that belong to torch's own classes and not to a network."""
+    empty = ConnectedModule(nn.Module(), fx.Graph()) if is_graph else nn.Module()
+    return frozenset(vars(empty))
+
+
+_NOT_PLAIN = object()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it can be compared; tensors, modules and other objects are no settings."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return value
+    if isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, tuple | list):
+        items = [_plain(item) for item in value]
+        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in items) else items
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        entries = {key: _plain(item) for key, item in value.items()}
+        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in entries.values()) else entries
+    return _NOT_PLAIN

@@ -1,0 +1,212 @@
+"""The files on the disk, replaced all at once.
+
+A save that is killed at any moment leaves a folder that loads: as it was before, or as it is after. Two
+files cannot be replaced in one step, so everything is written into a folder of its own inside first;
+moving the new ``dcafy.json`` into place is the step that counts. It names the tensors by their
+fingerprint, under which :meth:`Folder.read` finds them also where the last move did not happen::
+
+    out/dcafy.json               old   old   NEW   NEW
+    out/model.safetensors        old   old   old   NEW
+    out/.dcafy-<fingerprint>/          NEW   NEW
+                                         |     |
+                               what counts   what tidies up
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dcafy.checkpoint.description import FILES, Description, described, read
+from dcafy.checkpoint.tensors import facts, fingerprint
+from dcafy.errors import CheckpointError
+from dcafy.sources.files import MARKER
+from dcafy.tables import printable
+
+__all__ = ["Folder"]
+
+_STAGED = ".dcafy-"
+"""How the names of folders begin that hold what is being saved."""
+
+_LARGEST = 2**26
+"""Bytes that ``dcafy.json`` may have; a thousand attention blocks take about one million."""
+
+
+class Folder:
+    """A folder that :func:`dcafy.save` wrote, or is going to write."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.marker = self.path / MARKER
+
+    def __str__(self) -> str:
+        return repr(printable(str(self.path)))
+
+    # -- writing -----------------------------------------------------------------------------------------
+
+    def require_replaceable(self) -> None:
+        """Nothing where a model may be saved here; ``CheckpointError`` where that would mix with other things."""
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self} is a file. Name a folder to save into.")
+        with self._unless_refused("read"):
+            names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        others = [name for name in names if not name.startswith(".")]
+        if others and MARKER not in others:
+            shown = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
+            raise CheckpointError(
+                f"{self} holds other things ({shown}) and no {MARKER}. Name a new or empty folder, such as "
+                f"{printable(str(self.path / 'connected'))!r}."
+            )
+
+    def replace(self, description: Description, tensors: dict[str, Tensor]) -> None:
+        """Makes this the content of the folder; whatever goes wrong, a model that was in it is still whole."""
+        self.require_replaceable()
+        with self._unless_refused("written"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                self._tidy_up()
+                try:
+                    staged = self._stage(description, tensors)
+                    os.replace(staged / MARKER, self.marker)
+                    _flush(self.path)
+                finally:
+                    self._tidy_up()
+
+    def _stage(self, description: Description, tensors: dict[str, Tensor]) -> Path:
+        """The folder with the new files, safely on the disk; it has its name from when it is complete."""
+        unfinished = self.path / f"{_STAGED}new-{secrets.token_hex(8)}"
+        unfinished.mkdir()
+        marker, file = unfinished / MARKER, unfinished / description.weights.file
+        marker.write_text(described(description), encoding="utf-8")
+        save_file(tensors, file, metadata={"format": "pt"})
+        # safetensors makes files for their owner alone; the user's umask says who may read.
+        file.chmod(marker.stat().st_mode & 0o777)
+        for path in (marker, file, unfinished):
+            _flush(path)
+        staged = self._staging(description.weights.sha256)
+        os.replace(unfinished, staged)
+        _flush(self.path)
+        return staged
+
+    def _staging(self, sha256: str) -> Path:
+        return self.path / f"{_STAGED}{sha256[:32]}"
+
+    def _tidy_up(self) -> None:
+        """Moves tensors that count into their place, and removes what does not count."""
+        current = self._current()
+        if current is not None:
+            sha256, file = current
+            with contextlib.suppress(FileNotFoundError):  # they are in place already
+                os.replace(self._staging(sha256) / file, self.path / file)
+            for other in set(FILES.values()) - {file}:
+                (self.path / other).unlink(missing_ok=True)
+        for leftover in self.path.glob(f"{_STAGED}*"):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        _flush(self.path)
+
+    def _current(self) -> tuple[str, str] | None:
+        """(fingerprint, file) of the tensors that the present ``dcafy.json`` names; ``None`` where it is no good."""
+        try:
+            weights = read(self._text(), str(self.marker)).weights
+        except CheckpointError:
+            return None
+        return weights.sha256, weights.file
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside it no other process saves into this folder (as all ranks of a training run may try to)."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    # -- reading -----------------------------------------------------------------------------------------
+
+    def read(self) -> tuple[Description, dict[str, Tensor]]:
+        """What the folder says and holds; ``CheckpointError`` where it is damaged or was not written by dcafy."""
+        text = self._text()
+        while True:
+            description = read(text, str(self.marker))
+            try:
+                return description, self._tensors(description)
+            except CheckpointError:
+                # Another process may have saved between the two reads.
+                before, text = text, self._text()
+                if text == before:
+                    raise
+
+    def _text(self) -> bytes:
+        if not self.path.is_dir():
+            what = "is not a folder" if self.path.exists() else "does not exist"
+            raise CheckpointError(f"{self} {what}. Name a folder that dcafy.save wrote.")
+        if not self.marker.is_file():
+            raise CheckpointError(f"{self} has no {MARKER}: dcafy.save did not write it, or did not finish.")
+        with self._unless_refused("read"), self.marker.open("rb") as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise CheckpointError(f"{str(self.marker)!r} is too large for one that dcafy.save wrote.")
+        return text
+
+    def _tensors(self, description: Description) -> dict[str, Tensor]:
+        weights = description.weights
+        for path in (self._staging(weights.sha256) / weights.file, self.path / weights.file):
+            if path.is_file():
+                with contextlib.suppress(FileNotFoundError):  # moved into its place just now
+                    return self._tensors_in(path, weights.sha256)
+        raise CheckpointError(f"{self} has no {weights.file}, which its {MARKER} names. Copy the folder again.")
+
+    def _tensors_in(self, path: Path, sha256: str) -> dict[str, Tensor]:
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            reason = printable(" ".join(str(error).split())[:200])
+            raise CheckpointError(
+                f"{str(path)!r} is damaged or truncated ({reason}). Copy the folder again."
+            ) from error
+        if fingerprint({key: facts(value) for key, value in tensors.items()}) != sha256:
+            raise CheckpointError(
+                f"{str(path)!r} holds other tensors than {MARKER} describes: one of the two was damaged or replaced. "
+                "Copy the folder again, or save the model again."
+            )
+        return tensors
+
+    @contextlib.contextmanager
+    def _unless_refused(self, verb: str) -> Iterator[None]:
+        """Inside it what the file system refuses becomes a ``CheckpointError``."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise CheckpointError(f"{self} could not be {verb}: {printable(reason)}.") from error
+
+
+def _flush(path: Path) -> None:
+    """What was written is on the disk (a folder: its list of names)."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no such thing for folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,201 @@
+"""A folder -> a converted model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.checkpoint.architecture import built
+from dcafy.checkpoint.description import Description, Facts, installed_versions
+from dcafy.checkpoint.folder import Folder
+from dcafy.checkpoint.state import restore
+from dcafy.checkpoint.tensors import difference, dtype_named, facts, is_connection, put
+from dcafy.convert import convert
+from dcafy.emit import connected_modules
+from dcafy.errors import CheckpointError, DcafyError, InputError
+from dcafy.examples import from_data
+from dcafy.survey import require_module
+from dcafy.tables import printable
+
+__all__ = ["load"]
+
+
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The converted model that :func:`dcafy.save` wrote to ``directory``: it computes the same, bit for bit.
+
+    Modes and frozen parameters are as they were saved. The network is converted again with the saved plan, then
+    given the saved tensors. It is ``model`` where that is given (a new model comes back, and ``model`` is left
+    as it is); else torchvision or timm builds it by name, where the folder has one, without fetching weights.
+    No other code runs, whatever the folder says.
+
+    ``model``: the network as it was before :func:`dcafy.convert`. Its weights do not matter if the folder holds
+    them; a folder saved with ``base=False`` needs the very weights that the connections were trained on.
+
+    Raises ``CheckpointError`` for a folder that is damaged, was not written by dcafy, or does not fit the
+    network, and says where they differ; ``InputError`` where ``model`` is not a plain module.
+    """
+    if model is not None:
+        _require_unconnected(model)
+    folder = Folder(directory)
+    description, tensors = folder.read()
+    try:
+        return _loaded(description, tensors, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}{_written_elsewhere(description)}") from error
+
+
+def _require_unconnected(model: nn.Module) -> None:
+    require_module(model)
+    if any(True for _ in connected_modules(model)):
+        raise InputError(
+            "The model is connected already. Pass the network as it was before dcafy.convert; "
+            "dcafy.revert(model) gives it."
+        )
+
+
+def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
+    expected = _expected(description, tensors)
+    base = {key: fact for key, fact in expected.items() if not is_connection(key)}
+    if model is None:
+        network = _built(description, base)
+    else:
+        network = model
+        _compare(base, _state(model), "the network that was given")
+    if description.weights.base:
+        _require_same_weights(network, base)
+    converted = _converted(network, description, copy=model is not None)
+    _compare(expected, _state(converted), "the network as it is converted here")
+    put(
+        converted,
+        tensors,
+        {key: fact.dtype for key, fact in expected.items()},
+        description.weights.tied,
+        description.weights.layouts,
+    )
+    restore(converted, description.state)
+    _require_data(converted)
+    return converted
+
+
+def _expected(description: Description, tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
+    """Every key of the converted model's state dict, with dtype and shape."""
+    stored = {key: Facts(str(t.dtype).removeprefix("torch."), tuple(t.shape), "") for key, t in tensors.items()}
+    weights = description.weights
+    for key, original in weights.tied.items():
+        if original not in stored or key in stored:
+            raise CheckpointError(f"{printable(key)} is said to be tied to {printable(original)}, which is not stored.")
+    tied = {key: stored[original] for key, original in weights.tied.items()}
+    if weights.base and any(not is_connection(key) for key in tensors):
+        raise CheckpointError("it holds base weights, and describes others.")
+    for fact in weights.base.values():
+        _dtype(fact.dtype)
+    return {**weights.base, **stored, **tied}
+
+
+def _dtype(name: str) -> torch.dtype:
+    try:
+        return dtype_named(name)
+    except KeyError:
+        raise CheckpointError(f"its description names the dtype {printable(name)}, which does not exist.") from None
+
+
+def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
+    """The network of the name in the folder; ``CheckpointError`` where there is none, or not enough to go with it."""
+    network = printable(description.model.name if description.model else description.plan.model or "a network")
+    if description.weights.base:
+        raise CheckpointError(
+            f"it holds connections only (it was saved with base=False). Pass the {network} that they were trained on, "
+            "with its weights: dcafy.load(directory, model=...)."
+        )
+    if description.model is None:
+        raise CheckpointError(
+            f"it does not say how its network is built: {network} was hand-written, or was changed in a way that "
+            "torchvision and timm do not build. Pass the network as it was before dcafy.convert (its weights "
+            "do not matter): dcafy.load(directory, model=...)."
+        )
+    return built(description.model, {key: fact.shape for key, fact in base.items()})
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _compare(saved: Mapping[str, Facts], network: Mapping[str, Tensor], what: str) -> None:
+    """Nothing where keys and shapes agree; else ``CheckpointError`` names what differs."""
+    differs = difference(
+        {key: fact.shape for key, fact in saved.items()}, {key: tuple(value.shape) for key, value in network.items()}
+    )
+    if differs:
+        raise CheckpointError(f"its tensors do not fit {what}: {differs}.")
+
+
+def _require_same_weights(network: nn.Module, base: Mapping[str, Facts]) -> None:
+    """Nothing where the network has the base weights that the connections belong to."""
+    state = _state(network)
+    empty = next((key for key, value in state.items() if value.is_meta), None)
+    if empty is not None:
+        raise CheckpointError(f"it holds connections only, and {empty} of the network that was given has no data.")
+    # A network that was cast after its weights were loaded is the same one, cast.
+    others = [key for key, fact in base.items() if facts(state[key].to(_dtype(fact.dtype))) != fact]
+    if others:
+        shown = ", ".join(map(printable, others[:4])) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        raise CheckpointError(
+            f"its connections belong to other base weights: {len(others)} of {len(base)} tensors of the network that "
+            f"was given differ ({shown}). Pass the network with the weights it had when it was saved. If those are "
+            "nowhere else, because the base was trained too, save again with base=True."
+        )
+
+
+def _converted(network: nn.Module, description: Description, *, copy: bool) -> nn.Module:
+    inputs = None if description.inputs is None else _cast(from_data(description.inputs), network)
+    try:
+        converted: nn.Module = convert(
+            network, example_inputs=inputs, plan=description.plan, copy=copy, verify=False, **description.options
+        )
+    except DcafyError as error:
+        raise CheckpointError(f"its plan does not fit the network: {error}") from error
+    for _, _, dca in connected_modules(converted):
+        if description.model is not None and not copy:
+            dca.recipe = dataclasses.replace(
+                dca.recipe, model=description.model.name, arguments=description.model.arguments
+            )
+    return converted
+
+
+def _cast(inputs: Any, network: nn.Module) -> Any:
+    """``inputs`` in the dtype of the network, which may have been cast after it was converted."""
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, tuple | list):
+            return type(value)(cast(item) for item in value)
+        if isinstance(value, dict):
+            return {key: cast(item) for key, item in value.items()}
+        return value
+
+    return cast(inputs)
+
+
+def _require_data(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise CheckpointError(
+                f"{name} is not in the folder, and the network that was given has no data for it. Build the network "
+                "on the CPU and not on the meta device."
+            )
+
+
+def _written_elsewhere(description: Description) -> str:
+    """What it was written with, where that is not what runs here."""
+    here = installed_versions(description.model)
+    others = {name: version for name, version in description.versions.items() if here.get(name, version) != version}
+    if not others:
+        return ""
+    return f" (It was written with {', '.join(f'{printable(n)} {printable(v)}' for n, v in others.items())}.)"

@@ -1,0 +1,84 @@
+"""A converted model -> a folder."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from dcafy.checkpoint.architecture import recognised
+from dcafy.checkpoint.description import FILES, Description, Weights, installed_versions
+from dcafy.checkpoint.folder import Folder
+from dcafy.checkpoint.state import state_of
+from dcafy.checkpoint.tensors import fingerprint, is_connection, pack
+from dcafy.connected import Recipe
+from dcafy.emit import connected_modules
+from dcafy.errors import InputError
+from dcafy.survey import require_module
+
+__all__ = ["save"]
+
+
+def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True) -> None:
+    """A folder from which :func:`dcafy.load` gives ``dca`` back: ``dcafy.json`` and ``model.safetensors``.
+
+    ``base=False``: only the connections, in ``connections.safetensors``, beside a fingerprint of the base
+    weights that they belong to. A network that torchvision or timm builds is noted by its name. Nothing is pickled.
+
+    A folder that :func:`save` wrote before is replaced all at once: killed half-way, it is as it was. Tensors
+    that share memory are stored once; optimizer state, gradients and hooks are not stored.
+
+    Raises ``InputError`` for a model that was not converted, or with a tensor that safetensors cannot hold;
+    ``CheckpointError`` where the folder cannot be written or holds other things.
+
+    >>> import dcafy, tempfile, torch, torchvision
+    >>> connected = dcafy.convert(torchvision.models.mobilenet_v3_small()).eval()
+    >>> folder = tempfile.mkdtemp()
+    >>> dcafy.save(connected, folder)
+    >>> x = torch.rand(1, 3, 224, 224)
+    >>> torch.equal(dcafy.load(folder)(x), connected(x))
+    True
+    """
+    recipe = _recipe(dca)
+    folder = Folder(directory)
+    folder.require_replaceable()
+    packed = pack(dca, kept=lambda key: base or is_connection(key))
+    of_base = {key: facts for key, facts in packed.facts.items() if not is_connection(key)}
+    model = recognised(dca, recipe)
+    description = Description(
+        versions=installed_versions(model),
+        model=model,
+        options=recipe.options,
+        inputs=recipe.inputs,
+        weights=Weights(
+            file=FILES[base],
+            sha256=fingerprint({key: packed.facts[key] for key in packed.tensors}),
+            base_sha256=fingerprint(of_base),
+            base={} if base else of_base,
+            tied=packed.tied,
+            layouts=packed.layouts,
+        ),
+        state=state_of(dca),
+        plan=recipe.plan,
+    )
+    folder.replace(description, packed.tensors)
+
+
+def _recipe(model: nn.Module) -> Recipe:
+    """How ``model`` was converted; ``InputError`` where it is not the whole of a converted model."""
+    require_module(model)
+    found = {path: dca.recipe for path, _, dca in connected_modules(model)}
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no connections, and dcafy.save stores converted models. Convert it first "
+            "with dcafy.convert(model), or store model.state_dict() with safetensors."
+        )
+    recipe = next(iter(found.values()))
+    places = set(recipe.plan.islands) or {""}
+    if not places.issuperset(found) or any(other != recipe for other in found.values()):
+        inside = next(iter(found))
+        raise InputError(
+            f"The connected network is not what was passed, but inside it at {inside!r} ({len(found)} connected "
+            "graph(s)). Save the very module that dcafy.convert returned, and the rest around it on its own."
+        )
+    return recipe
