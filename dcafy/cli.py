@@ -245,8 +245,9 @@ def inspect_command(
     sys.stdout.flush()
     if not plan.blocks:
         raise errors.NoAttentionError(
-            f"{model!r} has no attention blocks, so there is nothing to connect. A later release of dcafy inserts "
-            "attention; until then put modules such as torchvision.ops.SqueezeExcitation into the network and train it."
+            f"{model!r} has no attention blocks, so there is nothing to connect. Attention can be added first: "
+            "dcafy.convert(model, attention='se') in Python, or modules such as torchvision.ops.SqueezeExcitation in "
+            "the network's own code."
         )
 
 
@@ -274,8 +275,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     document = plan.to_dict()
     for written, chain in zip(document["chains"], plan.chains, strict=True):
         written["links"] = [_link_document(plan, link) for link in chain.links]
-    order = ("schema_version", "model", "blocks", "chains", "skipped", "islands")
-    return {key: document[key] for key in order}
+    first = ("schema_version", "model", "blocks", "chains", "skipped")
+    return {key: document[key] for key in (*first, *(key for key in document if key not in first))}
 
 
 def _link_document(plan: Plan, link: Link) -> dict[str, Any]:

@@ -8,6 +8,8 @@ modules and plain attributes, and a graph that reads a module's mode while it ru
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +121,8 @@ class ConnectedModule(fx.GraphModule):
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self).__name__, _rows(self.graph), self._state())
+        rows = [(op, name, _by_name(target), *rest) for op, name, target, *rest in _rows(self.graph)]
+        return _rebuild, (type(self).__name__, rows, self._state())
 
 
 _GRAPH_STATE = (
@@ -155,6 +158,25 @@ class _Ref:
     name: str
 
 
+@dataclass(frozen=True)
+class _Function:
+    """A function that pickle does not find by itself: ``F.max_pool2d`` is a closure under a module's name."""
+
+    module: str
+    name: str
+
+    def found(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+def _by_name(target: Any) -> Any:
+    """What a node calls, as something that pickle can write."""
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    known = _Function(target.__module__, target.__name__)
+    return known if getattr(sys.modules.get(known.module), known.name, None) is target else target
+
+
 def _rows(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The graph as data: (op, name, target, args, kwargs, owner), nodes as references."""
 
@@ -175,6 +197,7 @@ def _graph_from(rows: list[tuple[Any, ...]]) -> fx.Graph:
         return nodes[value.name] if isinstance(value, _Ref) else value
 
     for op, name, target, args, kwargs, owner in rows:
+        target = target.found() if isinstance(target, _Function) else target
         node = graph.create_node(op, target, map_aggregate(args, resolve), map_aggregate(kwargs, resolve), name=name)
         node.meta[OWNER] = owner
         nodes[name] = node

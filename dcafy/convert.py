@@ -21,9 +21,10 @@ from dcafy.insert import insert
 from dcafy.settings import Settings
 from dcafy.survey import Survey, survey
 from dcafy.topology import costs, shaped
-from dcafy.trace.recorder import one_line, shared_copy
+from dcafy.trace.copies import shared_copy
+from dcafy.trace.reasons import one_line
 
-__all__ = ["convert", "inspect"]
+__all__ = ["appraise", "convert", "inspect"]
 
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
@@ -41,6 +42,11 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     >>> len(plan.blocks), len(plan.links)
     (9, 8)
     """
+    return survey(model, example_inputs).plan
+
+
+def appraise(model: nn.Module, *, example_inputs: Any = None) -> Plan:
+    """The plan of :func:`inspect`, with what each topology would add to the model (``plan.costs``)."""
     known = survey(model, example_inputs)
     return dataclasses.replace(known.plan, costs=costs(known.plan, known, Settings()))
 
@@ -137,7 +143,7 @@ def _checked(plan: Plan, known: Survey) -> Plan:
             raise PlanError(f"The plan links {link.source!r} to {link.target!r}, which data meets before it.")
         if not any(link.source in region and link.target in region for region in known.regions):
             raise PlanError(f"{link.source!r} and {link.target!r} lie in different islands, which share no graph.")
-    for name in {name for link in plan.links for name in (link.source, link.target)}:
+    for name in dict.fromkeys(name for link in plan.links for name in (link.source, link.target)):
         ours, theirs = known.plan.block(name), next((b for b in plan.blocks if b.name == name), None)
         for fact in ("dimension", "channels", "gate", "fusion_kind") if theirs else ():
             if getattr(theirs, fact) != getattr(ours, fact):

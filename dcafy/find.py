@@ -70,6 +70,7 @@ class _Walk:
     frontier: set[fx.Node] = field(default_factory=set)
     between: set[fx.Node] = field(default_factory=set)
     local: bool = False  # a frontier that only pools over windows, or only is a 1-channel convolution
+    narrow: bool = False  # a reduction was met that a lower ratio would have let pass
     verdicts: dict[fx.Node, bool] = field(default_factory=dict)
 
 
@@ -82,12 +83,12 @@ class _Candidate:
     between: frozenset[fx.Node]
 
 
-def find(graph: fx.Graph, model: nn.Module, path: str = "") -> tuple[Found, ...]:
+def find(graph: fx.Graph, modules: dict[str, nn.Module], path: str = "") -> tuple[Found, ...]:
     """The attention blocks of a recorded graph, in the order data meets them.
 
-    ``graph`` is a :class:`~dcafy.trace.recorder.Recording`'s, ``model`` the module it was recorded from.
+    ``graph`` is a :class:`~dcafy.trace.recorder.Recording`'s, ``modules`` those of its model, by path.
     """
-    finder = _Finder(graph, dict(model.named_modules()))
+    finder = _Finder(graph, modules)
     return finder.blocks(path)
 
 
@@ -145,6 +146,8 @@ class _Finder:
                     if not self._is_soft_pooling(node, core, walk):
                         yield _Candidate(core, node, kind, frozenset(walk.frontier), frozenset(walk.between | {core}))
                     return
+                if not walk.narrow:
+                    break
 
     def _operands(self, node: fx.Node) -> tuple[FusionKind | None, list[fx.Node]]:
         """How ``node`` fuses, and the two tensors that it fuses."""
@@ -237,6 +240,7 @@ class _Finder:
             return False
         if largest >= walk.ratio * ref:
             return True
+        walk.narrow = walk.narrow or largest >= RATIOS[-1] * ref
         if self.ops[node] is Op.POOL and own > 1 and _positions(node) > 1:
             walk.local = True
             return True

@@ -23,8 +23,8 @@ from dcafy.connected import OWNER, ConnectedModule
 from dcafy.emit import connected_modules
 from dcafy.errors import InputError, UsageError
 from dcafy.survey import require_module
+from dcafy.trace.copies import shared_copy
 from dcafy.trace.fold import CannotEnter, Folded, fold
-from dcafy.trace.recorder import shared_copy
 from dcafy.units import Kernel, Unit, units
 
 __all__ = ["insert"]

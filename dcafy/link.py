@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,14 +45,13 @@ class Unlinkable(Exception):
     """Why nothing can be passed on from a block."""
 
 
-def predecessors(graph: fx.Graph, model: nn.Module, found: tuple[Found, ...]) -> dict[str, str]:
+def predecessors(graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, ...]) -> dict[str, str]:
     """Block name -> the nearest earlier block of its dimension whose fused output reaches it."""
-    return {target: sources[-1] for target, sources in earlier(graph, model, found).items()}
+    return {target: sources[-1] for target, sources in earlier(graph, modules, found).items()}
 
 
-def earlier(graph: fx.Graph, model: nn.Module, found: tuple[Found, ...]) -> dict[str, tuple[str, ...]]:
+def earlier(graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, ...]) -> dict[str, tuple[str, ...]]:
     """Block name -> all earlier blocks of its dimension whose fused outputs reach it, nearest last."""
-    modules = dict(model.named_modules())
     bit = {node: 1 << i for i, block in enumerate(found) for node in block.fusions}
     bits: dict[fx.Node, int] = {}
     for i, block in enumerate(found):
@@ -131,8 +131,8 @@ _FEW = 4
 """Up to so many channels a map is a stack of descriptors (CBAM's mean and max), not a feature map."""
 
 
-def carried_by(found: Found, graph: fx.Graph, model: nn.Module, evaluator: Evaluator) -> Carried | Unlinkable:
-    """What a block passes on, or why it cannot pass on anything."""
+def carried_by(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> Carried | Unlinkable:
+    """What a block passes on, or why it cannot pass on anything; ``modules``: the traced model's, by path."""
     context, map_ = node_value(found.contexts[0]), node_value(found.map)
     if not isinstance(map_, Tensor) or not isinstance(context, Tensor):
         return Unlinkable("its attention map is not one tensor")
@@ -145,7 +145,7 @@ def carried_by(found: Found, graph: fx.Graph, model: nn.Module, evaluator: Evalu
         channels = found.block.channels
         return Carried("product", channels, found.block.size)
     try:
-        return _Refusion(found, graph, model, evaluator).carried()
+        return _Refusion(found, modules, evaluator).carried()
     except Unlinkable as reason:
         return reason
 
@@ -196,10 +196,9 @@ def _same_extent(found: Found, map_: Tensor, context: Tensor) -> bool:
 class _Refusion:
     """The extraction, applied once more to the fused output."""
 
-    def __init__(self, found: Found, graph: fx.Graph, model: nn.Module, evaluator: Evaluator) -> None:
+    def __init__(self, found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> None:
         self.found = found
-        self.graph = graph
-        self.modules = dict(model.named_modules())
+        self.modules = modules
         self.evaluator = evaluator
 
     def carried(self) -> Carried:
@@ -238,7 +237,7 @@ class _Refusion:
     def _steps(self, source: fx.Node) -> tuple[fx.Node, ...]:
         """The nodes from ``source`` to the contexts, all of which may run twice."""
         below = {source}
-        for node in self.graph.nodes:
+        for node in _from(source, set(self.found.contexts)):
             if any(n in below for n in node.all_input_nodes):
                 below.add(node)
         needed: set[fx.Node] = set()
@@ -252,7 +251,7 @@ class _Refusion:
         for node in needed:
             if any(isinstance(m, nn.modules.batchnorm._NormBase) for m in self._layers(node)):
                 raise Unlinkable("its extraction updates statistics (batch norm) and cannot run twice")
-        return tuple(n for n in self.graph.nodes if n in needed)
+        return tuple(n for n in _from(source, set(self.found.contexts)) if n in needed)
 
     def _layers(self, node: fx.Node) -> list[nn.Module]:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -262,7 +261,7 @@ class _Refusion:
         """The first tensor of X's rank that all of the block's fusions have gone into."""
         wanted = set(self.found.fusions)
         seen: dict[fx.Node, set[fx.Node]] = {}
-        for node in self.graph.nodes:
+        for node in _from(self.found.fusions[0].prev, set()):
             through = {node} & wanted
             for source in node.all_input_nodes:
                 through |= seen.get(source, set())
@@ -284,3 +283,14 @@ class _Refusion:
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 raise Unlinkable(f"its extraction does not fit the fused output ({error})") from error
         return values
+
+
+def _from(start: fx.Node, last: set[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes after ``start``, up to the one that completes ``last``."""
+    missing, node = set(last), start.next
+    while node.op != "root":
+        yield node
+        missing.discard(node)
+        if last and not missing:
+            return
+        node = node.next

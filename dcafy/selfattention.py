@@ -18,13 +18,14 @@ _LAYERS = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "Transform
 _FUNCTIONS = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
 
 
-def self_attention(graph: fx.Graph, model: nn.Module, found: tuple[Found, ...], path: str = "") -> tuple[Skipped, ...]:
+def self_attention(
+    graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, ...], path: str = ""
+) -> tuple[Skipped, ...]:
     """The modules that multiply features with features: multi-head, non-local, halo and lambda layers.
 
     A matrix product of two tensors that both depend on the input is one, unless it is a block's pooling
     (GC sums X with weights that it computed from X).
     """
-    modules = dict(model.named_modules())
     depends: set[fx.Node] = set()
     for node in graph.nodes:
         value = any(True for _ in tensors_in(node_value(node)))

@@ -19,9 +19,11 @@ from dcafy.examples import as_inputs, guesses, probe
 from dcafy.find import Found, find
 from dcafy.link import Carried, Unlinkable, carried_by, chains, predecessors
 from dcafy.selfattention import self_attention
+from dcafy.trace.copies import data_free_copy
 from dcafy.trace.fold import CannotEnter, Folded, fold
 from dcafy.trace.islands import Observed, observe
-from dcafy.trace.recorder import Recorder, Recording, data_free_copy, one_line
+from dcafy.trace.reasons import one_line
+from dcafy.trace.recorder import Recorder, Recording
 from dcafy.trace.values import Evaluator, node_value
 from dcafy.trace.witness import undecided
 
@@ -173,12 +175,13 @@ class _Surveyor:
             raise CannotEnter("", one_line(error)) from error
         for owner, reason in baked.items():
             raise CannotEnter(owner, reason)
-        found = find(recording.graph, recording.model, path)
-        heard = predecessors(recording.graph, recording.model, found)
-        carried = {f.name: carried_by(f, recording.graph, recording.model, self.evaluator) for f in found}
+        modules = dict(recording.model.named_modules())
+        found = find(recording.graph, modules, path)
+        heard = predecessors(recording.graph, modules, found)
+        carried = {f.name: carried_by(f, modules, self.evaluator) for f in found}
         made, skipped = chains(found, heard, carried)
         order = {node: i for i, node in enumerate(recording.graph.nodes)}
-        skipped += self_attention(recording.graph, recording.model, found, path)
+        skipped += self_attention(recording.graph, modules, found, path)
         region = Region(path, recording, found, carried, made, skipped, order)
         region.fold(tuple(link for chain in made for link in chain.links))
         return region

@@ -61,6 +61,8 @@ def plan_tables(plan: Plan) -> Iterator[RenderableType]:
     if plan.skipped:
         rows = ((row.name, row.reason) for row in plan.skipped)
         yield _titled("skipped: seen and left alone", _rows(("name", "reason"), rows))
+    if plan.costs:
+        yield _titled("what each topology would add, with convert's defaults", _cost_table(plan))
 
 
 def node_table(plan: Plan) -> RenderableType:
@@ -145,6 +147,15 @@ def _block_table(plan: Plan, chains: Sequence[Chain]) -> Table:
                 _lines([_name(link.source) for link in links]),
                 _lines([Text(_match(plan, block, link)) for link in links]),
             )
+    return table
+
+
+def _cost_table(plan: Plan) -> Table:
+    table = _table("topology", "connections", "parameters")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for cost in plan.costs:
+        table.add_row(_name(cost.topology), str(cost.connections), f"{cost.parameters:,}")
     return table
 
 

@@ -65,7 +65,7 @@ def _dense(plan: Plan, known: Survey) -> Plan:
     given = {(link.source, link.target): link for link in plan.links}
     skipped = []
     for region in known.regions:
-        reached = earlier(region.recording.graph, region.recording.model, region.found)
+        reached = earlier(region.recording.graph, region.modules, region.found)
         for target, sources in reached.items():
             for source in sources if target in hearing else ():
                 reason = _obstacle(region, source, target)

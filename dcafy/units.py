@@ -20,8 +20,10 @@ from dcafy.connected import OWNER
 from dcafy.errors import InputError, TracingError
 from dcafy.examples import as_inputs, guesses, probe
 from dcafy.ops import Op, op_name, op_of
+from dcafy.trace.copies import data_free_copy
 from dcafy.trace.islands import Observed, observe
-from dcafy.trace.recorder import Recorder, Recording, data_free_copy, one_line, passed_through
+from dcafy.trace.reasons import one_line
+from dcafy.trace.recorder import Recorder, Recording, passed_through
 from dcafy.trace.values import Evaluator, node_value
 from dcafy.trace.witness import undecided
 

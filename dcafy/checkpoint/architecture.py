@@ -132,15 +132,29 @@ def recognised(model: nn.Module, recipe: Recipe) -> Built | None:
     ours = _network(model)
     for candidate in _candidates(model, ours, recipe):
         theirs = _zoo_network(candidate.name, tuple(candidate.arguments.items()))
-        if theirs is not None and ours.shapes != theirs.shapes:
-            classes = difference(ours.shapes, theirs.shapes).classes
-            if classes is None:
-                continue
-            candidate = Built(candidate.name, {**candidate.arguments, "num_classes": classes})
-            theirs = _zoo_network(candidate.name, tuple(candidate.arguments.items()))
-        if theirs is not None and ours.is_like(theirs):
+        if theirs is None:
+            continue
+        if ours.is_like(theirs):
             return candidate
+        for number in _class_counts(ours.shapes, theirs.shapes):
+            headed = Built(candidate.name, {**candidate.arguments, "num_classes": number})
+            theirs = _zoo_network(headed.name, tuple(headed.arguments.items()))
+            if theirs is not None and ours.is_like(theirs):
+                return headed
     return None
+
+
+def _class_counts(ours: Shapes, theirs: Shapes) -> list[int]:
+    """Numbers of classes that may explain every difference; none where something else differs."""
+    counts = set()
+    for key in ours.keys() | theirs.keys():
+        here, there = ours.get(key), theirs.get(key)
+        if here == there:
+            continue
+        if not here or not there or here[1:] != there[1:]:
+            return []
+        counts.add(here[0])  # or a multiple: detectors have four numbers for each class
+    return sorted(counts) if len(counts) <= 2 else []
 
 
 def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Built]:
@@ -187,6 +201,10 @@ def _zoo_network(name: str, arguments: tuple[tuple[str, Any], ...]) -> _Network 
         return None
 
 
+_SAME = {"timm.layers.linear.Linear": "torch.nn.modules.linear.Linear"}
+"""Classes that compute the same as another: timm's own layer is in its heads, torch's in a user's new one."""
+
+
 def _network(model: nn.Module) -> _Network:
     connections = {id(module) for _, _, dca in connected_modules(model) for module in dca.modules()}
     modules = {
@@ -202,6 +220,7 @@ def _module(module: nn.Module) -> _Module:
     cls = type(module)
     is_graph = isinstance(module, ConnectedModule)
     kind = module.__dict__.get("_converted_from") if is_graph else f"{cls.__module__}.{cls.__qualname__}"
+    kind = _SAME.get(str(kind), str(kind))
     plain = {name: _plain(value) for name, value in vars(module).items() if name not in _machinery(is_graph)}
     tensors = {
         name: tuple(value.shape)
@@ -209,7 +228,7 @@ def _module(module: nn.Module) -> _Module:
         for name, value in holder.items()
         if value is not None
     }
-    return _Module(str(kind), {k: v for k, v in plain.items() if v is not _NOT_PLAIN}, tensors, is_graph)
+    return _Module(kind, {k: v for k, v in plain.items() if v is not _NOT_PLAIN}, tensors, is_graph)
 
 
 @functools.cache

@@ -72,7 +72,7 @@ class Weights:
     ``base_sha256``   the fingerprint of the base weights: every key without ``dca`` in its path
     ``base``          without the base in the file: key -> facts about the weights that have to be there
     ``tied``          key -> the key under which its tensor is stored
-    ``layouts``       key -> the memory format of a tensor that is not laid out contiguously
+    ``layouts``       key -> the strides (``27x1x9x3``) of a tensor that is dense and not laid out contiguously
     """
 
     file: str
@@ -81,6 +81,11 @@ class Weights:
     base: dict[str, Facts]
     tied: dict[str, str]
     layouts: dict[str, str]
+
+    @property
+    def with_base(self) -> bool:
+        """Whether the base weights are in the file too."""
+        return self.file == FILES[True]
 
 
 @dataclass(frozen=True)
@@ -379,7 +384,7 @@ _description = _record(
                 "base_sha256": _sha256,
                 "base": _mapping(_facts),
                 "tied": _mapping(_text),
-                "layouts": _mapping(_matching("channels_last(_3d)?", "channels_last or channels_last_3d")),
+                "layouts": _mapping(_matching(r"\d{1,15}(x\d{1,15})*", "strides")),
             },
         ),
         "state": _record(

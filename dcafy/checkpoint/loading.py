@@ -14,7 +14,7 @@ from dcafy.checkpoint.architecture import built
 from dcafy.checkpoint.description import Description, Facts, installed_versions
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import restore
-from dcafy.checkpoint.tensors import difference, dtype_named, facts, is_connection, put
+from dcafy.checkpoint.tensors import difference, dtype_named, facts, fingerprint, is_connection, put
 from dcafy.convert import convert
 from dcafy.emit import connected_modules
 from dcafy.errors import CheckpointError, DcafyError, InputError
@@ -66,7 +66,7 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
     else:
         network = model
         _compare(base, _state(model), "the network that was given")
-    if description.weights.base:
+    if not description.weights.with_base:
         _require_same_weights(network, base)
     converted = _converted(network, description, copy=model is not None)
     _compare(expected, _state(converted), "the network as it is converted here")
@@ -90,8 +90,10 @@ def _expected(description: Description, tensors: Mapping[str, Tensor]) -> dict[s
         if original not in stored or key in stored:
             raise CheckpointError(f"{printable(key)} is said to be tied to {printable(original)}, which is not stored.")
     tied = {key: stored[original] for key, original in weights.tied.items()}
-    if weights.base and any(not is_connection(key) for key in tensors):
-        raise CheckpointError("it holds base weights, and describes others.")
+    if not weights.with_base and any(not is_connection(key) for key in (*stored, *tied)):
+        raise CheckpointError(f"its {weights.file} holds base weights too, which it should not.")
+    if weights.base and (weights.with_base or fingerprint(weights.base) != weights.base_sha256):
+        raise CheckpointError("its list of base weights is damaged. Save the model again, or copy the folder again.")
     for fact in weights.base.values():
         _dtype(fact.dtype)
     return {**weights.base, **stored, **tied}
@@ -107,7 +109,7 @@ def _dtype(name: str) -> torch.dtype:
 def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
     """The network of the name in the folder; ``CheckpointError`` where there is none, or not enough to go with it."""
     network = printable(description.model.name if description.model else description.plan.model or "a network")
-    if description.weights.base:
+    if not description.weights.with_base:
         raise CheckpointError(
             f"it holds connections only (it was saved with base=False). Pass the {network} that they were trained on, "
             "with its weights: dcafy.load(directory, model=...)."

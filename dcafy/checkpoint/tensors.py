@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,9 +26,6 @@ _DTYPES: dict[str, torch.dtype] = {
     )
 }
 """What a safetensors file can hold."""
-
-_FORMATS = {4: ("channels_last", torch.channels_last), 5: ("channels_last_3d", torch.channels_last_3d)}
-"""Dimensions of a tensor -> the memory format that it may have besides the contiguous one."""
 
 
 def is_connection(key: str) -> bool:
@@ -113,12 +110,24 @@ def _place(tensor: Tensor) -> object:
 
 
 def _layout(tensor: Tensor) -> str | None:
-    name, memory_format = _FORMATS.get(tensor.ndim, ("", torch.contiguous_format))
-    # Strides and not is_contiguous(): for a 1x1 convolution that says yes to both, and kernels are chosen by strides.
-    if not name or tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
-        return None
-    like = torch.empty(tensor.shape, device="meta", memory_format=memory_format)
-    return name if tensor.stride() == like.stride() else None
+    """The strides of a dense tensor that is not contiguous (channels_last, transposed), as text.
+
+    Kernels are chosen by strides, and sum in another order. is_contiguous() says yes to 1x1 kernels of both formats.
+    """
+    contiguous = tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+    return None if contiguous or not _is_dense(tensor.shape, tensor.stride()) else "x".join(map(str, tensor.stride()))
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these strides put each element in a place of its own and leave no gaps."""
+    if len(shape) != len(strides):
+        return False
+    filled = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != filled:
+            return False
+        filled *= size
+    return filled > 0
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -168,7 +177,8 @@ def put(
     for key, name in dtypes.items():
         slot = _slot(model, key)
         if slot is not None:
-            _reform(*slot, key, dtype_named(name), layouts.get(key))
+            stored = key in tensors or key in tied
+            _reform(slot, key, dtype_named(name), layouts.get(key), keep=not stored)
     for key, original in tied.items():
         _tie(_slot(model, key), _slot(model, original))
     state = {**model.state_dict(), **tensors, **{key: tensors[original] for key, original in tied.items()}}
@@ -195,7 +205,9 @@ def _slot(model: nn.Module, key: str) -> _Slot | None:
     return None
 
 
-def _reform(holder: dict[str, Tensor | None], name: str, key: str, dtype: torch.dtype, layout: str | None) -> None:
+def _reform(slot: _Slot, key: str, dtype: torch.dtype, layout: str | None, *, keep: bool) -> None:
+    """Gives one tensor its dtype and strides; its values only where they are to be kept."""
+    holder, name = slot
     old = holder[name]
     assert old is not None
     if _kind(old.dtype) != _kind(dtype):
@@ -203,20 +215,21 @@ def _reform(holder: dict[str, Tensor | None], name: str, key: str, dtype: torch.
             f"{printable(key)} holds {_name(dtype)} in the folder and {_name(old.dtype)} in the network: the folder "
             "belongs to another network."
         )
-    memory_format = torch.contiguous_format if layout is None else getattr(torch, layout)
-    if layout is not None and _FORMATS.get(old.ndim, ("",))[0] != layout:
-        raise CheckpointError(f"{printable(key)} has {old.ndim} dimensions and cannot be laid out as {layout}.")
     device = torch.device("cpu") if old.is_meta else old.device
-    new = torch.empty(old.shape, dtype=dtype, device=device, memory_format=memory_format)
-    if not old.is_meta:
-        if old.dtype == dtype and old.stride() == new.stride():
-            return
+    strides = torch.empty(old.shape, device="meta").stride() if layout is None else tuple(map(int, layout.split("x")))
+    if layout is not None and not _is_dense(old.shape, strides):
+        raise CheckpointError(f"{printable(key)} cannot be laid out with the strides {layout}.")
+    if old.dtype == dtype and old.stride() == strides and not old.is_meta:
+        return
+    new = torch.empty_strided(old.shape, strides, dtype=dtype, device=device)
+    if keep:
         new.copy_(old.detach())
     _replace(holder, name, new)
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return "float" if dtype.is_floating_point else _name(dtype)
+    # Casting a module casts what is complex too.
+    return "inexact" if dtype.is_floating_point or dtype.is_complex else _name(dtype)
 
 
 def _replace(holder: dict[str, Tensor | None], name: str, new: Tensor) -> None:

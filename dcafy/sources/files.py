@@ -19,7 +19,7 @@ import torch
 
 from dcafy.errors import SourceError
 from dcafy.sources.factories import one_line, working_folder_importable
-from dcafy.sources.pickles import PickleContents, lent_classes, load_pickled, read_pickle
+from dcafy.sources.pickles import COMPUTED, PickleContents, lent_classes, load_pickled, read_pickle
 from dcafy.tables import printable
 
 __all__ = ["MARKER", "listing", "read_object"]
@@ -194,7 +194,8 @@ def _open_legacy(request: Request, file: IO[bytes]) -> Any:
     file.seek(0)
     contents = _read(request, file, pickles=_PICKLES_IN_A_LEGACY_FILE)
     classes, wanted = lent_classes(contents)
-    if classes and not wanted:
+    # There, a network's classes came wrapped together with their source code, which torch only unwraps unsafely.
+    if classes and set(wanted) <= {COMPUTED}:
         raise request.error(
             "is a whole network in the format from before PyTorch 1.6, which can only be opened by running what it "
             f"says. Instead {_SAVE_AGAIN}; or, if you trust where it comes from, accept the risk: {request.accepting}"

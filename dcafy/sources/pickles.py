@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 import torch
 from torch import nn
 
-__all__ = ["PickleContents", "lent_classes", "load_pickled", "read_pickle"]
+__all__ = ["COMPUTED", "PickleContents", "lent_classes", "load_pickled", "read_pickle"]
 
 PACKAGES = ("torch.nn", "torchvision", "timm")
 """Where a network's classes may come from."""
@@ -52,7 +52,8 @@ class _Text(str):
 _OTHER, _MARK, _EMPTY = object(), object(), object()
 """On the stack: anything else, a mark, the empty tuple."""
 
-_COMPUTED = "something that it computes"
+COMPUTED = "something that it computes"
+"""Stands for a callable that has no name because the pickle makes it."""
 
 
 class _Reader:
@@ -98,7 +99,7 @@ class _Reader:
         self.names.add(self.stack[-1])
 
     def call(self, what: Any) -> None:
-        self.calls.add(str(what) if isinstance(what, _Global) else _COMPUTED)
+        self.calls.add(str(what) if isinstance(what, _Global) else COMPUTED)
 
 
 def _global(reader: _Reader, argument: str) -> None:
@@ -111,7 +112,7 @@ def _stack_global(reader: _Reader, argument: None) -> None:
     if isinstance(name, _Text) and isinstance(module, _Text):
         reader.push_global(module, name)
     else:
-        reader.names.add(_COMPUTED)
+        reader.names.add(COMPUTED)
         reader.stack.append(_OTHER)
 
 
@@ -241,7 +242,7 @@ def _belongs_to_tensors(name: str) -> bool:
 def lent_classes(contents: PickleContents) -> tuple[dict[str, type[nn.Module]], tuple[str, ...]]:
     """The network classes that the pickle names, and what else it wants and must not have."""
     classes: dict[str, type[nn.Module]] = {}
-    wanted = [name for name in contents.calls if name == _COMPUTED]
+    wanted = [name for name in contents.calls if name == COMPUTED]
     for name in contents.names:
         if _belongs_to_tensors(name):
             continue
@@ -279,15 +280,17 @@ def _module_class(name: str) -> type[nn.Module] | None:
 
 @contextlib.contextmanager
 def _lent(classes: dict[str, type[nn.Module]]) -> Iterator[None]:
-    """Inside it ``torch.load`` makes instances of these classes; afterwards it allows what it did before."""
+    """Inside it ``torch.load`` makes instances of these classes, and afterwards no longer."""
     before = torch.serialization.get_safe_globals()
     own = [(cls, name) if name != f"{cls.__module__}.{cls.__qualname__}" else cls for name, cls in classes.items()]
     torch.serialization.add_safe_globals(cast("Any", own))
     try:
         yield
     finally:
+        # What else came to be allowed meanwhile, by an import of torch's own, stays allowed.
+        kept = [one for one in torch.serialization.get_safe_globals() if one in before or one not in own]
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals(kept)
 
 
 def load_pickled(file: IO[bytes], classes: Iterable[tuple[str, type[nn.Module]]]) -> Any:

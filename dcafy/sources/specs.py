@@ -97,7 +97,7 @@ def parse(spec: str, settings: Mapping[str, Any]) -> Recipe:
                 f"{argument} is not for --set: weights are chosen in the name, as in {prefix}:{name}@DEFAULT."
             )
         return Recipe(prefix, name, weights if at else None, dict(settings))
-    if is_factory(spec):
+    if is_factory(spec) and prefix.lower() not in ZOOS:
         return Recipe(None, spec, None, dict(settings))
     raise unknown(spec)
 

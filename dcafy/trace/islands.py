@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.trace.recorder import data_free_copy, one_line, shared_copy
+from dcafy.trace.copies import data_free_copy, shared_copy
+from dcafy.trace.reasons import one_line
 
 __all__ = ["Observed", "observe"]
 

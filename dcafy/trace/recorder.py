@@ -13,35 +13,28 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
-import dataclasses
 import inspect
 import operator
-import textwrap
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from dcafy.connected import OWNER, ConnectedModule
 from dcafy.errors import DcafyError
 from dcafy.ops import alters_argument
+from dcafy.trace.factories import recorded_factories
 from dcafy.trace.proxy import Mode, ValueProxy
-from dcafy.trace.values import VALUE, Evaluator, node_value
+from dcafy.trace.reasons import one_line
+from dcafy.trace.values import VALUE, Evaluator, node_value, values_of
 
 __all__ = [
     "Call",
     "Recorder",
     "Recording",
     "check_default",
-    "data_free_copy",
-    "one_line",
     "passed_through",
-    "shared_copy",
 ]
 
 
@@ -94,51 +87,6 @@ def check_default(value: Any, default: Any, name: str) -> None:
         )
 
 
-def data_free_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` on the meta device, without hooks and in eval mode, to be traced."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = _without_data(value)
-        for name in _HOOKS:
-            hooks = module.__dict__.get(name)
-            if hooks:
-                memo[id(hooks)] = collections.OrderedDict()
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        module.__dict__["training"] = False
-    return twin
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own that shares every tensor with ``model``."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
-    return copy.deepcopy(model, memo)
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "meta":
-        return tensor
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
 _LAYERS = (nn.modules.container.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
 
 
@@ -180,7 +128,7 @@ class Recorder(fx.Tracer):
         self._evaluator = evaluator
         self._opaque = opaque
         self._owner = ""
-        self._running = False  # True while real code runs on values, and nothing is recorded
+        self.running = False  # True while real code runs on values, and nothing is recorded
         self._observing: str | None = None
         self.calls: list[Call] = []
         self.mode_read: set[str] = set()
@@ -198,7 +146,7 @@ class Recorder(fx.Tracer):
         for path, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._tensors.setdefault(id(tensor), path)
         self._attributes: dict[str, ValueProxy] = {}
-        with _recorded_factories(self):
+        with recorded_factories(self):
             model.__dict__["training"] = Mode(self, "")  # type: ignore[assignment]
             try:
                 graph = self.trace(model)
@@ -269,7 +217,7 @@ class Recorder(fx.Tracer):
         if kind is collections.OrderedDict:  # fx would hand it on as a plain dict
             rows = [(key, self.create_arg(item)) for key, item in a.items()]
             node = self.create_node("call_function", collections.OrderedDict, (rows,), {})
-            node.meta[VALUE] = collections.OrderedDict((key, _values(item)) for key, item in a.items())
+            node.meta[VALUE] = collections.OrderedDict((key, values_of(item)) for key, item in a.items())
             return node
         if isinstance(a, Tensor):
             return self._tensor(a).node
@@ -277,8 +225,8 @@ class Recorder(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), *rest[:2])
-        with self._run():
-            node.meta[VALUE] = self._value(kind, target, _values(args), _values(kwargs))
+        with self.run():
+            node.meta[VALUE] = self._value(kind, target, values_of(args), values_of(kwargs))
         if node.meta[VALUE] is None and target is operator.getitem:
             return None  # an item that is None is asked for with ``is None``, which no proxy can answer
         return self._result(node, args, alters_argument(node, {}))
@@ -291,7 +239,7 @@ class Recorder(fx.Tracer):
         raise TypeError(f"a {kind} node is not made this way")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
+        if self.running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
             return attr_val
         return self._tensor(attr_val)
 
@@ -318,7 +266,7 @@ class Recorder(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self._paths.get(id(m))
-        if self._running:
+        if self.running:
             if self._observing is not None and path is not None and path.startswith(self._observing):
                 self.observed.setdefault(path, (args, kwargs))
             return forward(*args, **kwargs)
@@ -340,8 +288,8 @@ class Recorder(fx.Tracer):
 
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
-        with self._run(observing=f"{path}." if path in self._opaque or path in self.kept_whole else None):
-            node.meta[VALUE] = self._evaluator.module(module, _values(args), _values(kwargs))
+        with self.run(observing=f"{path}." if path in self._opaque or path in self.kept_whole else None):
+            node.meta[VALUE] = self._evaluator.module(module, values_of(args), values_of(kwargs))
         return self._result(node, args, bool(getattr(module, "inplace", False)))
 
     def _result(self, node: fx.Node, args: Any, in_place: bool) -> ValueProxy:
@@ -398,14 +346,14 @@ class Recorder(fx.Tracer):
         del self.calls[calls:], self.settled[settled:]
 
     @contextlib.contextmanager
-    def _run(self, observing: str | None = None) -> Iterator[None]:
+    def run(self, observing: str | None = None) -> Iterator[None]:
         """Real code runs on values: patched calls and attributes behave as if nobody were tracing."""
-        before = (self._running, self._observing)
-        self._running, self._observing = True, observing if observing is not None else self._observing
+        before = (self.running, self._observing)
+        self.running, self._observing = True, observing if observing is not None else self._observing
         try:
             yield
         finally:
-            self._running, self._observing = before
+            self.running, self._observing = before
 
 
 def _stored(model: nn.Module) -> dict[str, str]:
@@ -427,32 +375,6 @@ def _holds_proxy(value: Any) -> bool:
     return type(value) is dict and any(_holds_proxy(item) for item in value.values())
 
 
-def _values(arguments: Any) -> Any:
-    """``arguments`` with every proxy and node replaced by its value."""
-    kind = type(arguments)
-    if issubclass(kind, fx.Proxy):
-        return node_value(arguments.node)
-    if kind is fx.Node:
-        return node_value(arguments)
-    if kind is Mode:
-        return False
-    if kind is tuple or kind is list:
-        return kind([_values(item) for item in arguments])
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return kind(*[_values(item) for item in arguments])
-    if kind is dict or kind is collections.OrderedDict:
-        return kind((key, _values(item)) for key, item in arguments.items())
-    if kind is slice:
-        return slice(_values(arguments.start), _values(arguments.stop), _values(arguments.step))
-    if dataclasses.is_dataclass(arguments) and not isinstance(arguments, type):
-        return dataclasses.replace(
-            arguments, **{f.name: _values(getattr(arguments, f.name)) for f in dataclasses.fields(arguments)}
-        )
-    if issubclass(kind, list):
-        return [_values(item) for item in arguments]
-    return arguments
-
-
 def _last(graph: fx.Graph) -> fx.Node:
     return graph._root.prev
 
@@ -462,75 +384,3 @@ def _after(node: fx.Node, graph: fx.Graph) -> Iterator[fx.Node]:
     while current is not graph._root:
         yield current
         current = current.next
-
-
-def one_line(error: BaseException) -> str:
-    """One line: what went wrong, and in which line of the user's code."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
-    text = textwrap.shorten(str(error), 160, placeholder=" ...")
-    where = f" ({PurePath(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    return f"{type(error).__name__}: {text or 'no message'}{where}"
-
-
-def _is_machinery(filename: str) -> bool:
-    path = filename.replace("\\", "/")
-    return any(part in path for part in ("/torch/", "/dcafy/trace/")) or path.startswith("<")
-
-
-_FACTORIES = (
-    "arange",
-    "empty",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "normal",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "range",
-    "scalar_tensor",
-    "tensor",
-    "zeros",
-)
-
-
-@contextlib.contextmanager
-def _recorded_factories(recorder: Recorder) -> Iterator[None]:
-    """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever.
-
-    The C++ parser of ``torch.zeros`` refuses a proxy before any override is asked, so the names in ``torch``
-    are replaced while the trace runs.
-    """
-
-    def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
-        def make(*args: Any, **kwargs: Any) -> Any:
-            if recorder._running:
-                return factory(*args, **kwargs)
-            node = recorder.create_node(
-                "call_function", factory, recorder.create_arg(args), recorder.create_arg(kwargs)
-            )
-            with recorder._run(), torch.no_grad():
-                node.meta[VALUE] = factory(*_values(args), **{**_values(kwargs), "device": "meta"})
-            return ValueProxy(node, recorder)
-
-        return make
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder._running or not any(type(a) is ValueProxy for a in args):
-            return original.__get__(None, cls)(*args, **kwargs)
-        return recorder.create_proxy("call_function", original.__get__(None, cls), args, kwargs)
-
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-    original = torch.autograd.Function.__dict__["apply"]
-    try:
-        for name, factory in originals.items():
-            setattr(torch, name, recorded(factory))
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
-        yield
-    finally:
-        for name, factory in originals.items():
-            setattr(torch, name, factory)
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]

@@ -7,13 +7,15 @@ that keep their input's shape are not run at all.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["Evaluator", "node_value", "tensors_in"]
+__all__ = ["VALUE", "Evaluator", "node_value", "tensors_in", "values_of"]
 
 VALUE = "value"
 """The key of a node's value in ``node.meta``."""
@@ -44,19 +46,6 @@ _KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
     }
 )
 
-_GEOMETRY: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Conv1d: ("stride", "padding", "dilation", "groups"),
-    nn.Conv2d: ("stride", "padding", "dilation", "groups"),
-    nn.Conv3d: ("stride", "padding", "dilation", "groups"),
-    nn.Linear: (),
-    nn.AdaptiveAvgPool1d: ("output_size",),
-    nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode"),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    nn.Flatten: ("start_dim", "end_dim"),
-}
-"""Layer type -> the attributes that, with the shapes of input and weight, decide the output's shape."""
-
 
 def node_value(node: fx.Node) -> Any:
     """What ``node`` computes on the example: a meta tensor, a number, a tuple, ... or ``None``."""
@@ -75,35 +64,81 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
             yield from tensors_in(item)
 
 
+def values_of(arguments: Any) -> Any:
+    """``arguments`` with every proxy and node replaced by its value."""
+    kind = type(arguments)
+    if issubclass(kind, fx.Proxy):
+        return node_value(arguments.node)
+    if kind is fx.Node:
+        return node_value(arguments)
+    if hasattr(kind, "__fx_create_arg__"):  # a mode, which is recorded as in eval
+        return False
+    if kind is tuple or kind is list:
+        return kind([values_of(item) for item in arguments])
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind(*[values_of(item) for item in arguments])
+    if kind is dict or kind is collections.OrderedDict:
+        return kind((key, values_of(item)) for key, item in arguments.items())
+    if kind is slice:
+        return slice(values_of(arguments.start), values_of(arguments.stop), values_of(arguments.step))
+    if dataclasses.is_dataclass(arguments) and not isinstance(arguments, type):
+        return dataclasses.replace(
+            arguments, **{f.name: values_of(getattr(arguments, f.name)) for f in dataclasses.fields(arguments)}
+        )
+    if issubclass(kind, list):
+        return [values_of(item) for item in arguments]
+    return arguments
+
+
 class Evaluator:
     """Runs one operation at a time on meta values, each distinct one once."""
 
     def __init__(self, device: torch.device) -> None:
         self._seen: dict[Any, Any] = {}
+        self._structures: dict[nn.Module, Any] = {}
         self._device = device
 
     def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a leaf module's output."""
-        kind = type(module)
         if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
-            if kind in _KEEPS_LAYOUT:
+            if type(module) in _KEEPS_LAYOUT:
                 return args[0]
-            if kind in _GEOMETRY:
-                weight = getattr(module, "weight", None)
-                if weight is not None and weight.dtype != args[0].dtype:  # meta kernels do not look
-                    raise TypeError(
-                        f"the input is {args[0].dtype}, and the weights of a {kind.__name__} are {weight.dtype}"
-                    )
-                geometry = tuple(_key(getattr(module, name)) for name in _GEOMETRY[kind])
-                key = (kind, geometry, None if weight is None else _key(weight), _key(args[0]))
-                return self._once(key, lambda: module(*args))
-        with torch.no_grad():
-            return module(*args, **kwargs)
+            if isinstance(module, _WEIGHTED) and module.weight.dtype != args[0].dtype:  # meta kernels do not look
+                raise TypeError(f"the input is {args[0].dtype}, a layer's weights are {module.weight.dtype}")
+            if type(module) in _ADAPTIVE:
+                return _adaptively_pooled(args[0], module.output_size, _ADAPTIVE[type(module)])
+        try:
+            key = (self._structure(module), _key(args), _key(kwargs))
+        except _NoKey:
+            with torch.no_grad():
+                return module(*args, **kwargs)
+        return self._once(key, lambda: module(*args, **kwargs))
+
+    def _structure(self, module: nn.Module) -> Any:
+        """What decides a layer's output layout: its class, options, and the shapes of its tensors.
+
+        What is no plain option (a function, an object of the user's) stands for itself alone.
+        """
+        if module not in self._structures:
+            options = tuple(
+                (name, _key(value) if type(value) in _OPTIONS else id(value))
+                for name, value in module.__dict__.items()
+                if name not in _BOOKKEEPING and value is not None
+            )
+            tensors = tuple(
+                None if tensor is None else _key(tensor)
+                for tensor in (*module._parameters.values(), *module._buffers.values())
+            )
+            children = tuple(self._structure(child) for child in module.children())
+            self._structures[module] = (type(module), options, tensors, children)
+        return self._structures[module]
 
     def function(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a function call."""
         if target is getattr and isinstance(args[0], Tensor) and args[1] == "device":
             return self._device  # a model that asks for the device is told its own, never "meta"
+        if target in _ADAPTIVE and len(args) == 2 and not kwargs:
+            return _adaptively_pooled(args[0], args[1], _ADAPTIVE[target])
         try:
             key = (target, _key(args), _key(kwargs))
         except _NoKey:
@@ -164,5 +199,27 @@ def _key(value: Any) -> Any:
         return (slice, _key(value.start), _key(value.stop), _key(value.step))
     raise _NoKey
 
+
+_ADAPTIVE: dict[Any, int] = {
+    nn.AdaptiveAvgPool1d: 1,
+    nn.AdaptiveAvgPool2d: 2,
+    nn.AdaptiveAvgPool3d: 3,
+    nn.functional.adaptive_avg_pool1d: 1,
+    nn.functional.adaptive_avg_pool2d: 2,
+    nn.functional.adaptive_avg_pool3d: 3,
+}
+"""Pooling to a given size -> over how many axes: what attention does most, and torch's slowest meta kernel."""
+
+
+def _adaptively_pooled(value: Tensor, size: Any, axes: int) -> Tensor:
+    wanted = (size,) * axes if isinstance(size, int) else size
+    kept = value.shape[value.ndim - axes :]
+    shape = tuple(own if n is None else n for n, own in zip(wanted, kept, strict=True))
+    return value.new_empty((*value.shape[: value.ndim - axes], *shape))
+
+
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_OPTIONS = frozenset({int, float, bool, str, tuple, torch.Size, torch.dtype, torch.device})
+_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 
 _PLAIN = frozenset({int, float, bool, str, type(None), type(...), torch.dtype, torch.device})

@@ -26,6 +26,8 @@ def undecided(
     was asked for does vary, the network is recorded ``again`` at the other size, and the graphs compared: a
     number that only an argument parser looked at is still symbolic in both.
     """
+    if not _varies(recording, evaluator, lambda value: _other_image(_other_batch(value))):
+        return {}
     for what, change in (("batch", _other_batch), ("image", _other_image)):
         if not _varies(recording, evaluator, change):
             continue

@@ -1,0 +1,75 @@
+"""What a forward calls that plain tracing does not see: tensor factories and ``autograd.Function``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dcafy.trace.proxy import ValueProxy
+from dcafy.trace.values import VALUE, values_of
+
+if TYPE_CHECKING:
+    from dcafy.trace.recorder import Recorder
+
+__all__ = ["recorded_factories"]
+
+_FACTORIES = (
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "range",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+)
+
+
+@contextlib.contextmanager
+def recorded_factories(recorder: Recorder) -> Iterator[None]:
+    """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever.
+
+    The C++ parser of ``torch.zeros`` refuses a proxy before any override is asked, so the names in ``torch``
+    are replaced while the trace runs.
+    """
+
+    def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if recorder.running:
+                return factory(*args, **kwargs)
+            node = recorder.create_node(
+                "call_function", factory, recorder.create_arg(args), recorder.create_arg(kwargs)
+            )
+            with recorder.run(), torch.no_grad():
+                node.meta[VALUE] = factory(*values_of(args), **{**values_of(kwargs), "device": "meta"})
+            return ValueProxy(node, recorder)
+
+        return make
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if recorder.running or not any(type(a) is ValueProxy for a in args):
+            return original.__get__(None, cls)(*args, **kwargs)
+        return recorder.create_proxy("call_function", original.__get__(None, cls), args, kwargs)
+
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    original = torch.autograd.Function.__dict__["apply"]
+    try:
+        for name, factory in originals.items():
+            setattr(torch, name, recorded(factory))
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        yield
+    finally:
+        for name, factory in originals.items():
+            setattr(torch, name, factory)
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
