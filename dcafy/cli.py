@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -246,9 +247,75 @@ def inspect_command(
     if not plan.blocks:
         raise errors.NoAttentionError(
             f"{model!r} has no attention blocks, so there is nothing to connect. Attention can be added first: "
-            "dcafy.convert(model, attention='se') in Python, or modules such as torchvision.ops.SqueezeExcitation in "
-            "the network's own code."
+            "dcafy convert MODEL --attention se -o DIR, or dcafy.convert(model, attention='se') in Python, or modules "
+            "such as torchvision.ops.SqueezeExcitation in the network's own code."
         )
+
+
+@app.command("convert")
+def convert_command(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
+    ],
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Put this attention into the network's residual units first: se, ge-theta, cbam, bam, gc, sge or eca.",
+            show_default=False,
+        ),
+    ] = None,
+    attention_reduction: Annotated[
+        int, typer.Option(help="Channels over the width of the inserted attention's bottleneck.")
+    ] = 16,
+    schema: Annotated[str, typer.Option(help="How a block's own context and what it hears are joined.")] = "direct",
+    channel_match: Annotated[str, typer.Option(help="The layers that match widths: fc1 or fc2.")] = "fc2",
+    reduction: Annotated[int, typer.Option(help="A block's channels over the hidden width of fc2.")] = 16,
+    min_hidden: Annotated[int, typer.Option(help="The least hidden width of fc2, in channels.")] = 8,
+    spatial_match: Annotated[str, typer.Option(help="What shrinks maps: avg, max or conv.")] = "avg",
+    dimension: Annotated[str, typer.Option(help="What is connected: channel, spatial or all.")] = "all",
+    topology: Annotated[str, typer.Option(help="Who hears whom: chain or dense.")] = "chain",
+    base: Annotated[
+        bool, typer.Option("--base/--connections-only", help="Write all weights, or only the connections'.")
+    ] = True,
+    verify: Annotated[bool, typer.Option(help="Run both networks and compare their outputs bit by bit.")] = True,
+    input_size: InputSize = None,
+    arch: Arch = None,
+    settings: Settings = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Connect the attention blocks of a network and save the result as a folder."""
+    given, example = _settings(settings), _example(input_size)
+    with contextlib.redirect_stdout(sys.stderr):
+        from dcafy.checkpoint import save
+        from dcafy.convert import convert
+        from dcafy.emit import connections
+        from dcafy.sources import open_model
+
+        network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model
+        before = sum(parameter.numel() for parameter in network.parameters())
+        connected = convert(
+            network,
+            example_inputs=example,
+            schema=schema,
+            channel_match=channel_match,
+            reduction=reduction,
+            min_hidden=min_hidden,
+            spatial_match=spatial_match,
+            dimension=dimension,
+            topology=topology,
+            attention=attention,
+            attention_reduction=attention_reduction,
+            verify=verify,
+        )
+        save(connected, output, base=base)
+    own = sum(p.numel() for name, p in connected.named_parameters() if "dca" in name.split("."))
+    added = sum(p.numel() for p in connected.parameters()) - before - own
+    print(
+        f"{len(connections(connected))} connections with {own:,} parameters"
+        + (f", {attention} with {added:,}" if attention else "")
+        + f", saved in {output}."
+    )
 
 
 def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
@@ -258,15 +325,15 @@ def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
     from dcafy.sources import open_model
 
     model = open_model(spec, on_meta=True, **how).model
-    from dcafy.convert import inspect
+    from dcafy.convert import appraise
 
     try:
-        plan = inspect(model, example_inputs=example)
+        plan = appraise(model, example_inputs=example)
     except (errors.TracingError, errors.InputError):
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
         # Where the course of the forward depends on values, as in detectors, it takes values to look.
-        plan = inspect(open_model(spec, **how).model, example_inputs=example)
+        plan = appraise(open_model(spec, **how).model, example_inputs=example)
     return dataclasses.replace(plan, model=spec)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from dcafy.examples import as_data, real_inputs
 from dcafy.insert import insert
 from dcafy.settings import Settings
 from dcafy.survey import Survey, survey
-from dcafy.topology import costs, shaped
+from dcafy.topology import cost, costs, shaped
 from dcafy.trace.copies import shared_copy
 from dcafy.trace.reasons import one_line
+
+log = logging.getLogger("dcafy")
 
 __all__ = ["appraise", "convert", "inspect"]
 
@@ -109,6 +112,9 @@ def convert(
     if not chosen.links:
         raise NoAttentionError(_nothing_to_connect(chosen))
     chosen = _with_settings(chosen, settings)
+    if log.isEnabledFor(logging.INFO):
+        price = cost(topology, chosen, known, settings)
+        log.info("%s: %d connections with %s new parameters", topology, price.connections, f"{price.parameters:,}")
     with _preserved_rng(model):
         converted = _connected(model, known, chosen, settings, copy)
         inexact = sorted({str(link.schema) for link in chosen.links} & INEXACT_SCHEMAS)
@@ -129,7 +135,8 @@ def _refuse_connected(model: nn.Module) -> None:
 def _checked(plan: Plan, known: Survey) -> Plan:
     if not isinstance(plan, Plan):
         raise PlanError(
-            f"plan must be a dcafy.Plan, not {type(plan).__name__}: take the one that dcafy.inspect(model) gives, or read a dict with dcafy.Plan.from_dict."
+            f"plan must be a dcafy.Plan, not {type(plan).__name__}: take the one that "
+            "dcafy.inspect(model) gives, or read a dict with dcafy.Plan.from_dict."
         )
     names = [block.name for block in known.plan.blocks]
     for link in plan.links:

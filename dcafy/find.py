@@ -27,6 +27,9 @@ ROOT_NAME = "root"
 RATIOS = (16, 6, 3)
 """How many times smaller than what it reduces G must be; the lower ones are for tiny maps."""
 
+_POOLED = 64
+"""A tensor so many times smaller than X is pooled already: a sum over it belongs to the transformation."""
+
 REACH = 128
 """More nodes than any transformation has: a walk this long has strayed into the network."""
 
@@ -216,7 +219,8 @@ class _Finder:
         if op is Op.SLICE:  # a slice is no reduction: what is asked for is a reduction to the whole
             ref = max(ref, self.sizes[inputs[0]])
         elif op in (Op.OTHER, *_REDUCES) and any(self.sizes[n] != self.sizes[node] for n in inputs):
-            if op is Op.OTHER or max(self.sizes[n] for n in inputs) > walk.ratio * ref:
+            largest = max(self.sizes[n] for n in inputs)
+            if op is Op.OTHER or (largest > walk.ratio * ref and not self._is_pooled(largest, walk)):
                 return False
         elif op is Op.QUERY:
             return True
@@ -232,11 +236,14 @@ class _Finder:
         walk.frontier.add(node)
         return True
 
+    def _is_pooled(self, size: int, walk: _Walk) -> bool:
+        return size * _POOLED < self.sizes[walk.other]
+
     def _is_frontier(self, node: fx.Node, ref: float, walk: _Walk) -> bool:
         """Whether ``node`` reduces a neighbourhood to something of the map's size."""
         largest = max((self.sizes[n] for n in self._inputs(node)), default=0)
         own = max((t.numel() for t in tensors_in(node_value(node))), default=1)
-        if largest < 2 * own:
+        if largest < 2 * own or self._is_pooled(largest, walk):
             return False
         if largest >= walk.ratio * ref:
             return True

@@ -89,8 +89,8 @@ def _check(attention: str, reduction: int, init: str) -> None:
         raise UsageError(f"reduction must be a whole number of at least 1, not {reduction!r}.")
     if init == "identity" and ATTENTIONS[attention].obstacle:
         raise UsageError(
-            f"{attention!r} cannot start as an exact no-op: {ATTENTIONS[attention].obstacle}. Pass init='paper' and "
-            "expect the network's outputs to change until it has been trained again."
+            f"{attention!r} cannot start as an exact no-op: {ATTENTIONS[attention].obstacle}. Use dcafy.insert(model, "
+            f"{attention!r}, init='paper'), and expect other outputs until the network has been trained again."
         )
 
 

@@ -46,6 +46,3 @@ class Settings:
         except UsageError as error:
             raise PlanError(f"The plan's link from {link.source!r} to {link.target!r}: {error}") from error
         return dataclasses.replace(link, **dataclasses.asdict(merged))
-
-
-_CHOICES: dict[str, Any] = {"schema": SCHEMAS, "channel_match": CHANNEL_MATCHES, "spatial_match": SPATIAL_MATCHES}

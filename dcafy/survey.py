@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dcafy.blocks import Chain, Link, Plan, Skipped
 from dcafy.errors import InputError, TracingError
@@ -224,10 +224,10 @@ def _has_tiny_maps(region: Region) -> bool:
     """Whether some feature map is under 4x4 before anything has pooled it."""
     modules = region.modules
     for node in region.recording.graph.nodes:
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        value, source = node_value(node), next((node_value(n) for n in node.all_input_nodes), None)
-        maps = isinstance(value, Tensor) and isinstance(source, Tensor) and isinstance(module, nn.Conv2d | nn.Conv3d)
-        if maps and max(source.shape[2:]) > 1 and max(value.shape[2:]) < 4:
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.Conv2d | nn.Conv3d):
+            continue
+        value, source = node_value(node), node_value(node.all_input_nodes[0])
+        if max(source.shape[2:]) > 1 and max(value.shape[2:]) < 4:
             return True
     return False
 

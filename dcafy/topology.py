@@ -12,7 +12,7 @@ from dcafy.settings import Settings
 from dcafy.survey import Region, Survey
 from dcafy.wiring import parameter_count
 
-__all__ = ["DIMENSIONS", "TOPOLOGIES", "costs", "shaped"]
+__all__ = ["DIMENSIONS", "TOPOLOGIES", "cost", "costs", "shaped"]
 
 DIMENSIONS = ("all", "channel", "spatial")
 """What may be connected (paper 4.2): DCA-All, DCA-C, DCA-S."""
@@ -31,10 +31,11 @@ def shaped(plan: Plan, known: Survey, *, dimension: str = "all", topology: str =
 
 def costs(plan: Plan, known: Survey, settings: Settings) -> tuple[Cost, ...]:
     """What each topology would add to the model, with these settings."""
-    return tuple(_cost(name, shaped(plan, known, topology=name), known, settings) for name in TOPOLOGIES)
+    return tuple(cost(name, shaped(plan, known, topology=name), known, settings) for name in TOPOLOGIES)
 
 
-def _cost(topology: str, plan: Plan, known: Survey, settings: Settings) -> Cost:
+def cost(topology: str, plan: Plan, known: Survey, settings: Settings) -> Cost:
+    """What this plan's links add to the model; ``topology`` is what it is called."""
     complete = [settings.complete(link) for link in plan.links]
     parts = [(region, tuple(link for link in complete if link.target in region)) for region in known.regions]
     return Cost(topology, len(complete), sum(parameter_count(region, links) for region, links in parts))

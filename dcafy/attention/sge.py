@@ -29,6 +29,7 @@ class SGE(nn.Module):
         super().__init__()
         most = max(min(groups, channels // LEAST), 1)
         self.groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+        self.members = channels // self.groups
         self.pool = nn.AdaptiveAvgPool2d(1)
         # Each group's map over its own places, then a weight and a bias per group: eqs. 3 and 4 in one layer.
         self.norm = nn.GroupNorm(self.groups, self.groups)
@@ -39,8 +40,8 @@ class SGE(nn.Module):
 
     def extract(self, x: Tensor) -> Tensor:
         """G: the dot product of every place with its group's mean, ``[N, groups, H, W]`` (eqs. 1, 2)."""
-        g: Tensor = self._grouped(x * self.pool(x)).sum(2)
-        return g
+        alike: Tensor = x * self.pool(x)
+        return alike.reshape(x.shape[0], self.groups, self.members, *x.shape[2:]).sum(2)
 
     def transform(self, g: Tensor) -> Tensor:
         """T: a gate per group and place, ``[N, groups, H, W]`` (eqs. 3, 4)."""
@@ -49,11 +50,7 @@ class SGE(nn.Module):
 
     def fuse(self, x: Tensor, t: Tensor) -> Tensor:
         """X scaled by T, group by group (eq. 5)."""
-        return (self._grouped(x) * t.unsqueeze(2)).flatten(1, 2)
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        """``[N, groups, C/groups, H, W]``."""
-        return x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])
+        return x * t.repeat_interleave(self.members, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """The attended ``x``."""

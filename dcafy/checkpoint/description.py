@@ -210,7 +210,7 @@ class _Unknown(ValueError):
     """An entry has a name that means nothing here."""
 
     def __init__(self, where: str, name: str) -> None:
-        super().__init__(_short(f"{where}.{name}" if where else name))
+        super().__init__(printable((f"{where}.{name}" if where else name)[:80]))
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

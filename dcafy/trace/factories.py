@@ -46,8 +46,8 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
 
     def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if recorder.running:
-                return factory(*args, **kwargs)
+            if recorder.running:  # among values, where everything is on the meta device
+                return factory(*args, **{**kwargs, "device": "meta"})
             node = recorder.create_node(
                 "call_function", factory, recorder.create_arg(args), recorder.create_arg(kwargs)
             )
@@ -67,9 +67,9 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
     try:
         for name, factory in originals.items():
             setattr(torch, name, recorded(factory))
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        torch.autograd.Function.apply = classmethod(apply)
         yield
     finally:
         for name, factory in originals.items():
             setattr(torch, name, factory)
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        torch.autograd.Function.apply = original

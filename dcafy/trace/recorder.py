@@ -147,7 +147,7 @@ class Recorder(fx.Tracer):
             self._tensors.setdefault(id(tensor), path)
         self._attributes: dict[str, ValueProxy] = {}
         with recorded_factories(self):
-            model.__dict__["training"] = Mode(self, "")  # type: ignore[assignment]
+            model.__dict__["training"] = Mode(self, "")
             try:
                 graph = self.trace(model)
             finally:

@@ -84,14 +84,14 @@ def _first_difference(one: fx.Graph, other: fx.Graph) -> fx.Node | None:
     def numbered(value: Any) -> Any:
         return order[value] if isinstance(value, fx.Node) else value
 
-    pairs = zip(list(one.nodes), list(other.nodes), strict=False)
-    for i, (a, b) in enumerate(pairs):
+    ours: list[fx.Node] = list(one.nodes)
+    theirs: list[fx.Node] = list(other.nodes)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         order[a] = order[b] = i
         written = [(n.op, str(n.target), map_aggregate((n.args, n.kwargs), numbered)) for n in (a, b)]
         if written[0] != written[1]:
             return a
-    longer = len(one.nodes) != len(other.nodes)
-    return list(one.nodes)[min(len(one.nodes), len(other.nodes)) - 1] if longer else None
+    return None if len(ours) == len(theirs) else ours[min(len(ours), len(theirs)) - 1]
 
 
 def _changed(value: Any, change: Callable[[Any], Any]) -> Any:

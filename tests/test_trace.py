@@ -1,0 +1,466 @@
+"""Recording and folding: what must be seen is entered, everything else stays the user's module, nothing is baked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import SELinear, conv_norm
+from torch import Tensor, nn
+from trained import seeded, trained_like
+
+import dcafy
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A stem, a body that the tests vary, a head."""
+
+    def __init__(self, *body: nn.Module, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_norm(3, width, stride=2), nn.ReLU())
+        self.body = nn.ModuleList(body)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for module in self.body:
+            x = module(x)
+        return self.head(x.mean((2, 3)))
+
+
+def converted(model: nn.Module, example: Tensor = IMAGES) -> tuple[nn.Module, nn.Module]:
+    """A trained-like model and its conversion, both in eval."""
+    model = trained_like(model, example)
+    return model, dcafy.convert(model, example_inputs=example).eval()
+
+
+def same_everywhere(model: nn.Module, connected: nn.Module) -> None:
+    """Equal outputs at the example's and at other batch and image sizes."""
+    with torch.no_grad(), seeded(1):
+        for shape in ((2, 3, 64, 64), (5, 3, 64, 64), (1, 3, 96, 80), (3, 3, 65, 71)):
+            images = torch.rand(shape)
+            assert torch.equal(model(images), connected(images)), shape
+
+
+class Residual(nn.Module):
+    """A residual unit with attention at the end of its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv_norm(16, 16)
+        self.se = SELinear(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.se(F.relu(self.conv(x)))
+
+
+class AsksItsInput(Residual):
+    """Branches on rank, channels, type and length, as several families do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != 16 or len(x.shape) != 4:
+            raise ValueError("a map of 16 channels is needed")
+        n, c, *size = x.shape
+        assert isinstance(c, int)
+        if isinstance(size, list) and "cuda" not in str(x.device):
+            x = x.view(n, c, *size)
+        return super().forward(x) if x.dtype.is_floating_point else x
+
+
+def test_values_settle_control_flow() -> None:
+    model, connected = converted(Net(AsksItsInput(), AsksItsInput(), AsksItsInput()))
+    assert len(dcafy.connections(connected)) == 2
+    same_everywhere(model, connected)
+
+
+class MakesTensors(Residual):
+    """Tensor factories in a forward: sized by the input, and random."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ramp = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+        x = x + torch.zeros(x.shape[0], 16, 1, 1) + ramp * 1e-3
+        if self.training:
+            return self.se(self.conv(x))
+        return self.se(x * torch.ones_like(x) + torch.zeros(()).new_full((1,), 0.5))
+
+
+class Noisy(Residual):
+    """Adds noise of its own in every mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.conv(x) + torch.randn(x.shape) * 0.1)
+
+
+def test_random_numbers_are_drawn_anew() -> None:
+    model = trained_like(Net(Noisy(), Noisy()), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    with torch.no_grad():
+        first, second = connected(IMAGES), connected(IMAGES)
+        assert not torch.equal(first, second)
+        with seeded(3):
+            expected = model(IMAGES)
+        with seeded(3):
+            assert torch.equal(connected(IMAGES), expected)
+
+
+class SizedByHand(Residual):
+    """``int()`` of a size: a number that would be right for the example only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = int(x.shape[2])
+        return self.se(self.conv(x)) * torch.sigmoid(x.sum(2, keepdim=True) / rows)
+
+
+def test_a_baked_size_is_never_emitted() -> None:
+    """Such a module is left alone, or entered below the line that bakes; the result runs at other sizes."""
+    model = trained_like(Net(SizedByHand(), Residual(), Residual(), SizedByHand()), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    same_everywhere(model, connected)
+    links = dcafy.inspect(model, example_inputs=IMAGES).links
+    assert {"body.1.se", "body.2.se"} <= {name for link in links for name in (link.source, link.target)}
+
+
+class BatchLoop(nn.Module):
+    """A loop over images, as detectors have: its length is the batch size."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.inner(image[None]) for image in x])
+
+
+def test_a_loop_over_images_makes_an_island() -> None:
+    model = trained_like(BatchLoop(Net(Residual(), Residual(), Residual())), IMAGES)
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert plan.islands == ("inner",)
+    assert any("batch size" in item.reason for item in plan.skipped)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert type(connected) is BatchLoop
+    assert isinstance(connected.inner, torch.fx.GraphModule)
+    same_everywhere(model, connected)
+    assert all(key.startswith("inner.dca.") for key in connected.state_dict() if "dca" in key.split("."))
+    reverted = dcafy.revert(connected)
+    assert reverted.state_dict().keys() == model.state_dict().keys()
+    same_everywhere(model, reverted)
+
+
+class DecidesByContent(nn.Module):
+    """A branch on what the input holds."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.net = Net(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean().item() > 0.9:
+            x = x * 0.5
+        return self.net(x)
+
+
+def test_a_branch_on_content_makes_an_island() -> None:
+    model = trained_like(DecidesByContent(Residual(), Residual()), IMAGES)
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert plan.islands == ("net",)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    same_everywhere(model, connected)
+    assert torch.equal(model(torch.ones(1, 3, 64, 64)), connected(torch.ones(1, 3, 64, 64)))
+
+
+class TwoPaths(nn.Module):
+    """A root that takes another path in training (an auxiliary head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(conv_norm(3, 16, stride=2), nn.ReLU(), Residual(), Residual())
+        self.head, self.aux = nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.trunk(x).mean((2, 3))
+        if self.training:
+            return self.head(x), self.aux(x)
+        return self.head(x)
+
+
+def test_both_paths_of_a_root_stay_alive() -> None:
+    model = trained_like(TwoPaths(), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES)
+    assert dcafy.inspect(model, example_inputs=IMAGES).islands == ("trunk",)
+    same_everywhere(model.eval(), connected.eval())
+    with seeded(2):
+        expected = model.train()(IMAGES)
+    with seeded(2):
+        actual = connected.train()(IMAGES)
+    assert len(actual) == 2
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+class Dropping(Residual):
+    """Functional dropout under the module's own mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.se(F.dropout(self.conv(x), 0.5, self.training))
+
+
+def test_the_mode_is_read_when_the_graph_runs() -> None:
+    model, connected = converted(Net(Dropping(), Dropping()))
+    for train, partly in ((False, False), (True, False), (True, True)):
+        for network in (model, connected):
+            network.train(train)
+            if partly:
+                network.body[0].eval()
+        with seeded(4):
+            expected = model(IMAGES)
+        with seeded(4):
+            assert torch.equal(connected(IMAGES), expected)
+
+
+class Untouched(nn.Module):
+    """Holds no attention: it has to stay the very module, with its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv_norm(16, 16)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x))
+
+
+def test_modules_without_attention_are_called_and_not_inlined() -> None:
+    connected = converted(Net(Residual(), Untouched(), Residual()))[1]
+    called = {str(node.target) for node in connected.graph.nodes if node.op == "call_module"}
+    assert "body.1" in called
+    assert "body.1.conv" not in called
+    assert type(connected.body[1]) is Untouched
+    seen: list[int] = []
+    connected.body[1].register_forward_hook(lambda *_: seen.append(1))
+    connected(IMAGES)
+    assert seen == [1]
+
+
+def test_hooks_that_no_longer_fire_are_reported() -> None:
+    model = trained_like(Net(Residual(), Residual()), IMAGES)
+    model.body[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"body\.0"):
+        dcafy.convert(model, example_inputs=IMAGES)
+
+
+class Optional(nn.Module):
+    """Defaulted arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(Residual(), Residual())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+        if mask is not None:
+            x = x * mask
+        return {"out": self.net(x) * scale}
+
+
+def test_defaulted_arguments_keep_their_defaults() -> None:
+    model = Optional().eval()
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    expected = model(IMAGES)["out"]
+    assert torch.equal(connected(IMAGES)["out"], expected)
+    assert torch.equal(connected(IMAGES, None)["out"], expected)
+    assert torch.equal(connected(IMAGES, mask=None, scale=1.0)["out"], expected)
+    with pytest.raises(dcafy.DcafyError, match="scale"):
+        connected(IMAGES, scale=2.0)
+
+
+class Caching(Residual):
+    """Stores on itself what it computed: a side effect that no graph has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.mean()
+        return super().forward(x)
+
+
+def test_a_module_that_stores_what_it_computes_is_kept() -> None:
+    model = trained_like(Net(Caching(), Residual(), Residual()), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    connected(IMAGES)
+    assert isinstance(connected.body[0].last, Tensor)
+    assert connected.body[0].last.device.type == "cpu"
+    assert not hasattr(model.body[0], "last") or isinstance(model.body[0].last, Tensor)
+    same_everywhere(model, connected)
+
+
+class Sliced(Net):
+    """Runs a slice of a Sequential, which is a module that is in no tree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Residual(), Residual(), Residual(), nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body[1:](self.body[:1](self.stem(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_slices_of_a_sequential() -> None:
+    model, connected = converted(Sliced())
+    assert list(dcafy.connections(connected)) == ["body.1.se", "body.2.se"]
+    same_everywhere(model, connected)
+
+
+class GrowsItsList(nn.Module):
+    """Fills a dict of stages, and hands a list on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_norm(3, 16, stride=2), nn.ReLU())
+        self.stages = nn.ModuleDict({"a": Residual(), "b": Residual()})
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [self.stem(x)]
+        for stage in self.stages.values():
+            maps.append(stage(maps[-1]))
+        return self.head(torch.cat(maps, 1).mean((2, 3)))
+
+
+def test_lists_of_maps() -> None:
+    model, connected = converted(GrowsItsList())
+    assert list(dcafy.connections(connected)) == ["stages.b.se"]
+    same_everywhere(model, connected)
+
+
+def test_settled_factories_and_modes_together() -> None:
+    """Control flow on the mode in a block keeps that block whole; the others are connected all the same."""
+    model = trained_like(Net(MakesTensors(), Residual(), Residual()), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES)
+    assert "body.2.se" in dcafy.connections(connected)
+    for mode in (False, True):
+        with seeded(5):
+            expected = model.train(mode)(IMAGES)
+        with seeded(5):
+            assert torch.equal(connected.train(mode)(IMAGES), expected)
+
+
+# Other tensors -----------------------------------------------------------------------------------------
+
+
+class Signal(nn.Module):
+    """Squeeze-excitation on sound: [N, C, L]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 16, 7, stride=2, padding=3)
+        self.convs = nn.ModuleList([nn.Conv1d(16, 16, 3, padding=1) for _ in range(3)])
+        self.down = nn.ModuleList([nn.Linear(16, 4) for _ in range(3)])
+        self.up = nn.ModuleList([nn.Linear(4, 16) for _ in range(3)])
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv, down, up in zip(self.convs, self.down, self.up, strict=True):
+            x = F.relu(conv(x))
+            x = x * torch.sigmoid(up(F.relu(down(x.mean(2))))).unsqueeze(-1)
+        return self.head(x.mean(2))
+
+
+class Video(nn.Module):
+    """Squeeze-excitation on [N, C, T, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 8, 3, stride=2, padding=1)
+        self.convs = nn.ModuleList([nn.Conv3d(8, 8, 3, padding=1) for _ in range(2)])
+        self.gates = nn.ModuleList([nn.Conv3d(8, 8, 1) for _ in range(2)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv, gate in zip(self.convs, self.gates, strict=True):
+            x = F.relu(conv(x))
+            x = x * torch.sigmoid(gate(F.adaptive_avg_pool3d(x, 1)))
+        return self.head(x.mean((2, 3, 4)))
+
+
+class Tokens(nn.Module):
+    """Squeeze-excitation on [N, L, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 24)
+        self.mix = nn.ModuleList([nn.Linear(24, 24) for _ in range(3)])
+        self.down = nn.ModuleList([nn.Linear(24, 6) for _ in range(3)])
+        self.up = nn.ModuleList([nn.Linear(6, 24) for _ in range(3)])
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for mix, down, up in zip(self.mix, self.down, self.up, strict=True):
+            x = F.gelu(mix(x))
+            x = x * torch.sigmoid(up(F.relu(down(x.mean(1, keepdim=True)))))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "other", "channels"),
+    [
+        (Signal, (2, 2, 256), (3, 2, 300), 16),
+        (Video, (2, 3, 8, 32, 32), (1, 3, 12, 40, 24), 8),
+        (Tokens, (2, 64, 12), (3, 50, 12), 24),
+    ],
+    ids=["sound", "video", "tokens"],
+)
+def test_other_tensors(network: type[nn.Module], shape: tuple[int, ...], other: tuple[int, ...], channels: int) -> None:
+    with seeded(6):
+        model = network().eval()
+        example, images = torch.rand(shape), torch.rand(other)
+    plan = dcafy.inspect(model, example_inputs=example)
+    assert {(block.dimension, block.channels) for block in plan.blocks} == {("channel", channels)}
+    connected = dcafy.convert(model, example_inputs=example).eval()
+    assert torch.equal(model(images), connected(images))
+    for connection in dcafy.connections(connected).values():
+        with torch.no_grad():
+            connection.beta.fill_(0.5)
+        assert not torch.equal(model(images), connected(images))
+        with torch.no_grad():
+            connection.beta.zero_()
+
+
+# Attention that is not ours ------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """softmax(QKᵀ)V by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out((q @ k.transpose(1, 2) * 0.2).softmax(-1) @ v)
+
+
+class Transformer(nn.Module):
+    """Self-attention in its three usual forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 24)
+        self.by_hand = SelfAttention()
+        self.module = nn.MultiheadAttention(24, 2, batch_first=True)
+        self.q = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.by_hand(x)
+        x = x + self.module(x, x, x)[0]
+        return x + F.scaled_dot_product_attention(self.q(x), x, x)
+
+
+def test_self_attention_is_listed_and_is_no_block() -> None:
+    plan = dcafy.inspect(Transformer().eval(), example_inputs=torch.rand(2, 10, 12))
+    assert plan.blocks == ()
+    listed = {item.name for item in plan.skipped if "self-attention" in item.reason}
+    assert listed == {"by_hand", "module", "root"}
