@@ -1,0 +1,243 @@
+"""Tables 1, 2a to 2e and the GC row of DCANet (arXiv 2007.05099), rebuilt: parameters and GFLOPs beside the paper's.
+
+    python benchmarks/paper_tables.py
+
+Every network is a torchvision base with dcafy.insert and dcafy.convert, on the meta device: nothing is computed.
+
+Counting, as it reproduces the paper's cells: convolution multiply-adds plus one per bias, Linear in x out without
+bias, batch norm 2 per element, ReLU 1 per output, pooling 1 per input element, LayerNorm, sigmoid and products 0;
+eval mode, one image of 224 x 224; 1 GFLOP is 1e9 of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import dcafy
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "MobileNetV2": torchvision.models.mobilenet_v2,
+    "MnasNet1_0": torchvision.models.mnasnet1_0,
+    "ResNet50": torchvision.models.resnet50,
+    "ResNet101": torchvision.models.resnet101,
+    "ResNet152": torchvision.models.resnet152,
+}
+
+NAMES = {"SE": "se", "SK": "sk", "GE-theta-minus": "ge", "CBAM": "cbam", "GC": "gc"}
+"""The paper's attention -> dcafy's."""
+
+FC1 = {"channel_match": "fc1"}
+R16, R8, R4 = ({"channel_match": "fc2", "reduction": reduction} for reduction in (16, 8, 4))
+
+ONE_FC = "The paper says 'two FC, r=16 in all experiments'; its own parameter column needs one FC here, or r=8."
+OWN_REDUCTION = (
+    "The paper's r=8 and r=4 cells changed the SE block's own reduction along with the match's: with SE at 16, as the "
+    "text has it, there are fewer parameters."
+)
+UNEQUAL = "The paper compares r=16 (vanilla) with r=8 (DCA): the difference is not the connections' alone."
+DEAD_LAYERS = "The paper's cells count layers that are never used (a matcher before the first block, for one)."
+CBAM_FLOPS = "The paper's CBAM GFLOPs cells do not agree with one another; no one way of counting gives them all."
+SK_FLOPS = "The paper's 0.36 GFLOPs are not what the counting of all other cells gives: 0.3548."
+SCALARS = "The paper's README counts one scalar per connection here; every connection of dcafy has two (+15)."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the paper, and how it is built here.
+
+    ``paper``       the cells: parameters in millions, GFLOPs
+    ``insertions``  arguments of successive calls of ``dcafy.insert``
+    ``options``     of ``dcafy.convert``; ``None`` for a network that is not connected
+    """
+
+    base: str
+    attention: str
+    variant: str
+    paper: tuple[float, float]
+    insertions: tuple[dict[str, Any], ...] = ()
+    options: dict[str, Any] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def build(self) -> nn.Module:
+        """The network, without data."""
+        with torch.device("meta"):
+            model = BASES[self.base]().eval()
+        for arguments in self.insertions:
+            model = dcafy.insert(model, NAMES[self.attention], init="paper", copy=False, **arguments)
+        if self.options is not None:
+            model = dcafy.convert(model, min_hidden=1, verify=False, copy=False, **self.options)
+        return model.eval()
+
+
+def vanilla(base: str, attention: str, paper: tuple[float, float], reduction: int = 16, *notes: str) -> Row:
+    return Row(base, attention, "vanilla", paper, ({"reduction": reduction},), None, notes)
+
+
+def dca(
+    base: str,
+    attention: str,
+    paper: tuple[float, float],
+    options: dict[str, Any],
+    *notes: str,
+    reduction: int = 16,
+    variant: str = "DCA",
+    insertions: tuple[dict[str, Any], ...] = (),
+) -> Row:
+    return Row(
+        base, attention, variant, paper, insertions or ({"reduction": reduction},), options, (*notes, DEAD_LAYERS)
+    )
+
+
+FIRST_AND_OTHERS = ({"reduction": 8, "where": "layers.*.0"}, {"reduction": 16, "where": "layers.*.[1-9]"})
+"""MnasNet's SE: reduction 8 in the first block of each stack, 16 in the others."""
+
+ROWS = (
+    Row("MobileNetV2", "none", "base", (3.5, 0.32)),
+    Row("MnasNet1_0", "none", "base", (4.38, 0.33)),
+    Row("ResNet50", "none", "base", (25.56, 4.12)),
+    Row("ResNet101", "none", "base", (44.55, 7.85)),
+    Row("ResNet152", "none", "base", (60.19, 11.58)),
+    vanilla("MobileNetV2", "SE", (3.56, 0.32), 8),
+    vanilla("MobileNetV2", "SK", (5.28, 0.35), 8),
+    vanilla("MobileNetV2", "GE-theta-minus", (3.5, 0.32)),
+    vanilla("MobileNetV2", "CBAM", (3.57, 0.32), 8, CBAM_FLOPS),
+    vanilla("MnasNet1_0", "SE", (4.42, 0.33), 16, UNEQUAL),
+    vanilla("MnasNet1_0", "GE-theta-minus", (4.38, 0.33)),
+    vanilla("ResNet50", "SE", (28.09, 4.13)),
+    vanilla("ResNet50", "SK", (37.12, 5.98)),
+    vanilla("ResNet50", "GE-theta-minus", (25.56, 4.13)),
+    vanilla("ResNet50", "CBAM", (28.09, 4.14), 16, CBAM_FLOPS),
+    vanilla("ResNet50", "GC", (28.11, 4.13)),
+    vanilla("ResNet101", "SE", (49.33, 7.86)),
+    vanilla("ResNet152", "SE", (66.82, 11.6)),
+    vanilla("MnasNet1_0", "CBAM", (4.42, 0.33), 16, UNEQUAL, CBAM_FLOPS),
+    dca("MobileNetV2", "SE", (3.65, 0.32), FC1, ONE_FC, reduction=8),
+    dca("MobileNetV2", "SK", (5.91, 0.36), R8, ONE_FC, SK_FLOPS, reduction=8),
+    dca("MobileNetV2", "GE-theta-minus", (3.59, 0.32), FC1, ONE_FC),
+    dca("MobileNetV2", "CBAM", (3.65, 0.34), FC1, ONE_FC, CBAM_FLOPS, reduction=8),
+    dca("MnasNet1_0", "SE", (4.48, 0.33), R8, ONE_FC, UNEQUAL, insertions=FIRST_AND_OTHERS),
+    dca("MnasNet1_0", "GE-theta-minus", (4.48, 0.33), FC1, ONE_FC),
+    dca("MnasNet1_0", "CBAM", (4.56, 0.33), FC1, ONE_FC, UNEQUAL, CBAM_FLOPS, reduction=8),
+    dca("ResNet50", "SE", (28.65, 4.13), R16, variant="DCA (2FC r=16), Tables 1,2a,2d,2e"),
+    dca("ResNet50", "SE", (30.9, 4.13), FC1, variant="DCA 1FC (2e)"),
+    dca("ResNet50", "SE", (29.87, 4.13), R8, OWN_REDUCTION, variant="DCA 2FC r=8 (2e)"),
+    dca("ResNet50", "SE", (32.31, 4.13), R4, OWN_REDUCTION, variant="DCA 2FC r=4 (2e)"),
+    dca("ResNet101", "SE", (49.93, 7.86), R16),
+    dca("ResNet152", "SE", (67.45, 11.6), R16),
+    dca("ResNet50", "SK", (37.48, 5.98), FC1, ONE_FC),
+    dca("ResNet50", "GE-theta-minus", (26.12, 4.13), R16),
+    dca("ResNet50", "CBAM", (30.9, 4.14), FC1, ONE_FC, CBAM_FLOPS, variant="DCA-All"),
+    dca("ResNet50", "CBAM", (30.9, 4.14), {**FC1, "dimension": "channel"}, ONE_FC, CBAM_FLOPS, variant="DCA-C (2b)"),
+    dca("ResNet50", "CBAM", (28.09, 4.14), {"dimension": "spatial"}, CBAM_FLOPS, variant="DCA-S (2b,2c)"),
+    dca("ResNet50", "GC", (28.63, 4.13), R16, SCALARS, variant="DCA (README)"),
+)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many parameters the model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# -- operations -----------------------------------------------------------------------------------------
+
+
+def _convolution(layer: Any, x: Tensor, y: Tensor) -> int:
+    return y.numel() * (layer.weight[0].numel() + (layer.bias is not None))
+
+
+def _linear(layer: Any, x: Tensor, y: Tensor) -> int:
+    return y.numel() * int(layer.in_features)
+
+
+COUNTED: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Linear: _linear,
+    nn.BatchNorm2d: lambda layer, x, y: 2 * x.numel(),
+    nn.ReLU: lambda layer, x, y: y.numel(),
+    nn.ReLU6: lambda layer, x, y: y.numel(),
+    nn.MaxPool2d: lambda layer, x, y: x.numel(),
+    nn.AvgPool2d: lambda layer, x, y: x.numel(),
+    nn.AdaptiveAvgPool2d: lambda layer, x, y: x.numel(),
+    nn.AdaptiveMaxPool2d: lambda layer, x, y: x.numel(),
+}
+"""Layer -> what one call of it counts; every other layer, and what is no layer, counts nothing."""
+
+
+def operations(model: nn.Module) -> int:
+    """What one image of 224 x 224 takes, counted as the module's docstring says."""
+    total = 0
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        total += COUNTED[type(layer)](layer, inputs[0], output)
+
+    handles = [module.register_forward_hook(count) for module in model.modules() if type(module) in COUNTED]
+    try:
+        with torch.no_grad():
+            model(torch.empty(1, 3, 224, 224, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+# -- the tables -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row with what dcafy's network has."""
+
+    row: Row
+    parameters: int
+    operations: int
+
+
+def measured(rows: Sequence[Row] = ROWS) -> list[Measured]:
+    """Every row, built and counted."""
+    built = []
+    for row in rows:
+        model = row.build()
+        built.append(Measured(row, parameters(model), operations(model)))
+    return built
+
+
+def table(results: Sequence[Measured]) -> tuple[Table, list[str]]:
+    """Paper, dcafy and difference, and the footnotes."""
+    shown = Table(title="DCANet, Tables 1 and 2: paper / dcafy / difference", title_justify="left")
+    for name in ("network", "attention", "variant", "Params [M]", "dcafy", "diff", "GFLOPs", "dcafy", "diff", "notes"):
+        shown.add_column(name, justify="left" if name in ("network", "attention", "variant", "notes") else "right")
+    notes = list(dict.fromkeys(note for result in results for note in result.row.notes))
+    for result in results:
+        row = result.row
+        millions, giga = result.parameters / 1e6, result.operations / 1e9
+        shown.add_row(
+            *(row.base, row.attention, row.variant),
+            *(f"{row.paper[0]:.2f}", f"{result.parameters:,}", f"{round(millions, 2) - row.paper[0]:+.2f}"),
+            *(f"{row.paper[1]:.2f}", f"{giga:.3f}", f"{round(giga, 2) - row.paper[1]:+.2f}"),
+            ",".join(str(notes.index(note) + 1) for note in row.notes),
+        )
+    return shown, notes
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    console = Console(width=150)
+    shown, notes = table(measured())
+    console.print(shown)
+    for number, note in enumerate(notes, start=1):
+        console.print(f"{number:>2}  {note}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""``dcafy convert``: every option reaches the conversion, and what it writes can be loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import dcafy
+from dcafy.cli import main
+
+SMALL = "torchvision:mobilenet_v3_small"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run the command in this process: arguments -> exit code, stdout, stderr."""
+    log = logging.getLogger("dcafy")
+    before = log.handlers, log.propagate, log.level
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dcafy", "convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    yield run
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+def test_writes_a_folder_that_loads(command: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "connected"
+    code, out, err = command(SMALL, "-o", folder, "--input-size", "3x64x64")
+    assert code == 0
+    loaded = dcafy.load(folder)
+    connections = dcafy.connections(loaded)
+    own = sum(p.numel() for name, p in loaded.named_parameters() if name.startswith("dca."))
+    assert f"chain: {len(connections)} connections with {own:,} new parameters" in err
+    assert out == f"{len(connections)} connections with {own:,} parameters, saved in {folder}.\n"
+
+
+def test_every_option_arrives(command: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "connected"
+    options = ["--schema", "weighted", "--channel-match", "fc1", "--reduction", "8", "--min-hidden", "4"]
+    options += ["--spatial-match", "max", "--dimension", "channel", "--topology", "dense", "--connections-only"]
+    code, _, _ = command(SMALL, "-o", folder, "--input-size", "3x64x64", "--no-verify", *options)
+    assert code == 0
+    written = json.loads((folder / "dcafy.json").read_text())["options"]
+    expected = {"schema": "weighted", "channel_match": "fc1", "reduction": 8, "min_hidden": 4, "spatial_match": "max"}
+    assert expected.items() <= written.items()
+    assert not (folder / "model.safetensors").exists()
+    loaded = dcafy.load(folder, model=_same_weights())
+    assert any("<-" in name for name in dcafy.connections(loaded))
+
+
+def _same_weights() -> torch.nn.Module:
+    """The network that the command built: it leaves the random state alone, so that a seed decides."""
+    from dcafy.sources import open_model
+
+    return open_model(SMALL).model
+
+
+def test_attention_is_inserted_first(command: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "connected"
+    arguments = ["--attention", "se", "--attention-reduction", "8", "--input-size", "3x64x64"]
+    code, out, _ = command("torchvision:resnet18", "--set", "num_classes=10", "-o", folder, *arguments)
+    assert code == 0
+    assert out.startswith("7 connections with ")
+    assert ", se with " in out
+    base = dcafy.insert(torchvision.models.resnet18(num_classes=10), "se", reduction=8)
+    assert len(dcafy.connections(dcafy.load(folder, model=base))) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["torchvision:resnet18"], 3, "attention='se'"),
+        (["torchvision:vgg11", "--attention", "se"], 2, "no residual or bottleneck units"),
+        ([SMALL, "--schema", "mean"], 2, "schema='mean'"),
+        ([SMALL, "--topology", "ring"], 2, "topology='ring'"),
+        (["torchvision:resnet18", "--attention", "sk"], 2, "init='paper'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_mistakes(command: Run, tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
+    folder = tmp_path / "none"
+    ended, out, err = command(*arguments, "-o", folder, "--input-size", "3x64x64")
+    assert (ended, out) == (code, "")
+    assert says in err
+    assert "Traceback" not in err
+    assert not folder.exists()

@@ -1,0 +1,67 @@
+"""The examples run, and show what they say they show."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    """The example as a module, without running its ``main``."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> ModuleType:
+    return example("quickstart")
+
+
+@pytest.mark.slow
+def test_quickstart_shows_identity_and_moves_every_connection(
+    quickstart: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = quickstart.main(["--epochs", "2", "--seed", "1"])
+    printed = capsys.readouterr().out
+
+    assert outcome.identical
+    assert "bit-identical, largest difference 0\n" in printed
+    # Five blocks in one chain give four connections, and two epochs move each of them.
+    assert len(outcome.connections) == 4
+    for row in outcome.connections:
+        assert row.beta != 0
+        assert row.alpha != 1
+        assert row.contribution == pytest.approx(abs(row.beta) / (abs(row.alpha) + abs(row.beta)), rel=1e-5)
+        assert row.block in printed
+        assert row.hears in printed
+    # Four epochs in all leave the 10 % of guessing far behind.
+    assert outcome.original_accuracy > 0.5
+    assert outcome.converted_accuracy > 0.5
+    assert "does not prove an accuracy gain" in " ".join(printed.split())
+
+
+def test_quickstart_trains_and_tests_on_different_images(quickstart: ModuleType) -> None:
+    data = quickstart.digits()
+    assert len(data.train_labels) + len(data.test_labels) == 1797
+    assert data.test_images.shape[1:] == (3, 32, 32)
+    together = torch.cat([data.train_images, data.test_images]).flatten(1)
+    assert len(torch.unique(together, dim=0)) == 1797
+
+
+def test_quickstart_refuses_no_epochs(quickstart: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        quickstart.main(["--epochs", "0"])
+    assert refused.value.code == 2
+    assert "at least 1" in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""Networks without attention, many of which look like it: nothing is found, nothing is converted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import networks
+import pytest
+import timm
+import torch
+import torchvision
+from networks import with_attention
+from torch import Tensor, nn
+from trained import seeded
+
+import dcafy
+
+
+class Gated(nn.Module):
+    """A full-size sigmoid gate computed by a 3x3 convolution: gating, not attention."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.gate(x))
+
+
+class MinMaxScale(nn.Module):
+    """Each image brought to the range 0 to 1: reductions and a product, but nothing learned and no gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x.amin((1, 2, 3), keepdim=True)
+        high = x.amax((1, 2, 3), keepdim=True)
+        return (x - low) * (1.0 / (high - low + 1e-5))
+
+
+def tv(name: str) -> Callable[[], nn.Module]:
+    return functools.partial(torchvision.models.get_model, name, weights=None)
+
+
+def tm(name: str, **options: float) -> Callable[[], nn.Module]:
+    return functools.partial(timm.create_model, name, **options)
+
+
+def small(layer: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
+    return functools.partial(with_attention, layer)
+
+
+NEGATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "torchvision resnet18": (tv("resnet18"), 128),
+    "torchvision convnext_tiny (layer scale)": (tv("convnext_tiny"), 128),
+    "torchvision densenet121": (tv("densenet121"), 128),
+    "torchvision vit_b_16": (tv("vit_b_16"), 224),
+    "torchvision mobilenet_v2": (tv("mobilenet_v2"), 128),
+    "torchvision googlenet": (functools.partial(tv("googlenet"), init_weights=False), 128),
+    "torchvision shufflenet_v2_x0_5": (tv("shufflenet_v2_x0_5"), 128),
+    "timm resnet18 (drop path)": (tm("resnet18", drop_path_rate=0.2), 128),
+    "timm convnext_atto (layer scale)": (tm("convnext_atto", ls_init_value=0.1), 128),
+    "timm convnextv2_atto (GRN)": (tm("convnextv2_atto"), 128),
+    "timm vit_tiny_patch16_224": (tm("vit_tiny_patch16_224"), 224),
+    "timm swin_tiny_patch4_window7_224": (tm("swin_tiny_patch4_window7_224"), 224),
+    "timm mixer_s32_224": (tm("mixer_s32_224"), 224),
+    "timm gmixer_24_224 (GLU)": (tm("gmixer_24_224"), 224),
+    "plain blocks": (small(lambda _c: nn.Identity()), 64),
+    "swish": (small(lambda _c: networks.Swish()), 64),
+    "gated convolution": (small(Gated), 64),
+    "glu": (small(networks.GatedLinearUnit), 64),
+    "layer norm by hand": (small(networks.HandLayerNorm), 64),
+    "instance norm by hand": (small(networks.InstanceNorm), 64),
+    "min-max scale": (small(lambda _c: MinMaxScale()), 64),
+    "grn": (small(networks.GlobalResponseNorm), 64),
+    "drop path": (small(lambda _c: networks.DropPath()), 64),
+    "layer scale": (small(networks.LayerScale), 64),
+    "non-local": (small(networks.NonLocal), 64),
+    "fpn add": (networks.FeaturePyramid, 64),
+    "u-net skip add": (networks.UNetAdd, 64),
+    "attention pooling head": (networks.AttentionPoolHead, 64),
+    "weighted feature fusion": (networks.FastNormalizedFusion, 64),
+}
+
+CASES = [
+    pytest.param(build, size, training, id=f"{name}{' in train mode' if training else ''}")
+    for name, (build, size) in NEGATIVES.items()
+    for training in (False, True)
+    if not training or size == 64 or "drop path" in name
+]
+
+
+@pytest.mark.parametrize(("build", "size", "training"), CASES)
+def test_no_block(build: Callable[[], nn.Module], size: int, training: bool) -> None:
+    with seeded(0):
+        model = build().train(training)
+    plan = dcafy.inspect(model, example_inputs=torch.randn(2, 3, size, size))
+    assert plan.blocks == ()
+    assert plan.chains == ()
+    assert plan.links == ()
+    assert model.training == training
+
+
+@pytest.mark.parametrize("name", ["torchvision resnet18", "swish", "u-net skip add"])
+def test_convert_says_how_to_add_attention(name: str) -> None:
+    build, size = NEGATIVES[name]
+    with pytest.raises(dcafy.DcafyError, match=r"(?i)attention") as caught:
+        dcafy.convert(build(), example_inputs=torch.randn(2, 3, size, size))
+    assert type(caught.value).__name__ == "NoAttentionError"
+
+
+def test_the_zoo_would_notice() -> None:
+    """The same small network with squeeze-excitation in the same place has its four blocks."""
+    model = with_attention(networks.SELinear)
+    assert len(dcafy.inspect(model, example_inputs=torch.randn(2, 3, 64, 64)).blocks) == 4

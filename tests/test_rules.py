@@ -1,0 +1,301 @@
+"""The rules of a conversion, on networks of the field and on hand-written ones.
+
+Every network has trained-like values (``trained.py``) and, before it is converted, modes that differ per module,
+a frozen stem and a gradient that was left over: what users bring.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from networks import SEDropout, with_attention
+from snapshot import differences, snapshot
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from trained import seeded
+from zoo import HAND_WRITTEN_NETWORKS, NETWORKS, Network
+
+import dcafy
+
+CASES = [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in NETWORKS]
+SMALL_CASES = [pytest.param(case, id=case.name) for case in HAND_WRITTEN_NETWORKS]
+
+
+@dataclass
+class Subject:
+    """One network, its conversion, and what was noted around the conversion."""
+
+    network: Network
+    model: nn.Module
+
+    @functools.cached_property
+    def example(self) -> Tensor:
+        return self.network.images()
+
+    @functools.cached_property
+    def plan(self) -> dcafy.Plan:
+        return dcafy.inspect(self.model, example_inputs=self.example)
+
+    @functools.cached_property
+    def touched(self) -> list[str]:
+        """What ``inspect`` and ``convert`` changed in the source."""
+        before = snapshot(self.model)
+        _ = self.plan, self.converted
+        return differences(before, snapshot(self.model))
+
+    @functools.cached_property
+    def modes(self) -> dict[str, bool]:
+        """The mode of each module, as the user left it."""
+        return {path: module.training for path, module in self.model.named_modules()}
+
+    @functools.cached_property
+    def converted(self) -> torch.fx.GraphModule:
+        return dcafy.convert(self.model, example_inputs=self.example)
+
+    def in_eval(self) -> tuple[nn.Module, torch.fx.GraphModule]:
+        """Copies of the original and the converted network, in eval mode."""
+        return copy.deepcopy(self.model).eval(), copy.deepcopy(self.converted).eval()
+
+
+def left_by_user(model: nn.Module) -> nn.Module:
+    """The model with modes that differ per module, a frozen first parameter and one old gradient."""
+    model.train()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms[::2]:
+        norm.eval()
+    first, second = list(model.parameters())[:2]
+    first.requires_grad_(False)
+    second.grad = torch.ones_like(second)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    network: Network = request.param
+    subject = Subject(network, left_by_user(network.trained()))
+    _ = subject.modes
+    return subject
+
+
+def evaluate(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images)
+
+
+def own_parameters(converted: nn.Module) -> dict[str, nn.Parameter]:
+    """The connections' parameters."""
+    return {name: p for name, p in converted.named_parameters() if "dca" in name.split(".")}
+
+
+# What is found -----------------------------------------------------------------------------------
+
+
+def test_blocks_are_those_a_reader_finds(subject: Subject) -> None:
+    expected = subject.network.expected(subject.model)
+    for dimension, names in (("channel", expected.channel), ("spatial", expected.spatial)):
+        assert tuple(block.name for block in subject.plan.blocks if block.dimension == dimension) == names
+    assert {(link.source, link.target) for link in subject.plan.links} == set(expected.links)
+    assert len(subject.plan.links) == len(expected.links)
+
+
+def test_nothing_is_silent(subject: Subject) -> None:
+    """Rule 7: every block stands in one chain; one that hears nobody is the first of its kind or has a reason."""
+    plan, expected = subject.plan, subject.network.expected(subject.model)
+    blocks = {block.name for block in plan.blocks}
+    assert sorted(name for chain in plan.chains for name in chain.blocks) == sorted(blocks)
+    assert blocks & {skipped.name for skipped in plan.skipped} == set(expected.skipped)
+    assert all(len(skipped.reason.split()) >= 3 for skipped in plan.skipped)
+    for chain in plan.chains:
+        heard = {link.target for link in chain.links}
+        assert set(chain.blocks) - heard == {chain.blocks[0]}
+
+
+def test_connections_are_those_of_the_plan(subject: Subject) -> None:
+    connections = dcafy.connections(subject.converted)
+    assert set(connections) == {link.target for link in subject.plan.links}
+    for name, connection in connections.items():
+        path = name.replace("#", "_")  # a module path has no room for the mark; only repeated names carry it
+        found = [p for p, module in subject.converted.named_modules() if module is connection]
+        assert len(found) == 1
+        assert found[0].split(".")[0] == "dca"
+        assert "#" in name or found[0] == f"dca.{path}"
+
+
+# Rule 1 ------------------------------------------------------------------------------------------
+
+
+def test_identity(subject: Subject) -> None:
+    """At the start the outputs are the same bits, at other batch and image sizes too."""
+    original, converted = subject.in_eval()
+    network = subject.network
+    batches = [subject.example, network.images(1, seed=2), network.images(5, seed=3)]
+    if network.other:
+        batches += [network.images(3, network.other, seed=4)]
+    for images in batches:
+        output = evaluate(original, images)
+        assert torch.equal(output, evaluate(converted, images)), f"differs on {tuple(images.shape)}"
+    assert torch.equal(original(subject.example), converted(subject.example)), "differs with gradients"
+
+
+# Rule 2 ------------------------------------------------------------------------------------------
+
+
+def test_every_beta_moves_the_output(subject: Subject) -> None:
+    original, converted = subject.in_eval()
+    output = evaluate(original, subject.example)
+    connections = dcafy.connections(converted)
+    assert connections
+    for name, connection in connections.items():
+        with torch.no_grad():
+            connection.beta.fill_(0.5)
+        moved = evaluate(converted, subject.example)
+        assert moved.isfinite().all()
+        assert not torch.equal(output, moved), f"the beta of {name} does nothing"
+        with torch.no_grad():
+            connection.beta.zero_()
+    assert torch.equal(output, evaluate(converted, subject.example))
+
+
+def test_every_new_parameter_learns(subject: Subject) -> None:
+    """Each gets a gradient at once, and once the betas have left zero each gets one that is not zero."""
+    converted = copy.deepcopy(subject.converted).train()
+    parameters = own_parameters(converted)
+    assert parameters
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.05)
+    images = subject.network.images(4)
+    with seeded(7):
+        target = torch.randn_like(evaluate(copy.deepcopy(converted), images))
+    for step in range(2):
+        optimizer.zero_grad()
+        with seeded(8):
+            (converted(images) - target).square().mean().backward()
+        without = [name for name, parameter in parameters.items() if parameter.grad is None]
+        assert without == [], f"no gradient in step {step}"
+        learning = [name for name in parameters if step > 0 or name.endswith((".alpha", ".beta"))]
+        dead = [name for name in learning if not parameters[name].grad.any()]  # type: ignore[union-attr]
+        assert dead == [], f"a gradient of zero in step {step}"
+        optimizer.step()
+    zero = [name for name, parameter in parameters.items() if not parameter.any()]
+    assert zero == []
+
+
+# Rule 3 ------------------------------------------------------------------------------------------
+
+
+def test_keys_are_those_of_the_source(subject: Subject) -> None:
+    source, result = subject.model.state_dict(), subject.converted.state_dict()
+    assert list(source) == [key for key in result if "dca" not in key.split(".")]
+    assert all(torch.equal(value, result[key]) for key, value in source.items())
+    frozen = {name for name, parameter in subject.model.named_parameters() if not parameter.requires_grad}
+    assert frozen
+    assert frozen == {name for name, parameter in subject.converted.named_parameters() if not parameter.requires_grad}
+
+
+def test_the_module_tree_is_that_of_the_source(subject: Subject) -> None:
+    result = dict(subject.converted.named_modules())
+    for path, module in subject.model.named_modules():
+        if path:
+            assert type(result[path]) is type(module), path
+    added = [path for path in result.keys() - dict(subject.model.named_modules()).keys() if path.split(".")[0] != "dca"]
+    assert added == []
+
+
+def test_without_copy_the_tensors_are_the_same(subject: Subject) -> None:
+    shared = dcafy.convert(subject.model, example_inputs=subject.example, copy=False, verify=False)
+    result = dict(shared.named_parameters())
+    for name, parameter in subject.model.named_parameters():
+        assert result[name] is parameter, name
+    state = shared.state_dict()
+    for key, value in subject.model.state_dict().items():
+        assert state[key].data_ptr() == value.data_ptr(), key
+    original, shared = copy.deepcopy(subject.model).eval(), shared.eval()
+    assert torch.equal(evaluate(original, subject.example), evaluate(shared, subject.example))
+
+
+# Rule 4 ------------------------------------------------------------------------------------------
+
+
+def test_the_source_is_untouched(subject: Subject) -> None:
+    assert subject.touched == []
+
+
+def test_the_result_shares_nothing(subject: Subject) -> None:
+    source = {id(module) for module in subject.model.modules()}
+    assert not source & {id(module) for module in subject.converted.modules()}
+    storages = {value.data_ptr() for value in subject.model.state_dict().values() if value.numel()}
+    shared = [key for key, value in subject.converted.state_dict().items() if value.data_ptr() in storages]
+    assert shared == []
+
+
+# Rule 5 ------------------------------------------------------------------------------------------
+
+
+def assert_trains_alike(original: nn.Module, converted: nn.Module, network: Network) -> None:
+    """Two forward passes under one seed: equal outputs, and equal buffers afterwards."""
+    buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
+    for seed in (11, 12):
+        images = network.images(4, seed=seed)
+        with seeded(seed):
+            output = original(images).detach()
+        with seeded(seed):
+            assert torch.equal(output, converted(images).detach())
+    result = dict(converted.named_buffers())
+    for name, buffer in original.named_buffers():
+        assert torch.equal(buffer, result[name]), name
+    counted = [name for name in buffers if name.endswith("num_batches_tracked")]
+    moved = [name for name in counted if not torch.equal(buffers[name], result[name])]
+    norms = [m for m in original.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    assert len(moved) == len(norms), "no batch norm saw a batch"
+
+
+def test_train_mode_is_that_of_the_source(subject: Subject) -> None:
+    original, converted = copy.deepcopy(subject.model).train(), copy.deepcopy(subject.converted).train()
+    quiet = evaluate(copy.deepcopy(original).eval(), subject.example)
+    with seeded(1):
+        loud = evaluate(copy.deepcopy(original), subject.example)
+    assert not torch.equal(quiet, loud), "the network does the same in both modes: nothing is shown"
+    assert_trains_alike(original, converted, subject.network)
+    assert torch.equal(evaluate(original.eval(), subject.example), evaluate(converted.eval(), subject.example))
+
+
+def test_modes_per_module_are_those_of_the_source(subject: Subject) -> None:
+    converted = copy.deepcopy(subject.converted)
+    modes = {path: module.training for path, module in converted.named_modules()}
+    assert {path: modes[path] for path in subject.modes} == subject.modes
+    assert len(set(subject.modes.values())) == 2 or not any(isinstance(m, _BatchNorm) for m in converted.modules())
+    assert_trains_alike(copy.deepcopy(subject.model), converted, subject.network)
+
+
+def test_dropout_follows_the_module_that_holds_it() -> None:
+    """A functional dropout obeys the mode of the very module whose forward reads it, before and after conversion."""
+    network = Network("se_dropout", lambda: with_attention(SEDropout), HAND_WRITTEN_NETWORKS[0].expected)
+    model = network.trained()
+    converted = dcafy.convert(model, example_inputs=network.images())
+    for path in ("blocks.0.attention", "blocks.2.attention", ""):
+        for one in (model, converted):
+            one.eval()
+            one.get_submodule(path).training = True
+        with seeded(3):
+            output = evaluate(model, network.images())
+        with seeded(4):
+            other = evaluate(model, network.images())
+        assert not torch.equal(output, other), "no dropout: nothing is shown"
+        with seeded(3):
+            assert torch.equal(output, evaluate(converted, network.images())), path
+
+
+@pytest.mark.parametrize("network", SMALL_CASES)
+def test_the_base_learns_as_the_source_does(network: Network) -> None:
+    """Gradients of the original parameters are those of the source, as far as rounding allows."""
+    model = network.trained().train()
+    converted = dcafy.convert(model, example_inputs=network.images())
+    for one in (model, converted):
+        with seeded(5):
+            one(network.images(4)).square().mean().backward()
+    result = dict(converted.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(result[name].grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

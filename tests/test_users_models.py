@@ -1,0 +1,213 @@
+"""What users' models have besides attention: hooks, aliases, optional arguments, outputs with names."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import NamedTuple
+
+import networks
+import pytest
+import torch
+from networks import with_attention
+from torch import Tensor, nn
+from trained import seeded, trained_like
+
+import dcafy
+
+
+def images(batch: int = 2, size: int = 64, seed: int = 1) -> Tensor:
+    with seeded(seed):
+        return torch.randn(batch, 3, size, size)
+
+
+def se_network() -> networks.Classifier:
+    with seeded(0):
+        return trained_like(with_attention(networks.SELinear), images(8))
+
+
+def evaluate(model: nn.Module, *inputs: object) -> object:
+    with torch.no_grad():
+        return model(*inputs)
+
+
+# Hooks -------------------------------------------------------------------------------------------
+
+
+def test_hooks_of_the_user_see_tensors_only() -> None:
+    """Tracing passes them by; those on modules that are still called fire in the result, on its own modules."""
+    model = se_network()
+    seen: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert type(output) is Tensor
+        assert not output.is_meta
+        seen.append((module, output))
+
+    model.stem.register_forward_hook(note)
+    model.blocks[2].conv2.register_forward_hook(note)
+    converted = dcafy.convert(model, example_inputs=images())
+    seen.clear()
+    evaluate(converted.eval(), images())
+    assert [module for module, _ in seen] == [converted.stem, converted.blocks[2].conv2]
+    assert converted.stem is not model.stem
+
+
+def test_hooks_that_no_longer_fire_are_reported() -> None:
+    model = se_network()
+    model.blocks[1].attention.register_forward_hook(lambda _module, _inputs, output: output * 2)
+    with pytest.warns(UserWarning, match=r"blocks\.1\.attention"):
+        dcafy.convert(model, example_inputs=images(), verify=False)
+
+
+# The module tree ---------------------------------------------------------------------------------
+
+
+def test_aliases_ties_and_unused_modules() -> None:
+    """Every key of the state dict stays: of a module under two names, of a tied weight, of a part nobody calls."""
+    model = se_network()
+    model.first = model.blocks[0]
+    model.unused = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model.twin = nn.Linear(32, 10)
+    model.twin.weight = model.head.weight
+    model.register_buffer("step", torch.tensor(3))
+    model.register_buffer("scratch", torch.ones(2), persistent=False)
+    model.note = {"trained on": "digits"}
+    converted = dcafy.convert(model, example_inputs=images()).eval()
+    state = converted.state_dict()
+    assert [key for key in state if key.split(".")[0] != "dca"] == list(model.state_dict())
+    assert converted.first is converted.blocks[0]
+    assert converted.twin.weight is converted.head.weight
+    assert torch.equal(converted.scratch, torch.ones(2))
+    assert converted.note == {"trained on": "digits"}
+    twin = copy.deepcopy(converted)
+    assert twin.first is twin.blocks[0]
+    assert twin.twin.weight is twin.head.weight
+    assert torch.equal(evaluate(model, images()), evaluate(twin, images()))
+
+
+def test_parametrized_and_frozen_parts() -> None:
+    """Weight norm computes a weight at each call; it goes on doing so."""
+    model = se_network()
+    nn.utils.parametrizations.weight_norm(model.blocks[1].attention.excite[0])
+    nn.utils.parametrizations.spectral_norm(model.blocks[0].conv1[0])
+    model.stem.requires_grad_(False)
+    model.eval()
+    converted = dcafy.convert(model, example_inputs=images()).eval()
+    assert torch.equal(evaluate(model, images(3)), evaluate(converted, images(3)))
+    converted.train()(images(4)).square().mean().backward()
+    inner = converted.blocks[1].attention.excite[0].parametrizations.weight
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in inner.parameters())
+    assert all(parameter.grad is None for parameter in converted.stem.parameters())
+
+
+# Signatures and outputs --------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    scores: Tensor
+    features: Tensor
+
+
+class Task(nn.Module):
+    """A model with an optional argument, a flag with a default, and several outputs."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.network = se_network()
+        self.kind = kind
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> object:
+        features = self.network.blocks(self.network.stem(x))
+        if mask is not None:
+            features = features * mask
+        scores = self.network.head(features.mean((2, 3))) * scale
+        if self.kind is Prediction:
+            return Prediction(scores, features)
+        if self.kind is tuple:
+            return scores, [features]
+        return self.kind(scores=scores, features=features)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, tuple, Prediction])
+def test_output_is_of_the_same_type(kind: type) -> None:
+    model = Task(kind).eval()
+    converted = dcafy.convert(model, example_inputs=images()).eval()
+    expected, output = evaluate(model, images(3)), evaluate(converted, images(3))
+    assert type(output) is type(expected) is kind
+    pairs = zip(*(tree.values() if isinstance(tree, dict) else tree for tree in (expected, output)), strict=True)
+    for one, other in pairs:
+        assert torch.equal(one[0], other[0])
+    if kind is not Prediction:
+        assert type(expected).__name__ == type(output).__name__
+    twin = copy.deepcopy(converted)
+    assert type(evaluate(twin, images())) is kind
+
+
+def test_defaulted_arguments_can_be_given_as_their_default() -> None:
+    model = Task(tuple).eval()
+    converted = dcafy.convert(model, example_inputs=images()).eval()
+    expected = evaluate(model, images())[0]
+    assert torch.equal(evaluate(converted, images(), None)[0], expected)
+    assert torch.equal(evaluate(converted, images(), None, 1.0)[0], expected)
+    with torch.no_grad():
+        assert torch.equal(converted(images(), mask=None)[0], expected)
+        assert torch.equal(converted(x=images())[0], expected)
+
+
+def test_defaulted_arguments_with_another_value_are_refused() -> None:
+    """The graph was made with the default; to compute something else silently would be worse than to stop."""
+    model = Task(tuple).eval()
+    converted = dcafy.convert(model, example_inputs=images()).eval()
+    with pytest.raises((AssertionError, RuntimeError, dcafy.DcafyError)):
+        evaluate(converted, images(), torch.zeros(2, 1, 1, 1))
+
+
+def test_optional_argument_in_the_example_is_an_input() -> None:
+    model = Task(tuple).eval()
+    with seeded(4):
+        mask = torch.rand(2, 1, 16, 16)
+    converted = dcafy.convert(model, example_inputs=(images(), mask)).eval()
+    expected = evaluate(model, images(), 0.5 * mask)[0]
+    assert torch.equal(evaluate(converted, images(), 0.5 * mask)[0], expected)
+
+
+# Circumstances -----------------------------------------------------------------------------------
+
+
+def test_plan_does_not_depend_on_the_mode() -> None:
+    model = se_network()
+    plan = dcafy.inspect(model.eval(), example_inputs=images())
+    assert dcafy.inspect(model.train(), example_inputs=images()) == plan
+    assert dcafy.inspect(model, example_inputs=images(4, 96)).links == plan.links
+
+
+def test_without_example_inputs() -> None:
+    """The guess: 224, then other usual sizes; three channels, or what the first convolution asks for."""
+    model = se_network()
+    assert dcafy.inspect(model).links == dcafy.inspect(model, example_inputs=images()).links
+    model.stem[0][0] = nn.Conv2d(1, 16, 3, 2, 1, bias=False)
+    converted = dcafy.convert(model.eval()).eval()
+    gray = images()[:, :1]
+    assert torch.equal(evaluate(model, gray), evaluate(converted, gray))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no-grad", "inference"])
+def test_converted_where_no_gradients_are_made(context: type) -> None:
+    """A conversion in a notebook cell under ``no_grad`` trains all the same."""
+    model = se_network()
+    with context():
+        converted = dcafy.convert(model, example_inputs=images())
+    converted.train()(images(4)).square().mean().backward()
+    for connection in dcafy.connections(converted).values():
+        assert connection.beta.grad is not None
+        assert connection.beta.grad.any()
+
+
+def test_small_example_does_not_hide_blocks() -> None:
+    """At 32 px the last maps are smaller than 4x4 and pooling them looks like nothing; a larger probe decides."""
+    import torchvision
+
+    model = torchvision.models.efficientnet_b0()
+    assert len(dcafy.inspect(model, example_inputs=torch.randn(2, 3, 32, 32)).blocks) == 16
+    assert len(dcafy.inspect(model, example_inputs=torch.randn(1, 3, 32, 32)).blocks) == 16
