@@ -21,9 +21,9 @@ from dcafy.blocks import Link
 from dcafy.connected import OWNER, ConnectedModule, Connections, Recipe
 from dcafy.connection import Connection
 from dcafy.errors import InputError
-from dcafy.find import Found
 from dcafy.link import Carried
 from dcafy.ops import Op, alters_argument, op_of
+from dcafy.roles import Found
 from dcafy.survey import Region
 from dcafy.trace.fold import Folded
 from dcafy.wiring import Wire, wires

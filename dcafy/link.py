@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from dcafy.blocks import Chain, Link, Skipped
-from dcafy.find import Found
 from dcafy.ops import Op, alters_argument, op_of
+from dcafy.roles import Found
 from dcafy.trace.values import Evaluator, node_value, tensors_in
 
 __all__ = ["Carried", "Unlinkable", "branch_maps", "carried_by", "chains", "earlier", "mismatch", "predecessors"]

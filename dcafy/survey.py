@@ -14,10 +14,12 @@ import torch
 from torch import fx, nn
 
 from dcafy.blocks import Chain, Link, Plan, Skipped
+from dcafy.dataflow import Dataflow
 from dcafy.errors import InputError, TracingError
 from dcafy.examples import as_inputs, guesses, probe
-from dcafy.find import Found, find
+from dcafy.find import find
 from dcafy.link import Carried, Unlinkable, carried_by, chains, predecessors
+from dcafy.roles import Found
 from dcafy.selfattention import self_attention
 from dcafy.trace.copies import data_free_copy
 from dcafy.trace.fold import CannotEnter, Folded, fold
@@ -176,13 +178,13 @@ class _Surveyor:
         for owner, reason in baked.items():
             raise CannotEnter(owner, reason)
         modules = dict(recording.model.named_modules())
-        found = find(recording.graph, modules, path)
+        flow = Dataflow(recording.graph, modules)
+        found = find(flow, path)
         heard = predecessors(recording.graph, modules, found)
         carried = {f.name: carried_by(f, modules, self.evaluator) for f in found}
         made, skipped = chains(found, heard, carried)
-        order = {node: i for i, node in enumerate(recording.graph.nodes)}
-        skipped += self_attention(recording.graph, modules, found, path)
-        region = Region(path, recording, found, carried, made, skipped, order)
+        skipped += self_attention(flow, found, path)
+        region = Region(path, recording, found, carried, made, skipped, flow.order)
         region.fold(tuple(link for chain in made for link in chain.links))
         return region
 

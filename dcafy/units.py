@@ -329,7 +329,10 @@ class _Shape:
         return None
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
+        """What alone reads ``node``, behind layers that hand it on as it is (a slot for dropped blocks)."""
         users = list(node.users)
+        while len(users) == 1 and isinstance(self.modules.get(str(users[0].target)), nn.Identity):
+            users = list(users[0].users)
         return users[0] if len(users) == 1 else None
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from dcafy.blocks import Link
 from dcafy.connection import Connection, JoinedConnection, channel_match, spatial_match
 from dcafy.errors import PlanError
-from dcafy.find import Found
 from dcafy.link import Carried, Unlinkable, mismatch
+from dcafy.roles import Found
 from dcafy.survey import Region
 
 __all__ = ["Wire", "parameter_count", "passed_on", "wires"]

@@ -9,7 +9,9 @@ import copy
 import functools
 import json
 import os
+import pickle
 import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,11 @@ from torch import Tensor, nn
 from trained import seeded, trained_like
 
 import dcafy
+from dcafy.checkpoint.architecture import recognised
+from dcafy.checkpoint.description import Built
+from dcafy.connected import Recipe
 from dcafy.errors import CheckpointError, InputError
+from dcafy.sources import specs
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -60,6 +66,16 @@ def se_model() -> nn.Module:
 
 def se_connected(**options: Any) -> Any:
     return connected(se_model(), **options)
+
+
+@functools.cache
+def _mobilenet() -> Any:
+    return connected(trained(torchvision.models.mobilenet_v3_small))
+
+
+def mobilenet() -> Any:
+    """A network of torchvision's, converted."""
+    return copy.deepcopy(_mobilenet())
 
 
 def untrained() -> nn.Module:
@@ -149,6 +165,32 @@ def test_description(tmp_path: Path) -> None:
         ("blocks.2.attention", "fc1", 4),
     ]
     assert_same(se_connected(plan=plan, channel_match="fc1", reduction=4), dcafy.load(tmp_path, untrained()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"topology": "dense", "schema": "weighted"},  # blocks that hear several others share matching layers
+        {"dimension": "channel"},
+        {"schema": "softmax"},
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, str], tmp_path: Path) -> None:
+    model = trained(functools.partial(networks.with_attention, networks.CBAM))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The schema 'softmax' is not the identity")
+        dca = connected(model, **options)
+    dcafy.save(dca, tmp_path)
+    assert_same(dca, dcafy.load(tmp_path, networks.with_attention(networks.CBAM)))
+
+
+def test_inserted_attention(tmp_path: Path) -> None:
+    dca = connected(torchvision.models.resnet18().eval(), attention="se")
+    dcafy.save(dca, tmp_path)
+    with pytest.raises(CheckpointError, match=r"dcafy\.insert"):
+        dcafy.load(tmp_path)
+    assert_same(dca, dcafy.load(tmp_path, dcafy.insert(torchvision.models.resnet18(), "se")))
 
 
 def test_settings_of_one_link(tmp_path: Path) -> None:
@@ -251,18 +293,49 @@ def test_torchvision_by_name(tmp_path: Path) -> None:
 
 
 def test_torchvision_with_a_new_head(tmp_path: Path) -> None:
-    dca = connected(trained(torchvision.models.mobilenet_v3_small))
+    dca = mobilenet()
     dca.classifier[-1] = nn.Linear(1024, 7)
     dcafy.save(dca, tmp_path)
     assert description(tmp_path)["model"] == {"name": "torchvision:mobilenet_v3_small", "arguments": {"num_classes": 7}}
     assert_same(dca, dcafy.load(tmp_path))
 
 
-def test_siblings_are_told_apart(tmp_path: Path) -> None:
-    """The same class builds them all."""
-    images = torch.rand(2, 3, 64, 64)
-    expected = "torchvision:regnet_y_800mf"
-    assert by_name(torchvision.models.regnet_y_800mf(num_classes=5), tmp_path, images)["name"] == expected
+def test_a_copy_has_the_name_too(tmp_path: Path) -> None:
+    """As an exponential moving average is saved."""
+    dca = connected(torchvision.models.mobilenet_v3_small().eval())
+    for number, twin in enumerate((copy.deepcopy(dca), pickle.loads(pickle.dumps(dca)))):
+        dcafy.save(twin, tmp_path / str(number))
+        assert_same(dca, dcafy.load(tmp_path / str(number)))
+
+
+NAMED = {
+    "torchvision:efficientnet_b3": {},
+    "torchvision:regnet_y_800mf": {"num_classes": 5},
+    "torchvision:maxvit_t": {},
+    "torchvision:quantized_mobilenet_v3_large": {},
+    "torchvision:lraspp_mobilenet_v3_large": {"num_classes": 3},
+    "torchvision:deeplabv3_mobilenet_v3_large": {"aux_loss": True},
+    "timm:seresnet50.ra2_in1k": {"drop_rate": 0.2, "drop_path_rate": 0.1},
+    "timm:seresnet50.a1_in1k": {"output_stride": 16},
+    "timm:gcresnet50t.ra2_in1k": {"global_pool": "max"},
+    "timm:skresnet18.ra_in1k": {"in_chans": 1, "num_classes": 3},
+    "timm:coatnet_0_rw_224.sw_in1k": {"img_size": 256},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_names_of_networks(name: str) -> None:
+    """The very name and arguments, although most of these share their class with dozens of others."""
+    model = specs.parse(name, NAMED[name]).build(on_meta=True)
+    assert recognised(model, Recipe(dcafy.Plan((), ()), {})) == Built(name, NAMED[name])
+
+
+def test_a_name_that_was_given() -> None:
+    """What the one who built the network knows is used, and checked like any other guess."""
+    name = "torchvision:mobilenet_v3_small"
+    model = torchvision.models.mobilenet_v3_small(dropout=0.3)
+    for given, expected in (({"dropout": 0.3}, Built(name, {"dropout": 0.3})), ({"dropout": 0.4}, None)):
+        assert recognised(model, Recipe(dcafy.Plan((), ()), {}, model=name, arguments=given)) == expected
 
 
 @pytest.mark.parametrize(
@@ -322,7 +395,7 @@ def test_a_changed_network_has_no_name(change: Callable[[nn.Module], None], tmp_
         change(model)
         return model
 
-    dca = connected(trained(build))
+    dca = connected(build().eval())
     dcafy.save(dca, tmp_path)
     assert description(tmp_path)["model"] is None
     with pytest.raises(CheckpointError, match=r"does not say how its network is built.*load\(directory, model="):
@@ -331,7 +404,7 @@ def test_a_changed_network_has_no_name(change: Callable[[nn.Module], None], tmp_
 
 
 def test_changed_after_it_was_converted(tmp_path: Path) -> None:
-    dca = connected(trained(torchvision.models.mobilenet_v3_small))
+    dca = mobilenet()
     dcafy.save(dca, tmp_path)
     loaded = dcafy.load(tmp_path)
     loaded.classifier[2].p = 0.9
@@ -340,7 +413,7 @@ def test_changed_after_it_was_converted(tmp_path: Path) -> None:
 
 
 def test_connections_alone_need_the_network(tmp_path: Path) -> None:
-    dca = connected(trained(torchvision.models.mobilenet_v3_small))
+    dca = mobilenet()
     dcafy.save(dca, tmp_path, base=False)
     with pytest.raises(CheckpointError, match=r"connections only.*torchvision:mobilenet_v3_small.*with its weights"):
         dcafy.load(tmp_path)

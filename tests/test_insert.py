@@ -292,6 +292,37 @@ def test_selective_kernels_have_a_connection_per_branch() -> None:
     assert torch.equal(back(images()), model(images()))
 
 
+def test_selective_kernels_in_a_dense_topology() -> None:
+    with seeded(0):
+        model = trained_like(torchvision.models.resnet18(num_classes=10), images(8))
+    model = dcafy.insert(model, "sk", init="paper", reduction=4, example_inputs=images(), where="layer[12].*").eval()
+    converted = dcafy.convert(model, example_inputs=images(), topology="dense")
+    assert torch.equal(converted(images()), model(images()))
+    assert list(dcafy.connections(converted))[:4] == [
+        "layer1.1.sk[0]",
+        "layer1.1.sk[1]",
+        "layer2.0.sk[0]<-layer1.0.sk",
+        "layer2.0.sk[0]<-layer1.1.sk",
+    ]
+    assert len(dcafy.connections(converted)) == 2 * (1 + 2 + 3)
+
+
+def test_selective_kernels_where_an_identity_stands_before_the_activation() -> None:
+    class Slotted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.slot = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Identity()
+            self.act, self.project = nn.SiLU(), nn.Conv2d(16, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.project(self.act(self.slot(self.norm(self.conv(x)))))
+
+    model = nn.Sequential(Slotted(), Slotted())
+    result = dcafy.insert(model, "sk", init="paper", example_inputs=images())
+    assert inserted_at(result, "sk") == ["0", "1"]
+    assert isinstance(result[0].sk.second[2], nn.SiLU)
+
+
 def test_refusals() -> None:
     model = torchvision.models.resnet18(num_classes=10)
     with pytest.raises(UsageError, match="bam, cbam, eca"):

@@ -1,11 +1,12 @@
 """The connected network computed a second way: by hooks on the original, without the package's graph.
 
-Squeeze-excitation networks only: there the pooled context and the gate are modules that hooks can reach.
+On networks in which hooks can reach G, and T or the fused output, as inputs and outputs of modules.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,38 +16,69 @@ import pytest
 import torch
 from torch import Tensor, nn
 from trained import seeded
-from zoo import Network, attention_network, channel_chain, one_chain, timm_network, torchvision_network
+from zoo import BY_NAME, Network, channel_chain, one_chain, timm_network, torchvision_network
 
 import dcafy
+
+Settings = dict[str, tuple[Tensor, Tensor, nn.Module]]
+"""Block -> α, β and the match layers of the connection that it receives."""
+Carry = Callable[[Tensor, Tensor], Tensor]
+"""T̃ from a block's G and the output of the module that shows T, or the fused output."""
+
+
+def gated(context: Tensor, gate: Tensor) -> Tensor:
+    """T ⊙ G: T is bounded."""
+    return gate.reshape(context.shape) * context
+
+
+def unbounded(_context: Tensor, transformed: Tensor) -> Tensor:
+    """T alone."""
+    return transformed
+
+
+def pooled(_context: Tensor, fused: Tensor) -> Tensor:
+    """The extraction, once more, on the fused output: the maps of the branches sum to one."""
+    return fused.mean((2, 3))
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where hooks reach a kind of attention block; paths are relative to the block, ``..`` is its parent.
+
+    ``context``  the module that returns G, or receives it as its input (``before``)
+    ``shows``    the module that returns T, or the fused output
+    """
+
+    context: str
+    before: bool
+    shows: str
+    carry: Carry = gated
+
+    def module(self, model: nn.Module, block: str, path: str) -> nn.Module:
+        home = block.rpartition(".")[0] if path == ".." else f"{block}.{path}".rstrip(".")
+        return model.get_submodule(home)
 
 
 @dataclass
 class HookedChain:
-    """f = α·G + β·match(T ⊙ G) along one chain of squeeze-excitations, put into the original by hooks.
-
-    ``context``  submodule of each block that receives G as its input (``before``) or returns it
-    ``gate``     submodule of each block that returns T
-    """
+    """f = α·G + β·match(T̃) along one chain of channel attention, put into the original by hooks."""
 
     model: nn.Module
     blocks: tuple[str, ...]
-    settings: dict[str, tuple[Tensor, Tensor, nn.Module]]
-    context: str
-    before: bool
-    gate: str
+    settings: Settings
+    sites: Sites
     carried: Tensor | None = None
     raw: Tensor | None = None
     handles: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> HookedChain:
         for name in self.blocks:
-            block = self.model.get_submodule(name)
-            context, gate = block.get_submodule(self.context), block.get_submodule(self.gate)
-            if self.before:
+            context = self.sites.module(self.model, name, self.sites.context)
+            if self.sites.before:
                 self.handles.append(context.register_forward_pre_hook(self.entering(name)))
             else:
                 self.handles.append(context.register_forward_hook(self.leaving(name)))
-            self.handles.append(gate.register_forward_hook(self.gated))
+            self.handles.append(self.sites.module(self.model, name, self.sites.shows).register_forward_hook(self.shown))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,17 +99,21 @@ class HookedChain:
     def leaving(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda _module, _inputs, output: self.connected(name, output)
 
-    def gated(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def shown(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert self.raw is not None
-        self.carried = output.reshape(self.raw.shape) * self.raw
+        self.carried = self.sites.carry(self.raw, output)
 
 
+TORCHVISION_SE = Sites("avgpool", before=False, shows="scale_activation")
 CASES = (
-    (torchvision_network("mobilenet_v3_small", "SqueezeExcitation"), "avgpool", False, "scale_activation"),
-    (torchvision_network("regnet_y_400mf", "SqueezeExcitation"), "avgpool", False, "scale_activation"),
-    (timm_network("legacy_seresnet18", "SEModule"), "fc1", True, "sigmoid"),
-    (timm_network("seresnet18", "SEModule"), "fc1", True, "gate"),
-    (attention_network("se_linear", networks.SELinear, channel="attention"), "excite.0", True, "excite.3"),
+    (torchvision_network("mobilenet_v3_small", "SqueezeExcitation"), TORCHVISION_SE),
+    (torchvision_network("regnet_y_400mf", "SqueezeExcitation"), TORCHVISION_SE),
+    (timm_network("legacy_seresnet18", "SEModule"), Sites("fc1", before=True, shows="sigmoid")),
+    (timm_network("seresnet18", "SEModule"), Sites("fc1", before=True, shows="gate")),
+    (timm_network("skresnet18", "SelectiveKernelAttn"), Sites("fc_reduce", before=True, shows="..", carry=pooled)),
+    (timm_network("resnest14d", "SplitAttn"), Sites("fc1", before=True, shows="", carry=pooled)),
+    (BY_NAME["se_linear"], Sites("excite.0", before=True, shows="excite.3")),
+    (BY_NAME["global_context_add"], Sites("transform.0", before=True, shows="transform.3", carry=unbounded)),
 )
 
 
@@ -91,12 +127,8 @@ class Connected:
     chain: HookedChain
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[case[0].name for case in CASES])
-def connected(request: pytest.FixtureRequest) -> Connected:
-    network, context, before, gate = request.param
-    original = network.trained()
-    converted = dcafy.convert(original, example_inputs=network.images()).double().eval()
-    original = original.double().eval()
+def as_trained(converted: torch.fx.GraphModule) -> Settings:
+    """Random α, β and match layers for every connection, and copies of them."""
     settings = {}
     with seeded(21), torch.no_grad():
         for name, connection in dcafy.connections(converted).items():
@@ -106,8 +138,17 @@ def connected(request: pytest.FixtureRequest) -> Connected:
             connection.beta.copy_(torch.rand(1) - 1.0)
             match = copy.deepcopy(connection.match)
             settings[name] = (connection.alpha.detach().clone(), connection.beta.detach().clone(), match)
-    blocks = network.expected(original).channel
-    return Connected(network, original, converted, HookedChain(original, blocks, settings, context, before, gate))
+    return settings
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[case[0].name for case in CASES])
+def connected(request: pytest.FixtureRequest) -> Connected:
+    network, sites = request.param
+    original = network.trained()
+    converted = dcafy.convert(original, example_inputs=network.images()).double().eval()
+    original = original.double().eval()
+    chain = HookedChain(original, network.expected(original).channel, as_trained(converted), sites)
+    return Connected(network, original, converted, chain)
 
 
 @pytest.mark.parametrize(("batch", "size"), [(2, None), (3, 96)], ids=["example", "other-size"])
@@ -136,22 +177,107 @@ def test_gradients_are_those_of_hooks_on_the_original(connected: Connected) -> N
         torch.testing.assert_close(result[name].grad, parameter.grad, rtol=1e-7, atol=1e-9 * largest, msg=name)
 
 
-def test_the_oracle_notices_a_wrong_wire(connected: Connected) -> None:
-    """What the comparison is worth: the plain T instead of T ⊙ G is far from the converted model."""
+@pytest.mark.parametrize("wrong", [gated, unbounded])
+def test_the_oracle_notices_a_wrong_wire(connected: Connected, wrong: Carry) -> None:
+    """What the comparison is worth: with another T̃ the outputs are far from the converted model's."""
+    sites = connected.chain.sites
+    if sites.carry is wrong or sites.carry is pooled:
+        wrong = lambda context, _shown: context  # noqa: E731 (G alone, which fits everywhere)
     images = connected.network.images(2, seed=24).double()
-    chain = copy.copy(connected.chain)
-    chain.handles = []
-
-    def plain_map(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert chain.raw is not None
-        chain.carried = output.reshape(chain.raw.shape)
-
-    chain.gated = plain_map  # type: ignore[method-assign]
+    chain = HookedChain(
+        connected.original, connected.chain.blocks, connected.chain.settings, dataclasses.replace(sites, carry=wrong)
+    )
     with torch.no_grad(), chain:
-        wrong = chain.model(images)
+        expected = chain.model(images)
     with torch.no_grad():
         output = connected.converted(images)
-    assert (output - wrong).abs().max() > 1e-6 * output.abs().max()
+    assert (output - expected).abs().max() > 1e-6 * output.abs().max()
+
+
+@dataclass
+class HookedCBAM:
+    """Both chains of a CBAM network: each of two poolings hears the same pooling; each map hears the map before."""
+
+    model: nn.Module
+    settings: Settings
+    contexts: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    channel: list[Tensor] = field(default_factory=list)
+    spatial: Tensor | None = None
+    handles: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> HookedCBAM:
+        for i in range(4):
+            name = f"blocks.{i}.attention"
+            block = self.model.get_submodule(name)
+            rows = (
+                block.channel.mlp.register_forward_pre_hook(self.pooled(f"{name}.channel")),
+                block.channel.mlp.register_forward_hook(self.transformed),
+                block.spatial.conv.register_forward_pre_hook(self.stacked(f"{name}.spatial")),
+                block.spatial.norm.register_forward_hook(self.mapped),
+            )
+            self.handles += rows
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def pooled(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+        def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            (context,) = inputs
+            index = len(self.contexts)
+            self.contexts.append(context)
+            if name not in self.settings:
+                return context
+            alpha, beta, match = self.settings[name]
+            return alpha * context + beta * match(self.channel[index].flatten(1)).view_as(context)
+
+        return enter
+
+    def transformed(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.outputs.append(output)
+        if len(self.outputs) == 2:
+            gate = torch.sigmoid(self.outputs[0] + self.outputs[1])
+            self.channel = [gated(context, gate) for context in self.contexts]
+            self.contexts, self.outputs = [], []
+
+    def stacked(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+        def enter(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            (context,) = inputs
+            self.contexts.append(context)
+            if name not in self.settings:
+                return context
+            alpha, beta, match = self.settings[name]
+            assert self.spatial is not None
+            return alpha * context + beta * match(self.spatial)
+
+        return enter
+
+    def mapped(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.spatial = torch.sigmoid(output) * self.contexts.pop()
+
+
+def test_channel_and_spatial_attention_together() -> None:
+    """CBAM in float64: two chains at once, two extraction outputs under one map, maps that shrink on the way."""
+    network = BY_NAME["cbam"]
+    original = network.trained()
+    converted = dcafy.convert(original, example_inputs=network.images()).double().eval()
+    original = original.double()
+    settings = as_trained(converted)
+    assert len(settings) == 6
+    images = network.images(3, seed=25).double()
+    with torch.no_grad():
+        plain = original(images)
+        with HookedCBAM(original, settings):
+            expected = original(images)
+        output = converted(images)
+        without_spatial = {name: row for name, row in settings.items() if name.endswith("channel")}
+        with HookedCBAM(original, without_spatial):
+            assert (original(images) - expected).abs().max() > 1e-5 * expected.abs().max()
+    scale = expected.abs().max()
+    assert (expected - plain).abs().max() > 1e-4 * scale
+    assert (output - expected).abs().max() <= 1e-9 * scale
 
 
 def test_match_layers_are_those_of_the_paper() -> None:

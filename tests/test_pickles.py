@@ -93,7 +93,7 @@ def test_a_whole_network_of_known_classes_opens(build, wrap, tmp_path):
 
 def test_what_was_allowed_before_stays_allowed(resnet, tmp_path):
     torch.save(resnet, tmp_path / "whole.pt")
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())
     torch.serialization.add_safe_globals([Mine, type(resnet)])
     try:
         open_model(str(tmp_path / "whole.pt"))

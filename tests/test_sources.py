@@ -73,7 +73,7 @@ def forbid_downloads(monkeypatch, error=NO_ROUTE):
         raise error
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fetch)
 
 
 def test_a_source_is_frozen(small):

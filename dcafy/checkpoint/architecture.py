@@ -170,9 +170,10 @@ def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Bu
             yield Built(f"timm:{name}", arguments)
     home, _, _ = ours.modules[""].kind.rpartition(".")
     if home.startswith("torchvision.models."):
-        yield from (
-            Built(f"torchvision:{name}") for name in _torchvision_names(home, sum(map(_size, ours.shapes.values())))
-        )
+        # Segmenters come with a second classifier for training, or without.
+        arguments = {"aux_loss": True} if "aux_classifier" in ours.modules else {}
+        names = _torchvision_names(home, sum(map(_size, ours.shapes.values())))
+        yield from (Built(f"torchvision:{name}", arguments) for name in names)
 
 
 def _size(shape: tuple[int, ...]) -> int:

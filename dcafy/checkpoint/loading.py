@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,8 +118,8 @@ def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
     if description.model is None:
         raise CheckpointError(
             f"it does not say how its network is built: {network} was hand-written, or was changed in a way that "
-            "torchvision and timm do not build. Pass the network as it was before dcafy.convert (its weights "
-            "do not matter): dcafy.load(directory, model=...)."
+            "torchvision and timm do not build. Pass the network as it was before dcafy.convert, after dcafy.insert if "
+            "that was used (its weights do not matter): dcafy.load(directory, model=...)."
         )
     return built(description.model, {key: fact.shape for key, fact in base.items()})
 
@@ -155,12 +156,15 @@ def _require_same_weights(network: nn.Module, base: Mapping[str, Facts]) -> None
 
 def _converted(network: nn.Module, description: Description, *, copy: bool) -> nn.Module:
     inputs = None if description.inputs is None else _cast(from_data(description.inputs), network)
-    try:
-        converted: nn.Module = convert(
-            network, example_inputs=inputs, plan=description.plan, copy=copy, verify=False, **description.options
-        )
-    except DcafyError as error:
-        raise CheckpointError(f"its plan does not fit the network: {error}") from error
+    with warnings.catch_warnings():
+        # Where the connections start says nothing about those that are loaded next.
+        warnings.filterwarnings("ignore", message="The schema .* is not the identity")
+        try:
+            converted: nn.Module = convert(
+                network, example_inputs=inputs, plan=description.plan, copy=copy, verify=False, **description.options
+            )
+        except DcafyError as error:
+            raise CheckpointError(f"its plan does not fit the network: {error}") from error
     for _, _, dca in connected_modules(converted):
         if description.model is not None and not copy:
             dca.recipe = dataclasses.replace(

@@ -158,7 +158,7 @@ _ARCHIVES: tuple[tuple[str, str], ...] = (
 def _open_zip(request: Request, file: IO[bytes]) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
-            records = {name.partition("/")[2] for name in archive.namelist()}
+            records = {name.partition("/")[2] or name for name in archive.namelist()}
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise request.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
     for record, meaning in _ARCHIVES:
@@ -268,5 +268,5 @@ def _trusted(request: Request) -> Any:
 
 def _first_sentence(error: BaseException) -> str:
     """torch's reason, without its advice to switch the safe reader off."""
-    text = one_line(error)
-    return text.rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0].partition(". ")[0]
+    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    return printable(reason.partition(" Please use")[0].partition(". ")[0][:200])

@@ -281,9 +281,11 @@ def _module_class(name: str) -> type[nn.Module] | None:
 @contextlib.contextmanager
 def _lent(classes: dict[str, type[nn.Module]]) -> Iterator[None]:
     """Inside it ``torch.load`` makes instances of these classes, and afterwards no longer."""
-    before = torch.serialization.get_safe_globals()
-    own = [(cls, name) if name != f"{cls.__module__}.{cls.__qualname__}" else cls for name, cls in classes.items()]
-    torch.serialization.add_safe_globals(cast("Any", own))
+    before = list(torch.serialization.get_safe_globals())
+    # PyTorch 2.4 does not yet know sets by itself, and every network's state has one.
+    own: list[Any] = [set]
+    own += [(cls, name) if name != f"{cls.__module__}.{cls.__qualname__}" else cls for name, cls in classes.items()]
+    torch.serialization.add_safe_globals(own)
     try:
         yield
     finally:

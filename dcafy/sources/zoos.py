@@ -175,10 +175,9 @@ def _timm_knows(name: str) -> bool:
 
 def _timm_check_weights(name: str, weights: str | None) -> None:
     import timm
-    from timm.models import get_arch_pretrained_cfgs
 
     architecture, dot, tag = name.partition(".")
-    known = [full.partition(".")[2] for full in get_arch_pretrained_cfgs(architecture)]
+    known = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", include_tags=True)]
     offered = ", ".join(filter(None, known)) or "none"
     if dot and tag not in known:
         raise UsageError(f"timm:{architecture} has no tag {tag!r}. Its tags: {offered}.")
