@@ -143,9 +143,7 @@ def in_own_process(spec: str, on_meta: bool, repetitions: int) -> Row:
 
 def spread(values: list[float]) -> str:
     """Median, and the middle half in brackets."""
-    if len(values) < 4:
-        return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -215,6 +213,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--report", type=Path, default=HERE / "results" / "conversion.md")
     options = parser.parse_args()
+    if options.repetitions < 2:
+        parser.error("--repetitions: at least 2, or nothing can be said about the spread")
     os.environ["OMP_NUM_THREADS"] = "1"
     before = os.getloadavg()[0]
     rows = {}

@@ -115,7 +115,8 @@ class _Surveyor:
     def run(self, inputs: tuple[Any, ...]) -> Survey:
         regions = self._regions_at(inputs, 1)
         for scale in (2, 4, 8):
-            if not any(_has_tiny_maps(region) for region in regions):
+            tiny = _tiny_maps(regions)
+            if not tiny:
                 break
             # On maps under 4x4 a reduction is no longer told from a plain layer: look at larger ones.
             before = list(self.skipped)
@@ -124,8 +125,8 @@ class _Surveyor:
             except TracingError:  # the network takes the example's size only
                 self.skipped = before
                 break
-            if _count(larger) < _count(regions):
-                self.skipped = before
+            if _count(larger) < _count(regions) or _tiny_maps(larger) == tiny:
+                self.skipped = before  # nothing was gained: detectors, for one, resize their input themselves
                 break
             regions = larger
         kept = tuple(region for region in regions if region.found)
@@ -222,16 +223,18 @@ def _count(regions: list[Region]) -> int:
     return sum(len(region.found) for region in regions)
 
 
-def _has_tiny_maps(region: Region) -> bool:
-    """Whether some feature map is under 4x4 before anything has pooled it."""
-    modules = region.modules
-    for node in region.recording.graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.Conv2d | nn.Conv3d):
-            continue
-        value, source = node_value(node), node_value(node.all_input_nodes[0])
-        if max(source.shape[2:]) > 1 and max(value.shape[2:]) < 4:
-            return True
-    return False
+def _tiny_maps(regions: list[Region]) -> list[tuple[str, torch.Size]]:
+    """The convolutions that yield maps under 4x4 from larger ones, and the sizes of the maps."""
+    tiny = []
+    for region in regions:
+        modules = region.modules
+        for node in region.recording.graph.nodes:
+            if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.Conv2d | nn.Conv3d):
+                continue
+            size, source = node_value(node).shape[2:], node_value(node.all_input_nodes[0]).shape[2:]
+            if max(source) > 1 and max(size) < 4:
+                tiny.append((str(node.target), size))
+    return tiny
 
 
 _WRAPPERS = {
