@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dcafy.blocks import Link, Plan
 from dcafy.connected import Recipe
 from dcafy.connection import INEXACT_SCHEMAS
 from dcafy.emit import connect, connected_modules
-from dcafy.errors import InputError, NoAttentionError, PlanError, VerificationError
-from dcafy.examples import as_data, real_inputs
+from dcafy.errors import InputError, NoAttentionError, PlanError
+from dcafy.examples import as_data
 from dcafy.insert import insert
 from dcafy.settings import Settings
 from dcafy.survey import Survey, survey
 from dcafy.topology import cost, costs, shaped
 from dcafy.trace.copies import shared_copy
-from dcafy.trace.reasons import one_line
+from dcafy.verify import tell_drift, verify_outputs
 
 log = logging.getLogger("dcafy")
 
@@ -119,9 +118,9 @@ def convert(
         converted = _connected(model, known, chosen, settings, copy)
         inexact = sorted({str(link.schema) for link in chosen.links} & INEXACT_SCHEMAS)
         if inexact:
-            _tell_drift(inexact[0], original, converted, known.inputs if verify else None)
+            tell_drift(inexact[0], original, converted, known.inputs if verify else None)
         elif verify:
-            _verify(original, converted, known.inputs)
+            verify_outputs(original, converted, known.inputs)
     return converted  # type: ignore[return-value]
 
 
@@ -217,65 +216,3 @@ def _preserved_rng(model: nn.Module) -> Iterator[None]:
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         yield
-
-
-def _verify(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raises unless both give bit-identical outputs in eval mode."""
-    example = real_inputs(inputs, model)
-    try:
-        expected = _output(model, example)
-    except Exception as error:  # any forward may refuse its input in any way
-        raise InputError(
-            f"{type(model).__name__} does not run on the example input: {one_line(error)}. "
-            "Pass example_inputs that it accepts."
-        ) from error
-    actual = _output(converted, example)
-    for ours, theirs in zip(_tensors(actual), _tensors(expected), strict=True):
-        if not torch.equal(ours, theirs) and not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
-            raise VerificationError(
-                f"The converted model differs from the original by up to {float((ours - theirs).abs().max()):.3g} "
-                "on the example. If the model draws random numbers in eval mode, that is expected: "
-                "pass verify=False. If not, please report it with the model's code."
-            )
-
-
-def _tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...] | None) -> None:
-    """Warns that a schema is not the identity at the start, and tells by how much where ``inputs`` are given."""
-    message = f"The schema {schema!r} is not the identity at α = 1, β = 0, so that the outputs have moved"
-    if inputs is not None:
-        example = real_inputs(inputs, model)
-        pairs = zip(_tensors(_output(model, example)), _tensors(_output(converted, example)), strict=True)
-        drifts = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in pairs if a.is_floating_point()]
-        drift, largest = max(drifts)
-        message += f": by up to {drift:.3g} on the example, where the largest output is {largest:.3g}"
-    warnings.warn(f"{message}. Train before you use it.", stacklevel=3)
-
-
-def _output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return model(*inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
-                    buffer.copy_(before)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for item in value.values() for t in _tensors(item)]
-    if isinstance(value, tuple | list):
-        return [t for item in value for t in _tensors(item)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [t for f in dataclasses.fields(value) for t in _tensors(getattr(value, f.name))]
-    return []

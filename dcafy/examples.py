@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.errors import InputError
+from dcafy.trace.values import tensors_in
 
 __all__ = ["as_data", "as_inputs", "from_data", "guesses", "probe", "real_inputs"]
 
@@ -22,29 +23,18 @@ _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv
 def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """The positional inputs that a user's ``example_inputs`` stands for; ``InputError`` where it is none."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    for value in _tensors(inputs):
+    for value in tensors_in(inputs):
         if value.numel() == 0:
             raise InputError(
                 f"The example input has the shape {tuple(value.shape)}, which holds no elements. "
                 "Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
             )
-    if not any(True for _ in _tensors(inputs)):
+    if not any(True for _ in tensors_in(inputs)):
         raise InputError(
             f"example_inputs must be a tensor or a tuple of positional inputs with a tensor in it, "
             f"not {type(example_inputs).__name__}. Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
         )
     return inputs
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def probe(inputs: Any, scale: int = 1) -> Any:
@@ -96,7 +86,7 @@ def as_data(inputs: Any) -> Any:
     >>> as_data((torch.empty(2, 3, 224, 224), None))
     {'tuple': [{'tensor': {'shape': [2, 3, 224, 224], 'dtype': 'float32'}}, {'value': None}]}
     """
-    if sum(value.numel() for value in _tensors(inputs)) > _MOST:
+    if sum(value.numel() for value in tensors_in(inputs)) > _MOST:
         return None
     try:
         return _written(inputs)
@@ -123,9 +113,9 @@ def from_data(data: Any) -> tuple[Any, ...]:
         inputs = _restored(data)
     except RuntimeError as error:  # a shape beyond all bounds, or lists in lists without end
         raise ValueError(str(error)[:80]) from error
-    if not isinstance(inputs, tuple) or not any(True for _ in _tensors(inputs)):
+    if not isinstance(inputs, tuple) or not any(True for _ in tensors_in(inputs)):
         raise ValueError("the inputs are no tuple with a tensor in it")
-    if sum(value.numel() for value in _tensors(inputs)) > _MOST:
+    if sum(value.numel() for value in tensors_in(inputs)) > _MOST:
         raise ValueError("the inputs are too large")
     return inputs
 

@@ -53,7 +53,7 @@ def node_value(node: fx.Node) -> Any:
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
-    """The tensors inside nested tuples, lists and dicts."""
+    """The tensors inside nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -62,6 +62,9 @@ def tensors_in(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for part in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, part.name))
 
 
 def values_of(arguments: Any) -> Any:
