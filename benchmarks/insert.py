@@ -1,7 +1,7 @@
 """dcafy.insert on every torchvision classification model: how many units get attention, and is it an identity?
 
     python benchmarks/insert.py                 # writes benchmarks/results/insert.md
-    python benchmarks/insert.py resnet18 vgg11  # prints only these
+    python benchmarks/insert.py resnet18 vgg11  # measures only these anew
 
 Models run at a small image size where they take one. ``identity``: outputs of
 the original and of the model with SE bit-identical in eval mode, with batch norm statistics and gains away from
@@ -15,11 +15,11 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "insert.md"
+ROWS = RESULT.with_suffix(".json")
 LARGEST = 100_000_000
 """Parameters up to which a model is built with data."""
 AT_ONCE = 8
@@ -40,8 +40,11 @@ def examine(name: str, largest: int) -> dict[str, Any]:
     import dcafy
 
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with torch.device("meta"):
-        model = torchvision.models.get_model(name, weights=None, **options).eval()
+    try:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None, **options).eval()
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        model = torchvision.models.get_model(name, weights=None, **options).eval().to("meta")
     size = _side(model, name)
     count = sum(p.numel() for p in model.parameters())
     row: dict[str, Any] = {"name": name, "parameters": count, "size": size}
@@ -50,13 +53,11 @@ def examine(name: str, largest: int) -> dict[str, Any]:
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None, **options).eval()
         _leave_initial_values(model)
-    start = time.perf_counter()
     example = torch.rand(2, 3, size, size, device=None if with_data else "meta")
     try:
         result = dcafy.insert(model, "se", example_inputs=example)
     except dcafy.DcafyError as error:
         return {**row, "units": 0, "says": str(error).partition(". ")[0]}
-    row["seconds"] = round(time.perf_counter() - start, 1)
     row["units"] = sum(path.rpartition(".")[2] in ("se", "se_") for path, _ in _new(model, result))
     plan = dcafy.inspect(result, example_inputs=example)
     new = {path for path, _ in _new(model, result)}
@@ -152,13 +153,13 @@ def main() -> None:
         for name in options.only:
             print(json.dumps(examine(name, options.largest)), flush=True)
         return
-    text = document(rows(options.models or names(), options.largest), options.largest)
-    if options.models:
-        print(text)
-    else:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(text)
-        print(f"wrote {RESULT}")
+    measured = {row["name"]: row for row in rows(options.models or names(), options.largest)}
+    kept = {row["name"]: row for row in json.loads(ROWS.read_text())} if options.models and ROWS.exists() else {}
+    results = sorted({**kept, **measured}.values(), key=lambda row: str(row["name"]))
+    RESULT.parent.mkdir(exist_ok=True)
+    ROWS.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    RESULT.write_text(document(results, options.largest))
+    print(f"wrote {RESULT}")
 
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def subject_of(spec: str, meta: nn.Module) -> Subject:
     subject = Subject(model.eval(), shape, None)
     trained_like(subject)
     larger = (shape[0], *(side * 4 // 3 for side in shape[1:]))
-    if _runs(meta, larger):
+    if subject.detects or _runs(meta, larger):  # a detector does not run without data, and takes any size
         subject.other = larger
     return subject
 

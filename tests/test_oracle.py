@@ -41,6 +41,11 @@ def pooled(_context: Tensor, fused: Tensor) -> Tensor:
     return fused.mean((2, 3))
 
 
+def context_alone(context: Tensor, _shown: Tensor) -> Tensor:
+    """G without T: wrong, and of a size that fits wherever G's does."""
+    return context
+
+
 @dataclass(frozen=True)
 class Sites:
     """Where hooks reach a kind of attention block; paths are relative to the block, ``..`` is its parent.
@@ -182,7 +187,7 @@ def test_the_oracle_notices_a_wrong_wire(connected: Connected, wrong: Carry) -> 
     """What the comparison is worth: with another T̃ the outputs are far from the converted model's."""
     sites = connected.chain.sites
     if sites.carry is wrong or sites.carry is pooled:
-        wrong = lambda context, _shown: context  # noqa: E731 (G alone, which fits everywhere)
+        wrong = context_alone
     images = connected.network.images(2, seed=24).double()
     chain = HookedChain(
         connected.original, connected.chain.blocks, connected.chain.settings, dataclasses.replace(sites, carry=wrong)

@@ -39,6 +39,12 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
 
     Raises ``CheckpointError`` for a folder that is damaged, was not written by dcafy, or does not fit the
     network, and says where they differ; ``InputError`` where ``model`` is not a plain module.
+
+    >>> import dcafy, tempfile, torchvision
+    >>> model, folder = torchvision.models.mobilenet_v3_small(), tempfile.mkdtemp()
+    >>> dcafy.save(dcafy.convert(model), folder, base=False)
+    >>> len(dcafy.connections(dcafy.load(folder, model)))
+    8
     """
     if model is not None:
         _require_unconnected(model)

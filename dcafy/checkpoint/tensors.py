@@ -62,6 +62,7 @@ def pack(model: nn.Module, kept: Callable[[str], bool]) -> Packed:
     packed = Packed({}, {}, {}, {})
     first: dict[object, str] = {}
     known: dict[object, Facts] = {}
+    written: set[int] = set()
     # Parameters before buffers: what shares memory with a parameter is that parameter again.
     state = sorted(model.state_dict(keep_vars=True).items(), key=lambda item: not isinstance(item[1], nn.Parameter))
     for key, value in state:
@@ -79,8 +80,10 @@ def pack(model: nn.Module, kept: Callable[[str], bool]) -> Packed:
             continue
         first[place] = key
         # A view of something larger would take all of that with it, and two views would be refused as shared.
-        whole = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
-        packed.tensors[key] = plain if whole else plain.clone()
+        memory = plain.untyped_storage()
+        alone = memory.nbytes() == plain.nbytes and memory.data_ptr() not in written
+        packed.tensors[key] = plain if alone else plain.clone()
+        written.add(memory.data_ptr())
     return packed
 
 
