@@ -157,12 +157,16 @@ class _Surveyor:
             except CannotEnter as reason:
                 if reason.path and reason.path not in opaque:
                     opaque |= {reason.path}
+                    self.skipped.append(Skipped(_join(path, reason.path), f"kept whole: {reason.reason}"))
                     continue
                 yield from self._islands(path, module, observed, known, reason.reason)
                 return
             yield region
             break
         seen = {_join(path, child): Observed(*inputs) for child, inputs in region.recording.observed.items()}
+        for inner, why in region.recording.kept_whole.items():
+            if any(True for _ in module.get_submodule(inner).parameters()):
+                self.skipped.append(Skipped(_join(path, inner), f"kept whole, nothing was looked for in it: {why}"))
         for inner in (*region.recording.kept_whole, *opaque):
             yield from self._children(_join(path, inner), seen)
 

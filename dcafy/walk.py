@@ -72,7 +72,8 @@ class Walk:
             ref = max(ref, self.flow.sizes[inputs[0]])
         elif op in (Op.OTHER, *REDUCES) and any(self.flow.sizes[n] != self.flow.sizes[node] for n in inputs):
             largest = max(self.flow.sizes[n] for n in inputs)
-            if op is Op.OTHER or (largest > self.ratio * ref and not self._is_pooled(largest)):
+            passes = self._is_pooled(largest) or self._mixes_features(node)
+            if op is Op.OTHER or (largest > self.ratio * ref and not passes):
                 return False
         elif op is Op.QUERY:
             return True
@@ -91,11 +92,16 @@ class Walk:
     def _is_pooled(self, size: int) -> bool:
         return size * POOLED < self.flow.sizes[self.other]
 
+    def _mixes_features(self, node: fx.Node) -> bool:
+        """Scores of a self-attention (features times features); a pooling's weights are far smaller than X."""
+        sizes = sorted(self.flow.sizes[n] for n in self.flow.inputs(node))
+        return self.flow.ops[node] is Op.CONTRACT and len(sizes) > 1 and sizes[-1] < 2 * sizes[-2]
+
     def _is_frontier(self, node: fx.Node, ref: float) -> bool:
         """Whether ``node`` reduces a neighbourhood to something of the map's size."""
         largest = max((self.flow.sizes[n] for n in self.flow.inputs(node)), default=0)
         own = max((t.numel() for t in tensors_in(node_value(node))), default=1)
-        if largest < 2 * own or self._is_pooled(largest):
+        if largest < 2 * own or self._is_pooled(largest) or self._mixes_features(node):
             return False
         if largest >= self.ratio * ref:
             return True

@@ -291,6 +291,23 @@ def test_a_module_that_stores_what_it_computes_is_kept() -> None:
     same_everywhere(model, connected)
 
 
+class Switching(Residual):
+    """Runs its attention in full precision whatever the caller does: an effect that no graph has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return x + self.se(self.conv(x.float()))
+
+
+def test_contexts_inside_a_forward_are_not_lost() -> None:
+    model = trained_like(Net(Switching(), Residual(), Residual()), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert list(dcafy.connections(connected)) == ["body.2.se"]
+    assert any("autocast" in item.reason for item in dcafy.inspect(model, example_inputs=IMAGES).skipped)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(connected(IMAGES), model(IMAGES))
+
+
 class Sliced(Net):
     """Runs a slice of a Sequential, which is a module that is in no tree."""
 

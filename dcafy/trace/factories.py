@@ -36,6 +36,9 @@ _FACTORIES = (
 )
 
 
+_CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
+
+
 @contextlib.contextmanager
 def recorded_factories(recorder: Recorder) -> Iterator[None]:
     """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever.
@@ -62,14 +65,33 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
             return original.__get__(None, cls)(*args, **kwargs)
         return recorder.create_proxy("call_function", original.__get__(None, cls), args, kwargs)
 
+    def entered(context: Any, enter: Callable[..., Any]) -> Callable[..., Any]:
+        def tell(self: Any) -> Any:
+            recorder.switches(f"torch.{context.__name__}")
+            return enter(self)
+
+        return tell
+
+    def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        real = recorder.device.type if device_type == "meta" else device_type  # there is none for meta tensors
+        autocast_made(self, real, *args, **kwargs)
+
+    autocast_made = torch.autocast.__init__
     originals = {name: getattr(torch, name) for name in _FACTORIES}
+    contexts = {context: context.__dict__["__enter__"] for context in _CONTEXTS}
     original = torch.autograd.Function.__dict__["apply"]
     try:
         for name, factory in originals.items():
             setattr(torch, name, recorded(factory))
+        for context, enter in contexts.items():
+            context.__enter__ = entered(context, enter)
+        torch.autocast.__init__ = autocast  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(apply)
         yield
     finally:
         for name, factory in originals.items():
             setattr(torch, name, factory)
+        for context, enter in contexts.items():
+            context.__enter__ = enter
+        torch.autocast.__init__ = autocast_made  # type: ignore[method-assign]
         torch.autograd.Function.apply = original

@@ -109,8 +109,8 @@ class _Fold:
     def _check(self, path: str) -> None:
         if path in self.recording.mode_read:
             raise CannotEnter(path, "its forward takes another path in training than in eval")
-        if path in self.recording.stores:
-            raise CannotEnter(path, self.recording.stores[path])
+        if path in self.recording.unwritten:
+            raise CannotEnter(path, self.recording.unwritten[path])
 
     def _can_fold(self, call: Call) -> bool:
         nodes = set(call.nodes)

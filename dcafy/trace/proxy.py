@@ -52,8 +52,8 @@ class ValueProxy(fx.Proxy):
         attribute = getattr(value, name)  # AttributeError is the right answer to hasattr()
         if isinstance(value, dict) and name in _DICT_VIEWS:
             return lambda: _DICT_VIEWS[name](self, list(value))
-        if isinstance(value, Tensor) and name == "ndim":
-            return attribute
+        if isinstance(attribute, str) or (isinstance(value, Tensor) and name == "ndim"):
+            return attribute  # C++ wants a real string for a device's type; a rank does not vary
         if isinstance(attribute, MethodType | BuiltinMethodType) or (callable(attribute) and hasattr(value, name)):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})

@@ -57,7 +57,7 @@ class Recording:
     ``calls``       the entered calls, outer before inner
     ``mode_read``   modules whose control flow asks for their mode; recorded as in eval
     ``kept_whole``  module path -> why its forward was not recorded
-    ``stores``      module path -> what its forward stores on it, which a graph would not
+    ``unwritten``   module path -> what its forward does besides, which no graph has: stored values, autocast, no_grad
     ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
     ``settled``     nodes whose value decided something while recording
     ``model``       the data-free copy that was traced
@@ -67,7 +67,7 @@ class Recording:
     calls: tuple[Call, ...]
     mode_read: frozenset[str]
     kept_whole: dict[str, str]
-    stores: dict[str, str]
+    unwritten: dict[str, str]
     observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
     settled: tuple[fx.Node, ...]
     model: nn.Module
@@ -126,6 +126,7 @@ class Recorder(fx.Tracer):
     def __init__(self, evaluator: Evaluator, opaque: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self._evaluator = evaluator
+        self.device = evaluator.device
         self._opaque = opaque
         self._owner = ""
         self.running = False  # True while real code runs on values, and nothing is recorded
@@ -135,6 +136,7 @@ class Recorder(fx.Tracer):
         self.kept_whole: dict[str, str] = {}
         self.observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.settled: list[fx.Node] = []
+        self.unwritten: dict[str, str] = {}
 
     # -- the questions that fx asks -------------------------------------------------------------
 
@@ -157,7 +159,7 @@ class Recorder(fx.Tracer):
             tuple(self.calls),
             frozenset(self.mode_read),
             self.kept_whole,
-            _stored(model),
+            {**_stored(model), **self.unwritten},
             self.observed,
             tuple(dict.fromkeys(self.settled)),
             model,
@@ -261,6 +263,11 @@ class Recorder(fx.Tracer):
             raise fx.proxy.TraceError("the forward decides by the content of a tensor")
         self.settled.append(proxy.node)
         return value
+
+    def switches(self, what: str) -> None:
+        """Told where a forward enters a context: its effect is on what runs, and nodes run outside of it."""
+        if not self.running:
+            self.unwritten.setdefault(self._owner, f"its forward runs a part under {what}")
 
     # -- modules --------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class Evaluator:
     def __init__(self, device: torch.device) -> None:
         self._seen: dict[Any, Any] = {}
         self._structures: dict[nn.Module, Any] = {}
-        self._device = device
+        self.device = device
 
     def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a leaf module's output."""
@@ -139,7 +139,7 @@ class Evaluator:
     def function(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a function call."""
         if target is getattr and isinstance(args[0], Tensor) and args[1] == "device":
-            return self._device  # a model that asks for the device is told its own, never "meta"
+            return self.device  # a model that asks for the device is told its own, never "meta"
         if target in _ADAPTIVE and len(args) == 2 and not kwargs:
             return _adaptively_pooled(args[0], args[1], _ADAPTIVE[target])
         try:
