@@ -221,7 +221,11 @@ def parameter_groups(
     No decay on α, β, norms and biases (everything of one dimension). ``connection_lr`` (default: ``lr``) is
     the rate of everything under ``dca``. Parameters that do not require a gradient are left out.
 
-    >>> # optimizer = torch.optim.SGD(dcafy.parameter_groups(model, lr=0.01, connection_lr=0.1), momentum=0.9)
+    >>> import dcafy, torch, torchvision
+    >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
+    >>> optimizer = torch.optim.SGD(dcafy.parameter_groups(model, lr=0.01, connection_lr=0.1), momentum=0.9)
+    >>> sorted({group["lr"] for group in optimizer.param_groups})
+    [0.01, 0.1]
     """
     own = {id(p) for _, _, dca in _require_connected(model) for p in dca.parameters()}
     rates = {False: lr, True: lr if connection_lr is None else connection_lr}
