@@ -21,13 +21,13 @@ _FUNCTIONS = frozenset({"scaled_dot_product_attention", "multi_head_attention_fo
 def self_attention(flow: Dataflow, found: tuple[Found, ...], path: str = "") -> tuple[Skipped, ...]:
     """The modules that multiply features with features: multi-head, non-local, halo and lambda layers.
 
-    A matrix product of two tensors that both depend on the input is one, unless it is a block's pooling
-    (GC sums X with weights that it computed from X).
+    A matrix product of two tensors that both depend on the input is one, unless a block has it: as its
+    pooling (GC sums X with weights that it computed from X), or as a fusion written with einsum.
     """
-    pooling = {name for block in found for name in block.block.extraction}
+    ours = {name for block in found for name in (*block.block.extraction, *block.block.fusion)}
     owners: dict[str, None] = {}
     for node in flow.graph.nodes:
-        if node in flow.depends and node.name not in pooling and _mixes_features(node, flow):
+        if node in flow.depends and node.name not in ours and _mixes_features(node, flow):
             owner = str(node.target) if node.op == "call_module" else str(node.meta.get(OWNER, ""))
             owners[".".join(part for part in (path, owner) if part) or "root"] = None
     return tuple(Skipped(owner, REASON) for owner in owners)

@@ -40,7 +40,7 @@ def equation(schema: str, a: Tensor, b: Tensor) -> Tensor:
         return a + b
     if schema == "weighted":
         return (a**2 + b**2) / (a + b)
-    weights = torch.stack((a, b)).softmax(0)
+    weights = torch.stack(torch.broadcast_tensors(a, b)).softmax(0)  # a map of one channel goes to all of G's
     return weights[0] * a + weights[1] * b
 
 
