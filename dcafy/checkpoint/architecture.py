@@ -162,7 +162,7 @@ def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Bu
         yield Built(recipe.model, recipe.arguments)
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and isinstance(config.get("architecture"), str):
-        given = getattr(model, "_model_args", None)  # kept by timm since 1.0.20 or so
+        given = getattr(model, "_model_args", None)  # kept by timm since 1.0.31
         arguments = {k: v for k, v in given.items() if type(v) in _ARGUMENTS.get(k, ())} if given else {}
         for name in dict.fromkeys(
             ".".join(filter(None, (config["architecture"], tag))) for tag in (config.get("tag"), "")
