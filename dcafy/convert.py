@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from dcafy.blocks import Link, Plan
+from dcafy.configuration import Conversion
 from dcafy.connected import Recipe
 from dcafy.connection import INEXACT_SCHEMAS
 from dcafy.emit import connect, connected_modules
@@ -122,6 +123,21 @@ def convert(
         elif verify:
             verify_outputs(original, converted, known.inputs)
     return converted  # type: ignore[return-value]
+
+
+def converted_as(
+    model: nn.Module, conversion: Conversion, *, example_inputs: Any = None, verify: bool = True, copy: bool = True
+) -> fx.GraphModule:
+    """:func:`convert` with its options, and those of :func:`dcafy.insert`, as one value."""
+    chosen = dataclasses.asdict(conversion)
+    insertion = {name: chosen.pop(name) for name in ("attention", "attention_reduction", "where", "init")}
+    if insertion["attention"] is not None:
+        name, reduction, where, init = insertion.values()
+        model = insert(
+            model, name, reduction=reduction, where=where, init=init, example_inputs=example_inputs, copy=copy
+        )
+        copy = False  # it is a copy already
+    return convert(model, example_inputs=example_inputs, copy=copy, verify=verify, **chosen)
 
 
 def _refuse_connected(model: nn.Module) -> None:

@@ -21,7 +21,9 @@ import dcafy
 import dcafy.convert  # the module, which the tests replace a function of
 from dcafy import errors
 from dcafy.blocks import Dimension, FusionKind, Gate, Plan
-from dcafy.cli import _example, _settings, exit_code, main
+from dcafy.cli import main
+from dcafy.cli.app import exit_code
+from dcafy.cli.options import example_input, settings_given
 from dcafy.sources import fitting
 
 SMALL = "torchvision:mobilenet_v3_small"
@@ -414,18 +416,18 @@ def test_version(command):
     ],
 )
 def test_settings(given, settings):
-    assert _settings(given) == settings
+    assert settings_given(given) == settings
 
 
 @pytest.mark.parametrize("given", ["a", "=1", "1a=2", "a b=3", ""])
 def test_bad_settings(given):
     with pytest.raises(errors.UsageError, match="key=value"):
-        _settings([given])
+        settings_given([given])
 
 
 @pytest.mark.parametrize(("given", "shape"), [("3x224x128", (2, 3, 224, 128)), ("1X8x8X8", (2, 1, 8, 8, 8))])
 def test_input_size(given, shape):
-    assert _example(given).shape == shape
+    assert example_input(given).shape == shape
 
 
 def test_the_input_size_is_looked_with(command, monkeypatch):

@@ -85,8 +85,8 @@ def test_attention_is_inserted_first(command: Run, tmp_path: Path) -> None:
     [
         (["torchvision:resnet18"], 3, "attention='se'"),
         (["torchvision:vgg11", "--attention", "se"], 2, "no residual or bottleneck units"),
-        ([SMALL, "--schema", "mean"], 2, "schema='mean'"),
-        ([SMALL, "--topology", "ring"], 2, "topology='ring'"),
+        ([SMALL, "--schema", "mean"], 2, "--schema 'mean'"),
+        ([SMALL, "--topology", "ring"], 2, "--topology 'ring'"),
         (["torchvision:resnet18", "--attention", "sk"], 2, "init='paper'"),
     ],
     ids=lambda value: str(value)[:30],

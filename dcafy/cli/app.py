@@ -1,0 +1,124 @@
+"""The ``dcafy`` command itself: how every subcommand starts, tells its errors, and exits."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dcafy import errors
+
+__all__ = ["app", "exit_code", "main"]
+
+OK, BUG, USAGE, NO_ATTENTION, UNSAFE, NOT_TRACEABLE, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 130, 141
+
+EXIT_CODES: dict[type[BaseException], int] = {
+    errors.UsageError: USAGE,
+    errors.InputError: USAGE,
+    errors.PlanError: USAGE,
+    errors.NoAttentionError: NO_ATTENTION,
+    errors.SourceError: UNSAFE,
+    errors.TracingError: NOT_TRACEABLE,
+    errors.VerificationError: BUG,
+    KeyboardInterrupt: INTERRUPTED,
+    BrokenPipeError: CLOSED_PIPE,
+}
+"""What ended a command -> its exit code; a subclass has its base's. Anything else is a bug."""
+
+log = logging.getLogger("dcafy")
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code for what ended a command."""
+    return next((EXIT_CODES[cls] for cls in type(error).__mro__ if cls in EXIT_CODES), BUG)
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Inside it whatever ends a command becomes a message on stderr and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (typer.Exit, typer.Abort):
+        raise
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Python flushes stdout once more when it ends, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(exit_code(error)) from None
+    except errors.DcafyError as error:
+        translated = " On the command line that is --input-size CxHxW." if "example_inputs" in str(error) else ""
+        _complain(f"{error}{translated}")
+        raise typer.Exit(exit_code(error)) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            raise  # a mistake on the command line, which typer explains
+        traceback.print_exc()
+        _complain("this is a bug in dcafy. Please report it with the lines above and the command.")
+        raise typer.Exit(exit_code(error)) from None
+
+
+def _complain(message: str) -> None:
+    print(f"dcafy: error: {message}", file=sys.stderr)
+
+
+class _ToStderr(logging.Handler):
+    """What the package logs, one line each, on what is stderr at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"dcafy: {record.getMessage()}", file=sys.stderr)
+
+
+class _Commands(TyperGroup):
+    """The commands, which share how errors are told and what they exit with."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _reported():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the ``dcafy`` command with the arguments of this process."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="dcafy")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dcafy import __version__
+
+        print(f"dcafy {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0 fine, 1 a bug in dcafy, 2 usage or unknown model, 3 no attention found, 4 unreadable or "
+    "unsafe file, 5 not traceable."
+)
+def dcafy(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Connect the attention blocks of a trained network (DCANet)."""
+    log.handlers, log.propagate = [_ToStderr()], False
+    log.setLevel(logging.INFO)

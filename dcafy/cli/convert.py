@@ -1,0 +1,55 @@
+"""``dcafy convert``: a network connected, in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcafy.cli.app import app
+from dcafy.cli.generated import with_options
+from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, example_input, settings_given
+from dcafy.configuration import Conversion
+
+__all__ = ["convert_command"]
+
+
+@app.command("convert")
+@with_options
+def convert_command(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
+    ],
+    conversion: Conversion,
+    base: Annotated[
+        bool, typer.Option("--base/--connections-only", help="Write all weights, or only the connections'.")
+    ] = True,
+    verify: Annotated[bool, typer.Option(help="Run both networks and compare their outputs bit by bit.")] = True,
+    input_size: InputSize = None,
+    arch: Arch = None,
+    settings: Settings = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Connect the attention blocks of a network and save the result as a folder."""
+    given, example = settings_given(settings), example_input(input_size)
+    with contextlib.redirect_stdout(sys.stderr):
+        from dcafy.checkpoint import save
+        from dcafy.convert import converted_as
+        from dcafy.emit import connections
+        from dcafy.sources import open_model
+
+        network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model
+        before = sum(parameter.numel() for parameter in network.parameters())
+        connected = converted_as(network, conversion, example_inputs=example, verify=verify)
+        save(connected, output, base=base)
+    own = sum(p.numel() for name, p in connected.named_parameters() if "dca" in name.split("."))
+    added = sum(p.numel() for p in connected.parameters()) - before - own
+    print(
+        f"{len(connections(connected))} connections with {own:,} parameters"
+        + (f", {conversion.attention} with {added:,}" if conversion.attention else "")
+        + f", saved in {output}."
+    )

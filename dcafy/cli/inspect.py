@@ -1,0 +1,86 @@
+"""``dcafy inspect``: what there is to connect."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcafy import errors
+from dcafy.cli.app import app
+from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, example_input, settings_given
+
+if TYPE_CHECKING:
+    import torch
+
+    from dcafy.blocks import Link, Plan
+
+__all__ = ["inspect_command", "plan_document"]
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    nodes: Annotated[bool, typer.Option("--nodes", help="Also list every node of each block with its role.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    input_size: InputSize = None,
+    arch: Arch = None,
+    settings: Settings = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Show the attention blocks of a network and how they will be connected. Changes nothing."""
+    chosen, example = settings_given(settings), example_input(input_size)
+    # What the user's code prints while it is imported must not end up in the document.
+    with contextlib.redirect_stdout(sys.stderr):
+        plan = _found(model, example, arch=arch, settings=chosen, trust_pickle=trust_pickle)
+    if as_json:
+        print(json.dumps(plan_document(plan), indent=2))
+    else:
+        from dcafy.tables import written
+
+        print(written(plan, nodes=nodes, terminal=sys.stdout.isatty()), end="")
+    sys.stdout.flush()
+    if not plan.blocks:
+        raise errors.NoAttentionError(
+            f"{model!r} has no attention blocks, so there is nothing to connect. Attention can be added first: "
+            "dcafy convert MODEL --attention se -o DIR, or dcafy.convert(model, attention='se') in Python, or modules "
+            "such as torchvision.ops.SqueezeExcitation in the network's own code."
+        )
+
+
+def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
+    """The plan for the model that ``spec`` names, under that name."""
+    import dataclasses
+
+    from dcafy.sources import open_model
+
+    model = open_model(spec, on_meta=True, **how).model
+    from dcafy.convert import appraise
+
+    try:
+        plan = appraise(model, example_inputs=example)
+    except (errors.TracingError, errors.InputError):
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        # Where the course of the forward depends on values, as in detectors, it takes values to look.
+        plan = appraise(open_model(spec, **how).model, example_inputs=example)
+    return dataclasses.replace(plan, model=spec)
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """What ``--json`` prints: the plan, with the matches that convert makes where nothing else is asked for."""
+    document = plan.to_dict()
+    for written, chain in zip(document["chains"], plan.chains, strict=True):
+        written["links"] = [_link_document(plan, link) for link in chain.links]
+    first = ("schema_version", "model", "blocks", "chains", "skipped")
+    return {key: document[key] for key in (*first, *(key for key in document if key not in first))}
+
+
+def _link_document(plan: Plan, link: Link) -> dict[str, Any]:
+    from dcafy.tables import link_matches
+
+    channel, spatial = link_matches(plan, link)
+    return {"source": link.source, "target": link.target, "channel_match": channel, "spatial_match": spatial}

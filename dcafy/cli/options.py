@@ -1,0 +1,96 @@
+"""Options that several subcommands share, and what their texts mean."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcafy import errors
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Arch", "InputSize", "Model", "Settings", "TrustPickle", "example_input", "settings_given"]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="torchvision:NAME[@WEIGHTS], timm:NAME[.TAG][@DEFAULT], package.module:factory (imports and runs that "
+        "code), a file (.safetensors, .pt, .pth, ...), or a folder written by dcafy.save.",
+        show_default=False,
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        metavar="SPEC",
+        help="What the weights in a file belong to: torchvision:NAME, timm:NAME or package.module:factory. Without "
+        "it, dcafy names the architectures that fit.",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An argument for the factory or architecture, read as JSON where it is JSON and as text otherwise. May "
+        "be given several times.",
+        show_default=False,
+    ),
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle",
+        help="Open a pickle that wants more than tensors and known network classes. This runs code that the file "
+        "chooses.  [default: refuse]",
+    ),
+]
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        "--input-size",
+        metavar="CxHxW",
+        help="Channels, height and width in pixels of the input to look with, such as 3x224x224.  [default: the "
+        "model's own, else 224 pixels and other usual sizes]",
+        show_default=False,
+    ),
+]
+
+
+def settings_given(given: list[str] | None) -> dict[str, Any]:
+    """``key=value`` options as arguments; ``UsageError`` where one has another form."""
+    settings: dict[str, Any] = {}
+    for option in given or []:
+        key, equals, value = option.partition("=")
+        if not equals or not key.isidentifier():
+            raise errors.UsageError(f"--set {option!r} is not of the form key=value, such as --set num_classes=10.")
+        if key in settings:
+            raise errors.UsageError(f"--set gives {key} twice.")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def example_input(size: str | None) -> torch.Tensor | None:
+    """An example input of that size, in a batch of two; ``UsageError`` where it is no size."""
+    if size is None:
+        return None
+    numbers = (
+        [int(number) for number in size.lower().split("x")] if re.fullmatch(r"\d+(x\d+){2,3}", size.lower()) else []
+    )
+    if not numbers or min(numbers) == 0:
+        raise errors.UsageError(
+            f"--input-size {size!r} is not channels x height x width, in pixels, such as 3x224x224."
+        )
+    import torch
+
+    return torch.zeros(2, *numbers)
