@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dcafy.emit import connections, freeze_base, parameter_groups, revert
     from dcafy.errors import DcafyError
     from dcafy.insert import insert
+    from dcafy.usage import usage
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOME = {
     "parameter_groups": "emit",
     "revert": "emit",
     "save": "checkpoint",
+    "usage": "usage",
 }
 """Public name -> the module it lives in."""
 
@@ -60,6 +62,7 @@ __all__ = [
     "parameter_groups",
     "revert",
     "save",
+    "usage",
 ]
 
 
