@@ -6,10 +6,12 @@ __all__ = [
     "CheckpointError",
     "DcafyError",
     "InputError",
+    "Interrupted",
     "NoAttentionError",
     "PlanError",
     "SourceError",
     "TracingError",
+    "TrainingError",
     "UsageError",
     "VerificationError",
 ]
@@ -49,3 +51,15 @@ class SourceError(DcafyError):
 
 class CheckpointError(SourceError):
     """A folder written by :func:`dcafy.save` is damaged or does not fit the model."""
+
+
+class TrainingError(DcafyError):
+    """A training went wrong in a way that going on would not mend."""
+
+
+class Interrupted(DcafyError):
+    """A training was asked to stop by a signal, and has saved where it stands; ``signal`` is its number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

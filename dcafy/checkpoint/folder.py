@@ -31,10 +31,13 @@ from dcafy.errors import CheckpointError
 from dcafy.sources.files import MARKER
 from dcafy.tables import printable
 
-__all__ = ["Folder"]
+__all__ = ["OF_A_RUN", "Folder", "flush"]
 
 _STAGED = ".dcafy-"
 """How the names of folders begin that hold what is being saved."""
+
+OF_A_RUN = frozenset({"checkpoint.safetensors", "compare.json", "finetune.json", "log.jsonl", "seeds"})
+"""What ``dcafy finetune`` keeps in a folder beside the model."""
 
 _LARGEST = 2**26
 """Bytes that ``dcafy.json`` may have; a thousand attention blocks take about one million."""
@@ -58,7 +61,7 @@ class Folder:
             raise CheckpointError(f"{self} is a file. Name a folder to save into.")
         with self._unless_refused("read"):
             names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-        others = [name for name in names if not name.startswith(".")]
+        others = [name for name in names if not name.startswith(".") and name not in OF_A_RUN]
         if others and MARKER not in others:
             shown = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
             raise CheckpointError(
@@ -76,7 +79,7 @@ class Folder:
                 try:
                     staged = self._stage(description, tensors)
                     os.replace(staged / MARKER, self.marker)
-                    _flush(self.path)
+                    flush(self.path)
                 finally:
                     self._tidy_up()
 
@@ -90,10 +93,10 @@ class Folder:
         # safetensors makes files for their owner alone; the user's umask says who may read.
         file.chmod(marker.stat().st_mode & 0o777)
         for path in (marker, file, unfinished):
-            _flush(path)
+            flush(path)
         staged = self._staging(description.weights.sha256)
         os.replace(unfinished, staged)
-        _flush(self.path)
+        flush(self.path)
         return staged
 
     def _staging(self, sha256: str) -> Path:
@@ -113,7 +116,7 @@ class Folder:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
-        _flush(self.path)
+        flush(self.path)
 
     def _current(self) -> tuple[str, str] | None:
         """(fingerprint, file) of the tensors that the present ``dcafy.json`` names; ``None`` where it is no good."""
@@ -201,7 +204,7 @@ class Folder:
             raise CheckpointError(f"{self} could not be {verb}: {printable(reason)}.") from error
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """What was written is on the disk (a folder: its list of names)."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no such thing for folders

@@ -4,7 +4,7 @@ They read the command line and nothing more: what a command works with is import
 ``dcafy --help`` does not wait for torch.
 """
 
-from dcafy.cli import convert, inspect  # importing a command registers it
+from dcafy.cli import convert, finetune, inspect, report  # importing a command registers it
 from dcafy.cli.app import app, main
 
-__all__ = ["app", "convert", "inspect", "main"]
+__all__ = ["app", "convert", "finetune", "inspect", "main", "report"]

@@ -17,7 +17,7 @@ from dcafy import errors
 
 __all__ = ["app", "exit_code", "main"]
 
-OK, BUG, USAGE, NO_ATTENTION, UNSAFE, NOT_TRACEABLE, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 130, 141
+OK, BUG, USAGE, NO_ATTENTION, UNSAFE, NOT_TRACEABLE, FAILED, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 6, 130, 141
 
 EXIT_CODES: dict[type[BaseException], int] = {
     errors.UsageError: USAGE,
@@ -27,6 +27,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
     errors.SourceError: UNSAFE,
     errors.TracingError: NOT_TRACEABLE,
     errors.VerificationError: BUG,
+    errors.TrainingError: FAILED,
     KeyboardInterrupt: INTERRUPTED,
     BrokenPipeError: CLOSED_PIPE,
 }
@@ -37,6 +38,8 @@ log = logging.getLogger("dcafy")
 
 def exit_code(error: BaseException) -> int:
     """The exit code for what ended a command."""
+    if isinstance(error, errors.Interrupted):
+        return 128 + error.signal  # as a shell counts what a signal ended
     return next((EXIT_CODES[cls] for cls in type(error).__mro__ if cls in EXIT_CODES), BUG)
 
 
@@ -112,7 +115,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback(
     epilog="Exit codes: 0 fine, 1 a bug in dcafy, 2 usage or unknown model, 3 no attention found, 4 unreadable or "
-    "unsafe file, 5 not traceable."
+    "unsafe file, 5 not traceable, 6 a training that went wrong, 130 and 143 stopped by a signal."
 )
 def dcafy(
     version: Annotated[

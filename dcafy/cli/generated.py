@@ -12,7 +12,7 @@ import typer
 
 from dcafy.configuration import check_choices
 
-__all__ = ["with_options"]
+__all__ = ["given_options", "with_options"]
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -60,3 +60,9 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
             )
         )
     return made
+
+
+def given_options(context: typer.Context) -> dict[str, Any]:
+    """The options that stand on the command line itself, with their values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}

@@ -14,7 +14,7 @@ from dcafy.errors import SourceError, UsageError
 from dcafy.sources.factories import call_factory, factory_takes, is_factory, one_line
 from dcafy.sources.zoos import ZOOS, build_on_meta, check, named_elsewhere, quiet
 
-__all__ = ["Recipe", "build_architecture", "parse", "unknown"]
+__all__ = ["Recipe", "build_architecture", "parse", "runs_code", "unknown"]
 
 _OURS = {"checkpoint_path", "pretrained", "weights", "weights_backbone"}
 """Arguments of the zoos that say which weights to load: the spec says that."""
@@ -97,9 +97,14 @@ def parse(spec: str, settings: Mapping[str, Any]) -> Recipe:
                 f"{argument} is not for --set: weights are chosen in the name, as in {prefix}:{name}@DEFAULT."
             )
         return Recipe(prefix, name, weights if at else None, dict(settings))
-    if is_factory(spec) and prefix.lower() not in ZOOS:
+    if runs_code(spec):
         return Recipe(None, spec, None, dict(settings))
     raise unknown(spec)
+
+
+def runs_code(spec: str) -> bool:
+    """Whether building what a spec names imports and runs the user's own code."""
+    return is_factory(spec) and spec.partition(":")[0].lower() not in ZOOS
 
 
 def unknown(spec: str) -> UsageError:

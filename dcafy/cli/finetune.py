@@ -1,0 +1,162 @@
+"""``dcafy finetune``: a network connected and trained on; it can be stopped at any moment and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcafy import errors
+from dcafy.cli.app import app
+from dcafy.cli.generated import given_options, with_options
+from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.configuration import Conversion
+from dcafy.training.config import DataOptions, TrainingConfig
+
+if TYPE_CHECKING:
+    from dcafy.training.run import Request
+
+__all__ = ["finetune_command"]
+
+
+@app.command("finetune")
+@with_options
+def finetune_command(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="The images: imagefolder:PATH (with train/ and val/, or one folder for each class), "
+            "torchvision:NAME:ROOT such as torchvision:CIFAR10:data, digits, or fashion-mnist[:PATH].",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The folder of the run.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over.",
+        ),
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Train the unconnected network as well, with the same seeds and budget, and compare."
+        ),
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds are compared.")] = 1,
+    json_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write every step and epoch here, one JSON object a line."),
+    ] = None,
+    arch: Arch = None,
+    settings: Settings = None,
+    trust_pickle: TrustPickle = False,
+    *,
+    training: TrainingConfig,
+    images: DataOptions,
+    conversion: Conversion,
+) -> None:
+    """Connect a network and train it on. Under torchrun it trains in several processes or on several machines."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from dcafy.training.run import Request
+
+        if resume and output is None:
+            output, model = Path(model), ""
+        if output is None:
+            raise errors.UsageError("-o names no folder. Write -o runs/NAME: checkpoints, log and model go there.")
+        if not resume or not (output / "finetune.json").exists():
+            if data is None or not model:
+                raise errors.UsageError(
+                    f"There is no run in {str(output)!r} to go on with."
+                    if resume
+                    else "--data names no images. Write --data imagefolder:PATH, or --data digits to try."
+                )
+            asked = Request(
+                model, data, arch, settings_given(settings), conversion, images, training, seeds if compare else 0
+            ).anchored()
+            _start(output, asked)
+        else:
+            asked = _known(output, model, given_options(context))
+        printed = _run(asked, output, resume, json_log, trust_pickle)
+    print(printed, end="")
+
+
+def _start(output: Path, asked: Request) -> None:
+    """A new run in ``output``; refused where another one is."""
+    from dcafy.training.parallel import on_main_process
+    from dcafy.training.run import REQUEST, write_request
+
+    if (output / REQUEST).exists():
+        raise errors.UsageError(
+            f"There is a run in {str(output)!r} already. Go on with it: dcafy finetune {output} --resume. Or name "
+            "another folder."
+        )
+    on_main_process(lambda: write_request(output, asked))
+
+
+def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
+    """The request of the run in ``output``, which the options on the command line may repeat but not change."""
+    import dataclasses
+
+    from dcafy.sources.specs import runs_code
+    from dcafy.training.run import read_request
+
+    asked = read_request(output)
+    codes = [spec for spec in (asked.model, asked.arch) if spec is not None and runs_code(spec)]
+    for spec in codes:
+        if spec not in (model, given.get("arch")):
+            raise errors.UsageError(
+                f"The network of this run is built by code: {spec}. Name it, so that it is run because you say so: "
+                + (f"--arch {spec}." if spec == asked.arch else f"dcafy finetune {spec} -o {output} --resume")
+            )
+    known = {
+        **dataclasses.asdict(asked.conversion),
+        **dataclasses.asdict(asked.images),
+        **dataclasses.asdict(asked.training),
+    }
+    for name, value in given.items():
+        if name in known and known[name] != value:
+            raise errors.UsageError(
+                f"The run in {str(output)!r} was started with --{name.replace('_', '-')} {known[name]}. Leave it out to "
+                " go on with it, or start another run."
+            )
+    return asked
+
+
+def _run(asked: Request, output: Path, resume: bool, json_log: Path | None, trust_pickle: bool) -> str:
+    """Runs what was asked for; the summary, for the main process."""
+    from dcafy.training.parallel import finished, is_main_process
+    from dcafy.training.run import finish, subject, train
+    from dcafy.training.summary import of_comparison, of_history
+    from dcafy.training.telling import JsonLines, Listener, for_stderr
+
+    def listeners(title: str = "") -> tuple[Listener, ...]:
+        log = () if json_log is None else (JsonLines(json_log, steps=True),)
+        return (for_stderr(title), *log)
+
+    try:
+        if asked.seeds:
+            from dcafy.training.compare import compare
+
+            comparison = compare(
+                asked, output, trust_pickle=trust_pickle, listener_for=listeners, is_main=is_main_process()
+            )
+            return of_comparison(comparison) if is_main_process() else ""
+        on = subject(asked, seed=asked.training.seed, trust_pickle=trust_pickle)
+        history = train(asked, on, output, seed=asked.training.seed, resume=resume, listeners=listeners())
+        if not is_main_process():
+            return ""
+        finish(on, output)
+        return of_history(history, output)
+    finally:
+        finished()

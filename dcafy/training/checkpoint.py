@@ -1,0 +1,113 @@
+"""Where a run stands, in one file: written beside, flushed and moved into place, so that there is always a whole one.
+
+Tensors and a JSON header in a safetensors file; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dcafy.checkpoint.folder import flush
+from dcafy.checkpoint.tensors import facts, fingerprint
+from dcafy.errors import CheckpointError
+from dcafy.tables import printable
+
+__all__ = ["CHECKPOINT", "Checkpoint", "read_checkpoint", "replace_file", "write_checkpoint"]
+
+CHECKPOINT = "checkpoint.safetensors"
+"""The name of the file in the folder of a run."""
+
+_KIND = "dcafy training checkpoint"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``tensors`` by name (``model/...``, ``optimizer/...``, ``rng/...``); ``facts`` is all that is no tensor."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Replaces the file at ``path`` in one step; ``CheckpointError`` where that fails: the old one is whole."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
+    header = {
+        "kind": _KIND,
+        "version": _VERSION,
+        "sha256": fingerprint({name: facts(value) for name, value in tensors.items()}),
+        "facts": checkpoint.facts,
+    }
+    replace_file(path, lambda beside: save_file(_apart(tensors), beside, metadata={"dcafy": json.dumps(header)}))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, none sharing memory with another, which safetensors would refuse."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        memory = value.untyped_storage()
+        shared = memory.data_ptr() in seen or memory.nbytes() != value.nbytes
+        seen.add(memory.data_ptr())
+        result[name] = value.clone() if shared else value
+    return result
+
+
+def replace_file(path: Path, write: Any) -> None:
+    """``path`` with what ``write(beside)`` writes, all at once; ``CheckpointError`` where the disk refuses."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(beside)
+            umask = os.umask(0)
+            os.umask(umask)
+            beside.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
+            flush(beside)
+            os.replace(beside, path)
+            flush(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{printable(str(path))!r} could not be written: {printable(reason)}. What was there before is whole. Make "
+            "room or name another folder, then go on with --resume."
+        ) from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at ``path``, ``None`` where there is none; ``CheckpointError`` where it is damaged or foreign."""
+    if not path.exists():
+        return None
+    shown = repr(printable(str(path)))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("dcafy", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{shown} is damaged ({printable(' '.join(str(error).split())[:160])}). Copy it again, or remove it: then "
+            "--resume starts over."
+        ) from error
+    if not isinstance(header, dict) or header.get("kind") != _KIND:
+        raise CheckpointError(f"{shown} is no checkpoint of a dcafy run. Name the folder of one.")
+    if header.get("version") != _VERSION:
+        raise CheckpointError(f"{shown} was written by another version of dcafy. Go on with that version.")
+    if header.get("sha256") != fingerprint({name: facts(value) for name, value in tensors.items()}):
+        raise CheckpointError(f"{shown} is damaged: its content is not what was written. Copy it again, or remove it.")
+    if not isinstance(header.get("facts"), dict):
+        raise CheckpointError(f"{shown} is damaged: it does not say where the run stood.")
+    return Checkpoint(tensors, header["facts"])

@@ -1,0 +1,372 @@
+"""The training loop, on Accelerate: devices, processes, precision, accumulation and clipping are its business."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from dcafy.emit import connected_modules, connections
+from dcafy.errors import InputError, TrainingError, UsageError
+from dcafy.survey import require_module
+from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from dcafy.training.config import TrainingConfig
+from dcafy.training.freezing import FrozenBase
+from dcafy.training.history import ConnectionState, Epoch, History
+from dcafy.training.optimization import optimizer_for, scheduler_for
+from dcafy.training.order import Batches, Seeded, derived_seed
+from dcafy.training.signals import Interruption
+from dcafy.training.state import Progress, Standing, captured, restored
+from dcafy.training.tasks import Batch, Classification, Task
+from dcafy.training.telling import Listener, Silent
+from dcafy.usage import Usage, evaluating, measured_shares, usage
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["accelerator_for", "finetune"]
+
+
+def finetune(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    config: TrainingConfig | None = None,
+    *,
+    task: Task | None = None,
+    directory: Path | str | None = None,
+    resume: bool = False,
+    new_layers: tuple[str, ...] = (),
+    listener: Listener | None = None,
+) -> History:
+    """What a training of ``model``, in place, has measured.
+
+    ``train`` and ``val``: data sets of (image tensor ``[C, H, W]``, class number), with a length and an index each.
+    Under one ``config.seed`` the order of the images, their random transforms and dropout are the same again, whatever
+    the number of ``workers``. ``model`` may be converted or not; its connections learn at a rate of their own.
+
+    ``task``: what is trained for; classification where absent. ``directory``: where a checkpoint is kept, from which
+    ``resume`` goes on; without one it starts over. ``new_layers``: modules that are trained also where the base is
+    frozen. ``listener``: is told what happens.
+
+    Raises ``UsageError`` and ``InputError`` before the first step, ``TrainingError`` where the loss is no number,
+    ``CheckpointError`` for a checkpoint that cannot be read or written, ``Interrupted`` after a signal.
+
+    >>> import dcafy, torch, torchvision
+    >>> from dcafy.training import TrainingConfig, finetune
+    >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(num_classes=2), verify=False)
+    >>> data = [(torch.rand(3, 32, 32), n % 2) for n in range(8)]
+    >>> history = finetune(model, data, data, TrainingConfig(epochs=1, batch_size=4))
+    >>> history.epochs[0].steps
+    2
+    """
+    config = config or TrainingConfig()
+    require_module(model)
+    for name, part in (("train", train), ("val", val)):
+        if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
+            raise InputError(
+                f"{name} is a {type(part).__name__}; finetune takes data sets of (image, label) with a length and an "
+                "index, and makes the batches itself. Of a DataLoader pass its .dataset."
+            )
+        if not len(part):
+            raise InputError(f"{name} has no images.")
+    run = _Run(model, train, val, config, task or Classification(config), new_layers, listener or Silent())
+    return run.train(None if directory is None else Path(directory), resume)
+
+
+def accelerator_for(config: TrainingConfig) -> Accelerator:
+    """Accelerate as ``config`` asks for it; one batch is split between all processes."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
+        from accelerate.utils import DataLoaderConfiguration
+    except ImportError as error:
+        raise UsageError("Training needs Hugging Face Accelerate: pip install -e '.[train]'.") from error
+    # Both live as long as the process, and would refuse a second training with another precision.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
+        rng_types=[],
+    )
+    if config.batch_size % accelerator.num_processes:
+        raise UsageError(
+            f"--batch-size {config.batch_size} cannot be split between {accelerator.num_processes} processes. Choose a "
+            "multiple."
+        )
+    return accelerator
+
+
+class _Run:
+    """One training: what it works with, and where it stands."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        val: Any,
+        config: TrainingConfig,
+        task: Task,
+        new_layers: tuple[str, ...],
+        listener: Listener,
+    ) -> None:
+        self.config, self.task, self.model = config, task, model
+        self.accelerator = accelerator_for(config)
+        self.listener = listener if self.accelerator.is_main_process else Silent()
+        self.connected = any(True for _ in connected_modules(model))
+        model.to(self.accelerator.device)
+        data = Seeded(train, seed=derived_seed(config.seed, 1), transform=getattr(train, "transform_sample", None))
+        task.check(model, data[(0, 0)])
+        self.order = Batches(len(data), config.batch_size, seed=config.seed, shuffle=True)
+        self.train_loader = self._loader(data, self.order, training=True)
+        shown = Seeded(val, seed=0, transform=getattr(val, "transform_sample", None), counts_stand_ins=False)
+        in_order = Batches(len(shown), config.batch_size, seed=0, shuffle=False)
+        self.val_loader = self._loader(shown, in_order, training=False)
+        self.optimizer = optimizer_for(model, config)
+        steps = -(-self.order.in_all // config.accumulate)
+        self.schedule = scheduler_for(self.optimizer, config, steps)
+        self.total_steps = steps * config.epochs
+        self.average: AveragedModel | None = None
+        if config.ema:
+            decayed: Any = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(model, multi_avg_fn=decayed)
+        self.frozen = FrozenBase(model, new_layers)
+        self.progress = Progress()
+        self.epochs: list[Epoch] = []
+        self.skipped: dict[str, None] = {}
+
+    def _loader(self, data: Seeded, order: Batches, *, training: bool) -> Any:
+        loader: DataLoader[Any] = DataLoader(
+            data,
+            batch_sampler=order,
+            collate_fn=functools.partial(self.task.collate, training=training),
+            num_workers=self.config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # its own: the global one is dropout's
+            multiprocessing_context="spawn" if self.config.workers and self.accelerator.device.type == "cuda" else None,
+        )
+        return self.accelerator.prepare_data_loader(loader)
+
+    # -- the whole --------------------------------------------------------------------------------------
+
+    def train(self, directory: Path | None, resume: bool) -> History:
+        """All epochs that are left."""
+        self.file = None if directory is None else directory / CHECKPOINT
+        torch.manual_seed(derived_seed(self.config.seed, self.accelerator.process_index))
+        with Interruption() as self.interruption:
+            if resume and self.file is not None:
+                self._resume(self.file)
+            self.listener.begins(self.config, self.total_steps, self.progress.step, tuple(self.epochs))
+            while self.progress.epoch < self.config.epochs:
+                with self._phase() as wrapped:
+                    if wrapped is not None:
+                        self._epoch(wrapped)
+                self._end_epoch()
+        if self.average is not None:
+            _take(self.model, self.average.module)
+        found = self._usage()
+        history = History(tuple(self.epochs), found, tuple(self.skipped))
+        self.listener.ends(history)
+        return history
+
+    @contextmanager
+    def _phase(self) -> Iterator[nn.Module | None]:
+        """The model as Accelerate wraps it, with the base frozen where this epoch asks for it.
+
+        Wrapped anew for each epoch: DDP looks only once at which parameters are trained.
+        """
+        alone = self.config.freeze_base or self.progress.epoch < self.config.freeze_base_epochs
+        with self.frozen if alone else _nothing():
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                yield None
+                return
+            self.model.train()
+            wrapped = self.accelerator.prepare_model(self.model)
+            self.prepared = self.accelerator.prepare_optimizer(self.optimizer)
+            try:
+                yield wrapped
+            finally:
+                self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+                self.accelerator._models.clear()
+                self.accelerator._optimizers.clear()
+
+    # -- one epoch --------------------------------------------------------------------------------------
+
+    def _epoch(self, wrapped: nn.Module) -> None:
+        self.order.epoch, self.order.start = self.progress.epoch, self.progress.batch
+        for batch in self.train_loader:
+            self._skip(batch)
+            start = time.perf_counter()
+            with self.accelerator.accumulate(wrapped):
+                loss, right = self.task.loss(wrapped, batch)
+                self.progress.add(loss.detach(), right, len(batch.indices))
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.config.clip_norm:
+                    self.accelerator.clip_grad_norm_(wrapped.parameters(), self.config.clip_norm)
+                self.prepared.step()
+                self.prepared.zero_grad()
+            self.progress.batch += 1
+            if self.accelerator.sync_gradients:
+                self._stepped(loss)
+            self.progress.seconds += time.perf_counter() - start
+
+    def _stepped(self, loss: Tensor) -> None:
+        """After a step of the optimizer."""
+        self.progress.step += 1
+        if not self.prepared.step_was_skipped:
+            self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        due = bool(self.config.checkpoint_steps) and self.progress.step % self.config.checkpoint_steps == 0
+        if due or self.progress.batch < self.order.in_all:  # the end of an epoch looks for itself
+            self._look_round(due)
+        if not self.listener.wants(self.progress.step):
+            return
+        self.listener.stepped(
+            self.progress.step, float(loss.detach()), self.progress.means(), float(self.schedule.get_last_lr()[0])
+        )
+
+    def _look_round(self, due: bool, *, always: bool = False) -> None:
+        """Stops for a loss that is no number and for a signal; writes a checkpoint where one is due.
+
+        All processes have to agree, which takes a message between them; on their own steps they do without.
+        """
+        alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
+        if not (alone or due or always or self.progress.step % 10 == 0):
+            return
+        seen = torch.stack(
+            [self.progress.unlike_a_number(self.accelerator.device), self.interruption.signal(self.accelerator.device)]
+        )
+        if self.accelerator.num_processes > 1:
+            seen = self.accelerator.gather(seen[None]).amax(0)
+        broken, signal = seen.tolist()
+        if broken:
+            kept = "" if self.file is None else " The last checkpoint is from before; --resume goes on from it."
+            raise TrainingError(
+                f"The loss is no number any more, at step {self.progress.step} (epoch {self.progress.epoch + 1}). "
+                f"Lower --lr or --connection-lr, set --clip-norm 1, or use --precision bf16 instead of fp16.{kept}"
+            )
+        if due or signal:
+            self._checkpoint()
+        if signal:
+            self.interruption.stop(int(signal), None if self.file is None else self.file.parent)
+
+    def _end_epoch(self) -> None:
+        metrics = self._evaluate()
+        shares, own = metrics.pop("", {}), connections(self._shown()) if self.connected else {}
+        loss, accuracy = self.progress.means(self.accelerator)
+        states = {
+            name: ConnectionState(c.alpha.item(), c.beta.item(), c.contribution(), shares[name])
+            for name, c in own.items()
+        }
+        lr = float(self.schedule.get_last_lr()[0])
+        self.epochs.append(
+            Epoch(
+                self.progress.epoch + 1,
+                self.progress.step,
+                lr,
+                loss,
+                accuracy,
+                metrics,
+                states,
+                round(self.progress.seconds, 3),
+                len(self.skipped),
+            )
+        )
+        self.progress.next_epoch()
+        self._look_round(True, always=True)
+        self.listener.epoch_ended(self.epochs[-1])
+
+    def _shown(self) -> nn.Module:
+        """What is evaluated and kept: the average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, Any]:
+        """The metrics, of the average where there is one; under ``""`` the message shares."""
+        model = self._shown()
+        meter = self.task.meter()
+        shares: Mapping[str, float] = {}
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            for number, batch in enumerate(self.val_loader):
+                self._skip(batch)
+                # Measuring runs every connection twice; a few batches tell how loud it is.
+                if self.connected and number == 0:
+                    with measured_shares(model) as found:
+                        meter.update(model, batch)
+                    shares = found()
+                else:
+                    meter.update(model, batch)
+        return {**meter.result(self.accelerator), "": shares}
+
+    def _skip(self, batch: Batch) -> None:
+        for name in batch.unreadable:
+            if name not in self.skipped:
+                self.skipped[name] = None
+                self.listener.skipped(name)
+
+    def _usage(self) -> Usage | None:
+        """What cutting connections costs; only the main process looks, the others need not."""
+        wanted = self.config.usage_images
+        if not (self.connected and wanted and isinstance(self.task, Classification)):
+            return None
+        batches, images = [], 0
+        for batch in self.val_loader:
+            batches.append((batch.inputs, batch.labels))
+            images += len(batch.indices)
+            if images >= wanted:
+                break
+        return usage(self.model, batches)
+
+    # -- checkpoints ------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        if self.file is None:
+            return
+        checkpoint = captured(self._standing())
+        if self.accelerator.is_main_process:
+            write_checkpoint(self.file, checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _standing(self) -> Standing:
+        return Standing(
+            self.config,
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.average,
+            self.order.length,
+            self.progress,
+            self.epochs,
+            self.skipped,
+        )
+
+    def _resume(self, file: Path) -> None:
+        checkpoint = read_checkpoint(file)
+        if checkpoint is not None:
+            restored(self._standing(), checkpoint, file)
+            self.listener.resumed(self.progress.epoch, self.progress.step)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@torch.no_grad()
+def _take(model: nn.Module, other: nn.Module) -> None:
+    """Gives ``model`` the values of ``other``."""
+    for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        ours.copy_(theirs)

@@ -1,0 +1,130 @@
+"""Which images make up which batch, and with which random numbers: functions of seed, epoch and index alone.
+
+Nothing here draws from a global generator. So a run that was interrupted goes on with the very batches and
+augmentations that it would have had, whatever had been read ahead, and two networks can be shown the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from dcafy.errors import DcafyError, InputError
+
+__all__ = ["Batches", "Sample", "Seeded", "UnreadableImage", "derived_seed", "seeded"]
+
+Key = tuple[int, int]
+"""(epoch, index) of a sample."""
+
+
+class UnreadableImage(DcafyError):
+    """One image of a data set is no image; training goes on without it."""
+
+
+class Sample(NamedTuple):
+    """One image, made ready; ``label`` is -1 where it only takes the place of one that could not be read.
+
+    ``unreadable``: the names of the images that it stands in for, with the reasons.
+    """
+
+    image: Any
+    label: Any
+    key: Key
+    unreadable: tuple[str, ...] = ()
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed for whatever these numbers stand for: equal for equal numbers, unrelated for others."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Inside it the CPU's random numbers of torch, numpy and Python follow from ``numbers``; then all is as before."""
+    seed = derived_seed(*numbers)
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for the GPU's as well
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+class Batches(Sampler[list[Key]]):
+    """The keys of each batch of ``epoch``, from batch ``start`` on.
+
+    Images that do not fill a last batch are left out of a shuffled epoch, unless there is no other.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, seed: int, shuffle: bool) -> None:
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.drop_last = shuffle and length >= batch_size
+        self.epoch = 0
+        self.start = 0
+
+    @property
+    def in_all(self) -> int:
+        """Batches in a whole epoch."""
+        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.in_all - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = list(range(self.length))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        for number in range(self.start, self.in_all):
+            yield [(self.epoch, index) for index in order[number * self.batch_size : (number + 1) * self.batch_size]]
+
+
+class Seeded(Dataset[Sample]):
+    """A data set of (image, label) whose random transforms depend on seed, epoch and index alone.
+
+    An image that cannot be read is stood in for by the next one that can; ``counts_stand_ins``: whether that one
+    then counts with its label (in training) or not at all (in validation).
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Any],
+        *,
+        seed: int,
+        transform: Callable[..., Any] | None = None,
+        counts_stand_ins: bool = True,
+    ) -> None:
+        self.source, self.seed, self.transform = source, seed, transform
+        self.counts_stand_ins = counts_stand_ins
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key
+        unreadable: list[str] = []
+        for offset in range(len(self.source)):
+            with seeded(self.seed, epoch, index + offset):
+                try:
+                    image, label = self.source[(index + offset) % len(self.source)]
+                except UnreadableImage as error:
+                    unreadable.append(str(error))
+                    continue
+                if self.transform is not None:
+                    image, label = self.transform(image, label)
+            if unreadable and not self.counts_stand_ins:
+                label = -1
+            return Sample(image, label, key, tuple(unreadable))
+        raise InputError(f"None of the {len(self.source)} images can be read; the first: {unreadable[0]}")

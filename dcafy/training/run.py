@@ -1,0 +1,225 @@
+"""``dcafy finetune`` as a folder: what was asked for, where it stands, what it has measured, and the model.
+
+::
+
+    runs/flowers/finetune.json            the request, written before the first step
+                 checkpoint.safetensors   where the training stands
+                 log.jsonl                an object for each epoch
+                 dcafy.json, model.safetensors   the model, as dcafy.save writes it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcafy.checkpoint import save
+from dcafy.checkpoint.folder import OF_A_RUN
+from dcafy.configuration import Conversion, from_mapping
+from dcafy.convert import converted_as
+from dcafy.emit import connected_modules
+from dcafy.errors import CheckpointError, UsageError
+from dcafy.sources import open_model
+from dcafy.tables import printable
+from dcafy.training.checkpoint import replace_file
+from dcafy.training.config import DataOptions, TrainingConfig
+from dcafy.training.data import Data, open_data
+from dcafy.training.head import reheaded
+from dcafy.training.history import History
+from dcafy.training.loop import finetune
+from dcafy.training.order import derived_seed
+from dcafy.training.preparation import Prepared, augmentation, preparation
+from dcafy.training.telling import LOG, JsonLines, Listener, Several
+
+__all__ = ["REQUEST", "Request", "Subject", "finish", "read_request", "subject", "train", "write_request"]
+
+REQUEST = "finetune.json"
+"""The name of the request in the folder of a run."""
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that decides a run. ``seeds``: how many seeds are compared; 0 where nothing is compared."""
+
+    model: str
+    data: str
+    arch: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    conversion: Conversion = field(default_factory=Conversion)
+    images: DataOptions = field(default_factory=DataOptions)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seeds: int = 0
+
+    def anchored(self) -> Request:
+        """The request with absolute paths, so that it means the same in every folder."""
+        kind, colon, rest = self.data.partition(":")
+        if rest and kind in ("imagefolder", "fashion-mnist"):
+            rest = os.path.abspath(rest)
+        elif rest and kind == "torchvision":
+            name, second, root = rest.partition(":")
+            rest = f"{name}{second}{os.path.abspath(root) if root else ''}"
+        model = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
+        return dataclasses.replace(self, model=model, data=f"{kind}{colon}{rest}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained on what: a network, connected or not, the data made ready for it, and its new layers."""
+
+    network: nn.Module
+    data: Data
+    train: Any
+    val: Any
+    example: torch.Tensor
+    new_layers: tuple[str, ...]
+
+
+class _Shown:
+    """Pictures with the way in which they are made ready."""
+
+    def __init__(self, pictures: Any, transform: Prepared) -> None:
+        self.pictures, self.transform_sample = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.pictures[index]
+
+
+def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: bool = False) -> Subject:
+    """The network that ``request`` names with a classifier for its data, connected or not, and the data.
+
+    Whatever is new in the network follows from ``seed``; the classifier is the same whether it is connected or not.
+    """
+    data = open_data(request.data, request.images)
+    source = open_model(request.model, arch=request.arch, settings=request.settings, trust_pickle=trust_pickle)
+    network = source.model
+    how = preparation(network, request.arch or request.model, request.images.image_size)
+    example = torch.zeros(2, how.channels, *how.size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, 2))
+        new = reheaded(network, len(data.classes), example)
+        if any(True for _ in connected_modules(network)):
+            if request.conversion != Conversion():
+                raise UsageError(
+                    f"{request.model!r} is connected already, so the options of a conversion do not apply."
+                )
+        elif connect:
+            network = converted_as(network, request.conversion, example_inputs=example, copy=False)
+        elif request.conversion.attention is not None:
+            from dcafy.insert import insert
+
+            chosen = request.conversion
+            network = insert(
+                network,
+                str(chosen.attention),
+                reduction=chosen.attention_reduction,
+                where=chosen.where,
+                init=chosen.init,  # type: ignore[arg-type]
+                example_inputs=example,
+                copy=False,
+            )
+    varied = augmentation(request.images, drawn=data.drawn)
+    parts = _Shown(data.train, Prepared(how, varied)), _Shown(data.val, Prepared(how))
+    return Subject(network, data, *parts, example, new)
+
+
+def train(
+    request: Request, on: Subject, directory: Path, *, seed: int, resume: bool, listeners: tuple[Listener, ...] = ()
+) -> History:
+    """Trains the subject, with checkpoint and log in ``directory``."""
+    config = dataclasses.replace(request.training, seed=seed)
+    strict = (_Strict(),) if request.images.strict else ()
+    return finetune(
+        on.network,
+        on.train,
+        on.val,
+        config,
+        directory=directory,
+        resume=resume,
+        new_layers=on.new_layers,
+        listener=Several((*strict, JsonLines(directory / LOG), *listeners)),
+    )
+
+
+class _Strict(Listener):
+    """Stops at the first image that cannot be read."""
+
+    def skipped(self, name: str) -> None:
+        from dcafy.errors import InputError
+
+        raise InputError(f"{printable(name)}. It cannot be read, and --strict was given. Repair or remove the file.")
+
+
+def finish(on: Subject, directory: Path) -> None:
+    """Saves the trained network in ``directory``: a connected one as :func:`dcafy.save` does."""
+    if any(True for _ in connected_modules(on.network)):
+        save(on.network, directory)
+        return
+    from safetensors.torch import save_model
+
+    replace_file(directory / "model.safetensors", lambda beside: save_model(on.network, str(beside)))
+
+
+# --- the request on the disk ----------------------------------------------------------------------------
+
+
+def write_request(directory: Path, request: Request) -> None:
+    """Puts the request into a new or empty folder; ``CheckpointError`` where it holds other things."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        others = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(str(directory))!r} cannot be a folder for a run: {error.strerror}."
+        ) from error
+    foreign = [name for name in others if name not in OF_A_RUN and name not in ("dcafy.json", "model.safetensors")]
+    if foreign or (others and REQUEST not in others):
+        raise CheckpointError(
+            f"{printable(str(directory))!r} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
+            "empty folder."
+        )
+    text = json.dumps({"version": _VERSION, **dataclasses.asdict(request)}, indent=2) + "\n"
+    replace_file(directory / REQUEST, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+_PARTS: dict[str, type[Any]] = {"conversion": Conversion, "images": DataOptions, "training": TrainingConfig}
+
+
+def read_request(directory: Path) -> Request:
+    """The request in the folder of a run; ``CheckpointError`` where there is none or it is damaged.
+
+    A request is data: where it names code to import, the command asks for that name again.
+    """
+    file = directory / REQUEST
+    shown = repr(printable(str(file)))
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{printable(str(directory))!r} has no {REQUEST}, so no run was started in it. Start one: dcafy finetune "
+            f"MODEL --data DATA -o {printable(str(directory))}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{shown} is damaged ({printable(str(error)[:100])}). Start the run anew.") from error
+    if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
+        raise CheckpointError(f"{shown} was not written by this version of dcafy finetune.")
+    try:
+        parts = {name: from_mapping(kind, data.pop(name)) for name, kind in _PARTS.items()}
+        expected = {"model": str, "data": str, "arch": (str, type(None)), "settings": dict, "seeds": int}
+        if data.keys() != expected.keys() or not all(isinstance(data[k], kind) for k, kind in expected.items()):  # type: ignore[arg-type]
+            raise UsageError("its entries are not those of a request")
+        return Request(**data, **parts)
+    except (KeyError, TypeError, AttributeError, UsageError) as error:
+        raise CheckpointError(f"{shown} is damaged: {printable(str(error)[:200])}. Start the run anew.") from error

@@ -1,0 +1,234 @@
+"""Everything that decides how a training goes on: taken down, and put back so that it goes on as if never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dcafy.checkpoint.tensors import pack
+from dcafy.errors import CheckpointError
+from dcafy.tables import printable
+from dcafy.training.checkpoint import Checkpoint
+from dcafy.training.config import TrainingConfig
+from dcafy.training.history import Epoch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Progress", "Standing", "captured", "restored"]
+
+
+@dataclass
+class Progress:
+    """Where a training stands: ``batch`` batches into ``epoch`` (from 0), after ``step`` steps in all.
+
+    The sums are of this epoch and process; they stay on the device, so that no step waits for them.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    losses: Any = 0.0
+    right: Any = None
+    images: int = 0
+    broken: Any = field(default=False)
+
+    def add(self, loss: Tensor, right: Tensor | None, images: int) -> None:
+        """Adds one batch."""
+        self.losses = self.losses + loss.double() * images
+        self.broken = ~torch.isfinite(loss) | self.broken
+        if right is not None:
+            self.right = right.double() if self.right is None else self.right + right.double()
+        self.images += images
+
+    def means(self, accelerator: Accelerator | None = None) -> tuple[float, float | None]:
+        """Loss and accuracy per image, of this process or of all of them."""
+        if not self.images:
+            return 0.0, None
+        sums = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in self._sums()])
+        if accelerator is not None and accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+        losses, right, images = sums.tolist()
+        return losses / images, None if self.right is None else right / images
+
+    def _sums(self) -> tuple[Any, Any, float]:
+        return self.losses, 0.0 if self.right is None else self.right, float(self.images)
+
+    def unlike_a_number(self, device: torch.device) -> Tensor:
+        """1 where a loss was infinite or not a number, else 0."""
+        return torch.as_tensor(self.broken, device=device).float()
+
+    def next_epoch(self) -> None:
+        """Goes on to the next epoch."""
+        self.epoch, self.batch, self.images = self.epoch + 1, 0, 0
+        self.seconds, self.losses, self.right = 0.0, 0.0, None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The progress as JSON-ready data."""
+        losses, right, _ = (float(value) for value in self._sums())
+        numbers: dict[str, Any] = {
+            "losses": losses,
+            "right": None if self.right is None else right,
+            "broken": bool(self.broken),
+        }
+        return {**dataclasses.asdict(dataclasses.replace(self, **numbers))}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All that a training consists of; ``images`` are those that it trains on."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    average: nn.Module | None
+    images: int
+    progress: Progress
+    epochs: list[Epoch]
+    skipped: dict[str, None]
+
+
+def captured(now: Standing) -> Checkpoint:
+    """Where the training stands. All processes call it, and all get the same."""
+    from accelerate.utils import gather_object
+
+    draws = gather_object([_random_state(now.accelerator.device)])
+    packed = pack(now.model, kept=lambda key: True)
+    tensors = {f"model/{name}": value for name, value in packed.tensors.items()}
+    if now.average is not None:
+        tensors |= {f"average/{name}": value for name, value in now.average.state_dict().items()}
+    tensors |= _optimizer_tensors(now)
+    for rank, (generators, _) in enumerate(draws):
+        tensors |= {f"rng/{rank}/{name}": value for name, value in generators.items()}
+    scaler = now.accelerator.scaler
+    facts = {
+        "run": _identity(now),
+        "progress": now.progress.to_dict(),
+        "epochs": [epoch.to_dict() for epoch in now.epochs],
+        "skipped": list(now.skipped),
+        "tied": packed.tied,
+        "schedule": {name: now.schedule.state_dict()[name] for name in ("last_epoch", "_step_count", "_last_lr")},
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "rng": [plain for _, plain in draws],
+    }
+    return Checkpoint(tensors, facts)
+
+
+def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
+    """Puts the training where ``checkpoint`` (read from ``file``) stands; ``CheckpointError`` where it is another's."""
+    shown, facts = repr(printable(str(file))), checkpoint.facts
+    differs = [name for name, value in _identity(now).items() if facts.get("run", {}).get(name) != value]
+    if differs:
+        raise CheckpointError(
+            f"{shown} is of another run: its {printable(', '.join(differs))} differ. Go on with the options, the data "
+            "and the number of processes that it was started with, or name another folder."
+        )
+    try:
+        own = _part(checkpoint, "model")
+        own |= {name: own[original] for name, original in facts["tied"].items()}
+        now.model.load_state_dict(own, strict=True)
+        if now.average is not None:
+            now.average.load_state_dict(_part(checkpoint, "average"), strict=True)
+        _put_optimizer(now, _part(checkpoint, "optimizer"))
+        now.schedule.load_state_dict({**now.schedule.state_dict(), **facts["schedule"]})
+        for group, rate in zip(now.optimizer.param_groups, facts["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        if now.accelerator.scaler is not None:
+            now.accelerator.scaler.load_state_dict(facts["scaler"])
+        for name, value in facts["progress"].items():
+            setattr(now.progress, name, value)
+        now.epochs[:] = [Epoch.from_dict(row) for row in facts["epochs"]]
+        now.skipped.update(dict.fromkeys(facts["skipped"]))
+        rank = now.accelerator.process_index
+        _draw_from(_part(checkpoint, f"rng/{rank}"), facts["rng"][rank], now.accelerator.device)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        reason = printable(" ".join(str(error).split())[:200])
+        raise CheckpointError(
+            f"{shown} does not fit this network: {reason}. Name the folder of its own run."
+        ) from error
+
+
+def _identity(now: Standing) -> dict[str, Any]:
+    """What has to be the same for a training to go on."""
+    config = {
+        k: v for k, v in dataclasses.asdict(now.config).items() if k not in ("workers", "cpu", "checkpoint_steps")
+    }
+    return {
+        "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "number of images": now.images,
+        "number of processes": now.accelerator.num_processes,
+    }
+
+
+def _part(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    start = f"{name}/"
+    return {key.removeprefix(start): value for key, value in checkpoint.tensors.items() if key.startswith(start)}
+
+
+# --- the optimizer --------------------------------------------------------------------------------------
+
+
+def _named(now: Standing) -> dict[int, str]:
+    """Index of a parameter in the optimizer -> its name in the model."""
+    names = {id(parameter): name for name, parameter in now.model.named_parameters()}
+    parameters = [parameter for group in now.optimizer.param_groups for parameter in group["params"]]
+    return {index: names[id(parameter)] for index, parameter in enumerate(parameters)}
+
+
+def _optimizer_tensors(now: Standing) -> dict[str, Tensor]:
+    names, state = _named(now), now.optimizer.state_dict()["state"]
+    return {
+        f"optimizer/{names[index]}/{key}": torch.as_tensor(value)
+        for index, row in state.items()
+        for key, value in row.items()
+        if value is not None
+    }
+
+
+def _put_optimizer(now: Standing, tensors: Mapping[str, Tensor]) -> None:
+    indices = {name: index for index, name in _named(now).items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, what = key.rpartition("/")
+        state.setdefault(indices[name], {})[what] = value
+    now.optimizer.load_state_dict({**now.optimizer.state_dict(), "state": state})
+
+
+# --- random numbers -------------------------------------------------------------------------------------
+
+
+def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The generators of this process: those of torch as tensors, those of Python and numpy as data."""
+    generators = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    kind, keys, place, has_gauss, gauss = cast("tuple[Any, ...]", np.random.get_state(legacy=True))
+    version, words, following = random.getstate()
+    return generators, {
+        "numpy": [kind, keys.tolist(), place, has_gauss, gauss],
+        "python": [version, list(words), following],
+    }
+
+
+def _draw_from(generators: Mapping[str, Tensor], plain: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(generators["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(generators["cuda"], device)
+    kind, keys, *rest = plain["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, words, following = plain["python"]
+    random.setstate((version, tuple(words), following))

@@ -1,0 +1,141 @@
+"""What a network is trained for: how samples become a batch, what the loss is, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcafy.errors import InputError
+from dcafy.training.config import TrainingConfig
+from dcafy.training.head import outputs_of
+from dcafy.training.order import Sample, seeded
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Batch", "Classification", "Meter", "Task"]
+
+
+class Batch(NamedTuple):
+    """Samples together; ``labels`` are class numbers ``[N]``, or weights of the classes ``[N, classes]`` once mixed."""
+
+    inputs: Any
+    labels: Any
+    indices: Tensor
+    unreadable: tuple[str, ...]
+
+
+class Meter(Protocol):
+    """What is measured over the validation images."""
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Adds a batch."""
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        """What all processes have measured together, by name."""
+
+
+class Task(Protocol):
+    """What the loop has to know about what it trains for."""
+
+    headline: str
+    """The metric that stands for the others."""
+
+    def check(self, model: nn.Module, sample: Sample) -> None:
+        """Nothing; ``InputError`` where the model cannot be trained on such samples."""
+
+    def collate(self, samples: Sequence[Sample], *, training: bool) -> Batch:
+        """The samples as a batch."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The loss, and how many images were classified rightly, where that means anything."""
+
+    def meter(self) -> Meter:
+        """A new meter."""
+
+
+class Classification:
+    """Cross-entropy, top-1 and top-5 accuracy; label smoothing, mixup and CutMix as configured."""
+
+    headline = "top1"
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.classes = 0
+
+    def check(self, model: nn.Module, sample: Sample) -> None:
+        image = sample.image
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            raise InputError(
+                f"The data set gives {type(image).__name__}, not an image tensor [C, H, W] and a class number."
+            )
+        first = next(model.parameters())
+        self.classes = outputs_of(model, torch.stack([image, image]).to(first.device))
+
+    def collate(self, samples: Sequence[Sample], *, training: bool) -> Batch:
+        inputs = torch.stack([sample.image for sample in samples])
+        labels: Tensor = torch.tensor([int(sample.label) for sample in samples])
+        if labels.max() >= self.classes:
+            raise InputError(
+                f"A label is {int(labels.max())}, but the network has {self.classes} classes, counted from 0. Give "
+                "it a classifier for all of them."
+            )
+        if training and (self.config.mixup or self.config.cutmix) and len(samples) > 1:
+            inputs, labels = self._mixed(inputs, labels, samples[0])
+        indices = torch.tensor([sample.key[1] for sample in samples])
+        return Batch(inputs, labels, indices, tuple(name for sample in samples for name in sample.unreadable))
+
+    def _mixed(self, inputs: Tensor, labels: Tensor, first: Sample) -> tuple[Tensor, Tensor]:
+        from torchvision.transforms import v2
+
+        strengths = ((v2.MixUp, self.config.mixup), (v2.CutMix, self.config.cutmix))
+        ways: list[Any] = [kind(alpha=alpha, num_classes=self.classes) for kind, alpha in strengths if alpha]
+        # Of the whole batch, and not of one image: a number that no image has goes with the key.
+        with seeded(self.config.seed, *first.key, -1):
+            mixed: tuple[Tensor, Tensor] = v2.RandomChoice(ways)(inputs, labels)
+        return mixed
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        outputs = model(batch.inputs)
+        if not isinstance(outputs, Tensor):
+            raise InputError(
+                f"In training the network gives {type(outputs).__name__}, not one tensor of class scores. Build it "
+                "without auxiliary classifiers, for instance with --set aux_logits=false."
+            )
+        loss = F.cross_entropy(outputs.float(), batch.labels, label_smoothing=self.config.label_smoothing)
+        best = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
+        return loss, (outputs.argmax(1) == best).sum()
+
+    def meter(self) -> Meter:
+        return _Accuracy()
+
+
+class _Accuracy:
+    """Loss, top-1 and top-5, image by image: what padding repeated for some process is counted once."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        outputs = model(batch.inputs).float()
+        losses = F.cross_entropy(outputs, batch.labels, reduction="none", ignore_index=-1).double()
+        ranks = outputs.topk(min(5, outputs.shape[1])).indices == batch.labels[:, None]
+        columns = (batch.indices, batch.labels >= 0, losses, ranks[:, 0], ranks.any(1))
+        self.rows.append(torch.stack([column.double() for column in columns], dim=1))
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        rows = torch.cat(self.rows) if self.rows else torch.zeros(0, 5, dtype=torch.float64, device=accelerator.device)
+        if accelerator.num_processes > 1:
+            padded = accelerator.pad_across_processes(rows, dim=0, pad_index=-1)
+            rows = accelerator.gather(padded)
+        rows = rows.cpu()
+        seen: Mapping[int, Tensor] = {int(row[0]): row for row in rows if row[0] >= 0}
+        counted = [seen[index] for index in sorted(seen) if seen[index][1]]
+        if not counted:
+            raise InputError("None of the validation images can be read.")
+        _, _, loss, top1, top5 = torch.stack(counted).mean(0).tolist()
+        return {"loss": loss, "top1": top1, "top5": top5, "images": float(len(counted))}

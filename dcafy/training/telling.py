@@ -1,0 +1,216 @@
+"""What a run tells while it goes on: bars on a terminal, plain lines elsewhere, JSON lines in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dcafy.errors import CheckpointError
+from dcafy.tables import printable
+from dcafy.training.config import TrainingConfig
+from dcafy.training.history import Epoch, History
+
+__all__ = ["LOG", "Bars", "JsonLines", "Lines", "Listener", "Several", "Silent", "for_stderr"]
+
+LOG = "log.jsonl"
+"""The name of the log in the folder of a run."""
+
+
+class Listener:
+    """What may be done at each event of a run; here nothing."""
+
+    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
+        """A run of ``steps`` steps begins, or goes on after ``done`` of them."""
+
+    def resumed(self, epoch: int, step: int) -> None:
+        """A checkpoint was found."""
+
+    def wants(self, step: int) -> bool:
+        """Whether it wants to be told of this step, which takes waiting for the device."""
+        return False
+
+    def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
+        """A step is done: its loss, the epoch's loss and accuracy so far, the base's learning rate."""
+
+    def epoch_ended(self, epoch: Epoch) -> None:
+        """An epoch is done and saved."""
+
+    def skipped(self, name: str) -> None:
+        """An image could not be read."""
+
+    def ends(self, history: History) -> None:
+        """The run is done."""
+
+
+Silent = Listener
+
+
+class Several(Listener):
+    """Tells every one of them."""
+
+    def __init__(self, listeners: Iterable[Listener]) -> None:
+        self.listeners = tuple(listeners)
+
+    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
+        for listener in self.listeners:
+            listener.begins(config, steps, done, epochs)
+
+    def resumed(self, epoch: int, step: int) -> None:
+        for listener in self.listeners:
+            listener.resumed(epoch, step)
+
+    def wants(self, step: int) -> bool:
+        return any(listener.wants(step) for listener in self.listeners)
+
+    def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
+        for listener in self.listeners:
+            if listener.wants(step):
+                listener.stepped(step, loss, means, lr)
+
+    def epoch_ended(self, epoch: Epoch) -> None:
+        for listener in self.listeners:
+            listener.epoch_ended(epoch)
+
+    def skipped(self, name: str) -> None:
+        for listener in self.listeners:
+            listener.skipped(name)
+
+    def ends(self, history: History) -> None:
+        for listener in self.listeners:
+            listener.ends(history)
+
+
+def in_words(epoch: Epoch, of: int) -> str:
+    """An epoch in one line."""
+    measured = ", ".join(
+        f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
+        for name, value in epoch.metrics.items()
+        if name != "images"
+    )
+    trained = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
+    loudest = max(epoch.connections.items(), key=lambda item: item[1].message_share, default=None)
+    heard = f"; loudest connection {loudest[0]}: {loudest[1].message_share:.1%}" if loudest else ""
+    return f"epoch {epoch.epoch}/{of}: loss {epoch.loss:.4f}{trained}; validation {measured}{heard}"
+
+
+class Lines(Listener):
+    """One plain line for each epoch."""
+
+    def __init__(self, out: IO[str] | None = None, title: str = "") -> None:
+        self.out, self.title = out or sys.stderr, f"{title}: " if title else ""
+        self.epochs = 0
+
+    def _say(self, text: str) -> None:
+        print(f"{self.title}{printable(text)}", file=self.out, flush=True)
+
+    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
+        self.epochs = config.epochs
+
+    def resumed(self, epoch: int, step: int) -> None:
+        self._say(f"going on in epoch {epoch + 1}, after step {step}")
+
+    def epoch_ended(self, epoch: Epoch) -> None:
+        self._say(in_words(epoch, self.epochs))
+
+    def skipped(self, name: str) -> None:
+        self._say(f"skipped, cannot be read: {name}")
+
+
+class Bars(Lines):
+    """A bar for the epochs and one for the steps, with rate, loss, accuracy and the time that is left."""
+
+    def __init__(self, console: Console, title: str = "") -> None:
+        super().__init__(title=title)
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.told = 0.0
+
+    def _say(self, text: str) -> None:
+        self.bars.console.print(f"{self.title}{printable(text)}", markup=False, highlight=False)
+
+    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
+        super().begins(config, steps, done, epochs)
+        self.batch = config.batch_size * config.accumulate
+        self.first, self.since = done, time.monotonic()
+        self.epoch_bar: TaskID = self.bars.add_task("epochs", total=config.epochs, completed=len(epochs), said="")
+        self.step_bar: TaskID = self.bars.add_task("steps", total=steps, completed=done, said="")
+        self.bars.start()
+
+    def wants(self, step: int) -> bool:
+        return time.monotonic() - self.told > 0.2
+
+    def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
+        self.told = time.monotonic()
+        rate = (step - self.first) * self.batch / max(self.told - self.since, 1e-9)
+        accuracy = "" if means[1] is None else f" accuracy {means[1]:.1%}"
+        said = f"{rate:.0f} images/s, loss {means[0]:.4f}{accuracy}, lr {lr:.2g}"
+        self.bars.update(self.step_bar, completed=step, said=said)
+
+    def epoch_ended(self, epoch: Epoch) -> None:
+        super().epoch_ended(epoch)
+        self.bars.update(self.epoch_bar, completed=epoch.epoch)
+        self.bars.update(self.step_bar, completed=epoch.steps)
+
+    def ends(self, history: History) -> None:
+        self.bars.stop()
+
+    def close(self) -> None:
+        """Gives the terminal back, however the run ended."""
+        self.bars.stop()
+
+
+class JsonLines(Listener):
+    """One JSON object a line: ``begin``, ``epoch``, ``skipped``, ``end``, and with ``steps`` also ``step``."""
+
+    def __init__(self, path: Path, *, steps: bool = False) -> None:
+        self.path, self.steps = path, steps
+
+    def _write(self, row: dict[str, Any], mode: str = "a") -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{printable(str(self.path))!r} cannot be written: {error.strerror}.") from error
+
+    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
+        # What a killed run had written after its last checkpoint happens again.
+        self._write({"event": "begin", "config": dataclasses.asdict(config), "steps": steps, "done": done}, mode="w")
+        for epoch in epochs:
+            self.epoch_ended(epoch)
+
+    def wants(self, step: int) -> bool:
+        return self.steps
+
+    def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
+        self._write({"event": "step", "step": step, "loss": loss, "lr": lr})
+
+    def epoch_ended(self, epoch: Epoch) -> None:
+        self._write(epoch.to_dict())
+
+    def skipped(self, name: str) -> None:
+        self._write({"event": "skipped", "image": name})
+
+    def ends(self, history: History) -> None:
+        found = None if history.usage is None else dataclasses.asdict(history.usage)
+        self._write({"event": "end", "usage": found, "skipped": list(history.skipped)})
+
+
+def for_stderr(title: str = "") -> Lines:
+    """Bars where stderr is a terminal, else plain lines."""
+    console = Console(stderr=True)
+    return Bars(console, title) if console.is_terminal else Lines(title=title)

@@ -1,0 +1,58 @@
+"""How long a training step takes, of several networks, in turns: so that what else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["step_times"]
+
+
+def step_times(
+    models: Mapping[str, nn.Module], images: Tensor, labels: Tensor, *, rounds: int = 7, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Name -> seconds of each of ``rounds`` training steps, the networks in turns and every round in another order.
+
+    A step is forward, backward and SGD with momentum. The networks are copied and not changed. Give one twice under two
+    names to see what the machine's noise makes of equal things.
+    """
+    copies = {name: copy.deepcopy(model).train() for name, model in models.items()}
+    optimizers = {
+        name: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
+        for name, model in copies.items()
+    }
+    taken: dict[str, list[float]] = {name: [] for name in copies}
+    names = list(copies)
+    with torch.random.fork_rng(devices=[]):
+        for number in range(warmup + rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                seconds = _step(copies[name], optimizers[name], images, labels)
+                if number >= warmup:
+                    taken[name].append(seconds)
+    return taken
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+    _wait(images)
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    torch.autograd.backward(F.cross_entropy(model(images), labels))
+    optimizer.step()
+    _wait(images)
+    return time.perf_counter() - start
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def median_ratio(one: list[float], other: list[float]) -> float:
+    """The median, over rounds, of the seconds of ``one`` over those of ``other`` in the same round."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
