@@ -36,6 +36,7 @@ class Dataflow:
                 node.op == "placeholder" or any(source in self.depends for source in node.all_input_nodes)
             ):
                 self.depends.add(node)
+        self._inputs: dict[fx.Node, list[fx.Node]] = {}
 
     def core(self, node: fx.Node) -> fx.Node:
         """The node before it was only viewed, expanded or sliced: where the map itself is computed."""
@@ -56,6 +57,11 @@ class Dataflow:
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that ``node`` computes its own from, as far as they depend on the network's input."""
+        if node not in self._inputs:
+            self._inputs[node] = self._read(node)
+        return self._inputs[node]
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
         # A connection takes (G, T, G): the block's own extraction is its first argument.
         if self.is_connection(node):
             return [node.args[0]] if isinstance(node.args[0], fx.Node) else []

@@ -8,7 +8,7 @@ larger. The frontier's outputs are G, what lies between is the transformation, i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
@@ -38,11 +38,10 @@ class _Finder:
         self.roles = Roles(flow)
 
     def blocks(self, path: str) -> tuple[Found, ...]:
-        candidates = self._without_inner(self._candidates(frozenset()))
+        candidates = self._without_inner(self._candidates(self.flow.graph.nodes, frozenset()))
         # Known maps end later walks: a block that already hears an earlier one keeps its own G.
         maps = frozenset(c.map for c in candidates)
-        fusions = {c.fusion for c in candidates}
-        candidates = [c for c in self._candidates(maps) if c.fusion in fusions]
+        candidates = self._candidates(dict.fromkeys(c.fusion for c in candidates), maps)
         groups: dict[fx.Node, list[Candidate]] = {}
         for candidate in candidates:
             groups.setdefault(candidate.map, []).append(candidate)
@@ -50,8 +49,8 @@ class _Finder:
         found.sort(key=lambda f: min(self.flow.order[n] for n in f.fusions))
         return _with_unique_names(found, path)
 
-    def _candidates(self, maps: frozenset[fx.Node]) -> list[Candidate]:
-        return [c for node in self.flow.graph.nodes for c in self._candidate(node, maps)]
+    def _candidates(self, nodes: Iterable[fx.Node], maps: frozenset[fx.Node]) -> list[Candidate]:
+        return [c for node in nodes for c in self._candidate(node, maps)]
 
     def _without_inner(self, candidates: list[Candidate]) -> list[Candidate]:
         """Candidates that are no part of another one's transformation (BAM adds its two maps)."""

@@ -6,6 +6,8 @@ forward cannot be written down as one.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,7 @@ from dcafy.link import Carried, Unlinkable, carried_by, chains, predecessors
 from dcafy.roles import Found
 from dcafy.selfattention import self_attention
 from dcafy.trace.copies import data_free_copy
-from dcafy.trace.fold import CannotEnter, Folded, fold
+from dcafy.trace.fold import CannotEnter, Folded, fold, outermost
 from dcafy.trace.islands import Observed, observe
 from dcafy.trace.reasons import one_line
 from dcafy.trace.recorder import Recorder, Recording
@@ -53,7 +55,7 @@ class Region:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The region's submodules by path, without data."""
-        return dict(self.recording.model.named_modules())
+        return self.recording.modules
 
     def local(self, name: str) -> str:
         """A block's name as seen from the region."""
@@ -86,7 +88,26 @@ class Survey:
 def survey(model: nn.Module, example_inputs: Any = None, name: str = "") -> Survey:
     """What there is to connect in ``model``; raises ``TracingError`` or ``InputError``, changes nothing."""
     require_module(model)
-    name = name or type(model).__name__
+    with _uncollected():
+        return _survey(model, example_inputs, name or type(model).__name__)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside it Python does not look for garbage cycles: graphs are full of cycles that stay.
+
+    A third of a survey's time went into looking, over and over, through everything that is imported.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _survey(model: nn.Module, example_inputs: Any, name: str) -> Survey:
     if example_inputs is not None:
         inputs = as_inputs(example_inputs)
         return _Surveyor(model, name).run(inputs)
@@ -155,9 +176,10 @@ class _Surveyor:
             try:
                 region = self._region(path, module, observed, opaque)
             except CannotEnter as reason:
-                if reason.path and reason.path not in opaque:
-                    opaque |= {reason.path}
-                    self.skipped.append(Skipped(_join(path, reason.path), f"kept whole: {reason.reason}"))
+                new = {inner: why for inner, why in reason.reasons.items() if inner and inner not in opaque}
+                if new:
+                    opaque |= new.keys()
+                    self.skipped += [Skipped(_join(path, inner), f"kept whole: {why}") for inner, why in new.items()]
                     continue
                 yield from self._islands(path, module, observed, known, reason.reason)
                 return
@@ -167,7 +189,7 @@ class _Surveyor:
         for inner, why in region.recording.kept_whole.items():
             if any(True for _ in module.get_submodule(inner).parameters()):
                 self.skipped.append(Skipped(_join(path, inner), f"kept whole, nothing was looked for in it: {why}"))
-        for inner in (*region.recording.kept_whole, *opaque):
+        for inner in outermost((*region.recording.kept_whole, *opaque)):
             yield from self._children(_join(path, inner), seen)
 
     def _region(self, path: str, module: nn.Module, observed: Observed, opaque: frozenset[str]) -> Region:
@@ -177,12 +199,9 @@ class _Surveyor:
         inputs = (observed.args, observed.kwargs)
         try:
             recording = record(inputs)
-            baked = undecided(recording, self.evaluator, inputs, record)
         except Exception as error:  # a user's forward may fail in any way; the reason is told
-            raise CannotEnter("", one_line(error)) from error
-        for owner, reason in baked.items():
-            raise CannotEnter(owner, reason)
-        modules = dict(recording.model.named_modules())
+            raise CannotEnter({"": one_line(error)}) from error
+        modules = recording.modules
         flow = Dataflow(recording.graph, modules)
         found = find(flow, path)
         heard = predecessors(recording.graph, modules, found)
@@ -190,7 +209,14 @@ class _Surveyor:
         made, skipped = chains(found, heard, carried)
         skipped += self_attention(flow, found, path)
         region = Region(path, recording, found, carried, made, skipped, flow.order)
-        region.fold(tuple(link for chain in made for link in chain.links))
+        if len(found) > 1:  # otherwise there is nothing to connect, and the graph is for looking only
+            try:
+                baked = undecided(recording, self.evaluator, inputs, record)
+            except Exception as error:  # as above, of the forward at another size
+                raise CannotEnter({"": one_line(error)}) from error
+            if baked:
+                raise CannotEnter(baked)
+            region.fold(tuple(link for chain in made for link in chain.links))
         return region
 
     def _islands(
@@ -198,7 +224,7 @@ class _Surveyor:
     ) -> Iterator[Region]:
         self.skipped.append(Skipped(path or self.name, f"not traced as a whole: {reason}"))
         if not any(child.startswith(f"{path}.") for child in known):
-            inside = observe(module, observed)
+            inside = observe(module, observed, self.evaluator)
             if isinstance(inside, str):
                 raise TracingError(
                     f"{path or self.name} could not be traced: {reason}. It could not be run on the example either "

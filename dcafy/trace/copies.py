@@ -41,12 +41,15 @@ def _twin(model: nn.Module, tensor_of: Callable[[Tensor], Tensor]) -> nn.Module:
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = tensor_of(value)
-    plain = [module for module in modules if _copies_plainly(type(module))]
+    ways = {kind: _copies_plainly(kind) for kind in {type(module) for module in modules}}
+    plain = [module for module in modules if ways[type(module)]]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
     for module in plain:
-        twin = memo[id(module)]
-        object.__setattr__(twin, "__dict__", {name: _copied(value, memo) for name, value in module.__dict__.items()})
+        copied = {
+            name: value if type(value) in _SHARED else _copied(value, memo) for name, value in module.__dict__.items()
+        }
+        object.__setattr__(memo[id(module)], "__dict__", copied)
     return copy.deepcopy(model, memo)
 
 

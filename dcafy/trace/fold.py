@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,24 @@ from dcafy.ops import alters_argument
 from dcafy.trace.recorder import Call, Recording, passed_through
 from dcafy.trace.values import VALUE, node_value
 
-__all__ = ["CannotEnter", "Folded", "fold"]
+__all__ = ["CannotEnter", "Folded", "fold", "outermost"]
 
 
 class CannotEnter(Exception):
-    """A module has to be entered, and its forward may not be inlined."""
+    """Modules have to be entered, and their forwards may not be inlined: path -> the reason."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(reason)
-        self.path = path
-        self.reason = reason
+    def __init__(self, reasons: dict[str, str]) -> None:
+        self.reasons = {path: reasons[path] for path in outermost(reasons)}
+        self.path, self.reason = next(iter(self.reasons.items()))
+        super().__init__(self.reason)
+
+
+def outermost(paths: Iterable[str]) -> tuple[str, ...]:
+    """The modules, by path, that lie inside no other one of them."""
+    known = tuple(dict.fromkeys(paths))
+    if "" in known:
+        return ("",)
+    return tuple(path for path in known if not any(path.startswith(f"{other}.") for other in known))
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ def fold(
     """The graph in which only what must be seen is entered; everything else stays the user's module.
 
     ``visible``: deep nodes that need a node of their own. ``apart``: (node, users): in the result these users
-    of the node must not share a call with other users of it. Raises :class:`CannotEnter` where a
-    module that must be entered decides by its mode or stores what it computes.
+    of the node must not share a call with other users of it. Raises :class:`CannotEnter` where
+    modules that must be entered decide by their mode or store what they compute.
     """
     return _Fold(recording, frozenset(visible), tuple(apart)).run()
 
@@ -64,7 +72,7 @@ class _Fold:
         self.recording = recording
         self.visible = visible
         self.apart = apart
-        self.modules = dict(recording.model.named_modules())
+        self.modules = recording.modules
         self.graph = fx.Graph()
         self.image: dict[fx.Node, fx.Node] = {}
         self.inside: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -90,11 +98,11 @@ class _Fold:
 
     def _plan(self) -> tuple[dict[fx.Node, Call], tuple[str, ...]]:
         """First node -> the call that is folded there; and the paths that are entered."""
-        self._check("")
         order = {node: i for i, node in enumerate(self.recording.graph.nodes)}
         folds: dict[fx.Node, Call] = {}
         entered: dict[str, None] = {}
         end = -1
+        refused = dict(self._refusal(""))
         for call in self.recording.calls:
             if not call.nodes or order[call.nodes[0]] <= end:
                 continue
@@ -102,15 +110,18 @@ class _Fold:
                 folds[call.nodes[0]] = call
                 end = order[call.nodes[-1]]
             else:
-                self._check(call.path)
+                refused.update(self._refusal(call.path))
                 entered[call.path] = None
+        if refused:
+            raise CannotEnter(refused)
         return folds, tuple(entered)
 
-    def _check(self, path: str) -> None:
+    def _refusal(self, path: str) -> Iterator[tuple[str, str]]:
+        """Why a module may not be entered, if there is a reason."""
         if path in self.recording.mode_read:
-            raise CannotEnter(path, "its forward takes another path in training than in eval")
-        if path in self.recording.unwritten:
-            raise CannotEnter(path, self.recording.unwritten[path])
+            yield path, "its forward takes another path in training than in eval"
+        elif path in self.recording.unwritten:
+            yield path, self.recording.unwritten[path]
 
     def _can_fold(self, call: Call) -> bool:
         nodes = set(call.nodes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dcafy.trace.copies import data_free_copy, shared_copy
 from dcafy.trace.reasons import one_line
+from dcafy.trace.values import KEEPS_LAYOUT, Evaluator, tensors_in
 
 __all__ = ["Observed", "observe"]
 
@@ -25,25 +27,47 @@ class Observed:
     real: tuple[Any, ...] | None = None
 
 
-def observe(module: nn.Module, inputs: Observed) -> dict[str, Observed] | str:
+def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[str, Observed] | str:
     """Path -> inputs of the first call of every submodule, in the order of the calls; or why it did not run.
 
-    It is run without data where that works, else on the example (detectors look at scores and boxes).
+    It is run without data where that works, else on the example (detectors look at scores and boxes). On a
+    guessed example its values mean nothing, and no time is spent on computing them.
     """
     reason = "no inputs are known"
     try:
-        return _run(data_free_copy(module), inputs.args, inputs.kwargs)
+        return _run(_without_computing(data_free_copy(module), evaluator), inputs.args, inputs.kwargs)
     except Exception as error:  # any forward may fail on meta tensors in any way
         reason = one_line(error)
     if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
         return reason
     from dcafy.examples import real_inputs
 
+    twin = shared_copy(module)
+    if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
+        twin = _without_computing(twin, evaluator)
     try:
         with torch.random.fork_rng():
-            return _run(shared_copy(module), real_inputs(inputs.real, module), inputs.kwargs)
+            return _run(twin, real_inputs(inputs.real, module), inputs.kwargs)
     except Exception as error:  # as above; the caller tells the user
         return one_line(error)
+
+
+_COSTLY = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
+    """``module``, whose layers yield what has the right shape and nothing else: no data, or zeros."""
+
+    def yielded(layer: nn.Module, value: Tensor, *rest: Any) -> Any:
+        shape = evaluator.module(layer, (_without_data(value), *rest), {})
+        return torch.zeros(shape.shape, dtype=shape.dtype, device=value.device)
+
+    for layer, blank in zip(module.modules(), data_free_copy(module).modules(), strict=True):
+        if type(layer) in KEEPS_LAYOUT:
+            layer.__dict__["forward"] = lambda value, *_: value
+        elif type(layer) in _COSTLY:
+            layer.__dict__["forward"] = functools.partial(yielded, blank)
+    return module
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Observed]:

@@ -61,6 +61,7 @@ class Recording:
     ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
     ``settled``     nodes whose value decided something while recording
     ``model``       the data-free copy that was traced
+    ``modules``     its submodules by path
     """
 
     graph: fx.Graph
@@ -71,6 +72,7 @@ class Recording:
     observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
     settled: tuple[fx.Node, ...]
     model: nn.Module
+    modules: dict[str, nn.Module]
 
 
 def passed_through(value: Any) -> Any:
@@ -143,10 +145,13 @@ class Recorder(fx.Tracer):
     def record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Recording:
         """The recording of ``model``, which must be data-free, called with meta values."""
         self._args, self._kwargs = args, kwargs or {}
-        self._paths = {id(module): path for path, module in model.named_modules()}
+        modules = dict(model.named_modules())
+        self._paths = {id(module): path for path, module in modules.items()}
         self._tensors: dict[int, str] = {}
-        for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._tensors.setdefault(id(tensor), path)
+        for path, module in modules.items():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
         self._attributes: dict[str, ValueProxy] = {}
         with recorded_factories(self):
             model.__dict__["training"] = Mode(self, "")
@@ -159,10 +164,11 @@ class Recorder(fx.Tracer):
             tuple(self.calls),
             frozenset(self.mode_read),
             self.kept_whole,
-            {**_stored(model), **self.unwritten},
+            {**_stored(modules), **self.unwritten},
             self.observed,
             tuple(dict.fromkeys(self.settled)),
             model,
+            modules,
         )
 
     def create_args_for_root(
@@ -363,12 +369,12 @@ class Recorder(fx.Tracer):
             self.running, self._observing = before
 
 
-def _stored(model: nn.Module) -> dict[str, str]:
+def _stored(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Modules on which a forward stored what it computed: a side effect that no graph has."""
     found: dict[str, str] = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         stored = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
-        stored += [name for name, value in module._buffers.items() if type(value) is ValueProxy]
+        stored += [name for name, value in module._buffers.items() if _holds_proxy(value)]
         if stored:
             found[path] = f"its forward stores what it computes in self.{stored[0]}"
     return found

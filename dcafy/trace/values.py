@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["VALUE", "Evaluator", "node_value", "tensors_in", "values_of"]
+__all__ = ["KEEPS_LAYOUT", "VALUE", "Evaluator", "node_value", "tensors_in", "values_of"]
 
 VALUE = "value"
 """The key of a node's value in ``node.meta``."""
 
-_KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
+KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
     {
         nn.BatchNorm1d,
         nn.BatchNorm2d,
@@ -45,6 +45,7 @@ _KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
         nn.Tanh,
     }
 )
+"""Layers whose output is like their input."""
 
 
 def node_value(node: fx.Node) -> Any:
@@ -104,12 +105,14 @@ class Evaluator:
     def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a leaf module's output."""
         if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
-            if type(module) in _KEEPS_LAYOUT:
+            if type(module) in KEEPS_LAYOUT:
                 return args[0]
             if isinstance(module, _WEIGHTED) and module.weight.dtype != args[0].dtype:  # meta kernels do not look
                 raise TypeError(f"the input is {args[0].dtype}, a layer's weights are {module.weight.dtype}")
             if type(module) in _ADAPTIVE:
                 return _adaptively_pooled(args[0], module.output_size, _ADAPTIVE[type(module)])
+            if isinstance(module, _RECURRENT) and args[0].ndim == 3:
+                return _recurrent(module, args[0])
         try:
             key = (self._structure(module), _key(args), _key(kwargs))
         except _NoKey:
@@ -219,6 +222,20 @@ def _adaptively_pooled(value: Tensor, size: Any, axes: int) -> Tensor:
     kept = value.shape[value.ndim - axes :]
     shape = tuple(own if n is None else n for n, own in zip(wanted, kept, strict=True))
     return value.new_empty((*value.shape[: value.ndim - axes], *shape))
+
+
+_RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
+"""Layers that torch takes apart step by step on meta tensors: seconds for a long sequence."""
+
+
+def _recurrent(layer: nn.RNNBase, value: Tensor) -> tuple[Tensor, Any]:
+    directions = 2 if layer.bidirectional else 1
+    width = layer.proj_size or layer.hidden_size
+    batch = value.shape[0 if layer.batch_first else 1]
+    state = value.new_empty((directions * layer.num_layers, batch, width))
+    cell = value.new_empty((directions * layer.num_layers, batch, layer.hidden_size))
+    output = value.new_empty((*value.shape[:2], directions * width))
+    return output, (state, cell) if isinstance(layer, nn.LSTM) else state
 
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
-from dcafy.connected import OWNER
 from dcafy.trace.recorder import Recording
 from dcafy.trace.values import Evaluator, node_value
 
@@ -37,10 +36,12 @@ def undecided(
             if what == "batch":
                 raise
             continue
-        different = _first_difference(recording.graph, other.graph)
-        if different is not None:
-            owner = str(different.meta.get(OWNER, ""))
-            return {owner: f"its forward bakes the {what} size of its input into its computation ({different.name})"}
+        baked = _innermost(_differences(recording, other))
+        if baked:
+            return {
+                path: f"its forward bakes the {what} size of its input into its computation ({node.name})"
+                for path, node in baked.items()
+            }
     return {}
 
 
@@ -59,7 +60,7 @@ def _values(recording: Recording, evaluator: Evaluator, change: Callable[[Any], 
         if node not in needed:
             needed.add(node)
             pending += node.all_input_nodes
-    modules = dict(recording.model.named_modules())
+    modules = recording.modules
     values: dict[fx.Node, Any] = {}
     for node in recording.graph.nodes:
         if node not in needed:
@@ -77,21 +78,72 @@ def _values(recording: Recording, evaluator: Evaluator, change: Callable[[Any], 
     return values
 
 
-def _first_difference(one: fx.Graph, other: fx.Graph) -> fx.Node | None:
-    """The first node of ``one`` that ``other`` does not have in its place."""
-    order: dict[fx.Node, int] = {}
+_Key = tuple[str, int]
+"""One entered call: the module's path, and how many times it had been called before."""
 
-    def numbered(value: Any) -> Any:
-        return order[value] if isinstance(value, fx.Node) else value
 
-    ours: list[fx.Node] = list(one.nodes)
-    theirs: list[fx.Node] = list(other.nodes)
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-        order[a] = order[b] = i
-        written = [(n.op, str(n.target), map_aggregate((n.args, n.kwargs), numbered)) for n in (a, b)]
-        if written[0] != written[1]:
-            return a
-    return None if len(ours) == len(theirs) else ours[min(len(ours), len(theirs)) - 1]
+def _differences(one: Recording, other: Recording) -> dict[str, fx.Node]:
+    """Path of a module -> the first node of its own in which one of its calls differs between the recordings.
+
+    A call is compared by its own steps, with those of the calls inside it left out: so one that follows
+    another decision is not blamed for it.
+    """
+    (ours, our_places), (theirs, their_places) = _steps(one), _steps(other)
+    common = [key for key in ours if key in theirs]
+    changed: dict[_Key, fx.Node] = {}
+    for key in common:
+        pairs = list(zip(ours[key], theirs[key], strict=False))
+        first = next((a for (said, a), (wanted, _) in pairs if said != wanted), None)
+        if first is None and len(ours[key]) != len(theirs[key]):
+            first = ours[key][min(len(pairs), len(ours[key]) - 1)][1]
+        if first is not None:
+            changed[key] = first
+    for key in [key for key in common if key not in changed]:
+        for (_, a), (_, b) in zip(ours[key], theirs[key], strict=True):
+            if any(our_places[source][0] in changed for source in a.all_input_nodes):
+                continue
+            left = map_aggregate((a.args, a.kwargs), lambda v: our_places[v] if isinstance(v, fx.Node) else v)
+            right = map_aggregate((b.args, b.kwargs), lambda v: their_places[v] if isinstance(v, fx.Node) else v)
+            if left != right:
+                changed[key] = a
+                break
+    paths: dict[str, fx.Node] = {}
+    for (path, _), node in changed.items():
+        paths.setdefault(path, node)
+    return paths
+
+
+def _steps(recording: Recording) -> tuple[dict[_Key, list[tuple[Any, fx.Node]]], dict[fx.Node, tuple[_Key, int]]]:
+    """What each call does itself, in order, with the calls that it makes as one step; and where each node stands."""
+    home: dict[fx.Node, _Key] = {}
+    starts: dict[fx.Node, list[tuple[_Key, _Key]]] = {}
+    times: dict[str, int] = {}
+    root: _Key = ("", 0)
+    for call in recording.calls:
+        if not call.nodes:
+            continue
+        times[call.path] = times.get(call.path, 0) + 1
+        key = (call.path, times[call.path])
+        starts.setdefault(call.nodes[0], []).append((home.get(call.nodes[0], root), key))
+        home.update(dict.fromkeys(call.nodes, key))
+    steps: dict[_Key, list[tuple[Any, fx.Node]]] = {root: []}
+    places: dict[fx.Node, tuple[_Key, int]] = {}
+    for node in recording.graph.nodes:
+        for outer, inner in starts.get(node, ()):
+            steps.setdefault(outer, []).append((("call", inner[0]), node))
+        own = steps.setdefault(home.get(node, root), [])
+        places[node] = (home.get(node, root), len(own))
+        own.append(((node.op, str(node.target)), node))
+    return steps, places
+
+
+def _innermost(paths: dict[str, fx.Node]) -> dict[str, fx.Node]:
+    """Without modules around others: what those do may only follow from what these hand them."""
+    return {
+        path: node
+        for path, node in paths.items()
+        if not any(other != path and f"{other}.".startswith(f"{path}." if path else "") for other in paths)
+    }
 
 
 def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
