@@ -201,6 +201,11 @@ class Plan:
 
         yield from plan_tables(self)
 
+    def _repr_svg_(self) -> str:
+        from dcafy.analysis.draw import draw
+
+        return draw(self).svg
+
     def __str__(self) -> str:
         from dcafy.tables import as_text
 

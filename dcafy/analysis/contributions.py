@@ -1,0 +1,74 @@
+"""What each connection contributes: the ratio of paper 4.5, and what it is made of."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from dcafy.blocks import Dimension, Link, Plan
+from dcafy.connection import Connection
+from dcafy.emit import connected_modules, connections
+
+__all__ = ["Contribution", "contributions", "recorded_plan"]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One connection.
+
+    ``name``        as in :func:`dcafy.connections`
+    ``source``, ``target``   the block that is heard, and the block that hears
+    ``dimension``   what their attention maps vary over
+    ``alpha``, ``beta``      the learned weights of G and of what is heard
+    ``ratio``       ``|β| / (|α| + |β|)``
+    ``parameters``  how many parameters the connection has
+    """
+
+    name: str
+    source: str
+    target: str
+    dimension: Dimension
+    alpha: float
+    beta: float
+    ratio: float
+    parameters: int
+
+
+def contributions(model: nn.Module) -> tuple[Contribution, ...]:
+    """α, β and the contribution ratio of every connection, in the order data meets them (paper 4.5, Fig. 5).
+
+    Raises ``InputError`` for a model that was not converted.
+
+    >>> import dcafy, dcafy.analysis, torchvision
+    >>> connected = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
+    >>> first = dcafy.analysis.contributions(connected)[0]
+    >>> first.source, first.target, first.alpha, first.ratio
+    ('features.1.block.1', 'features.4.block.2', 1.0, 0.0)
+    """
+    made = connections(model)
+    links = recorded_plan(model).links
+    return tuple(_contribution(name, connection, links) for name, connection in made.items())
+
+
+def recorded_plan(model: nn.Module) -> Plan:
+    """The plan that a connected model was converted with."""
+    connections(model)  # says so where it is none
+    return next(dca.recipe.plan for _, _, dca in connected_modules(model))
+
+
+def _contribution(name: str, connection: Connection, links: tuple[Link, ...]) -> Contribution:
+    target, _, source = name.partition("<-")
+    target = re.sub(r"\[\d+\]$", "", target)  # a block with one map per branch has a connection for each
+    link = next(link for link in links if link.target == target and source in ("", link.source))
+    return Contribution(
+        name,
+        link.source,
+        link.target,
+        connection.dimension,
+        float(connection.alpha.detach()),
+        float(connection.beta.detach()),
+        connection.contribution(),
+        sum(parameter.numel() for parameter in connection.parameters()),
+    )

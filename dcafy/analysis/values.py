@@ -1,0 +1,115 @@
+"""Attention values: what T is over images (paper Fig. 1, bottom)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.analysis.tapped import Tapped, tapped
+from dcafy.blocks import AttentionBlock, Dimension
+from dcafy.errors import InputError
+
+__all__ = ["AttentionValues", "Histogram", "attention_values", "check_images", "common_range", "values_of"]
+
+NEAR = 0.05
+"""How far from 0.5 an attention value may be to be near it."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """``shares`` of the values in bins of equal width; bin i lies between ``edges[i]`` and ``edges[i + 1]``."""
+
+    edges: tuple[float, ...]
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AttentionValues:
+    """The attention values of one block.
+
+    ``name``       the block's name
+    ``dimension``  what the map varies over
+    ``bounded``    whether a gate bounds the values
+    ``values``     T, one row for each image, in the shape that the network gives it: ``[N, C, 1, 1]``, ``[N, 1, H, W]``
+    """
+
+    name: str
+    dimension: Dimension
+    bounded: bool
+    values: Tensor
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the values."""
+        return float(self.values.float().std(unbiased=False))
+
+    @property
+    def mean(self) -> float:
+        """The mean of the values."""
+        return float(self.values.float().mean())
+
+    @property
+    def near_half(self) -> float:
+        """The share of values within 0.05 of 0.5: attention that hardly tells features apart (paper section 1)."""
+        return float(((self.values.float() - 0.5).abs() <= NEAR).float().mean())
+
+    def histogram(self, low: float = 0.0, high: float = 1.0, bins: int = 40) -> Histogram:
+        """The shares of the values between ``low`` and ``high``, which sum to 1 where all values lie there."""
+        values = self.values.detach().float().flatten().cpu()
+        counts = torch.histc(values, bins=bins, min=low, max=high)
+        edges = [low + (high - low) * i / bins for i in range(bins + 1)]
+        return Histogram(tuple(edges), tuple((counts / max(values.numel(), 1)).tolist()))
+
+
+def attention_values(model: nn.Module, images: Tensor, *, batch_size: int = 8) -> tuple[AttentionValues, ...]:
+    """The attention values T of every block of ``model`` on ``images``, in the order data meets the blocks.
+
+    ``images``: ``[N, C, H, W]``, prepared as the model wants them. The model runs in eval mode, on a copy; it may be
+    the original or a connected one. The values are exactly those of the network's own gates.
+
+    Raises ``InputError`` for what are no images, and what :func:`dcafy.inspect` raises. A model without attention
+    gives an empty tuple.
+
+    >>> import dcafy.analysis, torch, torchvision
+    >>> values = dcafy.analysis.attention_values(torchvision.models.mobilenet_v3_small(), torch.rand(2, 3, 96, 96))
+    >>> len(values), values[0].values.shape
+    (9, torch.Size([2, 16, 1, 1]))
+    """
+    check_images(images)
+    return values_of(tapped(model, images[:2]), images, batch_size=batch_size)
+
+
+def values_of(copy: Tapped, images: Tensor, *, batch_size: int = 8) -> tuple[AttentionValues, ...]:
+    """:func:`attention_values` of a tapped copy."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in copy.maps}
+    with torch.no_grad():
+        for part in torch.split(images, batch_size) if seen else ():
+            copy.model(part)
+            for name, tap in copy.maps.items():
+                if tap.seen is not None:
+                    seen[name].append(tap.seen.cpu())
+                    tap.seen = None
+    return tuple(_values(copy.block(name), torch.cat(parts)) for name, parts in seen.items() if parts)
+
+
+def _values(block: AttentionBlock, values: Tensor) -> AttentionValues:
+    return AttentionValues(block.name, block.dimension, block.bounded, values)
+
+
+def common_range(values: tuple[AttentionValues, ...]) -> tuple[float, float]:
+    """The range of one set of axes for all these blocks: 0 to 1, or further where values lie further."""
+    low = min((float(block.values.min()) for block in values), default=0.0)
+    high = max((float(block.values.max()) for block in values), default=1.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError("The attention values are not finite. Look at the images, and at the model's weights.")
+    return min(low, 0.0), max(high, 1.0)
+
+
+def check_images(images: Tensor) -> None:
+    """Nothing for ``[N, C, H, W]`` with at least one image; ``InputError`` says what else it is."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"Images are a tensor [N, C, H, W] with at least one image in it, not {what}.")

@@ -1,0 +1,123 @@
+"""``dcafy report``: what the attention of a network does on somebody's images, on one page."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dcafy.cli.app import app
+from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+
+if TYPE_CHECKING:
+    from dcafy.report import Findings
+
+__all__ = ["report_command"]
+
+STEPS = 11
+"""What a report of two networks tells while it is made, from opening the network to the page."""
+
+
+@app.command("report")
+def report_command(
+    model: Model,
+    images: Annotated[
+        Path, typer.Option("--images", metavar="FOLDER", help="A folder of images to look at.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The page to write.  [default: report.html]", show_default=False
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="The network to compare with.  [default: MODEL without its connections]"),
+    ] = None,
+    target: Annotated[
+        int | None,
+        typer.Option(metavar="CLASS", help="The class whose evidence is shown.  [default: the predicted one]"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="Labelled images on which each connection is cut, as for dcafy finetune --data."
+        ),
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the report; a page is written only with -o.")] = False,
+    most: Annotated[int, typer.Option(min=1, help="How many images are looked at; the first 8 are shown.")] = 64,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images in pixels.  [default: the network's own]")
+    ] = None,
+    arch: Arch = None,
+    settings: Settings = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Show what the attention of a network does on your images: one page, to look at and to send to somebody."""
+    given = settings_given(settings)
+    page = output or (None if text else Path("report.html"))
+    with contextlib.redirect_stdout(sys.stderr), _progress() as told:
+        told("opening the network")
+        from dcafy.report import make_report, prepared_for, read_epochs
+        from dcafy.sources import open_model
+
+        # --arch is about weights in a file, be they MODEL's or ORIGINAL's.
+        files = [spec for spec in (model, against) if spec is not None and Path(spec).exists()]
+        whose = arch if model in files or not files else None
+        source = open_model(model, arch=whose, settings=given, trust_pickle=trust_pickle)
+        other = None
+        if against is not None:
+            whose = arch if against in files else None
+            other = open_model(against, arch=whose, trust_pickle=trust_pickle).model
+        findings = make_report(
+            source.model,
+            images,
+            page,
+            title=model,
+            against=other,
+            target=target,
+            how=prepared_for(source.model, source.architecture or "", image_size),
+            most=most,
+            epochs=read_epochs(Path(model)),
+            data=data,
+            command=shlex.join(["dcafy", *sys.argv[1:]]),
+            told=told,
+        )
+    if text:
+        from rich.console import Console
+
+        from dcafy.report import print_findings
+
+        print_findings(findings, Console(highlight=False))
+    for row in findings.pictures.skipped:
+        print(f"dcafy: left out {row.name}: {row.reason}", file=sys.stderr)
+    if page is not None:
+        print(f"{page}: {_described(findings)}, {page.stat().st_size / 1e6:.1f} MB.")
+
+
+def _described(findings: Findings) -> str:
+    blocks, images = len(findings.plan.blocks), len(findings.pictures)
+    if not blocks:
+        return f"no attention blocks, so only numbers, of {images} images"
+    return f"{blocks} attention blocks, {len(findings.contributions)} connections, {images} images"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, which goes on by one step whenever it is told what is being done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=STEPS)
+
+        def told(what: str) -> None:
+            progress.update(bar, description=what, advance=1)
+
+        yield told

@@ -1,0 +1,68 @@
+"""The log of a fine-tuning, as far as it is about connections."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcafy.errors import SourceError
+from dcafy.tables import printable
+
+__all__ = ["LOG", "EpochLog", "read_epochs"]
+
+LOG = "log.jsonl"
+"""The log's name in a folder that ``dcafy finetune`` wrote."""
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """``epochs`` by number; of each connection the contribution ratio and the message share after each of them."""
+
+    epochs: tuple[int, ...]
+    contribution: dict[str, tuple[float, ...]]
+    message_share: dict[str, tuple[float, ...]]
+
+
+def read_epochs(folder: Path) -> EpochLog | None:
+    """What a folder's log says; ``None`` where it has none, or no epoch in it yet.
+
+    A run that was resumed may have logged an epoch twice: the last one counts. Raises ``SourceError`` for a log that
+    is damaged; an incomplete last line is what a killed run leaves, and is not read.
+    """
+    path = folder / LOG
+    if not path.is_file():
+        return None
+    rows: dict[int, dict[str, dict[str, float]]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for line in filter(None, lines[:-1]):
+            event = json.loads(line)
+            if event["event"] == "epoch":
+                rows[_number(event["epoch"])] = event["connections"]
+        made = {key: _series(rows, key) for key in ("contribution", "message_share")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = printable(" ".join(str(error).split())[:120])
+        raise SourceError(
+            f"{printable(str(path))!r} is no log of dcafy finetune ({reason}). Move it away to report without it."
+        ) from error
+    return EpochLog(tuple(sorted(rows)), **made) if rows else None
+
+
+def _series(rows: dict[int, dict[str, dict[str, float]]], key: str) -> dict[str, tuple[float, ...]]:
+    ordered = [rows[epoch] for epoch in sorted(rows)]
+    return {name: tuple(_share(row[name][key]) for row in ordered) for name in (ordered[0] if ordered else ())}
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"an epoch is a number, not {value!r}")
+    return value
+
+
+def _share(value: Any) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"a share is a number, not {value!r}")
+    return float(value)

@@ -1,0 +1,157 @@
+"""The report's plots, as SVG that stands in the page itself.
+
+matplotlib and not plotly: a page that is opened from disk, printed and sent needs no script of several megabytes, and
+SVG with text as text takes the page's font, its size and, in dark mode, its colour.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dcafy.analysis.draw import COLOURS
+from dcafy.analysis.gradcam import missing_extra
+from dcafy.analysis.values import AttentionValues
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+
+__all__ = ["SIDES", "epoch_plot", "histogram_plot", "share_plot"]
+
+SIDES = ("#E69F00", "#009E73")
+"""Okabe and Ito's orange for the original and green for the connected network; one is filled, one is drawn."""
+
+MARKERS = {"channel": "o", "spatial": "D"}
+
+_INK = "#010203"
+"""Stands for the page's own text colour, which matplotlib cannot know: light or dark mode chooses it."""
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dcafy",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+_serial = itertools.count(1)
+
+
+@contextmanager
+def _axes(width: float, height: float, label: str) -> Iterator[tuple[Axes, list[str]]]:
+    """Axes to draw on, and a list that holds the SVG afterwards; ``label`` is the alternative text."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise missing_extra("The report", error) from error
+    drawn: list[str] = []
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.add_subplot(), drawn
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    drawn.append(_inline(file.getvalue(), label))
+
+
+def _inline(svg: str, label: str) -> str:
+    """A matplotlib SVG file as an element of a page that has others of its kind."""
+    from html import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    own = f"f{next(_serial)}-"
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{own}{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{own}", svg)
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(_INK, "currentColor", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def histogram_plot(blocks: Sequence[AttentionValues | None], low: float, high: float, top: float, *, label: str) -> str:
+    """The histogram of one block, the original's filled and the connected network's drawn; the same axes for all."""
+    with _axes(2.5, 1.45, label) as (axes, drawn):
+        for block, colour, filled in zip(blocks, SIDES, (True, False), strict=False):
+            if block is not None:
+                made = block.histogram(low, high)
+                axes.stairs(made.shares, made.edges, color=colour, fill=filled, alpha=0.7 if filled else 1, lw=1.6)
+        axes.set_xlim(low, high)
+        axes.set_ylim(0, top * 1.05)
+        axes.yaxis.set_major_formatter(_percent)
+        axes.locator_params(axis="y", nbins=3)
+        axes.locator_params(axis="x", nbins=5)
+    return drawn[0]
+
+
+def _percent(value: float, _: float) -> str:
+    return f"{value * 100:.3g}%"
+
+
+def share_plot(series: Mapping[str, Sequence[tuple[int, float]]], *, label: str, named: str) -> str:
+    """One value for each connection, in the order of the data: a series for each dimension; ``named``: the y axis."""
+    with _axes(4.4, 2.3, label) as (axes, drawn):
+        for dimension, points in series.items():
+            places, heights = zip(*points, strict=True)
+            mark = MARKERS[dimension]
+            axes.plot(places, heights, color=COLOURS[dimension], label=dimension, marker=mark, ms=4.5, lw=1.2)
+        _label(axes, "connection, in the order of the data", named)
+        axes.legend(ncols=2)
+    return drawn[0]
+
+
+def epoch_plot(epochs: Sequence[int], series: Mapping[str, Sequence[float]], *, label: str, named: str) -> str:
+    """One line for each connection over epochs, from dark (first) to bright (last)."""
+    with _axes(4.4, 2.3, label) as (axes, drawn):
+        import matplotlib
+
+        colours: Callable[[float], Any] = matplotlib.colormaps["viridis"]
+        for number, heights in enumerate(series.values()):
+            colour = colours(0.9 * number / max(len(series) - 1, 1))
+            axes.plot(epochs, heights, color=colour, lw=1.4, marker="." if len(epochs) < 30 else None)
+        _label(axes, "epoch", named)
+    return drawn[0]
+
+
+def _label(axes: Axes, across: str, up: str) -> None:
+    """Axes of shares over whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], 0.01))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.yaxis.set_major_formatter(_percent)
+
+
+@functools.cache
+def heat_colours() -> Any:
+    """256 colours from nothing to much, ``[256, 3]`` of 0 to 255: matplotlib's inferno, even to colour-blind eyes."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise missing_extra("The report", error) from error
+    import numpy as np
+
+    return (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round()

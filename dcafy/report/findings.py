@@ -1,0 +1,210 @@
+"""What a report says, before it has any form: everything is computed here, and nothing is drawn."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.analysis.contributions import Contribution, contributions, recorded_plan
+from dcafy.analysis.draw import Lane, lanes_by_name
+from dcafy.analysis.gradcam import GradCam, cams_of
+from dcafy.analysis.tapped import Tapped, tapped
+from dcafy.analysis.values import AttentionValues, values_of
+from dcafy.blocks import Plan
+from dcafy.complexity import Complexity, complexity
+from dcafy.emit import connected_modules, revert
+from dcafy.errors import InputError
+from dcafy.report.epochs import EpochLog
+from dcafy.report.pictures import Pictures
+from dcafy.usage import Usage, message_shares, usage
+
+__all__ = ["Drift", "Findings", "Side", "Wanted", "look"]
+
+BATCH = 8
+MOST_CAMS = 8
+"""How many images are shown with their Grad-CAM maps."""
+
+ORIGINAL, CONNECTED = "original", "connected"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is looked at.
+
+    ``against``  the other network; the reverted one where absent
+    ``target``   the class for Grad-CAM; the predicted ones where absent
+    ``epochs``   the log of the fine-tuning
+    ``data``     labelled batches on which connections are cut
+    ``looks``    whether Grad-CAM is computed
+    """
+
+    title: str
+    against: nn.Module | None = None
+    target: int | None = None
+    epochs: EpochLog | None = None
+    data: Iterable[Any] | None = None
+    looks: bool = True
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks: its attention values, its Grad-CAM maps, its size and cost."""
+
+    title: str
+    values: tuple[AttentionValues, ...]
+    cams: GradCam | None
+    complexity: Complexity
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far two networks' outputs lie apart: bit-identical or not, the largest difference, equal predictions."""
+
+    identical: bool
+    largest: float
+    agreeing: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that a report tells; ``sides`` has the original before the connected network."""
+
+    title: str
+    command: str
+    plan: Plan
+    lanes: tuple[Lane, ...]
+    contributions: tuple[Contribution, ...]
+    shares: Mapping[str, float]
+    sides: tuple[Side, ...]
+    pictures: Pictures
+    no_cams: str
+    drift: Drift | None
+    epochs: EpochLog | None
+    usage: Usage | None
+    versions: Mapping[str, str]
+
+
+def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable[[str], None]) -> Findings:
+    """What there is to report of ``model``; ``told`` is called with what is being done, step by step."""
+    connected = any(True for _ in connected_modules(model))
+    other = wanted.against if wanted.against is not None or not connected else revert(model)
+    told("finding attention")
+    copy = tapped(model, pictures.tensor[:2])
+    titled = [(CONNECTED if connected else wanted.title, model, copy)]
+    if other is not None:
+        titled.insert(0, (ORIGINAL, other, tapped(other, pictures.tensor[:2])))
+    told("predictions")
+    scores = [_outputs(tap.model, pictures.tensor) for _, _, tap in titled]
+    shown = pictures.tensor[:MOST_CAMS]
+    reason = _no_cams(wanted, copy, scores[-1])
+    sides = []
+    for (title, network, tap), output in zip(titled, scores, strict=True):
+        told(f"attention values, {title}")
+        values = values_of(tap, pictures.tensor, batch_size=BATCH)
+        told(f"Grad-CAM, {title}")
+        cams = (
+            None
+            if reason
+            else cams_of(tap, shown, target=_target(wanted, output, scores[-1]), stages=_names(copy, tap))
+        )
+        sides.append(Side(title, values, cams, complexity(network, pictures.tensor[:1])))
+    told("connections")
+    shares = message_shares(model, torch.split(pictures.tensor, BATCH)) if connected else {}
+    told("cutting connections" if wanted.data is not None else "numbers")
+    return Findings(
+        title=wanted.title,
+        command=wanted.command,
+        plan=_plan(model, copy, wanted.title, connected=connected),
+        lanes=_lanes(copy),
+        contributions=contributions(model) if connected else (),
+        shares=shares,
+        sides=tuple(sides),
+        pictures=pictures,
+        no_cams=reason,
+        drift=_drift(*scores) if len(scores) == 2 else None,
+        epochs=wanted.epochs,
+        usage=usage(model, wanted.data) if connected and wanted.data is not None else None,
+        versions=_versions(),
+    )
+
+
+def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Plan:
+    """The plan that the model was converted with, else the one that it would be converted with."""
+    import dataclasses
+
+    plan = recorded_plan(model) if connected else copy.plan
+    return dataclasses.replace(plan, model=title, skipped=plan.skipped + copy.unread)
+
+
+def _lanes(copy: Tapped) -> tuple[Lane, ...]:
+    """One lane for each stage, with the size of its maps on these images."""
+    lanes = []
+    for stage in copy.stages:
+        shape = getattr(copy.points[stage.name], "shape", ())
+        size = f" · {'×'.join(map(str, shape[2:]))}" if shape else ""
+        lanes.append(Lane(f"{stage.name}{size}", stage.blocks))
+    placed = {name for lane in lanes for name in lane.blocks}
+    left = tuple(block.name for block in copy.plan.blocks if block.name not in placed)
+    return (*lanes, Lane("after the last stage", left)) if placed and left else tuple(lanes) or lanes_by_name(copy.plan)
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Any:
+    """What the model yields, one tensor where every batch gives one."""
+    with torch.no_grad():
+        parts = [model(part) for part in torch.split(images, BATCH)]
+    return torch.cat(parts) if all(isinstance(part, Tensor) for part in parts) else parts
+
+
+def _no_cams(wanted: Wanted, copy: Tapped, scores: Any) -> str:
+    """Why there is no Grad-CAM; empty where there is."""
+    if not wanted.looks:
+        return "it was not asked for"
+    if not copy.points:
+        return "the network has no attention, so that there are no stages to look behind"
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        return "the network is no classifier: its outputs are not scores of shape [N, classes]"
+    return ""
+
+
+def _target(wanted: Wanted, scores: Any, chosen: Tensor) -> int | Tensor | None:
+    """The class that is asked for; else what the connected network predicts, where both know the same classes."""
+    if wanted.target is not None:
+        return wanted.target
+    return chosen.argmax(dim=1)[:MOST_CAMS] if isinstance(scores, Tensor) and scores.shape == chosen.shape else None
+
+
+def _names(copy: Tapped, other: Tapped) -> tuple[str, ...]:
+    """The stages to look behind: those of the first network, where the other one has such modules as well."""
+    modules = dict(other.model.named_modules())
+    same = all(name in other.points or name in modules for name in copy.points)
+    return tuple(copy.points if same else other.points)
+
+
+def _drift(original: Any, connected: Any) -> Drift | None:
+    if not isinstance(original, Tensor) or not isinstance(connected, Tensor) or original.shape != connected.shape:
+        return None
+    agreeing = None
+    if original.ndim == 2:
+        agreeing = float((original.argmax(1) == connected.argmax(1)).float().mean())
+    if not torch.isfinite(original).all() or not torch.isfinite(connected).all():
+        raise InputError("A network's outputs are not finite. Look at its weights, and at the images.")
+    return Drift(torch.equal(original, connected), float((original - connected).abs().max()), agreeing)
+
+
+def _versions() -> dict[str, str]:
+    from dcafy import __version__
+
+    found = {"dcafy": __version__, "python": platform.python_version()}
+    for name in ("torch", "torchvision", "timm", "captum", "matplotlib"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # noqa: PERF203 (an extra that is not installed has no version)
+            continue
+    return found

@@ -1,0 +1,106 @@
+"""The report from Python: a network and images in, findings and perhaps a page out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from dcafy.analysis.gradcam import missing_extra
+from dcafy.analysis.values import check_images
+from dcafy.emit import connected_modules
+from dcafy.examples import from_data
+from dcafy.report.epochs import EpochLog
+from dcafy.report.findings import Findings, Wanted, look
+from dcafy.report.labelled import labelled_batches
+from dcafy.report.output import replaced
+from dcafy.report.page import page
+from dcafy.report.pictures import as_pictures, read_pictures
+from dcafy.training.preparation import Preparation, preparation
+
+__all__ = ["make_report", "prepared_for"]
+
+MOST = 64
+"""How many images are looked at where nothing else is asked for."""
+
+
+def make_report(
+    model: nn.Module,
+    images: Path | Tensor,
+    output: Path | None = None,
+    *,
+    title: str = "",
+    against: nn.Module | None = None,
+    target: int | None = None,
+    how: Preparation | None = None,
+    most: int = MOST,
+    epochs: EpochLog | None = None,
+    data: str | None = None,
+    command: str = "",
+    told: Callable[[str], None] = lambda _: None,
+) -> Findings:
+    """What there is to report of ``model`` on ``images``, written to ``output`` as one HTML file where that is given.
+
+    ``images``: a folder, or ``[N, C, H, W]`` prepared as the model wants them. ``against``: the network to compare
+    with; a connected model is compared with itself without connections where it is absent. ``target``: the class for
+    Grad-CAM; the predicted ones where absent. ``how``: how images are made ready; the way of the model's weights
+    where absent. ``most``: images that are looked at. ``epochs``: :func:`dcafy.report.epochs.read_epochs` of a run.
+    ``data``: labelled images on which each connection is cut, a spec as for ``dcafy finetune --data``. ``told`` is
+    called with what is being done, step by step.
+
+    Raises ``UsageError`` for images that are none and for an output that cannot be written, before anything is
+    computed; after any error ``output`` is as it was.
+
+    >>> import dcafy, tempfile, torch, torchvision
+    >>> from pathlib import Path
+    >>> connected = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
+    >>> found = make_report(connected, torch.rand(2, 3, 64, 64))
+    >>> [side.title for side in found.sides], found.drift.identical
+    (['original', 'connected'], True)
+    """
+    how = how or prepared_for(model)
+    with contextlib.ExitStack() as stack:
+        write = None
+        if output is not None:
+            _require_extra()
+            write = stack.enter_context(replaced(output))
+        told("images")
+        if isinstance(images, Tensor):
+            check_images(images)
+            pictures = as_pictures(images[:most], how)
+        else:
+            pictures = read_pictures(images, how, most=most)
+        batches = None if data is None else labelled_batches(data, how)
+        wanted = Wanted(
+            title or type(model).__name__, against, target, epochs, batches, looks=write is not None, command=command
+        )
+        found = look(model, pictures, wanted, told=told)
+        if write is not None:
+            told("page")
+            write(page(found))
+    return found
+
+
+def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None) -> Preparation:
+    """How images are made ready for ``model``: as its weights want them, in the size that it was converted with.
+
+    ``spec``: the ``torchvision:`` or ``timm:`` name of the model, where the model does not know it itself.
+    """
+    recipe = next((dca.recipe for _, _, dca in connected_modules(model)), None)
+    spec = spec or (recipe.model if recipe is not None else "") or ""
+    if image_size is None and not spec and recipe is not None and recipe.inputs is not None:
+        first = from_data(recipe.inputs)[0]
+        image_size = first.shape[-1] if isinstance(first, Tensor) and first.ndim == 4 else None
+    return preparation(model, spec, image_size)
+
+
+def _require_extra() -> None:
+    """Nothing; ``UsageError`` where a library is missing that the page needs."""
+    for name in ("matplotlib", "jinja2", "captum"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:  # noqa: PERF203 (three imports)
+            raise missing_extra("The report", error) from error

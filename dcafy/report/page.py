@@ -1,0 +1,262 @@
+"""Findings -> one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from torch import Tensor
+
+from dcafy.analysis.draw import draw
+from dcafy.analysis.gradcam import missing_extra
+from dcafy.analysis.values import AttentionValues, common_range
+from dcafy.report.downloads import Download, download
+from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
+from dcafy.report.findings import MOST_CAMS, Findings
+from dcafy.report.thumbnails import data_uri, overlaid, small
+from dcafy.tables import printable
+
+__all__ = ["Plot", "Seen", "page"]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the page: ``svg``, what it is of, lines of text under it, and its data."""
+
+    title: str
+    svg: str
+    notes: tuple[str, ...] = ()
+    data: Download | None = None
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture of the page and its alternative text."""
+
+    uri: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image, and where the networks look: ``rows`` of (network, one thumbnail for each column)."""
+
+    name: str
+    picture: Thumbnail
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Thumbnail, ...]], ...]
+    data: Download
+
+
+def page(findings: Findings) -> str:
+    """The report as HTML; every text in it is escaped, whoever wrote it."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ModuleNotFoundError as error:
+        raise missing_extra("The report", error) from error
+    parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js")}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(percent=_percent, drawn=Markup, printable=printable)
+    drawing = draw(findings.plan, lanes=findings.lanes, contributions=findings.contributions, shares=findings.shares)
+    context: dict[str, Any] = {
+        "style": Markup(parts["page.css"]),
+        "script": Markup(parts["page.js"]),
+        "script_hash": base64.b64encode(hashlib.sha256(parts["page.js"].encode()).digest()).decode(),
+        "found": findings,
+        "chains": Plot("Chains", drawing.svg, data=_chain_data(findings)),
+        "histograms": tuple(_histograms(findings)),
+        "seen": tuple(_cams(findings)),
+        "maps": tuple(_spatial_maps(findings)),
+        "shares": tuple(_shares(findings)),
+        "connection_data": _connection_data(findings),
+        "usage_data": _usage_data(findings),
+        "colours": dict(zip((side.title for side in findings.sides), SIDES, strict=False)),
+    }
+    return environment.from_string(parts["page.html.j2"]).render(context)
+
+
+def _part(name: str) -> str:
+    return resources.files("dcafy.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{value * 100:.{digits}f} %"
+
+
+def _chain_data(findings: Findings) -> Download:
+    lane = {name: lane.title for lane in findings.lanes for name in lane.blocks}
+    heard: dict[str, list[str]] = {}
+    for link in findings.plan.links:
+        heard.setdefault(link.target, []).append(link.source)
+    rows = [
+        (b.name, lane.get(b.name, ""), b.dimension, b.channels, "x".join(map(str, b.size or ())), b.gate,
+         " ".join(heard.get(b.name, ())))
+        for b in findings.plan.blocks
+    ]  # fmt: skip
+    return download("chains", ("block", "stage", "dimension", "channels", "size", "gate", "hears"), rows)
+
+
+# -- attention values ------------------------------------------------------------------------------------
+
+
+def _histograms(findings: Findings) -> Iterator[Plot]:
+    """One small plot for each block; those that a gate bounds have one set of axes, the others another."""
+    for bounded in (True, False):
+        sides = [{block.name: block for block in side.values if block.bounded is bounded} for side in findings.sides]
+        names = list(dict.fromkeys(name for side in sides for name in side))
+        if not names:
+            continue
+        everything = tuple(block for side in sides for block in side.values())
+        low, high = common_range(everything)
+        top = max(max(block.histogram(low, high).shares) for block in everything)
+        for name in names:
+            yield _histogram(findings, name, [side.get(name) for side in sides], (low, high, top))
+
+
+def _histogram(
+    findings: Findings, name: str, blocks: list[AttentionValues | None], axes: tuple[float, float, float]
+) -> Plot:
+    titled = [(side.title, block) for side, block in zip(findings.sides, blocks, strict=True) if block is not None]
+    notes = tuple(
+        f"{title}: spread {block.spread:.3f}, {_percent(block.near_half)} near 0.5" for title, block in titled
+    )
+    shown = printable(name)
+    made = [(title, block.histogram(axes[0], axes[1], bins=40)) for title, block in titled]
+    rows = [
+        (made[0][1].edges[i], made[0][1].edges[i + 1], *(histogram.shares[i] for _, histogram in made))
+        for i in range(40)
+    ]
+    label = f"Histogram of the attention values of {shown}. {'; '.join(notes)}."
+    svg = histogram_plot(blocks, *axes, label=label)
+    columns = ("from", "to", *(f"share of {title}" for title, _ in made))
+    return Plot(shown, svg, notes, download(f"attention-values-{name}", columns, rows))
+
+
+# -- where it looks --------------------------------------------------------------------------------------
+
+
+def _cams(findings: Findings) -> Iterator[Seen]:
+    looking = [(side, side.cams) for side in findings.sides if side.cams is not None]
+    for i, name in enumerate(findings.pictures.names[:MOST_CAMS] if looking else ()):
+        picture = findings.pictures.shown[i]
+        rows = []
+        data: list[tuple[tuple[object, ...], Tensor]] = []
+        for side, cams in looking:
+            target = int(cams.targets[i])
+            thumbnails = []
+            for stage in cams.stages:
+                alt = f"{side.title}, {printable(stage.name)}: where it looks for class {target} in {name}"
+                thumbnails.append(Thumbnail(data_uri(overlaid(picture, stage.maps[i])), alt))
+                data.append(((side.title, stage.name, target), stage.maps[i]))
+            rows.append((f"{side.title}, class {target}", tuple(thumbnails)))
+        columns = tuple(printable(stage.name) for stage in looking[-1][1].stages)
+        file = _map_data(f"grad-cam-{i + 1}-{name}", ("network", "stage", "class"), data)
+        yield Seen(name, Thumbnail(data_uri(small(picture)), name), columns, tuple(rows), file)
+
+
+def _map_data(name: str, kind: Sequence[str], maps: Sequence[tuple[tuple[object, ...], Tensor]]) -> Download:
+    """Maps as CSV: one line for each row of each map, after what it is a map of."""
+    widest = max(map_.shape[1] for _, map_ in maps)
+    columns = (*kind, "row", *(f"column {x}" for x in range(widest)))
+    rows = (
+        (*what, y, *(f"{value:.3g}" for value in row)) for what, map_ in maps for y, row in enumerate(map_.tolist())
+    )
+    return download(name, columns, rows)
+
+
+def _spatial_maps(findings: Findings) -> Iterator[Seen]:
+    """The attention maps of spatial blocks, of each stage's last one."""
+    last = []
+    for lane in findings.lanes:
+        spatial = [name for name in lane.blocks if findings.plan.block(name).dimension == "spatial"]
+        last += spatial[-1:]
+    known = [(side, {block.name: block for block in side.values}) for side in findings.sides]
+    chosen = [name for name in last if any(name in values for _, values in known)]
+    for i, name in enumerate(findings.pictures.names[:MOST_CAMS] if chosen else ()):
+        picture = findings.pictures.shown[i]
+        rows = []
+        data: list[tuple[tuple[object, ...], Tensor]] = []
+        for side, values in known:
+            drawn = []
+            for block in (values[name] for name in chosen if name in values):
+                map_ = _as_map(block.values[i])
+                high = 1.0 if block.bounded else float(block.values.max())
+                alt = f"{side.title}: attention map of {printable(block.name)} on {name}"
+                drawn.append(Thumbnail(data_uri(overlaid(picture, map_, high=high)), alt))
+                data.append(((side.title, block.name), map_))
+            if drawn:
+                rows.append((side.title, tuple(drawn)))
+        file = _map_data(f"attention-maps-{i + 1}-{name}", ("network", "block"), data)
+        yield Seen(name, Thumbnail(data_uri(small(picture)), name), tuple(map(printable, chosen)), tuple(rows), file)
+
+
+def _as_map(values: Tensor) -> Tensor:
+    """One image's spatial attention as ``[h, w]``: the mean over whatever else there is."""
+    while values.ndim > 2:
+        values = values.mean(0)
+    return values
+
+
+# -- connections -----------------------------------------------------------------------------------------
+
+
+def _shares(findings: Findings) -> Iterator[Plot]:
+    rows = findings.contributions
+    values = {
+        "contribution ratio": {row.name: row.ratio for row in rows},
+        "message share": dict(findings.shares),
+    }
+    for named, by_name in values.items():
+        series: dict[str, list[tuple[int, float]]] = {}
+        for place, row in enumerate(rows, start=1):
+            series.setdefault(row.dimension, []).append((place, by_name.get(row.name, 0.0)))
+        if series:
+            label = f"The {named} of {len(rows)} connections, in the order of the data."
+            data = [(place, row.name, row.dimension, by_name.get(row.name, 0.0)) for place, row in enumerate(rows, 1)]
+            file = download(named, ("place", "connection", "dimension", named), data)
+            yield Plot(named.capitalize(), share_plot(series, label=label, named=named), (), file)
+    if findings.epochs is not None:
+        log = findings.epochs
+        over: Mapping[str, Mapping[str, tuple[float, ...]]] = {
+            "contribution ratio": log.contribution,
+            "message share": log.message_share,
+        }
+        for named, lines in over.items():
+            title = f"{named.capitalize()} over epochs"
+            label = f"The {named} of {len(lines)} connections over {len(log.epochs)} epochs."
+            table: Iterable[tuple[object, ...]] = zip(log.epochs, *lines.values(), strict=True)
+            file = download(title, ("epoch", *lines), table)
+            notes = ("One line for each connection, the first dark, the last bright.",)
+            yield Plot(title, epoch_plot(log.epochs, lines, label=label, named=named), notes, file)
+
+
+def _connection_data(findings: Findings) -> Download:
+    rows = [
+        (
+            r.name,
+            r.source,
+            r.target,
+            r.dimension,
+            r.alpha,
+            r.beta,
+            r.ratio,
+            findings.shares.get(r.name, 0.0),
+            r.parameters,
+        )
+        for r in findings.contributions
+    ]
+    columns = ("connection", "source", "target", "dimension", "alpha", "beta", "contribution", "message share")
+    return download("connections", (*columns, "parameters"), rows)
+
+
+def _usage_data(findings: Findings) -> Download | None:
+    if findings.usage is None:
+        return None
+    rows = [(row.name, row.loss_change, row.accuracy_change) for row in findings.usage.connections]
+    rows.append(("all", findings.usage.loss_change, findings.usage.accuracy_change))
+    return download("cut-connections", ("connection", "loss change", "accuracy change"), rows)

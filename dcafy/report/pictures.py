@@ -1,0 +1,96 @@
+"""A folder of images, as the network sees them and as the report shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dcafy.blocks import Skipped
+from dcafy.errors import UsageError
+from dcafy.tables import printable
+from dcafy.training.order import UnreadableImage
+from dcafy.training.pictures import opened
+from dcafy.training.preparation import Preparation, Prepared
+
+__all__ = ["SUFFIXES", "Pictures", "as_pictures", "read_pictures"]
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images, and what became of the folder's other files.
+
+    ``names``     of the files
+    ``tensor``    what the network is given, ``[N, C, H, W]``
+    ``shown``     the same, before it was normalised, with eight bits a channel
+    ``skipped``   files that are no images, with reasons
+    ``left_out``  how many more images the folder has than were asked for
+    """
+
+    names: tuple[str, ...]
+    tensor: Tensor
+    shown: tuple[Image.Image, ...]
+    skipped: tuple[Skipped, ...] = ()
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_pictures(folder: Path, how: Preparation, *, most: int) -> Pictures:
+    """The first ``most`` images in ``folder`` and the folders in it, in the order of their names.
+
+    Raises ``UsageError`` where there are none; one that cannot be read is skipped and named.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--images {str(folder)!r} is no folder. Name one with images in it.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+        raise UsageError(f"--images {str(folder)!r} has no images in it ({kinds}).")
+    prepare = Prepared(how)
+    names, tensors, skipped = [], [], []
+    rest = iter(files)
+    for path in rest:
+        name = printable(str(path.relative_to(folder)))
+        image = _prepared(path, prepare)
+        if isinstance(image, str):
+            skipped.append(Skipped(name, image))
+            continue
+        names.append(name)
+        tensors.append(image)
+        if len(names) == most:
+            break
+    if not names:
+        raise UsageError(
+            f"None of the {len(skipped)} images in {str(folder)!r} can be read; {skipped[0].name}: {skipped[0].reason}"
+        )
+    stack = torch.stack(tensors)
+    return Pictures(tuple(names), stack, _shown(stack, how), tuple(skipped), sum(1 for _ in rest))
+
+
+def as_pictures(images: Tensor, how: Preparation) -> Pictures:
+    """Images that are prepared already, numbered from 1."""
+    return Pictures(tuple(f"image {i + 1}" for i in range(len(images))), images, _shown(images, how))
+
+
+def _prepared(path: Path, prepare: Prepared) -> Tensor | str:
+    """The image as the network wants it, or why it cannot be read."""
+    try:
+        picture = opened(path)
+    except UnreadableImage as error:
+        return printable(str(error).removeprefix(f"{path}: "))
+    image: Tensor = prepare(picture, 0)[0]
+    return image
+
+
+def _shown(images: Tensor, how: Preparation) -> tuple[Image.Image, ...]:
+    mean, std = (torch.tensor(values)[None, :, None, None] for values in (how.mean, how.std))
+    values = ((images.detach().cpu().float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    colours = values[:, :3] if values.shape[1] >= 3 else values[:, :1].expand(-1, 3, -1, -1)
+    return tuple(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in colours)

@@ -1,0 +1,102 @@
+"""Findings in a terminal: chains, attention values as sparklines, connections as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dcafy.analysis.values import AttentionValues, common_range
+from dcafy.report.findings import Findings
+from dcafy.tables import plan_tables, printable
+
+__all__ = ["bar", "print_findings", "sparkline"]
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+BINS, BAR = 20, 20
+
+
+def print_findings(findings: Findings, console: Console) -> None:
+    """Prints the chains, the attention values and the connections; names are never read as markup."""
+    for row in findings.pictures.skipped:
+        console.print(Text(f"left out {row.name}: {row.reason}"))
+    console.print(*plan_tables(findings.plan), sep="")
+    if any(side.values for side in findings.sides):
+        console.print(Text("attention values", "bold"), _values(findings), sep="\n")
+    if findings.contributions:
+        console.print(Text("connections", "bold"), _connections(findings), sep="\n")
+    if findings.usage is not None:
+        console.print(Text("what cutting each connection costs", "bold"), _cuts(findings), sep="\n")
+
+
+def sparkline(shares: Sequence[float], top: float) -> str:
+    """One character for each share; the highest stands for ``top``, and what is not 0 is never blank.
+
+    >>> sparkline([0.0, 0.001, 0.25, 0.5], 0.5)
+    ' ▁▄█'
+    """
+    steps = len(LEVELS) - 1
+    return "".join(LEVELS[min(max(round(share / top * steps), 1), steps) if share > 0 else 0] for share in shares)
+
+
+def bar(share: float) -> str:
+    """A share of 1 as a bar of 20 characters.
+
+    >>> bar(0.25)
+    '█████'
+    """
+    return "█" * round(share * BAR)
+
+
+def _values(findings: Findings) -> Table:
+    everything = tuple(block for side in findings.sides for block in side.values)
+    low, high = common_range(everything)
+    top = max(max(block.histogram(low, high, BINS).shares) for block in everything)
+    table = _table("block", "network", f"{low:.3g} to {high:.3g}", "spread", "near 0.5")
+    sides = [(side.title, {block.name: block for block in side.values}) for side in findings.sides]
+    for name in dict.fromkeys(block.name for block in everything):
+        for title, values in sides:
+            if name in values:
+                table.add_row(*map(Text, (printable(name), printable(title), *_row(values[name], low, high, top))))
+    return table
+
+
+def _row(block: AttentionValues, low: float, high: float, top: float) -> tuple[str, str, str]:
+    line = sparkline(block.histogram(low, high, BINS).shares, top)
+    return line, f"{block.spread:.3f}", f"{block.near_half:.1%}"
+
+
+def _connections(findings: Findings) -> Table:
+    table = _table("connection", "α", "β", "contribution", "", "message share", "")
+    for row in findings.contributions:
+        share = findings.shares.get(row.name, 0.0)
+        numbers = (
+            f"{row.alpha:.4f}",
+            f"{row.beta:+.4f}",
+            f"{row.ratio:.1%}",
+            bar(row.ratio),
+            f"{share:.1%}",
+            bar(share),
+        )
+        table.add_row(*map(Text, (printable(row.name), *numbers)))
+    return table
+
+
+def _cuts(findings: Findings) -> Table:
+    table = _table("cut", "loss", "accuracy")
+    found = findings.usage
+    assert found is not None
+    rows = [(row.name, row.loss_change, row.accuracy_change) for row in found.connections]
+    for name, loss, accuracy in [*rows, ("all of them", found.loss_change, found.accuracy_change)]:
+        table.add_row(*map(Text, (printable(name), f"{loss:+.4f}", f"{100 * accuracy:+.2f} points")))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
