@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from dcafy.attention import ATTENTIONS, SK, Init
+from dcafy.attention import ATTENTIONS, INSERTED, SK, Init, Insertion
 from dcafy.connected import OWNER, ConnectedModule
 from dcafy.emit import connected_modules
 from dcafy.errors import InputError, UsageError
@@ -77,6 +77,8 @@ def insert(
             for key, child in holder._modules.items():
                 if child is old:
                     holder._modules[key] = new
+    before = getattr(model, INSERTED, ())
+    host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
     return host
 
 

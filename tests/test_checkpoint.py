@@ -188,9 +188,29 @@ def test_options(options: dict[str, str], tmp_path: Path) -> None:
 def test_inserted_attention(tmp_path: Path) -> None:
     dca = connected(torchvision.models.resnet18().eval(), attention="se")
     dcafy.save(dca, tmp_path)
-    with pytest.raises(CheckpointError, match=r"dcafy\.insert"):
-        dcafy.load(tmp_path)
+    assert_same(dca, dcafy.load(tmp_path))
     assert_same(dca, dcafy.load(tmp_path, dcafy.insert(torchvision.models.resnet18(), "se")))
+
+
+def test_attention_inserted_twice_and_elsewhere(tmp_path: Path) -> None:
+    model = dcafy.insert(torchvision.models.resnet18(num_classes=7).eval(), "eca", where="layer1.*")
+    model = dcafy.insert(model, "ge-theta", where="layer[34].*", init="paper", example_inputs=IMAGES)
+    dca = connected(model)
+    dcafy.save(dca, tmp_path)
+    assert_same(dca, dcafy.load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("attention", "os.system"), ("init", "random"), ("reduction", 0), ("where", 3)]
+)
+def test_an_insertion_that_is_none(tmp_path: Path, entry: str, value: object) -> None:
+    dcafy.save(connected(torchvision.models.resnet18().eval(), attention="se"), tmp_path)
+    file = tmp_path / "dcafy.json"
+    description = json.loads(file.read_text())
+    description["model"]["insertions"][0][entry] = value
+    file.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=rf"insertions\[0\]\.{entry}"):
+        dcafy.load(tmp_path)
 
 
 def test_settings_of_one_link(tmp_path: Path) -> None:

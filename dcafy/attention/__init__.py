@@ -17,7 +17,22 @@ from dcafy.attention.se import SE
 from dcafy.attention.sge import SGE
 from dcafy.attention.sk import SK
 
-__all__ = ["ATTENTIONS", "BAM", "CBAM", "ECA", "GC", "SE", "SGE", "SK", "Attention", "GEPlain", "GETheta", "Init"]
+__all__ = [
+    "ATTENTIONS",
+    "BAM",
+    "CBAM",
+    "ECA",
+    "GC",
+    "INSERTED",
+    "SE",
+    "SGE",
+    "SK",
+    "Attention",
+    "GEPlain",
+    "GETheta",
+    "Init",
+    "Insertion",
+]
 
 
 @dataclass(frozen=True)
@@ -53,3 +68,16 @@ ATTENTIONS: dict[str, Attention] = {
     "eca": Attention(lambda channels, reduction, init, side: ECA(channels, init=init)),
 }
 """Name -> the attention."""
+
+INSERTED = "inserted_attention"
+"""The attribute of a network that says what was inserted into it, in this order."""
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """What one call of :func:`dcafy.insert` did: enough to do it again."""
+
+    attention: str
+    reduction: int
+    where: str
+    init: Init

@@ -8,6 +8,7 @@ can build.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -20,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dcafy.attention import INSERTED, Insertion
 from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import difference
 from dcafy.connected import ConnectedModule, Recipe
 from dcafy.emit import connected_modules
-from dcafy.errors import CheckpointError, UsageError
+from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
+from dcafy.examples import from_data
+from dcafy.insert import insert
 from dcafy.sources import specs
 from dcafy.sources.zoos import ZOOS
 from dcafy.tables import printable
@@ -51,23 +55,33 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
 # --- building -------------------------------------------------------------------------------------------
 
 
-def built(how: Built, expected: Shapes) -> nn.Module:
+def built(how: Built, expected: Shapes, inputs: Any = None) -> nn.Module:
     """The network of that name with new weights, once a copy without data has shown the ``expected`` shapes.
 
-    Nothing is fetched. Raises ``CheckpointError`` for a name that is not registered, an argument that may not
-    be given, and a network with other keys or shapes.
+    ``inputs``: the example that the network was converted with. Nothing is fetched. Raises ``CheckpointError`` for a
+    name that is not registered, an argument that may not be given, and a network with other keys or shapes.
     """
     try:
-        recipe = _recipe(how)
-        differs = difference(expected, _shapes_of(recipe.build(on_meta=True)))
+        differs = difference(expected, _shapes_of(_network_of(how, inputs, on_meta=True)))
         if differs:
             raise CheckpointError(
                 f"the tensors in the folder do not fit the {printable(how.name)} that is built here: {differs}. "
                 "If the installed version builds it differently, pass the network: dcafy.load(directory, model=...)."
             )
-        return recipe.build()
-    except UsageError as error:
+        return _network_of(how, inputs, on_meta=False)
+    except (UsageError, InputError, TracingError) as error:
         raise CheckpointError(f"its network cannot be built here: {error}") from error
+
+
+def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
+    """The network, with the attention that was inserted into it."""
+    model = _recipe(how).build(on_meta=on_meta)
+    example = None if inputs is None else from_data(inputs)
+    with torch.random.fork_rng(devices=[]):
+        for insertion in how.insertions:
+            name, *options = dataclasses.asdict(insertion).items()
+            model = insert(model, name[1], **dict(options), example_inputs=example, copy=False)
+    return model
 
 
 def _recipe(how: Built) -> specs.Recipe:
@@ -130,15 +144,17 @@ _INFORMATIVE = frozenset(
 def recognised(model: nn.Module, recipe: Recipe) -> Built | None:
     """How torchvision or timm builds the network that ``model`` was converted from; ``None`` where they do not."""
     ours = _network(model)
-    for candidate in _candidates(model, ours, recipe):
-        theirs = _zoo_network(candidate.name, tuple(candidate.arguments.items()))
+    inserted: tuple[Insertion, ...] = getattr(model, INSERTED, ())
+    for named in _candidates(model, ours, recipe):
+        candidate = dataclasses.replace(named, insertions=inserted)
+        theirs = _zoo_network(candidate, recipe.inputs)
         if theirs is None:
             continue
         if ours.is_like(theirs):
             return candidate
         for number in _class_counts(ours.shapes, theirs.shapes):
-            headed = Built(candidate.name, {**candidate.arguments, "num_classes": number})
-            theirs = _zoo_network(headed.name, tuple(headed.arguments.items()))
+            headed = dataclasses.replace(candidate, arguments={**candidate.arguments, "num_classes": number})
+            theirs = _zoo_network(headed, recipe.inputs)
             if theirs is not None and ours.is_like(theirs):
                 return headed
     return None
@@ -192,14 +208,23 @@ def _torchvision_names(home: str, size: int) -> list[str]:
     return sorted(names, key=distance)
 
 
-@functools.lru_cache(maxsize=32)
-def _zoo_network(name: str, arguments: tuple[tuple[str, Any], ...]) -> _Network | None:
-    """What a zoo builds under that name; kept, because a training program saves after every epoch."""
-    try:
-        return _network(_recipe(Built(name, dict(arguments))).build(on_meta=True))
-    except Exception as error:  # a builder may fail in any way; the network then goes without a name
-        log.debug("%s could not be built for comparison: %s", name, error)
-        return None
+def _zoo_network(how: Built, inputs: Any) -> _Network | None:
+    """What a zoo builds that way; kept, because a training program saves after every epoch."""
+    key = repr((how, inputs))
+    if key not in _known:
+        try:
+            network = _network(_network_of(how, inputs, on_meta=True))
+        except Exception as error:  # a builder may fail in any way; the network then goes without a name
+            log.debug("%s could not be built for comparison: %s", how.name, error)
+            network = None
+        if len(_known) >= _MOST_KNOWN:
+            _known.pop(next(iter(_known)))
+        _known[key] = network
+    return _known[key]
+
+
+_known: dict[str, _Network | None] = {}
+_MOST_KNOWN = 32
 
 
 _SAME = {"timm.layers.linear.Linear": "torch.nn.modules.linear.Linear"}

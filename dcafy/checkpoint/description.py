@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import dcafy
+from dcafy.attention import ATTENTIONS, Init, Insertion
 from dcafy.blocks import Link, Plan
 from dcafy.errors import CheckpointError, PlanError
 from dcafy.examples import from_data
@@ -41,10 +42,14 @@ FILES = {True: "model.safetensors", False: "connections.safetensors"}
 
 @dataclass(frozen=True)
 class Built:
-    """How torchvision or timm builds the network: a name such as ``timm:seresnet50``, and arguments."""
+    """How torchvision or timm builds the network: a name such as ``timm:seresnet50``, and arguments.
+
+    ``insertions``  the attention that :func:`dcafy.insert` then put into it
+    """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    insertions: tuple[Insertion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -358,6 +363,16 @@ _dtype = _matching("[a-z][a-z0-9_]{0,39}", "a dtype")
 _names = _tuple(_text)
 
 
+_insertion = _record(
+    Insertion,
+    {
+        "attention": _matching("|".join(ATTENTIONS), f"one of {', '.join(ATTENTIONS)}"),
+        "reduction": _whole(1, _WIDEST),
+        "where": _text,
+        "init": _matching("|".join(get_args(Init)), f"one of {', '.join(get_args(Init))}"),
+    },
+)
+
 _FACTS = re.compile(r"([a-z]\w{0,39}) \[((?:\d{1,15}(?:, \d{1,15})*)?)\] ([0-9a-f]{64})")
 
 
@@ -373,7 +388,9 @@ _description = _record(
     Description,
     {
         "versions": _mapping(_text),
-        "model": _optional(_record(Built, {"name": _text, "arguments": _mapping(_plain)})),
+        "model": _optional(
+            _record(Built, {"name": _text, "arguments": _mapping(_plain), "insertions": _tuple(_insertion)})
+        ),
         "options": _options,
         "inputs": _inputs,
         "weights": _record(

@@ -127,7 +127,7 @@ def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
             "torchvision and timm do not build. Pass the network as it was before dcafy.convert, after dcafy.insert if "
             "that was used (its weights do not matter): dcafy.load(directory, model=...)."
         )
-    return built(description.model, {key: fact.shape for key, fact in base.items()})
+    return built(description.model, {key: fact.shape for key, fact in base.items()}, description.inputs)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ def finetune_command(
 ) -> None:
     """Connect a network and train it on. Under torchrun it trains in several processes or on several machines."""
     with contextlib.redirect_stdout(sys.stderr):
+        from dcafy.training.parallel import on_main_process
         from dcafy.training.run import Request
 
         if resume and output is None:
@@ -84,24 +85,23 @@ def finetune_command(
             asked = Request(
                 model, data, arch, settings_given(settings), conversion, images, training, seeds if compare else 0
             ).anchored()
-            _start(output, asked)
+            on_main_process(lambda: _require_free(output))
         else:
             asked = _known(output, model, given_options(context))
         printed = _run(asked, output, resume, json_log, trust_pickle)
     print(printed, end="")
 
 
-def _start(output: Path, asked: Request) -> None:
-    """A new run in ``output``; refused where another one is."""
-    from dcafy.training.parallel import on_main_process
-    from dcafy.training.run import REQUEST, write_request
+def _require_free(output: Path) -> None:
+    """Nothing where a run may begin."""
+    from dcafy.training.run import REQUEST, require_empty
 
     if (output / REQUEST).exists():
         raise errors.UsageError(
             f"There is a run in {str(output)!r} already. Go on with it: dcafy finetune {output} --resume. Or name "
             "another folder."
         )
-    on_main_process(lambda: write_request(output, asked))
+    require_empty(output)
 
 
 def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
@@ -127,16 +127,16 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     for name, value in given.items():
         if name in known and known[name] != value:
             raise errors.UsageError(
-                f"The run in {str(output)!r} was started with --{name.replace('_', '-')} {known[name]}. Leave it out to "
-                " go on with it, or start another run."
+                f"The run in {str(output)!r} was started with --{name.replace('_', '-')} {known[name]}. Leave it out "
+                "to go on with it, or start another run."
             )
     return asked
 
 
 def _run(asked: Request, output: Path, resume: bool, json_log: Path | None, trust_pickle: bool) -> str:
     """Runs what was asked for; the summary, for the main process."""
-    from dcafy.training.parallel import finished, is_main_process
-    from dcafy.training.run import finish, subject, train
+    from dcafy.training.parallel import finished, is_main_process, on_main_process
+    from dcafy.training.run import finish, subject, train, write_request
     from dcafy.training.summary import of_comparison, of_history
     from dcafy.training.telling import JsonLines, Listener, for_stderr
 
@@ -145,6 +145,9 @@ def _run(asked: Request, output: Path, resume: bool, json_log: Path | None, trus
         return (for_stderr(title), *log)
 
     try:
+        # Whatever is wrong with the network or the data shows here, before there is a run.
+        on = subject(asked, seed=asked.training.seed, trust_pickle=trust_pickle)
+        on_main_process(lambda: write_request(output, asked))
         if asked.seeds:
             from dcafy.training.compare import compare
 
@@ -152,7 +155,6 @@ def _run(asked: Request, output: Path, resume: bool, json_log: Path | None, trus
                 asked, output, trust_pickle=trust_pickle, listener_for=listeners, is_main=is_main_process()
             )
             return of_comparison(comparison) if is_main_process() else ""
-        on = subject(asked, seed=asked.training.seed, trust_pickle=trust_pickle)
         history = train(asked, on, output, seed=asked.training.seed, resume=resume, listeners=listeners())
         if not is_main_process():
             return ""

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from dcafy.checkpoint import save
-from dcafy.checkpoint.folder import OF_A_RUN
 from dcafy.configuration import Conversion, from_mapping
 from dcafy.convert import converted_as
 from dcafy.emit import connected_modules
@@ -39,7 +38,17 @@ from dcafy.training.order import derived_seed
 from dcafy.training.preparation import Prepared, augmentation, preparation
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
 
-__all__ = ["REQUEST", "Request", "Subject", "finish", "read_request", "subject", "train", "write_request"]
+__all__ = [
+    "REQUEST",
+    "Request",
+    "Subject",
+    "finish",
+    "read_request",
+    "require_empty",
+    "subject",
+    "train",
+    "write_request",
+]
 
 REQUEST = "finetune.json"
 """The name of the request in the folder of a run."""
@@ -175,21 +184,24 @@ def finish(on: Subject, directory: Path) -> None:
 # --- the request on the disk ----------------------------------------------------------------------------
 
 
-def write_request(directory: Path, request: Request) -> None:
-    """Puts the request into a new or empty folder; ``CheckpointError`` where it holds other things."""
+def require_empty(directory: Path) -> None:
+    """Nothing where a run may begin: a new or empty folder; ``CheckpointError`` where it holds other things."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        others = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+        others = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
     except OSError as error:
         raise CheckpointError(
             f"{printable(str(directory))!r} cannot be a folder for a run: {error.strerror}."
         ) from error
-    foreign = [name for name in others if name not in OF_A_RUN and name not in ("dcafy.json", "model.safetensors")]
-    if foreign or (others and REQUEST not in others):
+    others = [name for name in others if not name.startswith(".")]
+    if others:
         raise CheckpointError(
             f"{printable(str(directory))!r} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
             "empty folder."
         )
+
+
+def write_request(directory: Path, request: Request) -> None:
+    """Puts the request into the folder of its run."""
     text = json.dumps({"version": _VERSION, **dataclasses.asdict(request)}, indent=2) + "\n"
     replace_file(directory / REQUEST, lambda beside: beside.write_text(text, encoding="utf-8"))
 
