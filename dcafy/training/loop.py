@@ -192,12 +192,17 @@ class _Run:
                 yield None
                 return
             self.model.train()
+            own = {name: self.model.__dict__[name] for name in _FORWARD if name in self.model.__dict__}
             wrapped = self.accelerator.prepare_model(self.model)
             self.prepared = self.accelerator.prepare_optimizer(self.optimizer)
             try:
                 yield wrapped
             finally:
                 self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+                # Accelerate leaves a forward bound to this very object, which a copy would then call.
+                for name in _FORWARD:
+                    self.model.__dict__.pop(name, None)
+                self.model.__dict__.update(own)
                 self.accelerator._models.clear()
                 self.accelerator._optimizers.clear()
 
@@ -358,6 +363,9 @@ class _Run:
         if checkpoint is not None:
             restored(self._standing(), checkpoint, file)
             self.listener.resumed(self.progress.epoch, self.progress.step)
+
+
+_FORWARD = ("forward", "_original_forward")
 
 
 @contextmanager

@@ -1,0 +1,413 @@
+"""The training loop: what it trains and measures, that it can be stopped at any step, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from training_data import CLASSES, SIZE, Stripes, connected, network
+
+import dcafy
+from dcafy.errors import CheckpointError, InputError, Interrupted, TrainingError, UsageError
+from dcafy.training import TrainingConfig, finetune
+from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint
+from dcafy.training.loop import accelerator_for
+from dcafy.training.order import Batches, Seeded, UnreadableImage
+from dcafy.training.telling import JsonLines, Listener
+
+CONFIG = TrainingConfig(epochs=2, batch_size=8, seed=3, usage_images=0, cpu=True)
+TRAIN, VAL = Stripes(), Stripes(20)
+
+
+def config(**options: object) -> TrainingConfig:
+    return dataclasses.replace(CONFIG, **options)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+class StopAfter(Listener):
+    """Raises, or does something else, after so many steps."""
+
+    def __init__(self, step: int, action=None) -> None:
+        self.step, self.action = step, action
+
+    def wants(self, step: int) -> bool:
+        return step == self.step
+
+    def stepped(self, step, loss, means, lr) -> None:
+        if self.action is None:
+            raise KeyboardInterrupt
+        self.action()
+
+
+def test_it_learns_and_every_connection_moves():
+    model = connected()
+    history = finetune(model, TRAIN, VAL, config(epochs=6, lr=5e-3, usage_images=64))
+    assert history.metrics["top1"] > 0.6  # guessing gives 0.25
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    for name, connection in dcafy.connections(model).items():
+        assert connection.beta.item() != 0
+        state = history.epochs[-1].connections[name]
+        assert state.beta == pytest.approx(connection.beta.item())
+        assert 0 < state.message_share < 1
+    assert history.usage is not None
+    assert history.usage.accuracy == pytest.approx(history.metrics["top1"])
+    assert history.usage.images == len(VAL)
+
+
+def test_one_seed_gives_one_result_and_another_seed_another():
+    results = []
+    for seed in (3, 3, 4):
+        model = connected()
+        finetune(model, TRAIN, VAL, config(seed=seed))
+        results.append(weights(model))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_reading_in_other_processes_changes_nothing():
+    models = [connected(), connected()]
+    for model, workers in zip(models, (0, 2), strict=True):
+        finetune(model, TRAIN, VAL, config(epochs=1, workers=workers))
+    assert same(weights(models[0]), weights(models[1]))
+
+
+WAYS = {
+    "plain": {},
+    "sgd": {"optimizer": "sgd", "lr": 0.05, "schedule": "step", "step_epochs": 1},
+    "average": {"ema": 0.9},
+    "mixed": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
+    "frozen at first": {"freeze_base_epochs": 1},
+    "accumulated": {"accumulate": 2, "clip_norm": 0.5, "warmup_epochs": 0.5},
+    "bf16": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(way, step, tmp_path):
+    options = config(**WAYS[way], checkpoint_steps=2)
+    unbroken = connected()
+    whole = finetune(unbroken, TRAIN, VAL, options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(connected(), TRAIN, VAL, options, directory=tmp_path, listener=StopAfter(step))
+    assert (tmp_path / CHECKPOINT).exists()
+    resumed = connected()
+    history = finetune(resumed, TRAIN, VAL, options, directory=tmp_path, resume=True)
+    assert same(weights(resumed), weights(unbroken))
+    assert [dataclasses.replace(epoch, seconds=0) for epoch in history.epochs] == [
+        dataclasses.replace(epoch, seconds=0) for epoch in whole.epochs
+    ]
+
+
+def test_dropout_goes_on_where_it_was(tmp_path):
+    def dropping() -> nn.Module:
+        model = connected()
+        model.add_module("noise", nn.Dropout(0.5))
+        return nn.Sequential(model, nn.Dropout(0.5))
+
+    options = config(checkpoint_steps=2)
+    unbroken, cut, resumed = dropping(), dropping(), dropping()
+    finetune(unbroken, TRAIN, VAL, options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(cut, TRAIN, VAL, options, directory=tmp_path, listener=StopAfter(5))
+    finetune(resumed, TRAIN, VAL, options, directory=tmp_path, resume=True)
+    assert same(weights(resumed), weights(unbroken))
+
+
+def test_resume_without_a_checkpoint_starts_over(tmp_path):
+    models = [connected(), connected()]
+    finetune(models[0], TRAIN, VAL, CONFIG)
+    finetune(models[1], TRAIN, VAL, CONFIG, directory=tmp_path, resume=True)
+    assert same(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number, tmp_path):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="--resume") as stopped:
+        finetune(
+            connected(),
+            TRAIN,
+            VAL,
+            CONFIG,
+            directory=tmp_path,
+            listener=StopAfter(4, lambda: os.kill(os.getpid(), number)),
+        )
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) is before
+    unbroken, resumed = connected(), connected()
+    finetune(unbroken, TRAIN, VAL, CONFIG)
+    finetune(resumed, TRAIN, VAL, CONFIG, directory=tmp_path, resume=True)
+    assert same(weights(resumed), weights(unbroken))
+
+
+def test_in_a_thread_signals_are_left_alone():
+    done = []
+    thread = threading.Thread(target=lambda: done.append(finetune(connected(), TRAIN, VAL, config(epochs=1))))
+    thread.start()
+    thread.join()
+    assert len(done[0].epochs) == 1
+
+
+def test_only_connections_move_when_the_base_is_frozen():
+    model = connected()
+    before = weights(model)
+    finetune(model, TRAIN, VAL, config(freeze_base=True))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (not name.startswith("dca.")), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_new_layers_are_trained_beside_a_frozen_base():
+    model = connected()
+    before = weights(model)
+    head = next(name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES)
+    finetune(model, TRAIN, VAL, config(freeze_base=True), new_layers=(head,))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in moved if not name.startswith("dca.")} == {f"{head}.weight", f"{head}.bias"}
+
+
+def test_the_connections_learn_ten_times_as_fast():
+    rates = {}
+
+    class Look(Listener):
+        def begins(self, config, steps, done, epochs):
+            rates["given"] = (config.base_rate, config.connection_rate)
+
+    finetune(connected(), TRAIN, VAL, config(epochs=1, lr=1e-3), listener=Look())
+    assert rates["given"] == (1e-3, 1e-2)
+
+
+def test_the_average_is_what_is_kept():
+    plain, averaged = connected(), connected()
+    finetune(plain, TRAIN, VAL, CONFIG)
+    history = finetune(averaged, TRAIN, VAL, config(ema=0.9, usage_images=32))
+    name = next(name for name, _ in plain.named_parameters())
+    start = dict(connected().named_parameters())[name]
+    moved = [(dict(model.named_parameters())[name] - start).norm() for model in (averaged, plain)]
+    assert moved[0] < moved[1]
+    assert history.usage is not None
+    assert history.usage.accuracy == pytest.approx(history.metrics["top1"])
+
+
+def test_a_model_that_is_not_converted_is_trained_as_well():
+    model = network()
+    history = finetune(model, TRAIN, VAL, config(epochs=6, lr=5e-3))
+    assert history.metrics["top1"] > 0.6
+    assert history.epochs[0].connections == {}
+    assert history.usage is None
+
+
+# --- checkpoints that are no good -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    finetune(connected(), TRAIN, VAL, config(epochs=1), directory=directory)
+    return directory / CHECKPOINT
+
+
+def test_nothing_in_a_checkpoint_is_pickled(finished):
+    assert set(finished.parent.iterdir()) == {finished}
+    assert any(key.startswith("optimizer/") for key in load_file(finished))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "damaged"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x55"), "damaged: its content"),
+        (lambda file: file.write_bytes(b""), "damaged"),
+        (lambda file: file.write_text("hello"), "damaged"),
+        (lambda file: save_file({"a": torch.zeros(2)}, file), "no checkpoint of a dcafy run"),
+    ],
+    ids=["truncated", "one byte", "empty", "text", "foreign"],
+)
+def test_a_spoiled_checkpoint(finished, tmp_path, spoil, says):
+    file = tmp_path / CHECKPOINT
+    file.write_bytes(finished.read_bytes())
+    spoil(file)
+    before = file.read_bytes()
+    with pytest.raises(CheckpointError, match=says):
+        finetune(connected(), TRAIN, VAL, config(epochs=1), directory=tmp_path, resume=True)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "length", "says"),
+    [
+        (connected, {"lr": 0.5}, 48, "configuration differ"),
+        (connected, {}, 40, "number of images differ"),
+        (network, {}, 48, "does not fit this network"),
+    ],
+)
+def test_a_checkpoint_of_another_run(finished, tmp_path, model, options, length, says):
+    (tmp_path / CHECKPOINT).write_bytes(finished.read_bytes())
+    with pytest.raises(CheckpointError, match=says):
+        finetune(model(), Stripes(length), VAL, config(epochs=1, **options), directory=tmp_path, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    finetune(connected(), TRAIN, VAL, config(epochs=1), directory=tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        (Path(str(_[1]))).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dcafy.training.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        finetune(connected(), TRAIN, VAL, config(epochs=1), directory=tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 1e6}])
+def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path):
+    class Broken(Stripes):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return (image * float("nan") if index == 30 and not options else image), label
+
+    finetune(connected(), TRAIN, VAL, config(epochs=1), directory=tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(TrainingError, match="--lr"):
+        finetune(connected(), Broken(), VAL, config(epochs=3, optimizer="sgd", **options), directory=tmp_path)
+    if not options:
+        assert (tmp_path / CHECKPOINT).read_bytes() == before
+    kept = read_checkpoint(tmp_path / CHECKPOINT)
+    assert kept is not None
+    assert all(torch.isfinite(value).all() for value in kept.tensors.values() if value.is_floating_point())
+
+
+# --- what is refused before the first step ----------------------------------------------------------------
+
+
+class Unlabelled(Stripes):
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ((TRAIN, []), InputError, "val has no images"),
+        ((DataLoader(TRAIN), VAL), InputError, r"\.dataset"),
+        ((Unlabelled(), VAL), InputError, "A label is 9, but the network has 4 classes"),
+        (([("words", 1)], VAL), InputError, "gives str"),
+    ],
+)
+def test_data_that_cannot_be_trained_on(arguments, error, says):
+    model = connected()
+    before = weights(model)
+    with pytest.raises(error, match=says):
+        finetune(model, *arguments, CONFIG)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"optimizer": "adam"}, "Did you mean 'adamw'"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"lr": -1.0}, "--lr must be at least 0"),
+        ({"ema": 1.0}, "--ema must be"),
+        ({"mixup": -0.1}, "--mixup must be at least 0"),
+    ],
+)
+def test_options_that_are_none(options, says):
+    with pytest.raises(UsageError, match=says):
+        config(**options)
+
+
+def test_nothing_to_train():
+    with pytest.raises(InputError, match="nothing to train"):
+        finetune(connected().requires_grad_(False), TRAIN, VAL, CONFIG)
+
+
+# --- the order of the images --------------------------------------------------------------------------------
+
+
+def test_batches_go_on_from_the_middle():
+    order = Batches(50, 8, seed=1, shuffle=True)
+    order.epoch = 4
+    whole = list(order)
+    order.start = 3
+    assert list(order) == whole[3:]
+    assert len(order) == len(whole) - 3
+    assert len({key for batch in whole for key in batch}) == 48
+    order.epoch, order.start = 5, 0
+    assert list(order) != whole
+
+
+class SomeUnreadable:
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index):
+        if index in (1, 2):
+            raise UnreadableImage(f"image {index}")
+        return torch.full((1,), float(index)), index
+
+
+def test_an_unreadable_image_is_stood_in_for_by_the_next():
+    counted = Seeded(SomeUnreadable(), seed=0)[(0, 1)]
+    assert (counted.image.item(), counted.label, counted.unreadable) == (3.0, 3, ("image 1", "image 2"))
+    assert Seeded(SomeUnreadable(), seed=0, counts_stand_ins=False)[(0, 1)].label == -1
+    assert Seeded(SomeUnreadable(), seed=0)[(0, 4)].unreadable == ()
+
+
+def test_unreadable_images_are_named_once_and_do_not_count(tmp_path):
+    class Holed(Stripes):
+        def __getitem__(self, index):
+            if index in (3, 11):
+                raise UnreadableImage(f"stripes/{index}.png: cut short")
+            return super().__getitem__(index)
+
+    log = tmp_path / "log.jsonl"
+    history = finetune(connected(), Holed(), Holed(20), config(epochs=2), listener=JsonLines(log))
+    assert sorted(history.skipped) == ["stripes/11.png: cut short", "stripes/3.png: cut short"]
+    assert history.metrics["images"] == 18
+    named = [row["image"] for row in map(json.loads, log.read_text().splitlines()) if row["event"] == "skipped"]
+    assert sorted(named) == sorted(history.skipped)
+
+
+def test_a_batch_size_for_two_processes(monkeypatch):
+    class Two:
+        num_processes = 2
+
+        def __init__(self, **_: object) -> None:
+            pass
+
+    monkeypatch.setattr("accelerate.Accelerator", Two)
+    with pytest.raises(UsageError, match="multiple"):
+        accelerator_for(config(batch_size=7))
+
+
+def test_the_model_stays_a_plain_module():
+    model = connected()
+    finetune(model, TRAIN, VAL, config(epochs=1, precision="bf16"))
+    assert "forward" not in model.__dict__
+    twin = copy.deepcopy(model).eval()
+    x = torch.rand(2, 3, SIZE, SIZE)
+    assert torch.equal(twin(x), model.eval()(x))
