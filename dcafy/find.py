@@ -66,12 +66,13 @@ class _Finder:
         for small, large in pairs:
             core = self.flow.core(small)
             least = self.flow.sizes[core] + 1 if is_vector(node_value(core)) else self.flow.sizes[core]
-            if self.flow.sizes[large] < least or small is large:
+            # What was only expanded to X's size is no X (a norm's statistics, of which each channel has one).
+            if min(self.flow.sizes[large], self.flow.sizes[self.flow.core(large)]) < least or small is large:
                 continue
             for ratio in RATIOS:
                 walk = Walk(self.flow, ratio, large, maps)
                 if walk.reaches_frontier(core, self.flow.sizes[core]) and self._is_attention(core, kind, walk):
-                    if not self._is_soft_pooling(node, core, walk):
+                    if not self._is_soft_pooling(node, core, walk) and not self._gates_itself(core, large):
                         yield Candidate(core, node, kind, frozenset(walk.frontier), frozenset(walk.between | {core}))
                     return
                 if not walk.narrow:
@@ -102,6 +103,20 @@ class _Finder:
         if walk.local:
             return bool(gates & _STRICT)
         return parametric or bool(gates & _STRICT)
+
+    def _gates_itself(self, small: fx.Node, large: fx.Node) -> bool:
+        """x · sigmoid(v · x), as in a learned activation: the operand that is no gate is no map of attention either."""
+        if self.flow.sizes[small] < self.flow.sizes[large]:
+            return False
+        pending, seen = [large], {large}
+        while pending:
+            for source in self.flow.inputs(pending.pop()):
+                if source is small:
+                    return True
+                if source not in seen and self.flow.order[source] > self.flow.order[small]:
+                    seen.add(source)
+                    pending.append(source)
+        return False
 
     def _is_soft_pooling(self, node: fx.Node, core: fx.Node, walk: Walk) -> bool:
         """x · softmax(...) that is summed over positions is part of an extraction (GC), not a fusion."""

@@ -60,6 +60,8 @@ NEGATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "timm resnet18 (drop path)": (tm("resnet18", drop_path_rate=0.2), 128),
     "timm convnext_atto (layer scale)": (tm("convnext_atto", ls_init_value=0.1), 128),
     "timm convnextv2_atto (GRN)": (tm("convnextv2_atto"), 128),
+    "timm resnetv2_50d_frn (filter response norm)": (tm("resnetv2_50d_frn"), 128),
+    "timm resnetv2_50d_evos (EvoNorm)": (tm("resnetv2_50d_evos"), 128),
     "timm vit_tiny_patch16_224": (tm("vit_tiny_patch16_224"), 224),
     "timm swin_tiny_patch4_window7_224": (tm("swin_tiny_patch4_window7_224"), 224),
     "timm mixer_s32_224": (tm("mixer_s32_224"), 224),
