@@ -47,7 +47,33 @@ class _Finder:
             groups.setdefault(candidate.map, []).append(candidate)
         found = [part for group in groups.values() for part in self.roles.found(group)]
         found.sort(key=lambda f: min(self.flow.order[n] for n in f.fusions))
-        return _with_unique_names(found, path)
+        return _with_unique_names(self._merged(found), path)
+
+    def _merged(self, found: list[Found]) -> list[Found]:
+        """One block for maps that one layer computes from one G: they cannot be connected apart.
+
+        Coordinate attention has a map for the rows and one for the columns, behind a shared layer.
+        """
+        merged: dict[tuple[tuple[fx.Node, ...], frozenset[fx.Node]], Found] = {}
+        for item in found:
+            readers = frozenset(user for node in item.contexts for user in node.users if user in item.between)
+            key = (item.contexts, readers)
+            merged[key] = self._both(merged[key], item) if key in merged else item
+        return list(merged.values())
+
+    def _both(self, first: Found, second: Found) -> Found:
+        def in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+            return sorted(set(nodes), key=self.flow.order.__getitem__)
+
+        steps = {*first.block.transformation, *second.block.transformation}
+        fusions = tuple(in_order((*first.fusions, *second.fusions)))
+        between = first.between | second.between
+        block = dataclasses.replace(
+            first.block,
+            transformation=tuple(node.name for node in in_order(between) if node.name in steps),
+            fusion=tuple(node.name for node in fusions),
+        )
+        return dataclasses.replace(first, block=block, fusions=fusions, between=between)
 
     def _candidates(self, nodes: Iterable[fx.Node], maps: frozenset[fx.Node]) -> list[Candidate]:
         return [c for node in nodes for c in self._candidate(node, maps)]
