@@ -119,7 +119,8 @@ class _Search:
         for path, call, adds in self._calls("", inputs):
             if path and path not in calls:
                 calls[path] = call
-                unit = self._unit(path, call, residual=True) if adds else None
+                # A feature pyramid adds maps as well, of a dict of them.
+                unit = self._unit(path, call, residual=True) if adds and _takes_a_map(call) else None
                 if unit is not None:
                     adding[path] = unit
         kinds = {type(self.model.get_submodule(path)) for path in adding}
@@ -153,7 +154,7 @@ class _Search:
     def _calls_inside(
         self, path: str, module: nn.Module, inputs: Observed, reason: str
     ) -> Iterator[tuple[str, Observed, bool]]:
-        inside = observe(module, inputs)
+        inside = observe(module, inputs, self.evaluator)
         if isinstance(inside, str):
             raise TracingError(f"{path or type(module).__name__} could not be traced ({reason}) nor run ({inside}).")
         yield from self._outermost(path, inside)
@@ -204,7 +205,7 @@ class _Search:
 
     def _matching(self, where: str, inputs: Observed) -> dict[str, Unit]:
         """The outermost called modules whose paths match, residual or not."""
-        seen = observe(self.model, inputs)
+        seen = observe(self.model, inputs, self.evaluator)
         if isinstance(seen, str):
             raise TracingError(seen)
         paths = [path for path in seen if fnmatch.fnmatchcase(path, where)]
@@ -334,6 +335,11 @@ class _Shape:
         while len(users) == 1 and isinstance(self.modules.get(str(users[0].target)), nn.Identity):
             users = list(users[0].users)
         return users[0] if len(users) == 1 else None
+
+
+def _takes_a_map(call: Observed) -> bool:
+    """Whether the first input is a tensor, as that of every unit is."""
+    return any(isinstance(value, Tensor) for value in (*call.args[:1], *call.kwargs.values()))
 
 
 def _added(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

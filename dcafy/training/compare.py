@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from dcafy.complexity import complexity
 from dcafy.training.checkpoint import replace_file
+from dcafy.training.purposes import PURPOSES
 from dcafy.training.run import Request, Subject, finish, subject, train
 from dcafy.training.telling import Listener
 from dcafy.training.timing import step_times
@@ -126,8 +127,8 @@ def compare(
                 used.append(history.usage)
             if is_main:
                 finish(on, place)
-    sides = _sides(first, metrics, request.training.batch_size)
-    names = [name for name in metrics["original"][0] if name in ("top1", "top5")]
+    sides = _sides(request, first, metrics)
+    names = [name for name in metrics["original"][0] if name not in ("loss", "images")]
     differences = {
         name: paired_difference([row[name] for row in metrics["connected"]], [row[name] for row in metrics["original"]])
         for name in names
@@ -140,13 +141,20 @@ def compare(
     return comparison
 
 
-def _sides(first: dict[str, Subject], metrics: dict[str, list[dict[str, float]]], batch_size: int) -> dict[str, Side]:
-    example = first["original"].example
+def _sides(request: Request, first: dict[str, Subject], metrics: dict[str, list[dict[str, float]]]) -> dict[str, Side]:
+    purpose = PURPOSES[request.task]
+    task = purpose.task(request.training)
     models = {side: on.network for side, on in first.items()}
+    from accelerate.utils import send_to_device
+
     device = next(models["original"].parameters()).device
-    images = torch.rand(max(batch_size, 2), *example.shape[1:], device=device)
-    labels = torch.zeros(len(images), dtype=torch.long, device=device)
-    times = step_times(models, images, labels)
+    batch = purpose.batch(first["original"].ready, task, max(request.training.batch_size, 2))
+    images, labels = send_to_device(batch.inputs, device), send_to_device(batch.labels, device)
+
+    def loss(model: nn.Module, inputs: Any, labels: Any) -> Tensor:
+        return task.loss(model, batch._replace(inputs=inputs, labels=labels))[0]
+
+    times = step_times(models, images, labels, loss=loss)
     sides = {}
     for side, model in models.items():
         size = complexity(model, images)

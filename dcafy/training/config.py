@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from dcafy.configuration import check_choices, setting
+from dcafy.configuration import check_choices, nearest, setting
 from dcafy.errors import UsageError
 
-__all__ = ["DataOptions", "TrainingConfig"]
+__all__ = ["TASKS", "DataOptions", "TrainingConfig", "with_defaults_of"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class TrainingConfig:
     momentum: float = setting(0.9, "Momentum of sgd.")
     schedule: str = setting(
         "cosine",
-        "How the rates fall: cosine, to 0; step, by 10 every --step-epochs (paper 4.1); constant.",
-        choices=("cosine", "step", "constant"),
+        "How the rates fall: cosine, to 0; step, by 10 every --step-epochs (paper 4.1); multistep, by 10 at 2/3 and "
+        "again at 11/12 of the run (usual for detectors); constant.",
+        choices=("cosine", "step", "multistep", "constant"),
     )
     step_epochs: int = setting(30, "Epochs between two steps of the schedule.")
     warmup_epochs: float = setting(0.0, "Epochs over which the rates rise from 0.")
@@ -110,3 +114,29 @@ def _at_least(name: str, value: float, least: float) -> None:
 def _within(option: str, value: float, least: float, most: float, expected: str, *, closed: bool = False) -> None:
     if not (least <= value if closed else least < value) or not value < most:
         raise UsageError(f"{option} must be {expected}, not {value}.")
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "classification": {},
+    "detection": {"optimizer": "sgd", "schedule": "multistep", "epochs": 12, "batch_size": 16},
+}
+"""What a network can be trained for -> the defaults that are others for it."""
+
+_DETECTION_RATE = 0.01 / 16
+"""RetinaNet's learning rate for each image of a batch: 0.01 with 16 (Lin et al., 2017, arXiv 1708.02002, 4.1)."""
+
+
+def with_defaults_of(task: str, config: TrainingConfig, given: Iterable[str]) -> TrainingConfig:
+    """``config`` with the defaults of ``task`` for everything that was not given.
+
+    >>> chosen = with_defaults_of("detection", TrainingConfig(batch_size=4), ["batch_size"])
+    >>> chosen.optimizer, chosen.schedule, chosen.lr
+    ('sgd', 'multistep', 0.0025)
+    """
+    if task not in TASKS:
+        raise UsageError(f"--task {task!r} is not known.{nearest(task, list(TASKS))} Use one of: {', '.join(TASKS)}.")
+    kept = set(given)
+    config = dataclasses.replace(config, **{name: value for name, value in TASKS[task].items() if name not in kept})
+    if task == "detection" and config.lr is None and config.optimizer == "sgd":
+        config = dataclasses.replace(config, lr=_DETECTION_RATE * config.batch_size)
+    return config

@@ -33,7 +33,8 @@ Images = Sequence[tuple[Image.Image, int]]
 class Data:
     """Training and validation images, each a sequence of (picture, label), and the names of the classes.
 
-    ``drawn``: whether the pictures are small drawings (digits, clothes) which a flip would turn into others.
+    ``drawn``: whether the pictures are small drawings (digits, clothes) which a flip would turn into others. ``amiss``:
+    what was found wrong with the labels, and what was done about it.
     """
 
     spec: str
@@ -41,6 +42,7 @@ class Data:
     val: Any
     classes: tuple[str, ...]
     drawn: bool = False
+    amiss: tuple[str, ...] = ()
 
 
 class FileImages(Dataset[tuple[Image.Image, int]]):

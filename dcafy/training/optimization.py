@@ -50,6 +50,7 @@ def scheduler_for(optimizer: torch.optim.Optimizer, config: TrainingConfig, step
     falls: dict[str, Callable[[float], float]] = {
         "constant": lambda step: 1.0,
         "step": lambda step: 0.1 ** (step // (config.step_epochs * steps)),
+        "multistep": lambda step: 0.1 ** sum(12 * step >= part * total for part in (8, 11)),
         "cosine": lambda step: 0.5 * (1 + math.cos(math.pi * min(max(step - warmup, 0) / max(total - warmup, 1), 1))),
     }
     fall = falls[config.schedule]

@@ -30,12 +30,11 @@ from dcafy.sources import open_model
 from dcafy.tables import printable
 from dcafy.training.checkpoint import replace_file
 from dcafy.training.config import DataOptions, TrainingConfig
-from dcafy.training.data import Data, open_data
-from dcafy.training.head import reheaded
+from dcafy.training.data import Data
 from dcafy.training.history import History
 from dcafy.training.loop import finetune
 from dcafy.training.order import derived_seed
-from dcafy.training.preparation import Prepared, augmentation, preparation
+from dcafy.training.purposes import PURPOSES, Ready
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
 
 __all__ = [
@@ -68,6 +67,7 @@ class Request:
     images: DataOptions = field(default_factory=DataOptions)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seeds: int = 0
+    task: str = "classification"
 
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""
@@ -77,55 +77,40 @@ class Request:
         elif rest and kind == "torchvision":
             name, second, root = rest.partition(":")
             rest = f"{name}{second}{os.path.abspath(root) if root else ''}"
+        elif rest and kind == "coco":
+            rest = ":".join(os.path.abspath(part) if part else "" for part in rest.split(":"))
         model = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
         return dataclasses.replace(self, model=model, data=f"{kind}{colon}{rest}")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained on what: a network, connected or not, the data made ready for it, and its new layers."""
+    """What is trained on what: a network, connected or not, its data, and the data made ready for it."""
 
     network: nn.Module
     data: Data
-    train: Any
-    val: Any
-    example: torch.Tensor
-    new_layers: tuple[str, ...]
-
-
-class _Shown:
-    """Pictures with the way in which they are made ready."""
-
-    def __init__(self, pictures: Any, transform: Prepared) -> None:
-        self.pictures, self.transform_sample = pictures, transform
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.pictures[index]
+    ready: Ready
 
 
 def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: bool = False) -> Subject:
-    """The network that ``request`` names with a classifier for its data, connected or not, and the data.
+    """The network that ``request`` names with a head for its data, connected or not, and the data.
 
-    Whatever is new in the network follows from ``seed``; the classifier is the same whether it is connected or not.
+    Whatever is new in the network follows from ``seed``; the head is the same whether it is connected or not.
     """
-    data = open_data(request.data, request.images)
+    purpose = PURPOSES[request.task]
+    data = purpose.open_data(request.data, request.images)
     source = open_model(request.model, arch=request.arch, settings=request.settings, trust_pickle=trust_pickle)
     network = source.model
-    how = preparation(network, request.arch or request.model, request.images.image_size)
-    example = torch.zeros(2, how.channels, *how.size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, 2))
-        new = reheaded(network, len(data.classes), example)
+        ready = purpose.ready(network, data, request)
         if any(True for _ in connected_modules(network)):
             if request.conversion != Conversion():
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
                 )
         elif connect:
-            network = converted_as(network, request.conversion, example_inputs=example, copy=False)
+            network = converted_as(network, request.conversion, example_inputs=ready.example, copy=False)
         elif request.conversion.attention is not None:
             from dcafy.insert import insert
 
@@ -136,12 +121,10 @@ def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: 
                 reduction=chosen.attention_reduction,
                 where=chosen.where,
                 init=chosen.init,  # type: ignore[arg-type]
-                example_inputs=example,
+                example_inputs=ready.example,
                 copy=False,
             )
-    varied = augmentation(request.images, drawn=data.drawn)
-    parts = _Shown(data.train, Prepared(how, varied)), _Shown(data.val, Prepared(how))
-    return Subject(network, data, *parts, example, new)
+    return Subject(network, data, ready)
 
 
 def train(
@@ -152,12 +135,13 @@ def train(
     strict = (_Strict(),) if request.images.strict else ()
     return finetune(
         on.network,
-        on.train,
-        on.val,
+        on.ready.train,
+        on.ready.val,
         config,
+        task=PURPOSES[request.task].task(config),
         directory=directory,
         resume=resume,
-        new_layers=on.new_layers,
+        new_layers=on.ready.new_layers,
         listener=Several((*strict, JsonLines(directory / LOG), *listeners)),
     )
 
@@ -229,9 +213,11 @@ def read_request(directory: Path) -> Request:
         raise CheckpointError(f"{shown} was not written by this version of dcafy finetune.")
     try:
         parts = {name: from_mapping(kind, data.pop(name)) for name, kind in _PARTS.items()}
-        expected = {"model": str, "data": str, "arch": (str, type(None)), "settings": dict, "seeds": int}
+        expected = {"model": str, "data": str, "arch": (str, type(None)), "settings": dict, "seeds": int, "task": str}
         if data.keys() != expected.keys() or not all(isinstance(data[k], kind) for k, kind in expected.items()):  # type: ignore[arg-type]
             raise UsageError("its entries are not those of a request")
+        if data["task"] not in PURPOSES:
+            raise UsageError(f"its task {data['task']!r} is not known")
         return Request(**data, **parts)
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{shown} is damaged: {printable(str(error)[:200])}. Start the run anew.") from error

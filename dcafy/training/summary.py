@@ -63,10 +63,11 @@ def of_comparison(comparison: Comparison) -> str:
     sides = {"original": comparison.original, "connected": comparison.connected}
     table = Table(title=f"Seeds {', '.join(map(str, comparison.seeds))}", title_justify="left")
     table.add_column("network")
-    for column in ("top1", "top5", "parameters", "GFLOPs", "s/step"):
+    measured = tuple(comparison.differences)
+    for column in (*measured, "parameters", "GFLOPs", "s/step"):
         table.add_column(column, justify="right")
     for name, side in sides.items():
-        means = [_mean([row[metric] for row in side.metrics]) for metric in ("top1", "top5")]
+        means = [_mean([row[metric] for row in side.metrics]) for metric in measured]
         table.add_row(
             name,
             *(f"{mean:.2%}" for mean in means),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,23 @@ from torch.nn import functional as F
 __all__ = ["step_times"]
 
 
+def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(images), labels)
+
+
 def step_times(
-    models: Mapping[str, nn.Module], images: Tensor, labels: Tensor, *, rounds: int = 7, warmup: int = 2
+    models: Mapping[str, nn.Module],
+    images: Any,
+    labels: Any,
+    *,
+    loss: Callable[[nn.Module, Any, Any], Tensor] = _cross_entropy,
+    rounds: int = 7,
+    warmup: int = 2,
 ) -> dict[str, list[float]]:
     """Name -> seconds of each of ``rounds`` training steps, the networks in turns and every round in another order.
 
-    A step is forward, backward and SGD with momentum. The networks are copied and not changed. Give one twice under two
-    names to see what the machine's noise makes of equal things.
+    A step is forward, ``loss`` of (model, images, labels), backward and SGD with momentum. The networks are copied and
+    not changed. Give one twice under two names to see what the machine's noise makes of equal things.
     """
     copies = {name: copy.deepcopy(model).train() for name, model in models.items()}
     optimizers = {
@@ -32,25 +43,26 @@ def step_times(
     with torch.random.fork_rng(devices=[]):
         for number in range(warmup + rounds):
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                seconds = _step(copies[name], optimizers[name], images, labels)
+                seconds = _step(copies[name], optimizers[name], lambda model: loss(model, images, labels))
                 if number >= warmup:
                     taken[name].append(seconds)
     return taken
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
-    _wait(images)
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[nn.Module], Tensor]) -> float:
+    _wait(model)
     start = time.perf_counter()
     optimizer.zero_grad()
-    torch.autograd.backward(F.cross_entropy(model(images), labels))
+    torch.autograd.backward(loss(model))
     optimizer.step()
-    _wait(images)
+    _wait(model)
     return time.perf_counter() - start
 
 
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def _wait(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def median_ratio(one: list[float], other: list[float]) -> float:

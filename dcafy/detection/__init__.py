@@ -1,0 +1,31 @@
+"""Detectors: trained and measured on boxes, with connected backbones (the paper's Table 3).
+
+The names are resolved when they are first used, as those of ``dcafy`` are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcafy.detection.coco import CocoImages, open_coco
+    from dcafy.detection.synthetic import write_shapes
+    from dcafy.detection.task import AveragePrecision, Boxes, Detection
+
+_HOME = {
+    "AveragePrecision": "task",
+    "Boxes": "task",
+    "CocoImages": "coco",
+    "Detection": "task",
+    "open_coco": "coco",
+    "write_shapes": "synthetic",
+}
+
+__all__ = ["AveragePrecision", "Boxes", "CocoImages", "Detection", "open_coco", "write_shapes"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dcafy.detection' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dcafy.detection.{_HOME[name]}"), name)

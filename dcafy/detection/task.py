@@ -1,0 +1,146 @@
+"""Detection as the training loop sees it: a detector's own losses, and the average precisions of COCO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.errors import InputError, UsageError
+from dcafy.training.config import TrainingConfig
+from dcafy.training.order import Sample
+from dcafy.training.tasks import Batch, Meter
+from dcafy.usage import evaluating
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["AveragePrecision", "Boxes", "Detection"]
+
+_NAMES = {"AP": "map", "AP50": "map_50", "AP75": "map_75", "APS": "map_small", "APM": "map_medium", "APL": "map_large"}
+"""The columns of the paper's Table 3 -> torchmetrics' names."""
+
+_UNUSED = ("mixup", "cutmix", "label_smoothing")
+
+
+class Boxes:
+    """(picture, target) -> (tensor ``[3, H, W]`` of values from 0 to 1, target with boxes ``[N, 4]`` as plain tensors).
+
+    A detector resizes and normalises its images itself. ``augment``: ``standard`` flips half of them, ``none`` none.
+    """
+
+    def __init__(self, augment: str = "none") -> None:
+        from torchvision.transforms import v2
+
+        ways: dict[str, list[Any]] = {"none": [], "standard": [v2.RandomHorizontalFlip(0.5)]}
+        ways["auto"] = ways["standard"]
+        if augment not in ways:
+            raise UsageError(
+                f"--augment {augment} cuts pictures to one size and knows of no boxes. With --task detection it is "
+                "none or standard (a flip)."
+            )
+        self.steps = v2.Compose([*ways[augment], v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+
+    def __call__(self, picture: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        image, shown = self.steps(picture, target)
+        # The loop compares, gathers and indexes plain tensors, whose subclasses would check boxes at every step.
+        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in shown.items()}
+
+
+class Detection:
+    """The sum of a detector's own losses, measured by average precision (the columns of the paper's Table 3).
+
+    The model is one of torchvision's detectors, or takes the same: a list of images ``[3, H, W]`` and, in training, a
+    list of targets with ``boxes`` (XYXY, pixels) and ``labels``. In training it gives a dictionary of losses, otherwise
+    a list of ``boxes``, ``scores`` and ``labels``.
+    """
+
+    headline = "AP"
+
+    def __init__(self, config: TrainingConfig) -> None:
+        for name in _UNUSED:
+            if getattr(config, name):
+                raise UsageError(f"--{name.replace('_', '-')} is for classifiers. Leave it out with --task detection.")
+
+    def check(self, model: nn.Module, sample: Sample) -> None:
+        image, target = sample.image, sample.label
+        if not isinstance(image, Tensor) or image.ndim != 3 or not isinstance(target, dict) or "boxes" not in target:
+            raise InputError("The data set gives no image tensor [C, H, W] with a target that has boxes and labels.")
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                found = model([image.to(next(model.parameters()).device)])
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(
+                    f"{type(model).__name__} is no detector: it does not run on a list of images "
+                    f"({' '.join(str(error).split())[:160]}). Name one such as torchvision:retinanet_resnet50_fpn."
+                ) from error
+        if not isinstance(found, list) or not found or not {"boxes", "scores", "labels"} <= set(found[0]):
+            raise InputError(f"{type(model).__name__} is no detector: it gives no list of boxes, scores and labels.")
+
+    def collate(self, samples: Sequence[Sample], *, training: bool) -> Batch:
+        targets = [{} if sample.label == -1 else sample.label for sample in samples]
+        indices = torch.tensor([sample.key[1] for sample in samples])
+        unreadable = tuple(name for sample in samples for name in sample.unreadable)
+        return Batch([sample.image for sample in samples], targets, indices, unreadable)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
+        losses = model(batch.inputs, batch.labels)
+        if not isinstance(losses, dict):
+            raise InputError(f"In training the network gives {type(losses).__name__}, not a dictionary of losses.")
+        return torch.stack([value.float() for value in losses.values()]).sum(), None
+
+    def meter(self) -> Meter:
+        return AveragePrecision()
+
+
+class AveragePrecision:
+    """AP, AP50, AP75 and AP of small, medium and large objects (under 32², under 96² pixels, and the rest).
+
+    They are COCO's, by torchmetrics and pycocotools: fractions, over IoU thresholds 0.50 to 0.95 but for AP50 and AP75,
+    with the 100 best detections of an image. What the data has no objects of is left out.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from torchmetrics.detection import MeanAveragePrecision
+
+            # The processes gather images themselves: some have one twice, to make their batches even.
+            self.metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
+        except (ImportError, ModuleNotFoundError) as error:
+            raise UsageError(
+                "Measuring detectors needs torchmetrics and pycocotools: pip install -e '.[detection]'."
+            ) from error
+        self.metric.warn_on_many_detections = False  # detectors give more; COCO counts the best 100
+        self.seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Adds what ``model`` finds in a batch."""
+        for index, found, target in zip(batch.indices.tolist(), model(batch.inputs), batch.labels, strict=True):
+            if target:
+                kept = {name: found[name].float() if name != "labels" else found[name] for name in _FOUND}
+                self.seen.append((index, _on_cpu(kept), _on_cpu(target)))
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        """The precisions over the images of all processes."""
+        from accelerate.utils import gather_object
+
+        images = {index: (found, target) for index, found, target in gather_object(self.seen)}
+        if not images:
+            raise InputError("None of the validation images can be read.")
+        self.metric.reset()
+        for index in sorted(images):
+            found, target = images[index]
+            self.metric.update([found], [{name: target[name] for name in _MEASURED}])
+        scores = self.metric.compute()
+        named = {name: float(scores[theirs]) for name, theirs in _NAMES.items()}
+        return {**{name: value for name, value in named.items() if value >= 0}, "images": float(len(images))}
+
+
+_FOUND = ("boxes", "scores", "labels")
+_MEASURED = ("boxes", "labels", "area", "iscrowd")
+
+
+def _on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in values.items()}
