@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dcafy.blocks import AttentionBlock, Chain, Link, Plan
 
-__all__ = ["as_text", "link_matches", "node_table", "plan_tables", "printable", "written"]
+__all__ = ["as_text", "counted", "link_matches", "node_table", "plan_tables", "printable", "written"]
 
 DEFAULT_CHANNEL_MATCH = "fc2"
 DEFAULT_SPATIAL_MATCH = "avg"
@@ -52,7 +52,7 @@ def plan_tables(plan: Plan) -> Iterator[RenderableType]:
     connected = [chain for chain in plan.chains if chain.links]
     alone = [chain for chain in plan.chains if not chain.links]
     for number, chain in enumerate(connected, start=1):
-        title = f"chain {number}: {_count(len(chain.blocks), 'block')}, {_count(len(chain.links), 'connection')}"
+        title = f"chain {number}: {counted(len(chain.blocks), 'block')}, {counted(len(chain.links), 'connection')}"
         yield _titled(title, _block_table(plan, [chain]))
     if alone:
         yield _titled("on their own: no connection leads to or from these blocks", _block_table(plan, alone))
@@ -119,9 +119,9 @@ def _natural_width(renderable: RenderableType) -> int:
 def _headline(plan: Plan) -> Text:
     counts = ", ".join(
         (
-            _count(len(plan.blocks), "attention block"),
-            _count(len(plan.chains), "chain"),
-            _count(len(plan.links), "connection"),
+            counted(len(plan.blocks), "attention block"),
+            counted(len(plan.chains), "chain"),
+            counted(len(plan.links), "connection"),
             f"{len(plan.skipped)} skipped",
         )
     )
@@ -199,5 +199,6 @@ def _name(name: str) -> Text:
     return Text(printable(name))
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """``1 block``, ``2 blocks``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -65,3 +65,20 @@ def test_quickstart_refuses_no_epochs(quickstart: ModuleType, capsys: pytest.Cap
         quickstart.main(["--epochs", "0"])
     assert refused.value.code == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_report_is_of_the_quickstarts_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    output = tmp_path / "report.html"
+    found = example("report").main(["-o", str(output), "--epochs", "1", "--seed", "1"])
+
+    assert len(found.plan.blocks) == 5
+    assert [side.title for side in found.sides] == ["original", "connected"]
+    assert found.drift is not None
+    assert not found.drift.identical  # the connected network was trained on
+    assert found.epochs.epochs == (1,)
+    assert found.pictures.names == tuple(f"digit {number}.png" for number in range(8))
+    text = output.read_text(encoding="utf-8")
+    assert "small MobileNetV3 on digits" in text
+    assert len(text) < 5_000_000

@@ -235,7 +235,7 @@ def _diamond(x: float, y: float, colour: str) -> str:
 
 def _group(kind: str, tip: str, body: str) -> str:
     """Something that can be pointed at; the report's page shows ``data-tip``, everything else the title."""
-    told = escape(tip)
+    told = escape(tip).replace("\n", "&#10;")  # XML reads a bare line end in an attribute as a blank
     return f'<g class="{kind}" tabindex="0" data-tip="{told}"><title>{told}</title>{body}</g>'
 
 

@@ -63,7 +63,7 @@ def report_command(
     page = output or (None if text else Path("report.html"))
     with contextlib.redirect_stdout(sys.stderr), _progress() as told:
         told("opening the network")
-        from dcafy.report import make_report, prepared_for, read_epochs
+        from dcafy.report import make_report, prepared_for, read_epochs, run_in
         from dcafy.sources import open_model
 
         # --arch is about weights in a file, be they MODEL's or ORIGINAL's.
@@ -74,6 +74,7 @@ def report_command(
         if against is not None:
             whose = arch if against in files else None
             other = open_model(against, arch=whose, trust_pickle=trust_pickle).model
+        run = run_in(model)
         findings = make_report(
             source.model,
             images,
@@ -81,10 +82,11 @@ def report_command(
             title=model,
             against=other,
             target=target,
-            how=prepared_for(source.model, source.architecture or "", image_size),
+            how=prepared_for(source.model, (source.architecture if model in files else "") or model, image_size),
             most=most,
             epochs=read_epochs(Path(model)),
             data=data,
+            options=run.images if run is not None else None,
             command=shlex.join(["dcafy", *sys.argv[1:]]),
             told=told,
         )
@@ -93,7 +95,7 @@ def report_command(
 
         from dcafy.report import print_findings
 
-        print_findings(findings, Console(highlight=False))
+        print_findings(findings, Console(highlight=False, width=None if sys.stdout.isatty() else 140))
     for row in findings.pictures.skipped:
         print(f"dcafy: left out {row.name}: {row.reason}", file=sys.stderr)
     if page is not None:
@@ -101,10 +103,12 @@ def report_command(
 
 
 def _described(findings: Findings) -> str:
-    blocks, images = len(findings.plan.blocks), len(findings.pictures)
+    from dcafy.tables import counted
+
+    blocks, images = len(findings.plan.blocks), counted(len(findings.pictures), "image")
     if not blocks:
-        return f"no attention blocks, so only numbers, of {images} images"
-    return f"{blocks} attention blocks, {len(findings.contributions)} connections, {images} images"
+        return f"no attention blocks, so only numbers, {images}"
+    return f"{counted(blocks, 'attention block')}, {counted(len(findings.contributions), 'connection')}, {images}"
 
 
 @contextlib.contextmanager

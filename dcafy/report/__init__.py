@@ -10,7 +10,7 @@
 
 from dcafy.report.epochs import EpochLog, read_epochs
 from dcafy.report.findings import Findings
-from dcafy.report.making import make_report, prepared_for
+from dcafy.report.making import make_report, prepared_for, run_in
 from dcafy.report.text import print_findings
 
-__all__ = ["EpochLog", "Findings", "make_report", "prepared_for", "print_findings", "read_epochs"]
+__all__ = ["EpochLog", "Findings", "make_report", "prepared_for", "print_findings", "read_epochs", "run_in"]

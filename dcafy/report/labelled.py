@@ -18,12 +18,14 @@ MOST_LABELLED = 512
 """Images that are looked at: each connection costs a pass over them."""
 
 
-def labelled_batches(spec: str, how: Preparation, *, batch_size: int = 32) -> list[tuple[Tensor, Tensor]]:
+def labelled_batches(
+    spec: str, how: Preparation, options: DataOptions, *, batch_size: int = 32
+) -> list[tuple[Tensor, Tensor]]:
     """Up to 512 validation images of ``--data``, evenly spread over them, in batches of (images, labels).
 
     Images that cannot be read are left out. Raises what :func:`dcafy.training.data.open_data` raises.
     """
-    source = open_data(spec, DataOptions()).val
+    source = open_data(spec, options).val
     prepare = Prepared(how)
     count = min(len(source), MOST_LABELLED)
     images, labels = [], []

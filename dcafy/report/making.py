@@ -19,9 +19,11 @@ from dcafy.report.labelled import labelled_batches
 from dcafy.report.output import replaced
 from dcafy.report.page import page
 from dcafy.report.pictures import as_pictures, read_pictures
+from dcafy.training.config import DataOptions
 from dcafy.training.preparation import Preparation, preparation
+from dcafy.training.run import REQUEST, Request, read_request
 
-__all__ = ["make_report", "prepared_for"]
+__all__ = ["make_report", "prepared_for", "run_in"]
 
 MOST = 64
 """How many images are looked at where nothing else is asked for."""
@@ -39,6 +41,7 @@ def make_report(
     most: int = MOST,
     epochs: EpochLog | None = None,
     data: str | None = None,
+    options: DataOptions | None = None,
     command: str = "",
     told: Callable[[str], None] = lambda _: None,
 ) -> Findings:
@@ -48,8 +51,8 @@ def make_report(
     with; a connected model is compared with itself without connections where it is absent. ``target``: the class for
     Grad-CAM; the predicted ones where absent. ``how``: how images are made ready; the way of the model's weights
     where absent. ``most``: images that are looked at. ``epochs``: :func:`dcafy.report.epochs.read_epochs` of a run.
-    ``data``: labelled images on which each connection is cut, a spec as for ``dcafy finetune --data``. ``told`` is
-    called with what is being done, step by step.
+    ``data``: labelled images on which each connection is cut, a spec as for ``dcafy finetune --data``; ``options``
+    say which of them are held out. ``told`` is called with what is being done, step by step.
 
     Raises ``UsageError`` for images that are none and for an output that cannot be written, before anything is
     computed; after any error ``output`` is as it was.
@@ -73,7 +76,7 @@ def make_report(
             pictures = as_pictures(images[:most], how)
         else:
             pictures = read_pictures(images, how, most=most)
-        batches = None if data is None else labelled_batches(data, how)
+        batches = None if data is None else labelled_batches(data, how, options or DataOptions())
         wanted = Wanted(
             title or type(model).__name__, against, target, epochs, batches, looks=write is not None, command=command
         )
@@ -87,14 +90,24 @@ def make_report(
 def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None) -> Preparation:
     """How images are made ready for ``model``: as its weights want them, in the size that it was converted with.
 
-    ``spec``: the ``torchvision:`` or ``timm:`` name of the model, where the model does not know it itself.
+    ``spec``: what the user called the model. The folder of a ``dcafy finetune`` run says how its images were made
+    ready; a ``torchvision:`` or ``timm:`` name stands for that of its weights. ``image_size``: another side, in pixels.
     """
+    run = run_in(spec)
+    if run is not None:
+        return preparation(model, run.arch or run.model, image_size or run.images.image_size)
     recipe = next((dca.recipe for _, _, dca in connected_modules(model)), None)
-    spec = spec or (recipe.model if recipe is not None else "") or ""
-    if image_size is None and not spec and recipe is not None and recipe.inputs is not None:
+    if recipe is not None and recipe.model is not None:
+        spec = recipe.model
+    elif image_size is None and recipe is not None and recipe.inputs is not None:
         first = from_data(recipe.inputs)[0]
         image_size = first.shape[-1] if isinstance(first, Tensor) and first.ndim == 4 else None
     return preparation(model, spec, image_size)
+
+
+def run_in(spec: str) -> Request | None:
+    """What the ``dcafy finetune`` run was asked for that lies in the folder ``spec``; ``None`` where none does."""
+    return read_request(Path(spec)) if spec and (Path(spec) / REQUEST).is_file() else None
 
 
 def _require_extra() -> None:

@@ -18,7 +18,7 @@ from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
 from dcafy.report.findings import MOST_CAMS, Findings
 from dcafy.report.thumbnails import data_uri, overlaid, small
-from dcafy.tables import printable
+from dcafy.tables import counted, printable
 
 __all__ = ["Plot", "Seen", "page"]
 
@@ -61,7 +61,7 @@ def page(findings: Findings) -> str:
         raise missing_extra("The report", error) from error
     parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=_percent, drawn=Markup, printable=printable)
+    environment.filters.update(percent=_percent, drawn=Markup, printable=printable, counted=counted)
     drawing = draw(findings.plan, lanes=findings.lanes, contributions=findings.contributions, shares=findings.shares)
     context: dict[str, Any] = {
         "style": Markup(parts["page.css"]),

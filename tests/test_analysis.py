@@ -1,0 +1,380 @@
+"""What the analysis says is what the network does: against hooks on the original's gates, and against captum itself."""
+
+from __future__ import annotations
+
+import copy
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from typing import Any
+
+import networks
+import pytest
+import timm
+import torch
+import torchvision
+from captum.attr import LayerGradCam
+from torch import Tensor, nn
+from trained import seeded
+
+import dcafy
+from dcafy.analysis import AttentionValues, Lane, attention_values, contributions, draw, grad_cam
+from dcafy.analysis.draw import lanes_by_name
+from dcafy.analysis.tapped import tapped
+from dcafy.errors import InputError, NoAttentionError, UsageError
+
+SIZE = 64
+
+
+def images(count: int = 3) -> Tensor:
+    with seeded(7):
+        return torch.rand(count, 3, SIZE, SIZE)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Batch norms and biases that differ, so that attention differs from image to image."""
+    with seeded(0), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.3, 0.8)
+                module.weight.uniform_(0.7, 1.4)
+    return model.eval()
+
+
+def with_betas(model: nn.Module, value: float = 0.7) -> nn.Module:
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for connection in dcafy.connections(moved).values():
+            connection.beta.fill_(value)
+    return moved
+
+
+SE_NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    # network -> how it is built, the class of its attention, the gate in it
+    "torchvision mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, "SqueezeExcitation", "scale_activation"),
+    "torchvision efficientnet_b0": (torchvision.models.efficientnet_b0, "SqueezeExcitation", "scale_activation"),
+    "torchvision regnet_y_400mf": (torchvision.models.regnet_y_400mf, "SqueezeExcitation", "scale_activation"),
+    "timm seresnext26d_32x4d": (lambda: timm.create_model("seresnext26d_32x4d"), "SEModule", "gate"),
+    "timm legacy_seresnet18": (lambda: timm.create_model("legacy_seresnet18"), "SEModule", "sigmoid"),
+    "timm mobilenetv3_small_100": (lambda: timm.create_model("mobilenetv3_small_100"), "SqueezeExcite", "gate"),
+}
+
+
+def gates_by_hooks(
+    model: nn.Module, kind: str, gate: str, given: Tensor, like: nn.Module | None = None
+) -> list[Tensor]:
+    """What the gates of a network yield; their paths are those of ``like``, where classes are known."""
+    paths = [path for path, module in (like or model).named_modules() if type(module).__name__ == kind]
+    seen: list[Tensor] = []
+    handles = [
+        model.get_submodule(f"{path}.{gate}").register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
+        for path in paths
+    ]
+    with torch.no_grad():
+        model(given)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def same_values(found: tuple[AttentionValues, ...], wanted: list[Tensor]) -> bool:
+    assert len(found) == len(wanted) > 2
+    return all(torch.equal(block.values.flatten(1), gate.flatten(1)) for block, gate in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", SE_NETWORKS)
+def test_values_are_those_of_the_gates(name: str) -> None:
+    build, kind, gate = SE_NETWORKS[name]
+    with seeded(0):
+        model = lively(build())
+    given = images()
+    wanted = gates_by_hooks(model, kind, gate, given)
+    connected = dcafy.convert(model, example_inputs=given)
+    for network in (model, connected, dcafy.revert(connected)):
+        assert same_values(attention_values(network, given), wanted)
+    # One image after the other, they are the same to a rounding: kernels differ with the size of the batch.
+    for block, gates in zip(attention_values(model, given, batch_size=1), wanted, strict=True):
+        torch.testing.assert_close(block.values.flatten(1), gates.flatten(1), rtol=1e-2, atol=1e-3)
+    moved = with_betas(connected)
+    found = attention_values(moved, given)
+    assert not same_values(found, wanted)
+    if name.startswith("torchvision"):  # timm's gates are functions in modules of its own, which are entered
+        assert same_values(found, gates_by_hooks(moved, kind, gate, given, like=model))
+
+
+def test_values_of_gates_that_are_no_modules() -> None:
+    with seeded(0):
+        model = lively(networks.with_attention(networks.CBAM))
+    seen: dict[str, list[Tensor]] = {"channel": [], "spatial": []}
+    with_sigmoid = {"channel": networks.ChannelGate, "spatial": networks.SpatialGate}
+    for kind, gate in with_sigmoid.items():
+        for module in model.modules():
+            if isinstance(module, gate):  # it yields x · T: T is told by dividing
+                module.register_forward_hook(lambda _m, i, out, kind=kind: seen[kind].append(out / i[0]))
+    given = images()
+    with torch.no_grad():
+        model(given)
+    bare = copy.deepcopy(model)
+    found = attention_values(bare, given)
+    for kind, maps in seen.items():
+        own = [block for block in found if block.dimension == kind]
+        assert len(own) == len(maps) > 1
+        for block, ratio in zip(own, maps, strict=True):
+            whole = ratio.isfinite()
+            values = block.values.flatten(1)[..., None, None] if kind == "channel" else block.values
+            expanded = values.expand_as(ratio)
+            torch.testing.assert_close(expanded[whole], ratio[whole], rtol=1e-2, atol=1e-3)
+
+
+def test_looking_changes_nothing() -> None:
+    with seeded(0):
+        connected = dcafy.convert(torchvision.models.mobilenet_v3_small(), example_inputs=images()).train()
+    before = {name: value.clone() for name, value in connected.state_dict().items()}
+    modes = [module.training for module in connected.modules()]
+    paths = [path for path, _ in connected.named_modules()]
+    attention_values(connected, images())
+    grad_cam(connected, images())
+    assert [path for path, _ in connected.named_modules()] == paths
+    assert [module.training for module in connected.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in connected.state_dict().items())
+    assert all(parameter.grad is None for parameter in connected.parameters())
+
+
+def test_spread_and_share_near_half_by_hand() -> None:
+    block = AttentionValues("se", "channel", True, torch.tensor([[0.0, 0.5, 0.54, 1.0]]))
+    assert block.near_half == 0.5
+    assert block.mean == pytest.approx(0.51)
+    assert block.spread == pytest.approx(((0.51**2 + 0.01**2 + 0.03**2 + 0.49**2) / 4) ** 0.5)
+    histogram = block.histogram(bins=4)
+    assert histogram.edges == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert histogram.shares == (0.25, 0.0, 0.5, 0.25)
+
+
+def test_no_attention_gives_no_values() -> None:
+    assert attention_values(torchvision.models.resnet18(), images(1)) == ()
+
+
+@pytest.mark.parametrize("wrong", [torch.rand(3, 8, 8), torch.rand(0, 3, 8, 8), "cat.jpg"])
+def test_what_is_no_images(wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"\[N, C, H, W\]"):
+        attention_values(torchvision.models.mobilenet_v3_small(), wrong)
+
+
+# -- stages ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: timm.create_model("legacy_seresnet18"), ["layer1", "layer2", "layer3", "layer4"]),
+        (torchvision.models.mobilenet_v3_large, ["features.6", "features.12", "features.16"]),
+        (torchvision.models.regnet_y_400mf, [f"trunk_output.block{i}" for i in (1, 2, 3, 4)]),
+        (lambda: timm.create_model("efficientnet_b0"), ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "bn2"]),
+    ],
+)
+def test_stages_are_the_modules_that_a_reader_would_name(build: Callable[[], nn.Module], expected: list[str]) -> None:
+    model = build()
+    connected = dcafy.convert(model, verify=False)
+    for network in (model, connected, dcafy.revert(connected)):
+        seen = tapped(network)
+        assert [stage.name for stage in seen.stages] == expected
+        assert sorted(name for stage in seen.stages for name in stage.blocks) == sorted(seen.maps)
+
+
+# -- Grad-CAM --------------------------------------------------------------------------------------------
+
+
+def by_captum(model: nn.Module, stage: str, given: Tensor, targets: Tensor) -> Tensor:
+    inputs = given.clone().requires_grad_()
+    maps: Tensor = LayerGradCam(model, model.get_submodule(stage)).attribute(
+        inputs, target=targets, relu_attributions=True
+    )
+    return maps.detach()[:, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision mobilenet_v3_small", "timm legacy_seresnet18", "timm seresnext26d_32x4d"]
+)
+def test_grad_cam_is_the_librarys(name: str) -> None:
+    with seeded(0):
+        model = lively(SE_NETWORKS[name][0]())
+    given = images()
+    connected = dcafy.convert(model, example_inputs=given)
+    for network in (model, connected, dcafy.revert(connected)):
+        cams = grad_cam(network, given)
+        assert torch.equal(cams.targets, model(given).argmax(1))
+        assert len(cams.stages) >= 4
+        for stage in cams.stages:
+            assert torch.equal(stage.maps, by_captum(model, stage.name, given, cams.targets)), stage.name
+        assert cams.stages[-1].maps.max() > 0
+    moved = grad_cam(with_betas(connected), given, target=cams.targets)
+    assert not all(torch.equal(a.maps, b.maps) for a, b in zip(moved.stages[1:-1], cams.stages[1:-1], strict=True))
+
+
+def test_target_and_stages_are_what_was_asked_for() -> None:
+    with seeded(0):
+        model = lively(torchvision.models.resnet18())  # no attention: its stages are to be named
+    given = images()
+    cams = grad_cam(model, given, target=5, stages=("layer3",))
+    assert cams.targets.tolist() == [5, 5, 5]
+    assert torch.equal(cams.stages[0].maps, by_captum(model, "layer3", given, torch.full((3,), 5)))
+    with pytest.raises(NoAttentionError, match="stages="):
+        grad_cam(model, given)
+    with pytest.raises(UsageError, match="layer9"):
+        grad_cam(model, given, stages=("layer9",))
+    with pytest.raises(UsageError, match=r"no class 1000: .* 0 to 999"):
+        grad_cam(model, given, target=1000, stages=("layer4",))
+
+
+class Undecided(nn.Module):
+    """Its forward asks for the content of a tensor, so that its network is an island."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) < 0:
+            x = -x
+        scores: Tensor = self.head(self.inner(x)[:, :4])
+        return scores
+
+
+def test_islands_are_looked_into() -> None:
+    with seeded(0):
+        model = lively(Undecided(torchvision.models.mobilenet_v3_small(num_classes=4)))
+    given = images()
+    wanted = gates_by_hooks(model, "SqueezeExcitation", "scale_activation", given)
+    connected = dcafy.convert(model, example_inputs=given)
+    assert dcafy.inspect(model, example_inputs=given).islands == ("inner",)
+    for network in (model, connected):
+        assert same_values(attention_values(network, given), wanted)
+        cams = grad_cam(network, given)
+        assert [stage.name for stage in cams.stages][-1] == "inner.features.12"
+        for stage in cams.stages:
+            assert torch.equal(stage.maps, by_captum(model, stage.name, given, cams.targets))
+
+
+def test_grad_cam_needs_a_classifier() -> None:
+    model = nn.Sequential(networks.with_attention(networks.SELinear), nn.Unflatten(1, (-1, 1)))
+    with pytest.raises(InputError, match=r"\[N, classes\]"):
+        grad_cam(model, images())
+
+
+def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(UsageError, match=re.escape("pip install -e '.[report]'")):
+        grad_cam(torchvision.models.mobilenet_v3_small(), images(1))
+
+
+# -- contributions ---------------------------------------------------------------------------------------
+
+
+def test_contributions_by_hand() -> None:
+    connected = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
+    first = next(iter(dcafy.connections(connected).values()))
+    with torch.no_grad():
+        first.alpha.fill_(-1.0)
+        first.beta.fill_(3.0)
+    rows = contributions(connected)
+    assert [row.name for row in rows] == list(dcafy.connections(connected))
+    assert (rows[0].source, rows[0].target) == ("features.1.block.1", "features.4.block.2")
+    assert (rows[0].alpha, rows[0].beta, rows[0].ratio) == (-1.0, 3.0, 0.75)
+    assert rows[0].parameters == sum(parameter.numel() for parameter in first.parameters())
+    with pytest.raises(InputError, match="no connections"):
+        contributions(torchvision.models.mobilenet_v3_small())
+
+
+@pytest.mark.parametrize("topology", ["chain", "dense"])
+def test_contributions_name_source_and_target_in_every_topology(topology: str) -> None:
+    for model in (timm.create_model("skresnet18"), dcafy.insert(torchvision.models.resnet18(), "sk", init="paper")):
+        connected = dcafy.convert(model, topology=topology, verify=False)
+        rows = contributions(connected)
+        links = {(link.source, link.target) for link in connected.dca.recipe.plan.links}
+        assert {(row.source, row.target) for row in rows} == links
+        assert len({row.name for row in rows}) == len(rows) >= len(links)
+
+
+# -- the drawing -----------------------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def groups(svg: str, kind: str) -> list[ElementTree.Element]:
+    return [group for group in ElementTree.fromstring(svg).iter(f"{SVG}g") if group.get("class") == kind]
+
+
+def test_drawing_has_every_block_and_connection() -> None:
+    connected = dcafy.convert(dcafy.insert(torchvision.models.resnet18(), "cbam"), verify=False)
+    rows = contributions(connected)
+    shares = {row.name: i / len(rows) for i, row in enumerate(rows)}
+    plan = connected.dca.recipe.plan
+    svg = draw(plan, contributions=rows, shares=shares).svg
+    assert len(groups(svg, "block")) == len(plan.blocks) == 16
+    arcs = {group.get("data-tip", "").partition("\n")[0]: group for group in groups(svg, "arc")}
+    assert set(arcs) == {f"{link.source} → {link.target}" for link in plan.links}
+    widths = [
+        float(next(p for p in arcs[f"{r.source} → {r.target}"] if p.get("class") == "line").get("stroke-width", "0"))
+        for r in rows
+    ]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+    for row in rows:
+        tip = arcs[f"{row.source} → {row.target}"].get("data-tip", "")
+        assert f"α {row.alpha:.4g}, β {row.beta:.4g}" in tip
+        assert f"{row.parameters:,} parameters" in tip
+        assert f"message share {shares[row.name]:.1%}" in tip
+    # layer1 -> layer2: 64 to 128 channels, 56x56 to 28x28
+    marks = {kind: sum(bool(g.findall(f"{SVG}{tag}")) for g in arcs.values()) for kind, tag in MARKS.items()}
+    assert marks == {"channels": 3, "sizes": 3}
+
+
+MARKS = {"channels": "rect", "sizes": "polygon"}
+
+
+def test_drawing_of_a_plan_in_a_notebook() -> None:
+    plan = dcafy.inspect(timm.create_model("efficientnet_b0"))
+    svg = plan._repr_svg_()
+    assert len(groups(svg, "lane")) == 7  # blocks.0 to blocks.6
+    assert len(groups(svg, "arc")) == 15
+    assert draw(plan)._repr_svg_() == svg == str(draw(plan))
+
+
+def test_lanes_by_name_are_few() -> None:
+    plan = dcafy.inspect(torchvision.models.mobilenet_v3_large())
+    assert [lane.title for lane in lanes_by_name(plan)] == [f"features.{i}" for i in (4, 5, 6, 11, 12, 13, 14, 15)]
+    plan = dcafy.inspect(torchvision.models.mobilenet_v3_small())  # nine blocks in nine containers
+    assert lanes_by_name(plan) == (Lane("features", tuple(block.name for block in plan.blocks)),)
+
+
+def test_drawing_escapes_names() -> None:
+    class Named(nn.Sequential):
+        pass
+
+    model = Named()
+    hostile = '<script>alert("1")</script>&\x1b[31m'
+    model.add_module("stem", networks.conv_norm(3, 16))
+    model.add_module(hostile, nn.Sequential(networks.SELinear(16), networks.SELinear(16), networks.SELinear(16)))
+    svg = draw(dcafy.inspect(model, example_inputs=images())).svg
+    assert "<script" not in svg
+    assert "\x1b" not in svg
+    assert len(groups(svg, "block")) == 3
+
+
+def test_drawing_of_a_hundred_blocks_keeps_its_width() -> None:
+    block = dcafy.inspect(timm.create_model("efficientnet_b0")).blocks[0]
+    import dataclasses
+
+    blocks = tuple(dataclasses.replace(block, name=f"stage.{i}.{'x' * 80}") for i in range(100))
+    plan = dcafy.Plan(blocks, (dcafy.Chain("channel", tuple(b.name for b in blocks)),))
+    root = ElementTree.fromstring(draw(plan).svg)
+    _, _, width, height = map(float, root.get("viewBox", "").split())
+    assert width == 440
+    assert height > 100 * 24
+    texts = [text for group in groups(draw(plan).svg, "block") for text in group.iter(f"{SVG}text")]
+    assert len(texts) == 100
+    assert all(len(text.text or "") < 55 for text in texts)

@@ -1,0 +1,434 @@
+"""``dcafy report``: what is in the page, what a terminal is shown, and what becomes of bad input."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import dcafy
+from dcafy.analysis import attention_values, contributions
+from dcafy.cli import main
+from dcafy.errors import SourceError, UsageError
+from dcafy.report import EpochLog, make_report, prepared_for, read_epochs
+from dcafy.report.downloads import download
+from dcafy.report.output import replaced
+from dcafy.report.pictures import read_pictures
+from dcafy.report.text import sparkline
+from dcafy.training.preparation import Preparation
+from dcafy.usage import message_shares
+
+SMALL = "torchvision:mobilenet_v3_small"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run ``dcafy report`` in this process: arguments -> exit code, stdout, stderr."""
+    log = logging.getLogger("dcafy")
+    before = log.handlers, log.propagate, log.level
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dcafy", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    yield run
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(3):
+        picture(i).save(root / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def connected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A connected network with connections that say something, in a folder."""
+    model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
+    with torch.no_grad():
+        for i, connection in enumerate(dcafy.connections(model).values()):
+            connection.beta.fill_(0.1 * (i + 1))
+    root = tmp_path_factory.mktemp("connected") / "model"
+    dcafy.save(model.eval(), root)
+    return root
+
+
+class Page(HTMLParser):
+    """The parts of a page that tests ask for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sections: list[str] = []
+        self.files: dict[str, list[list[str]]] = {}
+        self.addresses: list[str] = []
+        self.images: list[str] = []
+        self.drawings: list[str] = []
+        self.scripts = 0
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.addresses += [given[name] for name in ("src", "href", "xlink:href", "srcset", "action") if name in given]
+        self.scripts += tag == "script"
+        if tag == "section":
+            self.sections.append(given["id"])
+        if "download" in given:
+            content = base64.b64decode(given["href"].partition("base64,")[2]).decode()
+            assert given["download"] not in self.files
+            self.files[given["download"]] = list(csv.reader(io.StringIO(content)))
+        if tag == "img":
+            self.images.append(given["alt"])
+        if tag == "svg":
+            self.drawings.append(given["aria-label"])
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path, connected: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    model = dcafy.load(connected)
+    output = tmp_path_factory.mktemp("page") / "report.html"
+    make_report(model, folder, output, title="my network", how=prepared_for(model, image_size=64), command="dcafy x")
+    return Page(output)
+
+
+def test_page_has_every_section(page: Page) -> None:
+    assert page.sections == ["chains", "values", "where", "connections", "numbers"]
+    assert "9 attention blocks, 8 connections,\n3 images" in page.text
+    assert f"torch {torch.__version__.partition('+')[0]}" in page.text
+    assert "dcafy x" in page.text
+
+
+def test_page_needs_nothing_but_itself(page: Page) -> None:
+    assert [address for address in page.addresses if not address.startswith(("data:", "#"))] == []
+    assert page.scripts == 1
+
+
+def test_every_figure_has_a_text_and_its_data(page: Page, folder: Path, connected: Path) -> None:
+    # the drawing, a histogram for each of nine blocks, contribution ratio and message share
+    assert len(page.drawings) == 1 + 9 + 2
+    assert all(page.drawings)
+    # of each of three images: two networks, the image itself and four stages
+    assert len(page.images) == 3 * 2 * (1 + 4)
+    assert all(page.images)
+    assert len(page.files) == 1 + 9 + 3 + 2 + 1
+    model = dcafy.load(connected).eval()
+    rows = page.files["connections.csv"]
+    assert rows[0] == [
+        "connection", "source", "target", "dimension", "alpha", "beta", "contribution", "message share", "parameters",
+    ]  # fmt: skip
+    images = read_pictures(folder, prepared_for(model, image_size=64), most=9).tensor
+    shares = message_shares(model, [images])
+    for row, known in zip(rows[1:], contributions(model), strict=True):
+        assert row[0] == known.name
+        assert [float(value) for value in row[4:8]] == pytest.approx(
+            [known.alpha, known.beta, known.ratio, shares[known.name]], rel=1e-4
+        )
+    for side, network in (("original", dcafy.revert(model)), ("connected", model)):
+        for block in attention_values(network, images):
+            table = page.files[f"attention-values-{block.name}.csv"]
+            column = [float(row[table[0].index(f"share of {side}")]) for row in table[1:]]
+            assert column == pytest.approx(block.histogram().shares, rel=1e-4)
+            assert f"{side}: spread {block.spread:.3f}, {100 * block.near_half:.1f} % near 0.5" in page.text
+
+
+def test_names_are_text(tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    images = tmp_path / "images"
+    images.mkdir()
+    picture(0).save(images / f"{hostile}.png")
+    (images / "$x_{broken}$<b>.png").write_bytes(b"no image")
+    (images / "=1+1.png").write_bytes(picture(1).tobytes())
+    inner = torchvision.models.mobilenet_v3_small()
+    model = nn.Sequential()
+    model.add_module("<script>alert(2)</script>", inner)
+    connected = dcafy.convert(model, verify=False)
+    log = EpochLog((1, 2), {"</svg><script>": (0.1, 0.2)}, {"</svg><script>": (0.1, 0.2)})
+    output = tmp_path / "report.html"
+    how = Preparation((64, 64), 64, (0.5,) * 3, (0.5,) * 3)
+    command = "dcafy report '</pre><script>'"
+    make_report(connected, images, output, title="</title><script>x", how=how, epochs=log, command=command)
+    found = Page(output)
+    assert found.scripts == 1
+    assert found.sections == ["chains", "values", "where", "connections", "numbers"]
+    assert any(hostile in text for text in found.images)
+    assert "onerror" not in re.sub(r'"[^"]*"', "", re.sub(r">[^<]*<", "><", output.read_text(encoding="utf-8")))
+    assert "$x_{broken}$<b>.png" in found.text
+    assert command in found.text
+
+
+def test_spreadsheets_get_no_formulas() -> None:
+    href = download("../=x", ("name", "value"), [("=1+1", 1.5), ("@a", -2.0), ("plain", 1)]).href
+    rows = base64.b64decode(href.partition("base64,")[2]).decode().splitlines()
+    assert rows == ["name,value", "'=1+1,1.5", "'@a,-2", "plain,1"]
+    assert download("../=x", (), ()).name == "x.csv"
+
+
+def test_spatial_maps_are_shown(tmp_path: Path, folder: Path) -> None:
+    model = dcafy.convert(dcafy.insert(torchvision.models.resnet18(), "cbam", init="paper"), verify=False)
+    output = tmp_path / "report.html"
+    make_report(model, folder, output, how=prepared_for(model, image_size=64))
+    found = Page(output)
+    maps = [text for text in found.images if "attention map of" in text]
+    assert len(maps) == 3 * 2 * 4  # images, networks, stages
+    assert "original: attention map of layer1.1.cbam.spatial on 0.png" in maps
+    assert "attention-maps-1-0.png.csv" in found.files
+
+
+def test_a_network_that_had_no_attention_is_the_other_side(tmp_path: Path, folder: Path) -> None:
+    plain = torchvision.models.resnet18()
+    model = dcafy.convert(plain, attention="se")
+    output = tmp_path / "report.html"
+    found = make_report(model, folder, output, against=plain, how=prepared_for(model, image_size=64))
+    assert found.drift is not None
+    assert found.drift.identical
+    assert [len(side.values) for side in found.sides] == [0, 8]
+    cams = [side.cams for side in found.sides]
+    assert cams[0] is not None
+    assert cams[1] is not None
+    for before, after in zip(cams[0].stages, cams[1].stages, strict=True):
+        assert before.name == after.name
+        torch.testing.assert_close(before.maps, after.maps)
+
+
+# -- the command -----------------------------------------------------------------------------------------
+
+
+def test_command_writes_a_page(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
+    output = tmp_path / "report.html"
+    code, out, err = command(connected, "--images", folder, "-o", output, "--image-size", 64, "--target", 7)
+    assert (code, "Traceback" in err) == (0, False)
+    assert re.fullmatch(r".*report\.html: 9 attention blocks, 8 connections, 3 images, 0\.\d MB\.\n", out)
+    found = Page(output)
+    assert found.text.count("original, class 7") == found.text.count("connected, class 7") == 3
+    assert f"dcafy report {connected}" in found.text
+    assert "Drift: the outputs on these images differ by up to" in found.text
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_command_takes_the_original(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
+    output = tmp_path / "report.html"
+    code, _, _ = command(connected, "--against", SMALL, "--images", folder, "-o", output, "--image-size", 64)
+    assert code == 0
+    numbers = re.findall(r"(original|connected)\s*(\d,\d{3},\d{3})\s*0\.\d+", Page(output).text)
+    assert numbers[0] == ("original", "2,542,856")
+    assert int(numbers[1][1].replace(",", "")) > 2_542_856
+
+
+def test_text_shows_chains_values_and_connections(command: Run, folder: Path, connected: Path) -> None:
+    code, out, _ = command(connected, "--images", folder, "--text", "--image-size", 64)
+    assert code == 0
+    assert not Path("report.html").exists()
+    assert "9 blocks, 8 connections" in out
+    assert re.search(r"features\.1\.block\.1 +connected +[ ▁-█]+ +\d\.\d{3} +[\d.]+%", out)
+    assert re.search(r"features\.11\.block\.2 +1\.0000 +\+0\.8000 +44\.4% +█{9} ", out)
+
+
+def test_text_needs_no_extra(command: Run, folder: Path, connected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "jinja2", "captum", "captum.attr"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert command(connected, "--images", folder, "--text", "--image-size", 64)[0] == 0
+    code, _, err = command(connected, "--images", folder, "-o", "r.html", "--image-size", 64)
+    assert code == 2
+    assert "matplotlib, which is not installed: pip install -e '.[report]'" in err
+
+
+def test_no_attention_still_gives_numbers(command: Run, tmp_path: Path, folder: Path) -> None:
+    output = tmp_path / "report.html"
+    code, out, _ = command("torchvision:resnet18", "--images", folder, "-o", output, "--image-size", 64)
+    assert code == 0
+    assert "no attention blocks, so only numbers" in out
+    found = Page(output)
+    assert "This network has no attention blocks" in found.text
+    assert "11,689,512" in found.text
+    assert found.images == []
+
+
+def test_cutting_connections_on_labelled_images(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
+    data = tmp_path / "data"
+    for label in ("a", "b"):
+        (data / label).mkdir(parents=True)
+        for i in range(5):
+            picture(i).save(data / label / f"{i}.png")
+    code, out, err = command(
+        connected, "--images", folder, "--text", "--image-size", 64, "--data", f"imagefolder:{data}"
+    )
+    assert code == 0, err
+    assert re.search(r"all of them +[+-]\d\.\d{4} +[+-]\d+\.\d\d points", out)
+
+
+def test_run_of_finetune_is_shown_over_epochs(tmp_path: Path, folder: Path, connected: Path) -> None:
+    names = list(dcafy.connections(dcafy.load(connected)))
+    rows = [
+        {"event": "begin"},
+        *(
+            {
+                "event": "epoch",
+                "epoch": epoch,
+                "connections": {
+                    name: {"alpha": 1, "beta": 0, "contribution": epoch / 10, "message_share": epoch / 100}
+                    for name in names
+                },
+            }
+            for epoch in (1, 2, 2, 3)
+        ),
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "ep')
+    log = read_epochs(tmp_path)
+    assert log is not None
+    assert log.epochs == (1, 2, 3)
+    assert log.contribution[names[0]] == (0.1, 0.2, 0.3)
+    assert log.message_share[names[-1]] == (0.01, 0.02, 0.03)
+    model = dcafy.load(connected)
+    make_report(model, folder, tmp_path / "r.html", how=prepared_for(model, image_size=64), epochs=log)
+    found = Page(tmp_path / "r.html")
+    assert found.files["Contribution-ratio-over-epochs.csv"][2] == ["2", *["0.2"] * 8]
+    assert len([label for label in found.drawings if "over 3 epochs" in label]) == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["no json", "[]", '{"event": "epoch", "epoch": 1}', '{"event": "epoch", "epoch": "x", "connections": {}}']
+)
+def test_damaged_log_is_told(tmp_path: Path, line: str) -> None:
+    (tmp_path / "log.jsonl").write_text(f"{line}\n")
+    with pytest.raises(SourceError, match=r"log\.jsonl"):
+        read_epochs(tmp_path)
+
+
+def test_no_log_is_none(tmp_path: Path) -> None:
+    assert read_epochs(tmp_path) is None
+
+
+# -- images ----------------------------------------------------------------------------------------------
+
+HOW = Preparation((32, 32), 32, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_every_kind_of_picture_is_read(tmp_path: Path) -> None:
+    grey = np.linspace(0, 255, 40 * 40).reshape(40, 40).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b sixteen.png")
+    Image.merge("RGB", [Image.fromarray(grey)] * 3).save(tmp_path / "c colour.png")
+    Image.merge("RGB", [Image.fromarray(grey)] * 3).convert("CMYK").save(tmp_path / "d cmyk.tiff")
+    Image.fromarray(grey).convert("P").save(tmp_path / "e palette.gif")
+    Image.merge("LA", [Image.fromarray(grey), Image.fromarray(grey)]).save(tmp_path / "f alpha.png")
+    (tmp_path / "g notes.txt").write_text("no image")
+    found = read_pictures(tmp_path, HOW, most=9)
+    assert [name[0] for name in found.names] == list("abcdef")
+    assert found.skipped == ()
+    assert found.tensor.shape == (6, 3, 32, 32)
+    for image in found.tensor[1:]:
+        torch.testing.assert_close(image, found.tensor[0], rtol=0, atol=0.03)
+    for shown, image in zip(found.shown, found.tensor, strict=True):
+        seen = torch.from_numpy(np.array(shown)).permute(2, 0, 1) / 255
+        torch.testing.assert_close(seen, image, rtol=0, atol=0.01)
+
+
+def test_broken_pictures_are_named_and_skipped(command: Run, tmp_path: Path, connected: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    picture(0).save(images / "b.png")
+    (images / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (images / "c.jpg").write_bytes((images / "b.png").read_bytes()[:300])
+    output = tmp_path / "report.html"
+    code, out, err = command(connected, "--images", images, "-o", output, "--image-size", 64)
+    assert code == 0
+    assert "8 connections, 1 image," in out
+    assert "left out a.png" in err
+    assert "left out c.jpg" in err
+    assert "a.png" in Page(output).text
+
+
+def test_most_images_says_how_many_are_left_out(folder: Path) -> None:
+    found = read_pictures(folder, HOW, most=2)
+    assert (len(found), found.left_out) == (2, 1)
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("dcafy: error")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_bad_input_is_one_clear_line(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "x.png").write_bytes(b"no image")
+    kept = tmp_path / "kept.html"
+    kept.write_text("the old one")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("--images", empty, "-o", kept), "has no images in it"),
+        (("--images", tmp_path / "nowhere", "-o", kept), "is no folder"),
+        (("--images", broken, "-o", kept), "can be read; x.png"),
+        (("--images", folder, "-o", tmp_path), "is a folder"),
+        (("--images", folder, "-o", tmp_path / "no" / "report.html"), "cannot be written: No such file"),
+        (("--images", folder, "-o", kept, "--target", 1000, "--image-size", 64), "There is no class 1000"),
+        (("--images", folder, "-o", kept, "--data", "imagenet"), "--data 'imagenet' is not known"),
+    ]
+    for arguments, message in cases:
+        code, out, err = command(connected, *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert message in one_line(err)
+    assert kept.read_text() == "the old one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty", "kept.html"]
+
+
+def test_a_full_disk_leaves_no_half_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("the old one")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UsageError, match="No space left"), replaced(path) as write:
+        write("new")
+    assert path.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_preparation_is_that_of_the_run(tmp_path: Path) -> None:
+    from dcafy.configuration import Conversion
+    from dcafy.training.config import DataOptions, TrainingConfig
+    from dcafy.training.run import Request, write_request
+
+    request = Request(SMALL, "digits", None, {}, Conversion(), DataOptions(image_size=96), TrainingConfig(), 0)
+    write_request(tmp_path, request)
+    how = prepared_for(torchvision.models.mobilenet_v3_small(), str(tmp_path))
+    assert how.size == (96, 96)
+    assert how.mean == pytest.approx((0.485, 0.456, 0.406))
+
+
+def test_sparklines_by_hand() -> None:
+    assert sparkline([0, 0.5, 1.0], 1.0) == " ▄█"
