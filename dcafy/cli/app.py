@@ -33,6 +33,12 @@ EXIT_CODES: dict[type[BaseException], int] = {
 }
 """What ended a command -> its exit code; a subclass has its base's. Anything else is a bug."""
 
+ON_THE_COMMAND_LINE = {
+    "example_inputs": " On the command line that is --input-size CxHxW.",
+    "dcafy.convert(model, attention='se') does both": " On the command line that is --attention se.",
+}
+"""Words of an error that mean Python -> what the command has for them."""
+
 log = logging.getLogger("dcafy")
 
 
@@ -57,8 +63,8 @@ def _reported() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(exit_code(error)) from None
     except errors.DcafyError as error:
-        translated = " On the command line that is --input-size CxHxW." if "example_inputs" in str(error) else ""
-        _complain(f"{error}{translated}")
+        hints = [hint for words, hint in ON_THE_COMMAND_LINE.items() if words in str(error)]
+        _complain(f"{error}{''.join(hints)}")
         raise typer.Exit(exit_code(error)) from None
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):

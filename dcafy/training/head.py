@@ -47,7 +47,11 @@ def reheaded(model: nn.Module, classes: int, images: Tensor) -> tuple[str, ...]:
     before = dict(model.named_modules())
     if hasattr(model, "reset_classifier") and hasattr(model, "pretrained_cfg"):
         model.reset_classifier(classes)  # type: ignore[operator]
-        changed = tuple(path for path, module in model.named_modules() if before.get(path) is not module)
+        changed = tuple(
+            path
+            for path, module in model.named_modules()
+            if before.get(path) is not module and any(True for _ in module.parameters())
+        )
     else:
         path = _last_layer(model, present, images)
         parent, _, name = path.rpartition(".")

@@ -47,7 +47,7 @@ def finetune(
     new_layers: tuple[str, ...] = (),
     listener: Listener | None = None,
 ) -> History:
-    """What a training of ``model``, in place, has measured.
+    """What a training of ``model``, in place, has measured; the model is in eval mode afterwards.
 
     ``train`` and ``val``: data sets of (image tensor ``[C, H, W]``, class number), with a length and an index each.
     Under one ``config.seed`` the order of the images, their random transforms and dropout are the same again, whatever
@@ -175,6 +175,7 @@ class _Run:
                 self._end_epoch()
         if self.average is not None:
             _take(self.model, self.average.module)
+        self.model.eval()
         found = self._usage()
         history = History(tuple(self.epochs), found, tuple(self.skipped))
         self.listener.ends(history)

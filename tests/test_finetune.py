@@ -1,0 +1,391 @@
+"""``dcafy finetune``: from a checkpoint to a better checkpoint, whatever happens on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dcafy
+from dcafy.cli import main
+from dcafy.training.compare import paired_difference
+from dcafy.training.config import DataOptions, TrainingConfig
+
+TESTS = Path(__file__).parent
+FACTORY = "finetune_factory:network"
+FACTORY_CODE = "from training_data import network\n"
+QUICK = ["--data", "digits", "--image-size", "16", "--batch-size", "64", "--cpu", "--usage-images", "64"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+    """Run the command in this process, in a folder with a factory: arguments -> exit code, stdout, stderr."""
+    log = logging.getLogger("dcafy")
+    before = log.handlers, log.propagate, log.level
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dcafy", "finetune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    yield run
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+    sys.modules.pop("finetune_factory", None)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes of grey squares, dark and bright, with two broken files among them."""
+    root = tmp_path / "pictures"
+    for label, name in enumerate(("dark", "bright")):
+        (root / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (24, 24), (40 + 150 * label + number,) * 3).save(root / name / f"{number}.png")
+    for name in ("dark/3.png", "bright/5.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:40])
+    return root
+
+
+def test_a_run_leaves_a_model_a_log_and_a_request(command: Run, tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    code, out, err = command(FACTORY, *QUICK, "--epochs", 2, "-o", "run", "--json-log", log)
+    assert code == 0
+    assert "epoch 2/2: loss" in err
+    assert "validation after 2 epochs" in out
+    assert "message share" in out
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows] == ["begin", "epoch", "epoch", "end"]
+    assert {"contribution", "message_share"} <= set(next(iter(rows[1]["connections"].values())))
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events.count("step") == 2 * (1438 // 64)
+    from training_data import network
+
+    loaded = dcafy.load(tmp_path / "run", network(classes=10))
+    assert all(connection.beta.item() != 0 for connection in dcafy.connections(loaded).values())
+
+
+def test_a_zoo_network_with_inserted_attention_and_a_new_head_is_loaded_by_itself(command: Run) -> None:
+    pytest.importorskip("timm")
+    code, _, _ = command("timm:test_resnet", "--attention", "se", *QUICK, "--epochs", 1, "-o", "run")
+    assert code == 0
+    model = dcafy.load("run")
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    code, _, _ = command("run", *QUICK, "--epochs", 1, "-o", "again")  # a folder is a MODEL
+    assert code == 0
+    assert len(dcafy.connections(dcafy.load("again"))) == len(dcafy.connections(model))
+
+
+def test_a_second_run_needs_a_folder_of_its_own(command: Run, tmp_path: Path) -> None:
+    assert command(FACTORY, *QUICK, "--epochs", 1, "-o", "run")[0] == 0
+    before = (tmp_path / "run/checkpoint.safetensors").read_bytes()
+    code, _, err = command(FACTORY, *QUICK, "--epochs", 1, "-o", "run")
+    assert code == 2
+    assert "--resume" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/letter.txt").write_text("dear")
+    code, _, err = command(FACTORY, *QUICK, "-o", "full")
+    assert code == 4
+    assert "letter.txt" in err
+    code, _, err = command(FACTORY, "-o", "run", "--resume", "--lr", 3)
+    assert code == 2
+    assert "was started with --lr" in err
+    assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_folder_does_not_choose_the_code_that_is_run(command: Run, tmp_path: Path) -> None:
+    assert command(FACTORY, *QUICK, "--epochs", 1, "-o", "run")[0] == 0
+    request = json.loads((tmp_path / "run/finetune.json").read_text())
+    request["model"] = "os:getcwd"
+    (tmp_path / "run/finetune.json").write_text(json.dumps(request))
+    code, _, err = command("run", "--resume")
+    assert code == 2
+    assert "is built by code: os:getcwd" in err
+    code, _, err = command(FACTORY, "-o", "run", "--resume")
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([FACTORY, "--data", "digitz", "-o", "run"], 2, "Did you mean 'digits'"),
+        ([FACTORY, "--data", "digits"], 2, "-o names no folder"),
+        ([FACTORY, "-o", "run"], 2, "--data names no images"),
+        (["torchvision:resnet19", "--data", "digits", "-o", "run"], 2, "resnet18"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--schedule", "cosin"], 2, "Did you mean 'cosine'"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--epoch", "3"], 2, "--epochs"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--mixup", "-1"], 2, "--mixup must be at least 0"),
+        (["nowhere", "--resume"], 2, "There is no run in 'nowhere'"),
+        (["torchvision:resnet18", "--data", "digits", "--image-size", "32", "-o", "run"], 3, "--attention se"),
+        ([FACTORY, "--data", "digits", "-o", "finetune_factory.py/run", "--image-size", "16"], 4, "run"),
+    ],
+)
+def test_mistakes_cost_nothing(command: Run, tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
+    ended, _, err = command(*arguments)
+    assert ended == code
+    assert says in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_pictures_are_named_counted_and_skipped(command: Run, pictures: Path) -> None:
+    arguments = [FACTORY, "--data", f"imagefolder:{pictures}", "--image-size", 16, "--batch-size", 4, "--epochs", 1]
+    code, out, err = command(*arguments, "-o", "run", "--cpu")
+    assert code == 0
+    assert "2 images could not be read and were skipped" in out
+    for name in ("dark/3.png", "bright/5.png"):
+        assert err.count(f"skipped, cannot be read: {pictures / name}") == 1
+    code, _, err = command(*arguments, "-o", "strict", "--strict", "--cpu")
+    assert code == 2
+    assert "--strict was given" in err
+
+
+def test_every_option_has_help(command: Run) -> None:
+    code, out, _ = command("--help")
+    assert code == 0
+    for kind in (TrainingConfig, DataOptions):
+        for item in dataclasses.fields(kind):
+            assert f"--{item.name.replace('_', '-')}" in out
+
+
+# --- killed -----------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "dcafy", "finetune", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(run: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and what was written to stderr, once the run has ended."""
+    _, err = run.communicate(timeout=300)
+    return run.returncode, err
+
+
+def written(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in load_file(file).items() if key.startswith(("model/", "optimizer/"))}
+
+
+LONG = [*QUICK, "--epochs", "3", "--checkpoint-steps", "2", "--augment", "shift"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_nothing_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
+    code, err = ended(start(tmp_path, FACTORY, *LONG, "-o", "whole"))
+    assert code == 0, err
+    moments, file, kills = random.Random(5), tmp_path / "cut/checkpoint.safetensors", 0
+    run = start(tmp_path, FACTORY, *LONG, "-o", "cut")
+    while kills < 4:
+        before, first = written(file), time.monotonic()
+        while written(file) == before and run.poll() is None:
+            assert time.monotonic() - first < 120
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.4)
+        if run.poll() is not None:
+            break
+        run.send_signal(signal.SIGKILL)
+        assert ended(run)[0] == -signal.SIGKILL
+        kills += 1
+        run = start(tmp_path, FACTORY, "-o", "cut", "--resume")
+    assert kills >= 2
+    code, err = ended(run)
+    assert code == 0, err
+    ours, theirs = tensors(file), tensors(tmp_path / "whole/checkpoint.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
+    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
+    run = start(tmp_path, FACTORY, *LONG, "--epochs", "50", "-o", "run")
+    file = tmp_path / "run/checkpoint.safetensors"
+    while not file.exists():
+        assert run.poll() is None, ended(run)[1]
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    code, err = ended(run)
+    assert code == 143
+    assert "dcafy finetune run --resume" in err
+    assert "Traceback" not in err
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+
+def torchrun(folder: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    return subprocess.run(
+        [sys.executable, *launch, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+PARALLEL = """
+import sys, torch
+from training_data import Stripes, connected
+from dcafy.training import TrainingConfig, finetune
+from dcafy.training.telling import Listener
+where, norm, fails = sys.argv[1], sys.argv[2] == "norm", "fails" in sys.argv
+config = TrainingConfig(epochs=2, batch_size=8, seed=3, cpu=True, usage_images=0, optimizer="sgd", lr=0.05)
+model = connected(norm)
+rank = int(__import__("os").environ.get("RANK", 0))
+class Failing(Stripes):
+    def __getitem__(self, index):
+        if fails and rank == 1 and index % 8 == 7:
+            raise RuntimeError("this process fails")
+        return super().__getitem__(index)
+history = finetune(model, Failing(), Stripes(21), config, directory=where)
+torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"{where}/rank{rank}.pt")
+"""
+
+
+def parallel(folder: Path, name: str, *arguments: str, processes: int) -> list[tuple[dict[str, torch.Tensor], dict]]:
+    (folder / "parallel.py").write_text(PARALLEL)
+    (folder / name).mkdir()
+    if processes == 2:
+        run = torchrun(folder, free_port(), "parallel.py", name, *arguments)
+    else:
+        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        run = subprocess.run(
+            [sys.executable, "parallel.py", name, *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 0, run.stderr
+    return [torch.load(folder / name / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_the_same_batches(tmp_path: Path) -> None:
+    (alone, alone_metrics), *_ = parallel(tmp_path, "one", "plain", processes=1)
+    (first, metrics), (second, _) = parallel(tmp_path, "two", "plain", processes=2)
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+    assert metrics["images"] == alone_metrics["images"] == 21
+    assert metrics["loss"] == pytest.approx(alone_metrics["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_with_batch_norm_end_alike(tmp_path: Path) -> None:
+    (first, _), (second, _) = parallel(tmp_path, "two", "norm", processes=2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_when_one_process_fails_the_other_does_not_wait(tmp_path: Path) -> None:
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    (tmp_path / "fails").mkdir()
+    start = time.monotonic()
+    run = torchrun(tmp_path, free_port(), "parallel.py", "fails", "plain", "fails")
+    assert run.returncode != 0
+    assert "this process fails" in run.stderr
+    assert time.monotonic() - start < 120
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
+    run = torchrun(tmp_path, free_port(), "-m", "dcafy", "finetune", FACTORY, *QUICK, "--epochs", "1", "-o", "run")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("validation after 1 epochs") == 1
+    assert (tmp_path / "run/dcafy.json").exists()
+    resumed = torchrun(tmp_path, free_port(), "-m", "dcafy", "finetune", FACTORY, "-o", "run", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+# --- did it help? -------------------------------------------------------------------------------------------
+
+
+def test_a_comparison(command: Run, tmp_path: Path) -> None:
+    code, out, _ = command(FACTORY, *QUICK, "--epochs", 1, "-o", "run", "--compare", "--seeds", 2)
+    assert code == 0
+    found = json.loads((tmp_path / "run/compare.json").read_text())
+    assert found["seeds"] == [0, 1]
+    for side in ("original", "connected"):
+        assert len(found[side]["metrics"]) == 2
+        assert found[side]["step_seconds"] > 0
+    assert found["connected"]["parameters"] > found["original"]["parameters"]
+    pairs = zip(found["connected"]["metrics"], found["original"]["metrics"], strict=True)
+    mean = sum(connected["top1"] - original["top1"] for connected, original in pairs) / 2
+    assert found["differences"]["top1"]["mean"] == pytest.approx(mean)
+    low, high = (found["differences"]["top1"][end] for end in ("low", "high"))
+    assert ("better" in out) == (low > 0 or found["differences"]["top5"]["low"] > 0)
+    assert low <= mean <= high
+    assert f"{100 * low:+.2f} to {100 * high:+.2f}" in out
+    assert len(found["usage"]) == 2
+    shutil.rmtree(tmp_path / "run/seeds/1-connected")
+    (tmp_path / "run/compare.json").unlink()
+    assert command(FACTORY, "-o", "run", "--resume")[0] == 0  # goes on where it was, and comes to the same
+    again = json.loads((tmp_path / "run/compare.json").read_text())
+    assert again["differences"] == found["differences"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict"),
+    [
+        ([0.9, 0.8, 0.85], [0.5, 0.45, 0.44], "better"),
+        ([0.5, 0.45, 0.44], [0.9, 0.8, 0.85], "worse"),
+        ([0.9, 0.4, 0.7], [0.5, 0.8, 0.6], "no difference that the seeds could show"),
+        ([0.9], [0.1], "one seed says nothing about chance: run more with --seeds"),
+    ],
+)
+def test_the_word_better_needs_an_interval_that_excludes_zero(one, other, verdict) -> None:
+    assert paired_difference(one, other).verdict == verdict
+
+
+def test_the_interval_is_students() -> None:
+    found = paired_difference([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
+    half = 3.182 * (5 / 3) ** 0.5 / 2  # t with 3 degrees of freedom, times the standard error
+    assert found.mean == 2.5
+    assert found.low == pytest.approx(2.5 - half, abs=1e-3)
+    assert found.high == pytest.approx(2.5 + half, abs=1e-3)
