@@ -167,6 +167,37 @@ def test_a_check_notices_what_it_is_for(subject: Any, check: str, monkeypatch: p
     assert run(broken) is not None
 
 
+class OneSize(torch.nn.Module):
+    """Takes images of one size, and does not notice without data."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 32 and x.device.type != "meta":
+            raise RuntimeError("32 pixels, please")
+        return x.sum((2, 3))
+
+
+@pytest.mark.zoo_quick
+def test_another_size_is_asked_of_the_original_first() -> None:
+    """A size that the original refuses says nothing; one that only the converted network refuses is a failure."""
+    subject = zoo_checks.Subject(OneSize(), (3, 32, 32), (3, 40, 40))
+    subject.converted = OneSize()
+    with pytest.raises(zoo_checks.NotApplicable, match="32 pixels, please"):
+        zoo_checks.check_sizes(subject)
+    subject.model = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match="32 pixels, please"):
+        zoo_checks.check_sizes(subject)
+
+
+@pytest.mark.zoo_quick
+@pytest.mark.parametrize(("start", "least", "most"), [(0.0, 0.1, 0.3), (1.0, 0.7, 1.1)])
+def test_gains_are_those_of_a_trained_network(start: float, least: float, most: float) -> None:
+    """A gain that starts at zero is no longer zero, and so small that a hundred such branches do not add up."""
+    gain = torch.full((1000,), start)
+    zoo_checks._move(gain, bias=False)
+    assert least <= gain.min() < gain.max() <= most
+    assert gain.unique().numel() > 900
+
+
 @pytest.mark.zoo_quick
 def test_the_score_counts_what_is_missed_and_what_is_beside(subject: Any) -> None:
     """Inside and around an expected module count, the latter through nothing but ``Sequential``."""

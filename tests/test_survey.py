@@ -1,0 +1,156 @@
+"""Looking at a network is quick and leaves nothing behind: what is computed, how often, and what is told."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from networks import SELinear, conv_norm
+from torch import Tensor, nn
+from trained import seeded
+
+import dcafy
+from dcafy.errors import TracingError
+from dcafy.trace.islands import Observed, observe
+from dcafy.trace.recorder import Recorder
+from dcafy.trace.values import Evaluator
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The classes of the modules that are recorded, one entry for each time."""
+    names: list[str] = []
+    record = Recorder.record
+
+    def counted(self: Recorder, model: nn.Module, *inputs: Any) -> Any:
+        names.append(type(model).__name__)
+        return record(self, model, *inputs)
+
+    monkeypatch.setattr(Recorder, "record", counted)
+    return names
+
+
+class Baking(nn.Module):
+    """A unit whose forward counts the rows of its input by itself, around attention if it has one."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv_norm(8, 8)
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(self.conv(x)) / int(x.shape[2])
+
+
+class Units(nn.Module):
+    """A stem, units, a head."""
+
+    def __init__(self, *units: nn.Module) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, 8, stride=2)
+        self.units = nn.Sequential(*units)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.units(self.stem(x)).mean((2, 3)))
+
+
+def test_all_baked_sizes_are_noticed_at_once(recorded: list[str]) -> None:
+    """However many modules bake a size, the network is recorded and compared once, and once more without them."""
+    with seeded(1):
+        model = Units(*[Baking(SELinear(8)) for _ in range(5)], SELinear(8), SELinear(8))
+    plan = dcafy.inspect(model.eval(), example_inputs=IMAGES)
+    told = {item.name for item in plan.skipped if item.reason.startswith("kept whole")}
+    assert told == {f"units.{i}" for i in range(5)}
+    assert [(link.source, link.target) for link in plan.links] == [("units.5", "units.6")]
+    assert 2 <= recorded.count("Units") <= 4
+
+
+def test_a_baked_size_is_no_news_where_nothing_is_emitted(recorded: list[str]) -> None:
+    """A network without attention has no graph that a size could be baked into: it is recorded once."""
+    plan = dcafy.inspect(Units(*[Baking(nn.Identity()) for _ in range(3)]).eval(), example_inputs=IMAGES)
+    assert plan.blocks == ()
+    assert plan.skipped == ()
+    assert recorded == ["Units"]
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+@pytest.mark.parametrize("example", [IMAGES, torch.rand(2, 7, 64, 64)], ids=["fits", "does not fit"])
+def test_garbage_is_collected_afterwards_as_before(collecting: bool, example: Tensor) -> None:
+    during: list[bool] = []
+
+    class Watching(Units):
+        def forward(self, x: Tensor) -> Tensor:
+            during.append(gc.isenabled())
+            return super().forward(x)
+
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        if example is IMAGES:
+            dcafy.inspect(Watching(), example_inputs=example)
+        else:
+            with pytest.raises(TracingError):
+                dcafy.inspect(Watching(), example_inputs=example)
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert during
+    assert not any(during)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("projected", [0, 3])
+def test_shapes_of_recurrent_layers(
+    kind: type[nn.RNNBase], batch_first: bool, bidirectional: bool, projected: int
+) -> None:
+    options = {"proj_size": projected} if kind is nn.LSTM else {}
+    layer = kind(6, 5, num_layers=2, batch_first=batch_first, bidirectional=bidirectional, **options)
+    output, state = layer(torch.rand(4, 7, 6))
+    seen, seen_state = Evaluator(torch.device("cpu")).module(layer, (torch.empty(4, 7, 6, device="meta"),), {})
+    assert seen.device.type == "meta"
+    assert seen.shape == output.shape
+    pairs = zip(seen_state, state, strict=True) if kind is nn.LSTM else [(seen_state, state)]
+    assert all(a.shape == b.shape for a, b in pairs)
+
+
+class Chooser(nn.Module):
+    """Needs data: it works on the rows that it chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.rows = nn.Sequential(nn.Linear(8, 6), nn.Softmax(1), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.conv(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        return self.rows(rows[torch.nonzero(rows.sum(1) > -1e9)[:, 0]])
+
+
+def test_a_guess_is_looked_at_without_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submodules are seen with the shapes that a real run gives them, and no convolution is computed for it."""
+    computed: list[torch.Size] = []
+    convolve = nn.Conv2d._conv_forward
+
+    def noted(self: nn.Conv2d, value: Tensor, *rest: Any) -> Tensor:
+        if value.device.type != "meta":
+            computed.append(value.shape)
+        return convolve(self, value, *rest)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", noted)
+    seen = []
+    for real in (IMAGES, torch.empty_like(IMAGES, device="meta")):
+        computed.clear()
+        example = Observed((torch.empty_like(IMAGES, device="meta"),), {}, (real,))
+        inside = observe(Chooser().eval(), example, Evaluator(torch.device("cpu")))
+        assert isinstance(inside, dict), inside
+        seen.append({path: observed.args[0].shape for path, observed in inside.items()})
+        assert bool(computed) == (real is IMAGES)
+    assert seen[0] == seen[1]
+    assert seen[0]["rows.2"] == (2 * 31 * 31, 6)
