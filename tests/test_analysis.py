@@ -161,6 +161,28 @@ def test_what_is_no_images(wrong: Any) -> None:
         attention_values(torchvision.models.mobilenet_v3_small(), wrong)
 
 
+class Moody(nn.Module):
+    """Attention in a forward that takes another path in training: it may not be written down as a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x + 0.1
+        return x * torch.sigmoid(self.fc(x.mean((2, 3))))[:, :, None, None]
+
+
+def test_a_map_that_cannot_be_read_is_told() -> None:
+    alone = nn.Sequential(nn.Conv2d(3, 8, 3), Moody(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert [block.name for block in dcafy.inspect(alone, example_inputs=images()).blocks] == ["1"]
+    seen = tapped(alone, images())
+    assert seen.maps == {}
+    assert [(row.name, "another path in training" in row.reason) for row in seen.unread] == [("1", True)]
+    assert attention_values(alone, images()) == ()
+
+
 # -- stages ----------------------------------------------------------------------------------------------
 
 

@@ -220,6 +220,40 @@ def test_a_network_that_had_no_attention_is_the_other_side(tmp_path: Path, folde
         torch.testing.assert_close(before.maps, after.maps)
 
 
+def test_two_different_networks_stand_side_by_side(tmp_path: Path, folder: Path) -> None:
+    model, other = torchvision.models.mobilenet_v3_small(), torchvision.models.mobilenet_v3_large(num_classes=7)
+    output = tmp_path / "report.html"
+    found = make_report(model, folder, output, title="small", against=other, how=prepared_for(model, image_size=64))
+    assert found.drift is None  # of 1000 and of 7 classes
+    assert [side.title for side in found.sides] == ["original", "small"]
+    assert [side.cams is not None and len(side.cams.stages) for side in found.sides] == [3, 4]
+    page = Page(output)
+    assert "original, features.16: where it looks" in "".join(page.images)
+    assert "small, features.12: where it looks" in "".join(page.images)
+
+
+def test_a_detector_has_values_and_no_grad_cam(tmp_path: Path, folder: Path) -> None:
+    from torchvision.models import detection
+
+    model = detection.fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=96
+    )
+    output = tmp_path / "report.html"
+    how = Preparation((64, 64), 64, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(dcafy.convert(model), folder, output, how=how, most=2)
+    assert [len(side.values) for side in found.sides] == [8, 8]
+    assert "no classifier" in found.no_cams
+    assert "There are no Grad-CAM maps: the network is no classifier" in Page(output).text
+
+
+def test_half_precision(folder: Path) -> None:
+    model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False).bfloat16()
+    found = make_report(model, folder, how=prepared_for(model, image_size=64))
+    assert found.sides[0].values[0].values.dtype is torch.bfloat16
+    assert found.drift is not None
+    assert found.drift.identical
+
+
 # -- the command -----------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ __all__ = ["COLOURS", "Drawing", "Lane", "draw", "lanes_by_name"]
 COLOURS: dict[str, str] = {"channel": "#0072B2", "spatial": "#D55E00"}
 """Okabe and Ito's blue and vermilion, which colour-blind people tell apart; on white and on black alike."""
 
-WIDTH, LARGEST = 440, 620
+WIDTH, LARGEST = 440, 540
 """Units across, which on a phone are about a pixel each; and the pixels that the drawing takes where there is room."""
 
 ROW, HEAD, LEGEND = 24, 26, 54
@@ -196,10 +196,9 @@ class _Sheet:
         source, target = self.plan.block(link.source), self.plan.block(link.target)
         channel, spatial = link_matches(self.plan, link)
         lines = [f"{printable(link.source)} → {printable(link.target)}"]
-        if channel:
-            lines.append(f"channel matching {channel}: {source.channels} to {target.channels}")
-        if spatial:
-            lines.append(f"spatial matching {spatial}: {_size(source)} to {_size(target)}")
+        lines.append(_change(f"{source.channels}", f"{target.channels}", channel, "channels"))
+        if source.size and target.size:
+            lines.append(_change(_size(source), _size(target), spatial, "positions"))
         for row in made:
             name = f"{row.name[len(link.target) :].partition('<-')[0]} " if len(made) > 1 else ""
             share = f", message share {self.shares[row.name]:.1%}" if row.name in self.shares else ""
@@ -237,6 +236,12 @@ def _group(kind: str, tip: str, body: str) -> str:
     """Something that can be pointed at; the report's page shows ``data-tip``, everything else the title."""
     told = escape(tip).replace("\n", "&#10;")  # XML reads a bare line end in an attribute as a blank
     return f'<g class="{kind}" tabindex="0" data-tip="{told}"><title>{told}</title>{body}</g>'
+
+
+def _change(before: str, after: str, match: str | None, what: str) -> str:
+    """How the source's extent becomes the target's: ``64 to 128 channels, matched by fc2``."""
+    changed = f"{before} to {after}" if before != after else after
+    return f"{changed} {what}" + (f", matched by {match}" if match else "")
 
 
 def _size(block: AttentionBlock) -> str:

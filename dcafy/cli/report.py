@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def report_command(
         from dcafy.sources import open_model
 
         # --arch is about weights in a file, be they MODEL's or ORIGINAL's.
-        files = [spec for spec in (model, against) if spec is not None and Path(spec).exists()]
+        files = [spec for spec in (model, against) if spec is not None and os.path.exists(spec)]
         whose = arch if model in files or not files else None
         source = open_model(model, arch=whose, settings=given, trust_pickle=trust_pickle)
         other = None
@@ -118,7 +119,8 @@ def _progress() -> Iterator[Callable[[str], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=STEPS)
 
         def told(what: str) -> None:

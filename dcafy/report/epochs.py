@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def read_epochs(folder: Path) -> EpochLog | None:
     is damaged; an incomplete last line is what a killed run leaves, and is not read.
     """
     path = folder / LOG
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     rows: dict[int, dict[str, dict[str, float]]] = {}
     try:

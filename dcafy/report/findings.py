@@ -96,27 +96,24 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
     connected = any(True for _ in connected_modules(model))
     other = wanted.against if wanted.against is not None or not connected else revert(model)
     told("finding attention")
-    copy = tapped(model, pictures.tensor[:2])
+    copy = tapped(model, _given(model, pictures)[:2])
     titled = [(CONNECTED if connected else wanted.title, model, copy)]
     if other is not None:
-        titled.insert(0, (ORIGINAL, other, tapped(other, pictures.tensor[:2])))
+        titled.insert(0, (ORIGINAL, other, tapped(other, _given(other, pictures)[:2])))
     told("predictions")
-    scores = [_outputs(tap.model, pictures.tensor) for _, _, tap in titled]
-    shown = pictures.tensor[:MOST_CAMS]
+    scores = [_outputs(tap.model, _given(network, pictures)) for _, network, tap in titled]
     reason = _no_cams(wanted, copy, scores[-1])
     sides = []
     for (title, network, tap), output in zip(titled, scores, strict=True):
+        given = _given(network, pictures)
         told(f"attention values, {title}")
-        values = values_of(tap, pictures.tensor, batch_size=BATCH)
+        values = values_of(tap, given, batch_size=BATCH)
         told(f"Grad-CAM, {title}")
-        cams = (
-            None
-            if reason
-            else cams_of(tap, shown, target=_target(wanted, output, scores[-1]), stages=_names(copy, tap))
-        )
-        sides.append(Side(title, values, cams, complexity(network, pictures.tensor[:1])))
+        target, stages = _target(wanted, output, scores[-1]), _names(copy, tap)
+        cams = None if reason or not stages else cams_of(tap, given[:MOST_CAMS], target=target, stages=stages)
+        sides.append(Side(title, values, cams, complexity(network, given[:1])))
     told("connections")
-    shares = message_shares(model, torch.split(pictures.tensor, BATCH)) if connected else {}
+    shares = message_shares(model, torch.split(_given(model, pictures), BATCH)) if connected else {}
     told("cutting connections" if wanted.data is not None else "numbers")
     return Findings(
         title=wanted.title,
@@ -155,11 +152,17 @@ def _lanes(copy: Tapped) -> tuple[Lane, ...]:
     return (*lanes, Lane("after the last stage", left)) if placed and left else tuple(lanes) or lanes_by_name(copy.plan)
 
 
+def _given(model: nn.Module, pictures: Pictures) -> Tensor:
+    """The images where the model is, in the precision that it computes with."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), pictures.tensor)
+    return pictures.tensor.to(first.device, first.dtype)
+
+
 def _outputs(model: nn.Module, images: Tensor) -> Any:
     """What the model yields, one tensor where every batch gives one."""
     with torch.no_grad():
         parts = [model(part) for part in torch.split(images, BATCH)]
-    return torch.cat(parts) if all(isinstance(part, Tensor) for part in parts) else parts
+    return torch.cat(parts).float().cpu() if all(isinstance(part, Tensor) for part in parts) else parts
 
 
 def _no_cams(wanted: Wanted, copy: Tapped, scores: Any) -> str:
@@ -181,10 +184,11 @@ def _target(wanted: Wanted, scores: Any, chosen: Tensor) -> int | Tensor | None:
 
 
 def _names(copy: Tapped, other: Tapped) -> tuple[str, ...]:
-    """The stages to look behind: those of the first network, where the other one has such modules as well."""
+    """The stages to look behind: a network's own; where it has no attention, those of the connected one."""
+    if other.points:
+        return tuple(other.points)
     modules = dict(other.model.named_modules())
-    same = all(name in other.points or name in modules for name in copy.points)
-    return tuple(copy.points if same else other.points)
+    return tuple(name for name in copy.points if name in modules)
 
 
 def _drift(original: Any, connected: Any) -> Drift | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
     ``spec``: what the user called the model. The folder of a ``dcafy finetune`` run says how its images were made
     ready; a ``torchvision:`` or ``timm:`` name stands for that of its weights. ``image_size``: another side, in pixels.
     """
-    run = run_in(spec)
+    run = run_in(spec) if spec else None
     if run is not None:
         return preparation(model, run.arch or run.model, image_size or run.images.image_size)
     recipe = next((dca.recipe for _, _, dca in connected_modules(model)), None)
@@ -107,7 +108,7 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
 
 def run_in(spec: str) -> Request | None:
     """What the ``dcafy finetune`` run was asked for that lies in the folder ``spec``; ``None`` where none does."""
-    return read_request(Path(spec)) if spec and (Path(spec) / REQUEST).is_file() else None
+    return read_request(Path(spec)) if os.path.isfile(os.path.join(spec, REQUEST)) else None
 
 
 def _require_extra() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from dcafy.analysis.draw import draw
@@ -35,21 +36,26 @@ class Plot:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture of the page and its alternative text."""
+    """A picture of the page, what stands above it, and its alternative text."""
 
     uri: str
     alt: str
+    caption: str
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One image, and where the networks look: ``rows`` of (network, one thumbnail for each column)."""
+    """One image, and where the networks look: ``rows`` of (network, its thumbnails)."""
 
     name: str
     picture: Thumbnail
-    columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Thumbnail, ...]], ...]
     data: Download
+
+    @property
+    def columns(self) -> int:
+        """How many pictures stand side by side."""
+        return 1 + max(len(thumbnails) for _, thumbnails in self.rows)
 
 
 def page(findings: Findings) -> str:
@@ -151,12 +157,16 @@ def _cams(findings: Findings) -> Iterator[Seen]:
             thumbnails = []
             for stage in cams.stages:
                 alt = f"{side.title}, {printable(stage.name)}: where it looks for class {target} in {name}"
-                thumbnails.append(Thumbnail(data_uri(overlaid(picture, stage.maps[i])), alt))
+                uri = data_uri(overlaid(picture, stage.maps[i]))
+                thumbnails.append(Thumbnail(uri, alt, printable(stage.name)))
                 data.append(((side.title, stage.name, target), stage.maps[i]))
             rows.append((f"{side.title}, class {target}", tuple(thumbnails)))
-        columns = tuple(printable(stage.name) for stage in looking[-1][1].stages)
         file = _map_data(f"grad-cam-{i + 1}-{name}", ("network", "stage", "class"), data)
-        yield Seen(name, Thumbnail(data_uri(small(picture)), name), columns, tuple(rows), file)
+        yield Seen(name, _whole(picture, name), tuple(rows), file)
+
+
+def _whole(picture: Image.Image, name: str) -> Thumbnail:
+    return Thumbnail(data_uri(small(picture)), name, "the image")
 
 
 def _map_data(name: str, kind: Sequence[str], maps: Sequence[tuple[tuple[object, ...], Tensor]]) -> Download:
@@ -187,12 +197,13 @@ def _spatial_maps(findings: Findings) -> Iterator[Seen]:
                 map_ = _as_map(block.values[i])
                 high = 1.0 if block.bounded else float(block.values.max())
                 alt = f"{side.title}: attention map of {printable(block.name)} on {name}"
-                drawn.append(Thumbnail(data_uri(overlaid(picture, map_, high=high)), alt))
+                uri = data_uri(overlaid(picture, map_, high=high))
+                drawn.append(Thumbnail(uri, alt, printable(block.name)))
                 data.append(((side.title, block.name), map_))
             if drawn:
                 rows.append((side.title, tuple(drawn)))
         file = _map_data(f"attention-maps-{i + 1}-{name}", ("network", "block"), data)
-        yield Seen(name, Thumbnail(data_uri(small(picture)), name), tuple(map(printable, chosen)), tuple(rows), file)
+        yield Seen(name, _whole(picture, name), tuple(rows), file)
 
 
 def _as_map(values: Tensor) -> Tensor:
