@@ -1,0 +1,387 @@
+"""Does connecting attention help? The paper's claim on small data, with the controls that it takes to judge it.
+
+    python benchmarks/accuracy.py                       # digits, and Fashion-MNIST where it is installed
+    python benchmarks/accuracy.py --only 'digits se*' --seeds 3 --report out.md
+
+Every row of the results (a JSONL, to which a stopped run adds) is one training of one network under one seed. Arms of
+one setting and seed start from the same weights, see the same images in the same order, and have the same budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import fnmatch
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dcafy
+from dcafy.training import TrainingConfig, finetune
+from dcafy.training.compare import paired_difference
+from dcafy.training.config import DataOptions
+from dcafy.training.data import open_data
+from dcafy.training.order import seeded
+from dcafy.training.pictures import with_channels
+
+SIDE = {"digits": 16, "cued": 16, "fashion": 28}
+NOISE = {"digits": 0.8, "cued": 0.3, "fashion": 0.5}
+SIZES = {"digits": (900, 800), "cued": (900, 800), "fashion": (4000, 2000)}
+CHANNELS = {"digits": 1, "cued": 3, "fashion": 1}
+WORDS = {
+    "digits": "scikit-learn's digits",
+    "cued": "two of scikit-learn's digits on top of one another, one in each of two channels, of which a small square in the "
+    "corner of a third channel says which one to name: what is needed is known from elsewhere in the image",
+    "fashion": "Fashion-MNIST",
+}
+"""Data -> side in pixels, standard deviation of the noise, images to train and to validate, channels, and what it is."""
+
+
+# --- networks and data --------------------------------------------------------------------------------------
+
+
+class Unit(nn.Module):
+    """A residual unit of two 3x3 convolutions."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """Three stages of two units, 8, 16 and 32 channels wide."""
+
+    def __init__(self, classes: int, channels: int, widths: tuple[int, ...] = (8, 16, 32)) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        units, inputs = [], widths[0]
+        for stage, width in enumerate(widths):
+            units += [Unit(inputs, width, 2 if stage else 1), Unit(width, width, 1)]
+            inputs = width
+        self.units = nn.Sequential(*units)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.units(self.stem(x)).mean((2, 3)))
+
+
+@functools.cache
+def images(name: str, classes: range) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
+    """Training and validation images of these classes, ``[channels, side, side]``, with noise that is always the same."""
+    spec = {"digits": "digits", "cued": "digits", "fashion": "fashion-mnist"}[name]
+    data = open_data(spec, DataOptions(val_fraction=0.45))
+    parts = []
+    for number, (source, most) in enumerate(zip((data.train, data.val), SIZES[name], strict=True)):
+        rows = []
+        with seeded(17, number):
+            for index in range(len(source)):
+                picture, label = source[index]
+                if label not in classes:
+                    continue
+                values = torchvision.transforms.functional.to_tensor(with_channels(picture, 1))
+                values = F.interpolate(values[None], size=SIDE[name], mode="bilinear", antialias=True)[0]
+                rows.append((2 * values - 1, label - classes.start))
+                if len(rows) == most:
+                    break
+            if name == "cued":
+                rows = [cued(row, rows[int(torch.randint(len(rows), ()))]) for row in rows]
+            rows = [(image + NOISE[name] * torch.randn(image.shape), label) for image, label in rows]
+        parts.append(rows)
+    return parts[0], parts[1]
+
+
+def cued(named: tuple[Tensor, int], other: tuple[Tensor, int]) -> tuple[Tensor, int]:
+    """Both pictures in channels of their own, in random order, and the cue which of them is to be named."""
+    first = bool(torch.rand(()) < 0.5)
+    cue = -torch.ones_like(named[0])
+    cue[:, :3, :3] = 1.0 if first else -1.0
+    pictures = (named[0], other[0]) if first else (other[0], named[0])
+    return torch.cat([*pictures, cue]), named[1]
+
+
+# --- arms -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training. ``prepare`` changes the network after it was converted, or is ``None`` for none.
+
+    ``order``: added to the seed of the order of the images. ``against``: the arm that it is compared with.
+    """
+
+    against: str | None
+    attention: bool = True
+    connect: bool = True
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prepare: Callable[[nn.Module], None] | None = None
+    order: int = 0
+    conversion: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def beta_at_zero(model: nn.Module) -> None:
+    for connection in dcafy.connections(model).values():
+        connection.beta.requires_grad_(False)
+        connection.match.requires_grad_(False)
+
+
+def beta_started(model: nn.Module) -> None:
+    with torch.no_grad():
+        for connection in dcafy.connections(model).values():
+            connection.beta.fill_(0.1)
+
+
+def match_near_identity(model: nn.Module) -> None:
+    for connection in dcafy.connections(model).values():
+        for layer in connection.match.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.eye_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
+SCRATCH = {
+    "vanilla": Arm(None, connect=False),
+    "vanilla, other order": Arm("vanilla", connect=False, order=1000),
+    "no attention": Arm("vanilla", attention=False, connect=False),
+    "connected": Arm("vanilla"),
+    "connected, α alone": Arm("vanilla", prepare=beta_at_zero),
+}
+
+TUNED = {
+    "continued": Arm(None, connect=False),
+    "continued, other order": Arm("continued", connect=False, order=1000),
+    "converted, rate x1": Arm("continued", options={"rate": 1}),
+    "converted, rate x10": Arm("continued", options={"rate": 10}),
+    "converted, rate x50": Arm("continued", options={"rate": 50}),
+    "converted, β from 0.1": Arm("continued", prepare=beta_started),
+    "converted, warm-up": Arm("continued", options={"warmup_epochs": 1.0}),
+    "converted, match near identity": Arm("continued", prepare=match_near_identity),
+    "converted, base frozen": Arm("continued", options={"freeze_base": True}),
+}
+
+TRANSFER = {
+    "continued": Arm(None, connect=False),
+    "converted": Arm("continued"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data, attention, and whether networks are trained anew (``scratch``), further (``tuned``) or on other classes."""
+
+    data: str
+    attention: str
+    regime: str
+    epochs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data} {self.attention} {self.regime}"
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        return {"scratch": SCRATCH, "tuned": TUNED, "transfer": TRANSFER}[self.regime]
+
+
+EPOCHS = {"digits": 8, "cued": 12, "fashion": 6}
+"""From scratch; further training has half of them."""
+
+SETTINGS = tuple(
+    Setting(data, attention, regime, EPOCHS[data] if regime == "scratch" else EPOCHS[data] // 2)
+    for regime in ("scratch", "tuned", "transfer")
+    for data in ("cued", "digits", "fashion")
+    for attention in ("se", "cbam", "gc")
+)
+
+
+def config(setting: Setting, seed: int, **options: Any) -> TrainingConfig:
+    """SGD with Nesterov momentum and a cosine, as in paper 4.1; connections at 10 times the rate where not said."""
+    rate = options.pop("rate", 10)
+    lr = 0.1 if setting.regime == "scratch" else 0.03
+    kept = {"batch_size": 64, "optimizer": "sgd", "epochs": setting.epochs, "lr": lr, "connection_lr": rate * lr}
+    return TrainingConfig(**{**kept, "seed": seed, "cpu": not torch.cuda.is_available(), **options})
+
+
+def fresh(setting: Setting, seed: int, classes: int, *, attention: bool = True) -> nn.Module:
+    """An untrained network; what all arms have in common is the same under one seed."""
+    side = SIDE[setting.data]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = SmallResNet(classes, CHANNELS[setting.data])
+        if attention:
+            model = dcafy.insert(model, setting.attention, init="paper", reduction=8,
+                                 example_inputs=torch.zeros(2, CHANNELS[setting.data], side, side))  # fmt: skip
+    return model
+
+
+def trained_vanilla(setting: Setting, seed: int, kept: dict[Any, Any]) -> nn.Module:
+    """A vanilla network, trained on all classes, or on the first half of them for ``transfer``."""
+    classes = range(5) if setting.regime == "transfer" else range(10)
+    key = (setting.data, setting.attention, classes, seed)
+    if key not in kept:
+        kept.clear()
+        model = fresh(setting, seed, len(classes))
+        train, val = images(setting.data, classes)
+        longer = dataclasses.replace(setting, regime="scratch", epochs=EPOCHS[setting.data])
+        finetune(model, train, val, config(longer, seed, usage_images=0))
+        kept[key] = model
+    return copy.deepcopy(kept[key])
+
+
+def run(setting: Setting, name: str, seed: int, kept: dict[Any, Any]) -> dict[str, Any]:
+    """One training: what it measured."""
+    arm = setting.arms[name]
+    classes = range(5, 10) if setting.regime == "transfer" else range(10)
+    train, val = images(setting.data, classes)
+    if setting.regime == "scratch":
+        model = fresh(setting, seed, len(classes), attention=arm.attention)
+    else:
+        model = trained_vanilla(setting, seed, kept)
+    new: tuple[str, ...] = ()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        if setting.regime == "transfer":
+            model.fc = nn.Linear(model.fc.in_features, len(classes))
+            new = ("fc",)
+        if arm.connect:
+            model = dcafy.convert(model, example_inputs=train[0][0].repeat(2, 1, 1, 1), **arm.conversion)
+        if arm.prepare is not None:
+            arm.prepare(model)
+    start = time.perf_counter()
+    history = finetune(model, train, val, config(setting, seed + arm.order, **arm.options), new_layers=new)
+    row = {
+        "setting": setting.name,
+        "arm": name,
+        "seed": seed,
+        "top1": history.metrics["top1"],
+        "loss": history.metrics["loss"],
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    if history.usage is not None:
+        own = history.usage.connections
+        row["beta"] = sum(abs(c.beta) for c in own) / len(own)
+        row["contribution"] = sum(c.contribution for c in own) / len(own)
+        row["message_share"] = sum(c.message_share for c in own) / len(own)
+        row["cut_top1"] = history.usage.accuracy_change
+        row["cut_loss"] = history.usage.loss_change
+    return row
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def points(values: Sequence[float], others: Sequence[float]) -> str:
+    found = paired_difference(values, others)
+    if found.low is None or found.high is None:
+        return f"{100 * found.mean:+.2f}"
+    mark = "" if found.verdict.startswith("no") else " **"
+    return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]{mark}"
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Every setting as a table: means over the seeds, paired differences with 95% intervals."""
+    lines = [
+        "# Does connecting attention help?",
+        "",
+        f"{time.strftime('%Y-%m-%d')}; dcafy {dcafy.__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {_device()}. Made by `python benchmarks/accuracy.py`.",
+        "",
+        "Top-1 accuracy on validation images in %, means over seeds; differences are paired by seed, in points, with "
+        "95% intervals (Student's t), marked ** where the interval excludes zero. *cut* is what setting β = 0 after "
+        "the training changes. A setting in which removing the attention costs nothing cannot judge connections.",
+        "",
+    ]
+    for setting in SETTINGS:
+        own = [row for row in rows if row["setting"] == setting.name]
+        if not own:
+            continue
+        lines += [f"## {setting.name}", "", _about(setting), ""]
+        lines += ["| arm | seeds | top1 | difference to | points | mean abs β | message share | cut, points |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for name, arm in setting.arms.items():
+            mine = {row["seed"]: row for row in own if row["arm"] == name}
+            if not mine:
+                continue
+            theirs = {row["seed"]: row for row in own if row["arm"] == arm.against}
+            both = sorted(mine.keys() & theirs.keys())
+            cells = [name, str(len(mine)), f"{100 * _mean(mine.values(), 'top1'):.2f}", arm.against or ""]
+            cells.append(points([mine[s]["top1"] for s in both], [theirs[s]["top1"] for s in both]) if both else "")
+            if "beta" in next(iter(mine.values())):
+                cells += [f"{_mean(mine.values(), 'beta'):.4f}", f"{100 * _mean(mine.values(), 'message_share'):.1f}%"]
+                cut = [row["cut_top1"] for row in mine.values()]
+                cells.append(points(cut, [0.0] * len(cut)))
+            lines.append("| " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _device() -> str:
+    return f"GPU {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU"
+
+
+def _about(setting: Setting) -> str:
+    size = " and ".join(
+        f"{n} images to {what}" for n, what in zip(SIZES[setting.data], ("train", "validate"), strict=True)
+    )
+    return (
+        f"{WORDS[setting.data][0].upper()}{WORDS[setting.data][1:]}. A residual network of six units (8, 16, 32 channels) "
+        f"with {setting.attention.upper()} in each; {size}, {SIDE[setting.data]} px, Gaussian noise of "
+        f"{NOISE[setting.data]}; {setting.epochs} epochs of SGD."
+    )
+
+
+def _mean(rows: Any, name: str) -> float:
+    values = [row[name] for row in rows]
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="GLOB", help="settings such as 'digits se*'")
+    parser.add_argument("--seeds", type=int, default=10, help="half of them for Fashion-MNIST")
+    parser.add_argument("--results", type=Path, default=Path("accuracy.jsonl"))
+    parser.add_argument("--report", type=Path, help="write the tables here, as Markdown")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
+    kept: dict[Any, Any] = {}
+    globs = options.only or ["*"]
+    chosen = dict.fromkeys(s for glob in globs for s in SETTINGS if fnmatch.fnmatch(s.name, glob))
+    for setting in chosen:
+        for seed in range(max(options.seeds // 2, 1) if setting.data == "fashion" else options.seeds):
+            for name in setting.arms:
+                if (setting.name, name, seed) in done:
+                    continue
+                row = run(setting, name, seed, kept)
+                rows.append(row)
+                with options.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{setting.name}, {name}, seed {seed}: {row['top1']:.2%} in {row['seconds']} s", flush=True)
+    if options.report:
+        options.report.write_text(report(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
