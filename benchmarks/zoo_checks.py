@@ -558,11 +558,18 @@ def check_liveness(subject: Subject) -> str | None:
 
 
 def _moves(subject: Subject, name: str) -> bool:
-    """Whether a large change of one parameter, whose gradient has vanished, changes the output."""
-    moved = copy.deepcopy(subject.converted)
-    with torch.no_grad():
-        dict(moved.named_parameters())[name].add_(0.5)
-        return not torch.equal(_objective(moved, subject), _objective(copy.deepcopy(subject.converted), subject))
+    """Whether a large change of one parameter, whose gradient has vanished, changes the output.
+
+    Where a gate is saturated, half as much again of G changes nothing; none of it (α = 0) does.
+    """
+    before = _objective(copy.deepcopy(subject.converted), subject)
+    for change in (0.5, -1.0):
+        moved = copy.deepcopy(subject.converted)
+        with torch.no_grad():
+            dict(moved.named_parameters())[name].add_(change)
+            if not torch.equal(_objective(moved, subject), before):
+                return True
+    return False
 
 
 def check_keys(subject: Subject) -> str | None:
