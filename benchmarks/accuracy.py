@@ -41,11 +41,11 @@ SIZES = {"digits": (900, 800), "cued": (900, 800), "fashion": (4000, 2000)}
 CHANNELS = {"digits": 1, "cued": 3, "fashion": 1}
 WORDS = {
     "digits": "scikit-learn's digits",
-    "cued": "two of scikit-learn's digits on top of one another, one in each of two channels, of which a small square in the "
-    "corner of a third channel says which one to name: what is needed is known from elsewhere in the image",
+    "cued": "two of scikit-learn's digits on top of one another, one in each of two channels, of which a small square "
+    "in the corner of a third channel says which one to name: what is needed is known from elsewhere in the image",
     "fashion": "Fashion-MNIST",
 }
-"""Data -> side in pixels, standard deviation of the noise, images to train and to validate, channels, and what it is."""
+"""By data: side in pixels, deviation of the noise, images to train and to validate, channels, and what it is."""
 
 
 # --- networks and data --------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class SmallResNet(nn.Module):
 
 @functools.cache
 def images(name: str, classes: range) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
-    """Training and validation images of these classes, ``[channels, side, side]``, with noise that is always the same."""
+    """Training and validation images of these classes, ``[channels, side, side]``, always with the same noise."""
     spec = {"digits": "digits", "cued": "digits", "fashion": "fashion-mnist"}[name]
     data = open_data(spec, DataOptions(val_fraction=0.45))
     parts = []
@@ -346,8 +346,8 @@ def _about(setting: Setting) -> str:
         f"{n} images to {what}" for n, what in zip(SIZES[setting.data], ("train", "validate"), strict=True)
     )
     return (
-        f"{WORDS[setting.data][0].upper()}{WORDS[setting.data][1:]}. A residual network of six units (8, 16, 32 channels) "
-        f"with {setting.attention.upper()} in each; {size}, {SIDE[setting.data]} px, Gaussian noise of "
+        f"{WORDS[setting.data][0].upper()}{WORDS[setting.data][1:]}. A residual network of six units (8, 16, 32 "
+        f"channels) with {setting.attention.upper()} in each; {size}, {SIDE[setting.data]} px, Gaussian noise of "
         f"{NOISE[setting.data]}; {setting.epochs} epochs of SGD."
     )
 

@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+import torchvision
+
+import dcafy
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -82,3 +85,29 @@ def test_report_is_of_the_quickstarts_network(tmp_path: Path, monkeypatch: pytes
     text = output.read_text(encoding="utf-8")
     assert "small MobileNetV3 on digits" in text
     assert len(text) < 5_000_000
+
+
+def test_a_torchvision_checkpoint_is_fine_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), file)
+    arguments = ["--weights", str(file), "--size", "32", "--epochs", "2", "--steps", "2"]
+    accuracy, model = example("finetune_torchvision").main(arguments)
+    assert 0 <= accuracy <= 1
+    assert all(connection.beta.item() != 0 for connection in dcafy.connections(model).values())
+    assert f"accuracy on 359 images: {accuracy:.2%}" in capsys.readouterr().out
+
+
+def test_a_timm_checkpoint_is_fine_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    history = example("finetune_timm").main(["test_efficientnet", "--untrained", "--images", "48", "--epochs", "1"])
+    assert history.epochs[0].steps == 1
+    assert history.usage is not None
+    assert history.usage.images == 48
+    assert "message share" in capsys.readouterr().out
+
+
+def test_a_network_of_ones_own_is_connected(capsys: pytest.CaptureFixture[str]) -> None:
+    connected = example("custom_model").main(["--steps", "20"])
+    assert list(dcafy.connections(connected)) == ["stages.1.3", "stages.2.3"]
+    assert all(connection.beta.item() != 0 for connection in dcafy.connections(connected).values())
+    assert "with all connections cut" in capsys.readouterr().out
