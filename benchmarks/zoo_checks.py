@@ -550,21 +550,21 @@ def check_liveness(subject: Subject) -> str | None:
             return f"no gradient for {len(lost)} parameters, the first is {lost[0]}"
         due = [name for name in parameters if step > 0 or name.endswith((".alpha", ".beta"))]
         dead = [name for name in due if not parameters[name].grad.any()]  # type: ignore[union-attr]
-        dead = [name for name in dead if not (step == 0 and _moves(subject, name))]
+        dead = [name for name in dead if not _moves(converted, subject, name)]
         if dead:
             return f"a gradient of zero in step {step + 1} for {len(dead)} parameters, the first is {dead[0]}"
         optimizer.step()
     return None
 
 
-def _moves(subject: Subject, name: str) -> bool:
+def _moves(converted: nn.Module, subject: Subject, name: str) -> bool:
     """Whether a large change of one parameter, whose gradient has vanished, changes the output.
 
     Where a gate is saturated, half as much again of G changes nothing; none of it (α = 0) does.
     """
-    before = _objective(copy.deepcopy(subject.converted), subject)
+    before = _objective(copy.deepcopy(converted), subject)
     for change in (0.5, -1.0):
-        moved = copy.deepcopy(subject.converted)
+        moved = copy.deepcopy(converted)
         with torch.no_grad():
             dict(moved.named_parameters())[name].add_(change)
             if not torch.equal(_objective(moved, subject), before):
