@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dcafy.detection.backbone import with_backbone
     from dcafy.detection.coco import CocoImages, open_coco
     from dcafy.detection.synthetic import write_shapes
     from dcafy.detection.task import AveragePrecision, Boxes, Detection
@@ -19,10 +20,11 @@ _HOME = {
     "CocoImages": "coco",
     "Detection": "task",
     "open_coco": "coco",
+    "with_backbone": "backbone",
     "write_shapes": "synthetic",
 }
 
-__all__ = ["AveragePrecision", "Boxes", "CocoImages", "Detection", "open_coco", "write_shapes"]
+__all__ = ["AveragePrecision", "Boxes", "CocoImages", "Detection", "open_coco", "with_backbone", "write_shapes"]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,14 +43,21 @@ class Synthetic:
 
 
 def write_shapes(
-    directory: Path | str, images: int = 200, *, side: int = 160, most: int = 4, seed: int = 0, empty: float = 0.05
+    directory: Path | str,
+    images: int = 200,
+    *,
+    side: int = 160,
+    most: int = 4,
+    sizes: tuple[float, float] = (0.1, 0.5),
+    empty: float = 0.05,
+    seed: int = 0,
 ) -> Synthetic:
     """A set of ``images`` PNG files with shapes, and their annotations, written into ``directory``.
 
     ``side``: the larger side of every image in pixels; the other is between 3/4 of it and the same. ``most``: the
-    largest number of shapes in an image; a part ``empty`` of the images has none. Every shape is of a random category,
-    size (1/10 to 1/2 of the side), colour and texture, and may lie over another, of which then a part is hidden. The
-    same ``seed`` gives the same set.
+    largest number of shapes in an image; a part ``empty`` of the images has none. ``sizes``: of the smallest and the
+    largest shapes, as parts of the side (at most 0.75). Every shape is of a random category, size, colour and texture,
+    and may lie over another, of which then a part is hidden. The same ``seed`` gives the same set.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +77,7 @@ def write_shapes(
             width, height = height, width
         canvas = _texture(draw, height, width)
         count = 0 if draw.random() < empty else int(draw.integers(1, most + 1))
-        masks = [_placed(draw, canvas, side) for _ in range(count)]
+        masks = [_placed(draw, canvas, (sizes[0] * side, sizes[1] * side)) for _ in range(count)]
         for place, (category, mask) in enumerate(masks):
             hidden = np.any([later for _, later in masks[place + 1 :]], axis=0)
             row = _annotation(mask & ~hidden)
@@ -100,11 +107,11 @@ def _texture(draw: np.random.Generator, height: int, width: int) -> Array:
     return np.clip(colours + draw.normal(0, 0.06, (height, width, 3)), 0, 1)  # type: ignore[no-any-return]
 
 
-def _placed(draw: np.random.Generator, canvas: Array, side: int) -> tuple[int, Array]:
-    """(category, mask ``[height, width]``) of a new shape, which is drawn on ``canvas``."""
+def _placed(draw: np.random.Generator, canvas: Array, sizes: tuple[float, float]) -> tuple[int, Array]:
+    """(category, mask ``[height, width]``) of a new shape of such a size in pixels, drawn on ``canvas``."""
     height, width = canvas.shape[:2]
     category = int(draw.integers(len(SHAPES)))
-    radius = draw.uniform(0.05, 0.25) * side
+    radius = draw.uniform(*sizes) / 2
     x0, y0 = draw.uniform(radius, width - radius), draw.uniform(radius, height - radius)
     y, x = np.mgrid[:height, :width] + 0.5
     mask = list(SHAPES.values())[category]((x - x0) / radius, (y - y0) / radius)

@@ -1,0 +1,142 @@
+"""A trained classifier under a detector: its weights, its attention and its connections."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.attention import INSERTED, Insertion
+from dcafy.blocks import Plan
+from dcafy.convert import convert, inspect
+from dcafy.emit import connected_modules, connections
+from dcafy.errors import InputError
+from dcafy.insert import insert
+
+__all__ = ["with_backbone"]
+
+
+def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
+    """A copy of ``detector`` whose backbone computes what the same layers of ``classifier`` compute.
+
+    ``detector``: a detector or segmenter of torchvision, or one like them, on the architecture of ``classifier``, which
+    is not connected. ``classifier``: a network as :func:`dcafy.load` gives it, connected or not. The detector gets the
+    attention that was inserted into the classifier, the weights and buffers of every layer that both have, and the same
+    connections; FPN, heads and anchors stay as they are. Frozen batch norms take the statistics and stay frozen, and
+    what lies in a layer that the detector does not train (``trainable_backbone_layers``) is not trained either, its
+    attention and the connections into it among them.
+
+    Raises ``InputError`` where no part of the detector has the classifier's layers.
+
+    >>> import dcafy, torch
+    >>> from torchvision.models import mobilenet_v3_large
+    >>> from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
+    >>> classifier = dcafy.convert(mobilenet_v3_large(num_classes=10), verify=False)
+    >>> detector = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, num_classes=3)
+    >>> detector = with_backbone(detector, classifier)
+    >>> len(dcafy.connections(detector)), len(dcafy.connections(classifier))
+    (7, 7)
+    """
+    if any(True for _ in connected_modules(detector)):
+        raise InputError("The detector is connected already. Pass it as it was built, or take dcafy.revert(detector).")
+    own = {key: value for key, value in classifier.state_dict().items() if "dca" not in key.split(".")}
+    place = _place(detector, own)
+    made = copy.deepcopy(detector)
+    inserted: tuple[Insertion, ...] = getattr(classifier, INSERTED, ())
+    for done in inserted:
+        where = place.ours + ("*" if done.where == "auto" else done.where.removeprefix(place.theirs))
+        made = insert(made, done.attention, reduction=done.reduction, where=where, init=done.init, copy=False)
+    recipe = next((dca.recipe for _, _, dca in connected_modules(classifier)), None)
+    if recipe is not None:
+        made = convert(made, plan=_moved(recipe.plan, inspect(made), place), copy=False, verify=False)
+    _take(made, own, classifier, place)
+    _freeze(made, detector)
+    return made
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The same layers: ``ours`` is the prefix of their paths in the detector, ``theirs`` in the classifier."""
+
+    ours: str
+    theirs: str
+
+    def moved(self, name: str) -> str:
+        """The name, in the detector, of a block or connection of the classifier."""
+        return "<-".join(self.ours + part.removeprefix(self.theirs) for part in name.split("<-"))
+
+
+def _place(detector: nn.Module, own: dict[str, Tensor]) -> _Place:
+    """Where most of the classifier's tensors have a place, by name and shape."""
+    shapes = {key: value.shape for key, value in detector.state_dict().items()}
+    parts = [f"{path}." if path else "" for path, _ in detector.named_modules()]
+    starts = ["", *dict.fromkeys(f"{key.partition('.')[0]}." for key in own)]
+    found = [
+        (sum(shapes.get(ours + key.removeprefix(theirs)) == value.shape for key, value in own.items()
+             if key.startswith(theirs)), _Place(ours, theirs))
+        for theirs in starts
+        for ours in parts
+    ]  # fmt: skip
+    fitting, place = max(found, key=lambda item: item[0])
+    needed = [key for key in shapes if key.startswith(place.ours)]
+    if fitting < len(needed) // 2 or not fitting:
+        raise InputError(
+            f"{type(detector).__name__} has no part with the layers of this classifier ({', '.join(list(own)[:3])}, "
+            "...). Build it on the architecture of the classifier, such as torchvision's retinanet_resnet50_fpn for a "
+            "resnet50."
+        )
+    return place
+
+
+def _moved(plan: Plan, known: Plan, place: _Place) -> Plan:
+    """The links of the classifier's ``plan`` between blocks that the detector has (``known``)."""
+    there = {block.name for block in known.blocks}
+    chains = []
+    for chain in plan.chains:
+        links = [
+            dataclasses.replace(link, source=place.moved(link.source), target=place.moved(link.target))
+            for link in chain.links
+        ]
+        kept = tuple(link for link in links if {link.source, link.target} <= there)
+        blocks = tuple(name for name in map(place.moved, chain.blocks) if name in there)
+        chains.append(dataclasses.replace(chain, blocks=blocks, links=kept))
+    return dataclasses.replace(known, chains=tuple(chains))
+
+
+@torch.no_grad()
+def _take(made: nn.Module, own: dict[str, Tensor], classifier: nn.Module, place: _Place) -> None:
+    """Gives ``made`` the values of the classifier, layer by layer and connection by connection."""
+    for key, value in made.state_dict().items():
+        if key.startswith(place.ours) and "dca" not in key.split("."):
+            theirs = own.get(place.theirs + key.removeprefix(place.ours))
+            if theirs is not None and theirs.shape == value.shape:
+                value.copy_(theirs)
+    if any(True for _ in connected_modules(classifier)):
+        ours = connections(made)
+        for name, connection in connections(classifier).items():
+            if place.moved(name) in ours:
+                ours[place.moved(name)].load_state_dict(connection.state_dict())
+
+
+def _freeze(made: nn.Module, detector: nn.Module) -> None:
+    """Attention and connections in layers that the detector does not train are not trained, either."""
+    trained = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
+
+    def frozen(path: str) -> bool:
+        while path:
+            path = path.rpartition(".")[0]
+            around = [flag for name, flag in trained.items() if name.startswith(f"{path}.")]
+            if around:
+                return not any(around)
+        return False
+
+    for name, parameter in made.named_parameters():
+        if name not in trained and "dca" not in name.split(".") and frozen(name):
+            parameter.requires_grad_(False)
+    if any(True for _ in connected_modules(made)):
+        for name, connection in connections(made).items():
+            if frozen(name.partition("<-")[0]):
+                connection.requires_grad_(False)
