@@ -178,7 +178,7 @@ def main() -> None:
     print(f"{len(specs)} networks, {len(specs) - len(open_specs)} of them known already", file=sys.stderr)
     run(options, open_specs, yardstick)
     rows = {row["model"]: row for row in read_rows(options.results) if row["stage"] == options.stage}
-    text = zoo_report.report([rows[spec] for spec in specs], options.stage)
+    text = zoo_report.report([rows[spec] for spec in specs])
     print(text)
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)
