@@ -147,6 +147,8 @@ def test_every_figure_has_a_text_and_its_data(page: Page, folder: Path, connecte
         "connection", "source", "target", "dimension", "alpha", "beta", "contribution", "message share", "parameters",
     ]  # fmt: skip
     images = read_pictures(folder, prepared_for(model, image_size=64), most=9).tensor
+    for number in set(model(images).argmax(1).tolist()):  # both networks are asked about what the connected one sees
+        assert page.text.count(f"original, class {number}\n") == page.text.count(f"connected, class {number}\n") > 0
     shares = message_shares(model, [images])
     for row, known in zip(rows[1:], contributions(model), strict=True):
         assert row[0] == known.name
