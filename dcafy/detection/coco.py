@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,9 @@ def _masks(outlines: Sequence[Any], height: int, width: int) -> torch.Tensor:
         runs = mask.merge(mask.frPyObjects(outline, height, width)) if isinstance(outline, list) else outline
         if isinstance(outline, dict) and isinstance(outline["counts"], list):
             runs = mask.frPyObjects(outline, height, width)
-        made.append(torch.from_numpy(mask.decode(runs)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools speaks numpy 1
+            made.append(torch.from_numpy(mask.decode(runs)))
     return torch.stack(made) if made else torch.zeros(0, height, width, dtype=torch.uint8)
 
 

@@ -98,6 +98,7 @@ def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: 
     Whatever is new in the network follows from ``seed``; the head is the same whether it is connected or not.
     """
     purpose = PURPOSES[request.task]
+    purpose.task(request.training)  # refuses options that mean nothing for it
     data = purpose.open_data(request.data, request.images)
     source = open_model(request.model, arch=request.arch, settings=request.settings, trust_pickle=trust_pickle)
     network = source.model
