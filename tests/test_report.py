@@ -322,6 +322,22 @@ def test_cutting_connections_on_labelled_images(command: Run, tmp_path: Path, fo
     assert re.search(r"all of them +[+-]\d\.\d{4} +[+-]\d+\.\d\d points", out)
 
 
+def test_classes_are_named(tmp_path: Path, folder: Path) -> None:
+    for name in ("cat", "<b>dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            picture(i).save(tmp_path / "data" / name / f"{i}.png")
+    model = dcafy.convert(torchvision.models.mobilenet_v3_small(num_classes=2), verify=False)
+    output, data = tmp_path / "r.html", f"imagefolder:{tmp_path / 'data'}"
+    found = make_report(model, folder, output, how=prepared_for(model, image_size=64), target=0, data=data)
+    assert found.usage is not None
+    assert found.usage.images == 2
+    page = Page(output)
+    assert page.text.count("connected, class 0, <b>dog") == 3
+    assert "What cutting each connection costs" in page.text
+    assert "cut-connections.csv" in page.files
+
+
 def test_run_of_finetune_is_shown_over_epochs(tmp_path: Path, folder: Path, connected: Path) -> None:
     names = list(dcafy.connections(dcafy.load(connected)))
     rows = [

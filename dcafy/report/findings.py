@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -21,6 +21,7 @@ from dcafy.complexity import Complexity, complexity
 from dcafy.emit import connected_modules, revert
 from dcafy.errors import InputError
 from dcafy.report.epochs import EpochLog
+from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
 from dcafy.usage import Usage, message_shares, usage
 
@@ -40,7 +41,7 @@ class Wanted:
     ``against``  the other network; the reverted one where absent
     ``target``   the class for Grad-CAM; the predicted ones where absent
     ``epochs``   the log of the fine-tuning
-    ``data``     labelled batches on which connections are cut
+    ``data``     labelled images on which connections are cut, whose classes are named
     ``looks``    whether Grad-CAM is computed
     """
 
@@ -48,19 +49,24 @@ class Wanted:
     against: nn.Module | None = None
     target: int | None = None
     epochs: EpochLog | None = None
-    data: Iterable[Any] | None = None
+    data: Labelled | None = None
     looks: bool = True
     command: str = ""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two networks: its attention values, its Grad-CAM maps, its size and cost."""
+    """One of the two networks: its attention values, its Grad-CAM maps, its size and cost, the names of its classes."""
 
     title: str
     values: tuple[AttentionValues, ...]
     cams: GradCam | None
     complexity: Complexity
+    classes: tuple[str, ...] = ()
+
+    def named(self, number: int) -> str:
+        """A class by its number, and by its name where that is known."""
+        return f"class {number}" + (f", {self.classes[number]}" if number < len(self.classes) else "")
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         told(f"Grad-CAM, {title}")
         target, stages = _target(wanted, output, scores[-1]), _names(copy, tap)
         cams = None if reason or not stages else cams_of(tap, given[:MOST_CAMS], target=target, stages=stages)
-        sides.append(Side(title, values, cams, complexity(network, given[:1])))
+        sides.append(Side(title, values, cams, complexity(network, given[:1]), _classes(wanted, output)))
     told("connections")
     shares = message_shares(model, torch.split(_given(model, pictures), BATCH)) if connected else {}
     told("cutting connections" if wanted.data is not None else "numbers")
@@ -127,7 +133,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         no_cams=reason,
         drift=_drift(*scores) if len(scores) == 2 else None,
         epochs=wanted.epochs,
-        usage=usage(model, wanted.data) if connected and wanted.data is not None else None,
+        usage=usage(model, wanted.data.batches) if connected and wanted.data is not None else None,
         versions=_versions(),
     )
 
@@ -181,6 +187,12 @@ def _target(wanted: Wanted, scores: Any, chosen: Tensor) -> int | Tensor | None:
     if wanted.target is not None:
         return wanted.target
     return chosen.argmax(dim=1)[:MOST_CAMS] if isinstance(scores, Tensor) and scores.shape == chosen.shape else None
+
+
+def _classes(wanted: Wanted, scores: Any) -> tuple[str, ...]:
+    """The names of the classes that the network tells apart, where the labelled images are of as many."""
+    names = wanted.data.classes if wanted.data is not None else ()
+    return names if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] == len(names) else ()
 
 
 def _names(copy: Tapped, other: Tapped) -> tuple[str, ...]:

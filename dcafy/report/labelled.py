@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,20 +14,27 @@ from dcafy.training.data import open_data
 from dcafy.training.order import UnreadableImage
 from dcafy.training.preparation import Preparation, Prepared
 
-__all__ = ["MOST_LABELLED", "labelled_batches"]
+__all__ = ["MOST_LABELLED", "Labelled", "labelled"]
 
 MOST_LABELLED = 512
 """Images that are looked at: each connection costs a pass over them."""
 
 
-def labelled_batches(
-    spec: str, how: Preparation, options: DataOptions, *, batch_size: int = 32
-) -> list[tuple[Tensor, Tensor]]:
-    """Up to 512 validation images of ``--data``, evenly spread over them, in batches of (images, labels).
+@dataclass(frozen=True)
+class Labelled:
+    """``batches`` of (images, labels), and the names of the ``classes``."""
+
+    batches: list[tuple[Tensor, Tensor]]
+    classes: tuple[str, ...]
+
+
+def labelled(spec: str, how: Preparation, options: DataOptions, *, batch_size: int = 32) -> Labelled:
+    """Up to 512 validation images of ``--data``, evenly spread over them, in batches.
 
     Images that cannot be read are left out. Raises what :func:`dcafy.training.data.open_data` raises.
     """
-    source = open_data(spec, options).val
+    data = open_data(spec, options)
+    source = data.val
     prepare = Prepared(how)
     count = min(len(source), MOST_LABELLED)
     images, labels = [], []
@@ -41,4 +50,5 @@ def labelled_batches(
     if not images:
         raise InputError(f"None of the {count} images of --data {spec!r} can be read; the last: {printable(unread)}")
     together = torch.split(torch.stack(images), batch_size)
-    return list(zip(together, torch.split(torch.tensor(labels), batch_size), strict=True))
+    batches = list(zip(together, torch.split(torch.tensor(labels), batch_size), strict=True))
+    return Labelled(batches, data.classes)

@@ -16,7 +16,7 @@ from dcafy.emit import connected_modules
 from dcafy.examples import from_data
 from dcafy.report.epochs import EpochLog
 from dcafy.report.findings import Findings, Wanted, look
-from dcafy.report.labelled import labelled_batches
+from dcafy.report.labelled import labelled
 from dcafy.report.output import replaced
 from dcafy.report.page import page
 from dcafy.report.pictures import as_pictures, read_pictures
@@ -77,9 +77,15 @@ def make_report(
             pictures = as_pictures(images[:most], how)
         else:
             pictures = read_pictures(images, how, most=most)
-        batches = None if data is None else labelled_batches(data, how, options or DataOptions())
+        labels = None if data is None else labelled(data, how, options or DataOptions())
         wanted = Wanted(
-            title or type(model).__name__, against, target, epochs, batches, looks=write is not None, command=command
+            title or type(model).__name__,
+            against,
+            target,
+            epochs,
+            labels,
+            looks=write is not None,
+            command=command,
         )
         found = look(model, pictures, wanted, told=told)
         if write is not None:

@@ -156,11 +156,11 @@ def _cams(findings: Findings) -> Iterator[Seen]:
             target = int(cams.targets[i])
             thumbnails = []
             for stage in cams.stages:
-                alt = f"{side.title}, {printable(stage.name)}: where it looks for class {target} in {name}"
+                alt = f"{side.title}, {printable(stage.name)}: where it looks for {side.named(target)} in {name}"
                 uri = data_uri(overlaid(picture, stage.maps[i]))
                 thumbnails.append(Thumbnail(uri, alt, printable(stage.name)))
                 data.append(((side.title, stage.name, target), stage.maps[i]))
-            rows.append((f"{side.title}, class {target}", tuple(thumbnails)))
+            rows.append((f"{side.title}, {side.named(target)}", tuple(thumbnails)))
         file = _map_data(f"grad-cam-{i + 1}-{name}", ("network", "stage", "class"), data)
         yield Seen(name, _whole(picture, name), tuple(rows), file)
 
