@@ -111,3 +111,18 @@ def test_a_network_of_ones_own_is_connected(capsys: pytest.CaptureFixture[str]) 
     assert list(dcafy.connections(connected)) == ["stages.1.3", "stages.2.3"]
     assert all(connection.beta.item() != 0 for connection in dcafy.connections(connected).values())
     assert "with all connections cut" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_detector_is_the_same_after_conversion_and_every_connection_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("accelerate", "torchmetrics", "pycocotools"):
+        pytest.importorskip(package)
+    outcome = example("detector").main(["--epochs", "1", "--images", "12"])
+    printed = capsys.readouterr().out
+    assert outcome.same_detections
+    assert outcome.same_losses
+    assert "NOT identical" not in printed
+    assert len(outcome.betas) == 7
+    assert all(beta != 0 for beta in outcome.betas.values())
+    assert {"AP", "AP50"} <= set(outcome.precision)
+    assert "synthetic" in printed
