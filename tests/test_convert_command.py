@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,28 +12,15 @@ import torch
 import torchvision
 
 import dcafy
-from dcafy.cli import main
 
 SMALL = "torchvision:mobilenet_v3_small"
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command in this process: arguments -> exit code, stdout, stderr."""
-    log = logging.getLogger("dcafy")
-    before = log.handlers, log.propagate, log.level
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dcafy", "convert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    yield run
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
+def command(dcafy_command: Run) -> Run:
+    """Run ``dcafy convert``: arguments -> exit code, stdout, stderr."""
+    return functools.partial(dcafy_command, "convert")
 
 
 def test_writes_a_folder_that_loads(command: Run, tmp_path: Path) -> None:

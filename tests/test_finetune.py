@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import logging
 import os
 import random
 import shutil
@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dcafy
-from dcafy.cli import main
 from dcafy.training.compare import paired_difference
 from dcafy.training.config import DataOptions, TrainingConfig
 
@@ -33,23 +32,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
-    """Run the command in this process, in a folder with a factory: arguments -> exit code, stdout, stderr."""
-    log = logging.getLogger("dcafy")
-    before = log.handlers, log.propagate, log.level
+def command(dcafy_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
+    """Run ``dcafy finetune`` in a folder with a factory: arguments -> exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dcafy", "finetune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    yield run
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
+    yield functools.partial(dcafy_command, "finetune")
     sys.modules.pop("finetune_factory", None)
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -392,15 +393,17 @@ def test_unreadable_images_are_named_once_and_do_not_count(tmp_path):
     assert sorted(named) == sorted(history.skipped)
 
 
-def test_a_batch_size_for_two_processes(monkeypatch):
+@pytest.mark.parametrize(("kind", "says"), [("MULTI_CPU", "multiple"), ("FSDP", "asks for FSDP")])
+def test_two_processes_that_cannot_train(monkeypatch, kind, says):
     class Two:
         num_processes = 2
+        distributed_type = SimpleNamespace(value=kind)
 
         def __init__(self, **_: object) -> None:
             pass
 
     monkeypatch.setattr("accelerate.Accelerator", Two)
-    with pytest.raises(UsageError, match="multiple"):
+    with pytest.raises(UsageError, match=says):
         accelerator_for(config(batch_size=7))
 
 

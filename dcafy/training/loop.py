@@ -100,6 +100,11 @@ def accelerator_for(config: TrainingConfig) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
         rng_types=[],
     )
+    if accelerator.distributed_type.value not in _KINDS:
+        raise UsageError(
+            f"Accelerate's configuration asks for {accelerator.distributed_type.value}, and checkpoints of sharded "
+            "networks are not written yet. Train with DDP: torchrun, or accelerate launch --multi_gpu."
+        )
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
             f"--batch-size {config.batch_size} cannot be split between {accelerator.num_processes} processes. Choose a "
@@ -365,6 +370,9 @@ class _Run:
             restored(self._standing(), checkpoint, file)
             self.listener.resumed(self.progress.epoch, self.progress.step)
 
+
+_KINDS = frozenset({"NO", "MULTI_CPU", "MULTI_GPU"})
+"""Accelerate's kinds of training in which every process has the whole network."""
 
 _FORWARD = ("forward", "_original_forward")
 
