@@ -154,3 +154,32 @@ def test_a_guess_is_looked_at_without_computing(monkeypatch: pytest.MonkeyPatch)
         assert bool(computed) == (real is IMAGES)
     assert seen[0] == seen[1]
     assert seen[0]["rows.2"] == (2 * 31 * 31, 6)
+
+
+class Caches(nn.Module):
+    """Keeps what it computed in eval mode, by device, as timm's EfficientViT does with its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.rand(8))
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = str(x.device)
+        if self.training or key not in self.cache:
+            self.cache[key] = self.bias.exp()
+        return x * self.cache[key][:, None, None]
+
+
+def test_a_network_that_has_run_is_still_understood() -> None:
+    """Tensors that a forward left in a dict do not get in the way, and stay the user's own."""
+    with seeded(4), torch.no_grad():
+        model = Units(SELinear(8), Caches(), SELinear(8)).eval()
+        expected = model(IMAGES)
+    cached = model.units[1].cache["cpu"]
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert list(dcafy.connections(connected)) == ["units.2"]
+    with torch.no_grad():
+        assert torch.equal(connected(IMAGES), expected)
+    assert model.units[1].cache["cpu"] is cached
+    assert cached.device.type == "cpu"

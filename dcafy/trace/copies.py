@@ -47,7 +47,8 @@ def _twin(model: nn.Module, tensor_of: Callable[[Tensor], Tensor]) -> nn.Module:
         memo[id(module)] = type(module).__new__(type(module))
     for module in plain:
         copied = {
-            name: value if type(value) in _SHARED else _copied(value, memo) for name, value in module.__dict__.items()
+            name: value if type(value) in _SHARED else _copied(value, memo, tensor_of)
+            for name, value in module.__dict__.items()
         }
         object.__setattr__(memo[id(module)], "__dict__", copied)
     return copy.deepcopy(model, memo)
@@ -68,17 +69,20 @@ def _copies_plainly(kind: type[nn.Module]) -> bool:
 _SHARED = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device})
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copied(value: Any, memo: dict[int, Any], tensor_of: Callable[[Tensor], Tensor]) -> Any:
     kind = type(value)
     if kind in _SHARED or isinstance(value, enum.Enum):
         return value
     if id(value) in memo:
         return memo[id(value)]
-    if not value and kind in (dict, collections.OrderedDict, set, list, tuple):
+    if isinstance(value, Tensor):  # in a cache of the module's own
+        memo[id(value)] = tensor_of(value)
+        return memo[id(value)]
+    if kind in (dict, collections.OrderedDict, set, list, tuple) and not value:
         return kind()
     if kind is dict:
         twin = memo[id(value)] = {}
-        twin.update((key, _copied(item, memo)) for key, item in value.items())
+        twin.update((key, _copied(item, memo, tensor_of)) for key, item in value.items())
         return twin
     if kind is tuple and all(type(item) in _SHARED for item in value):
         return value
