@@ -1,6 +1,6 @@
 """The table of zoo runs: a summary against the goals, a row per family, and every failure by name.
 
-    python benchmarks/zoo_report.py rest.jsonl yardstick.jsonl --yardstick zoo.jsonl -o zoo.md
+    python benchmarks/zoo_report.py rest.jsonl yardstick.jsonl --yardstick zoo.jsonl --note note.md -o zoo.md
 
 puts the results of several runs together. Of a network's rows the last one counts, and one of stage
 ``full`` before one of stage ``inspect``.
@@ -32,10 +32,14 @@ def report(rows: list[Row]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def report_of_groups(groups: dict[str, list[Row]]) -> str:
-    """The Markdown document on several runs, with a summary for each group of networks."""
+def report_of_groups(groups: dict[str, list[Row]], note: str) -> str:
+    """The Markdown document on several runs: what is to be known about them, and a summary for each group."""
     rows = [row for group in groups.values() for row in group]
-    parts = [head(rows), *(f"## {title}\n\n{summary(group)}" for title, group in groups.items())]
+    parts = [
+        head(rows),
+        f"{note}\n" if note else "",
+        *(f"## {title}\n\n{summary(group)}" for title, group in groups.items()),
+    ]
     return "\n".join([*parts, families(rows), *details(rows), checked(rows)]).rstrip() + "\n"
 
 
@@ -71,23 +75,13 @@ def table(header: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
 
 def summary(rows: list[Row]) -> str:
     built = [row for row in rows if row.get("traced") not in (None, "not built")]
-    scored = [row for row in built if "expected" in row]
     holding = [row for row in built if row.get("expected", 0) or row.get("blocks")]
-    listed = sum(row["expected"] for row in scored)
-    disputed = sum(len(row["disputed"]) for row in scored)
-    expected = listed - disputed
-    missed = sum(len(row["missed"]) for row in scored)
-    without = [row for row in scored if not row["expected"]]
-    wrong = sum(len(row["extra"]) for row in without)
-    more = sum(len(row["extra"]) for row in scored if row["expected"])
     linked = [row for row in holding if row.get("links")]
+    traced = sum(row["traced"] != "not" for row in built)
     lines: list[tuple[object, ...]] = [
         ("networks built", f"{len(built)} of {len(rows)}", ""),
-        ("modules on the yardstick", listed, ""),
-        ("of these switched off in the network as it is built", disputed, ""),
-        ("of the others found", _share(expected - missed, expected), "100%"),
-        ("blocks found in networks without attention", f"{wrong} in {len(without)} networks", "0"),
-        ("blocks found beside the yardstick's, in networks with attention", more, ""),
+        ("of these traced (root or islands), or run to look inside", _share(traced, len(built)), ""),
+        *_against_the_yardstick([row for row in built if "expected" in row]),
         ("networks with attention", len(holding), ""),
         ("of these traced (root or islands)", _share(sum(r["traced"] != "not" for r in holding), len(holding)), "100%"),
         ("of these with something to connect", len(linked), ""),
@@ -100,6 +94,25 @@ def summary(rows: list[Row]) -> str:
         lines.append((f"inspect under 1 s (below {SMALL // 10**6} M parameters)", _share(fast, len(small)), "95%"))
         lines.append(("inspect, median and slowest", f"{statistics.median(small):.2f} s, {small[-1]:.2f} s", ""))
     return table(("figure", "measured", "goal"), lines) + "\n"
+
+
+def _against_the_yardstick(scored: list[Row]) -> list[tuple[object, ...]]:
+    if not scored:
+        return []
+    listed, disputed = (
+        sum(count) for count in zip(*((r["expected"], len(r["disputed"])) for r in scored), strict=True)
+    )
+    missed = sum(len(row["missed"]) for row in scored)
+    without = [row for row in scored if not row["expected"]]
+    more = sum(len(row["extra"]) for row in scored if row["expected"])
+    wrong = sum(len(row["extra"]) for row in without)
+    return [
+        ("modules on the yardstick", listed, ""),
+        ("of these switched off in the network as it is built", disputed, ""),
+        ("of the others found", _share(listed - disputed - missed, listed - disputed), "100%"),
+        ("blocks found in networks without attention", f"{wrong} in {len(without)} networks", "0"),
+        ("blocks found beside the yardstick's, in networks with attention", more, ""),
+    ]
 
 
 def _is_timed(row: Row) -> bool:
@@ -235,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="JSONL files that benchmarks/zoo.py wrote, oldest first")
     parser.add_argument("--yardstick", type=Path, help="the list that some of the runs were scored against")
+    parser.add_argument("--note", type=Path, help="Markdown on how the runs were made, to be put on top")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     rows: dict[str, Row] = {}
@@ -248,7 +262,8 @@ def main() -> None:
         "The networks of the yardstick": [row for row in rows.values() if row["model"] in names],
         "The other networks" if names else "Summary": [row for row in rows.values() if row["model"] not in names],
     }
-    options.output.write_text(report_of_groups({title: group for title, group in groups.items() if group}))
+    note = options.note.read_text().strip() if options.note else ""
+    options.output.write_text(report_of_groups({title: group for title, group in groups.items() if group}, note))
 
 
 if __name__ == "__main__":
