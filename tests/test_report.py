@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
-import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from torch import nn
 
 import dcafy
 from dcafy.analysis import attention_values, contributions
-from dcafy.cli import main
 from dcafy.errors import SourceError, UsageError
 from dcafy.report import EpochLog, make_report, prepared_for, read_epochs
 from dcafy.report.downloads import download
@@ -37,21 +36,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run ``dcafy report`` in this process: arguments -> exit code, stdout, stderr."""
-    log = logging.getLogger("dcafy")
-    before = log.handlers, log.propagate, log.level
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dcafy", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    yield run
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
+def command(dcafy_command: Run) -> Run:
+    """Run ``dcafy report``: arguments -> exit code, stdout, stderr."""
+    return functools.partial(dcafy_command, "report")
 
 
 def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
