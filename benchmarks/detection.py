@@ -247,9 +247,10 @@ def report(work: Path) -> str:
         'inserted attention (`init="paper"`, reduction 4), from random weights. '
         f"{IMAGES - VAL} training and {VAL} validation images of {SIDE} pixels with textured shapes of {CLASSES} "
         f"kinds, made by `dcafy.detection.write_shapes({IMAGES}, side={SIDE}, most=2, sizes=(0.3, 0.7))`; "
-        f"{CONFIG.epochs} epochs, {CONFIG.optimizer} with {CONFIG.base_rate:g} (connections {CONFIG.connection_rate:g}), batches of "
-        f"{CONFIG.batch_size}, cosine. For each seed both networks start from the same weights and see the same images "
-        "in the same order. Means, in brackets the seeds; AP in percent.",
+        f"{CONFIG.epochs} epochs, {CONFIG.optimizer} with {CONFIG.base_rate:g} (connections "
+        f"{CONFIG.connection_rate:g}), batches of {CONFIG.batch_size}, cosine. For each seed both networks "
+        "start from the same weights and see the same images in the same order. Means, in brackets the seeds; AP in "
+        "percent.",
         "",
         "| attention | metric | vanilla | connected | difference (points) | 95% interval | verdict |",
         "| --- | --- | --- | --- | ---: | --- | --- |",

@@ -229,6 +229,20 @@ def test_save_load_and_revert(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found(reverted, images), found(model, images), strict=True))
 
 
+def test_a_report_of_a_detector(tmp_path: Any) -> None:
+    for package in ("matplotlib", "jinja2", "captum"):
+        pytest.importorskip(package)
+    from detection_data import retinanet
+
+    from dcafy.report import make_report
+
+    connected = dcafy.convert(retinanet(4), verify=False)
+    findings = make_report(connected, torch.rand(2, 3, 48, 48), tmp_path / "report.html")
+    assert len(findings.contributions) == len(dcafy.connections(connected)) == 2
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in dcafy.connections(connected))
+
+
 # --- a trained classifier under a detector --------------------------------------------------------------
 
 
