@@ -17,9 +17,12 @@ from dcafy.errors import UsageError
 __all__ = ["Conversion", "check_choices", "from_mapping", "nearest", "setting"]
 
 
-def setting(default: Any, text: str, *, choices: tuple[str, ...] = (), metavar: str | None = None) -> Any:
-    """A field with a default, the help that the command shows, and the values that it may have."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
+def setting(
+    default: Any, text: str, *, choices: tuple[str, ...] = (), metavar: str | None = None, short: str | None = None
+) -> Any:
+    """A field with a default, the help that the command shows, the values that it may have, and a short name."""
+    metadata = {"help": text, "choices": choices, "metavar": metavar, "short": short}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:

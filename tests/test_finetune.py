@@ -95,7 +95,7 @@ def test_a_second_run_needs_a_folder_of_its_own(command: Run, tmp_path: Path) ->
     assert "letter.txt" in err
     code, _, err = command(FACTORY, "-o", "run", "--resume", "--lr", 3)
     assert code == 2
-    assert "was started with --lr" in err
+    assert "was started without --lr" in err
     assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
 
 

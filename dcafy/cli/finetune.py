@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,7 +15,7 @@ from dcafy.cli.app import app
 from dcafy.cli.generated import given_options, with_options
 from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
 from dcafy.configuration import Conversion
-from dcafy.training.config import TASKS, DataOptions, TrainingConfig, with_defaults_of
+from dcafy.training.config import DataOptions, RunOptions, TrainingConfig, with_defaults_of
 
 if TYPE_CHECKING:
     from dcafy.training.run import Request
@@ -27,80 +28,40 @@ __all__ = ["finetune_command"]
 def finetune_command(
     context: typer.Context,
     model: Model,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="The images: imagefolder:PATH (with train/ and val/, or one folder for each class), "
-            "torchvision:NAME:ROOT such as torchvision:CIFAR10:data, digits, or fashion-mnist[:PATH]. With --task "
-            "detection: coco:IMAGES:ANNOTATIONS.json, or coco:IMAGES:TRAIN.json:VAL_IMAGES:VAL.json.",
-            show_default=False,
-        ),
-    ] = None,
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task",
-            metavar="|".join(TASKS),
-            help="What the network is trained for. Detectors are measured by average precision, and have other "
-            "defaults: sgd, 12 epochs, 16 images in a batch, --schedule multistep, and a learning rate of 0.01 for 16 "
-            "images, in proportion.",
-        ),
-    ] = "classification",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="The folder of the run.", show_default=False),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over.",
-        ),
-    ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare", help="Train the unconnected network as well, with the same seeds and budget, and compare."
-        ),
-    ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds are compared.")] = 1,
-    json_log: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also write every step and epoch here, one JSON object a line."),
-    ] = None,
-    arch: Arch = None,
-    settings: Settings = None,
-    trust_pickle: TrustPickle = False,
-    *,
+    run: RunOptions,
     training: TrainingConfig,
     images: DataOptions,
     conversion: Conversion,
+    arch: Arch = None,
+    settings: Settings = None,
+    trust_pickle: TrustPickle = False,
 ) -> None:
     """Connect a network and train it on. Under torchrun it trains in several processes or on several machines."""
+    if run.resume and run.output is None:
+        run, model = dataclasses.replace(run, output=Path(model)), ""
+    if run.output is None:
+        raise errors.UsageError("-o names no folder. Write -o runs/NAME: checkpoints, log and model go there.")
+    given, output = given_options(context), run.output
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.training.parallel import on_main_process
-        from dcafy.training.run import Request
+        from dcafy.training.run import REQUEST, Request
 
-        if resume and output is None:
-            output, model = Path(model), ""
-        if output is None:
-            raise errors.UsageError("-o names no folder. Write -o runs/NAME: checkpoints, log and model go there.")
-        if not resume or not (output / "finetune.json").exists():
-            if data is None or not model:
-                raise errors.UsageError(
-                    f"There is no run in {str(output)!r} to go on with."
-                    if resume
-                    else "--data names no images. Write --data imagefolder:PATH, or --data digits to try."
-                )
-            training = with_defaults_of(task, training, given_options(context))
+        if run.resume and (output / REQUEST).exists():
+            asked = _known(output, model, given)
+        elif run.data is None or not model:
+            raise errors.UsageError(
+                f"There is no run in {str(output)!r} to go on with."
+                if run.resume
+                else "--data names no images. Write --data imagefolder:PATH, or --data digits to try."
+            )
+        else:
+            training = with_defaults_of(run.task, training, given)
+            seeds = run.seeds if run.compare else 0
             asked = Request(
-                model, data, arch, settings_given(settings), conversion, images, training, seeds if compare else 0, task
+                model, run.data, arch, settings_given(settings), conversion, images, training, seeds, run.task
             ).anchored()
             on_main_process(lambda: _require_free(output))
-        else:
-            asked = _known(output, model, given_options(context))
-        printed = _run(asked, output, resume, json_log, trust_pickle)
+        printed = _run(asked, output, run, trust_pickle)
     print(printed, end="")
 
 
@@ -118,8 +79,6 @@ def _require_free(output: Path) -> None:
 
 def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     """The request of the run in ``output``, which the options on the command line may repeat but not change."""
-    import dataclasses
-
     from dcafy.sources.specs import runs_code
     from dcafy.training.run import read_request
 
@@ -139,9 +98,10 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     }
     for name, value in given.items():
         if name in known and known[name] != value:
+            option = f"--{name.replace('_', '-')}"
+            before = f"without {option}" if known[name] is None else f"with {option} {known[name]}"
             raise errors.UsageError(
-                f"The run in {str(output)!r} was started with --{name.replace('_', '-')} {known[name]}. Leave it out "
-                "to go on with it, or start another run."
+                f"The run in {str(output)!r} was started {before}. Leave it out to go on with it, or start another run."
             )
     return asked
 
@@ -156,7 +116,7 @@ def _tell(amiss: tuple[str, ...]) -> None:
         print(f"{len(amiss)} such boxes in all; --strict stops at the first.", file=sys.stderr)
 
 
-def _run(asked: Request, output: Path, resume: bool, json_log: Path | None, trust_pickle: bool) -> str:
+def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> str:
     """Runs what was asked for; the summary, for the main process."""
     from dcafy.training.parallel import finished, is_main_process, on_main_process
     from dcafy.training.run import finish, subject, train, write_request
@@ -164,7 +124,7 @@ def _run(asked: Request, output: Path, resume: bool, json_log: Path | None, trus
     from dcafy.training.telling import JsonLines, Listener, for_stderr
 
     def listeners(title: str = "") -> tuple[Listener, ...]:
-        log = () if json_log is None else (JsonLines(json_log, steps=True),)
+        log = () if run.json_log is None else (JsonLines(run.json_log, steps=True),)
         return (for_stderr(title), *log)
 
     try:
@@ -179,7 +139,7 @@ def _run(asked: Request, output: Path, resume: bool, json_log: Path | None, trus
                 asked, output, trust_pickle=trust_pickle, listener_for=listeners, is_main=is_main_process()
             )
             return of_comparison(comparison) if is_main_process() else ""
-        history = train(asked, on, output, seed=asked.training.seed, resume=resume, listeners=listeners())
+        history = train(asked, on, output, seed=asked.training.seed, resume=run.resume, listeners=listeners())
         if not is_main_process():
             return ""
         finish(on, output)

@@ -48,7 +48,9 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
     made = []
     for item in dataclasses.fields(configuration):
         choices = item.metadata["choices"]
+        short = item.metadata["short"]
         option = typer.Option(
+            *((f"--{item.name.replace('_', '-')}", short) if short else ()),
             help=item.metadata["help"],
             metavar=item.metadata["metavar"] or ("|".join(choices) if choices else None),
             show_default=item.default is not None,
