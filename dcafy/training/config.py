@@ -35,7 +35,7 @@ class RunOptions:
     task: str = setting(
         "classification",
         "What the network is trained for. Detectors are measured by average precision, and have other defaults: sgd, "
-        "12 epochs, 16 images in a batch, --schedule multistep, and a learning rate of 0.01 for 16 images, in proportion.",
+        "12 epochs, 16 images in a batch, --schedule multistep, a learning rate of 0.01 for 16 images (in proportion).",
         choices=tuple(TASKS),
     )
     output: Path | None = setting(None, "The folder of the run.", metavar="DIR", short="-o")
