@@ -269,9 +269,10 @@ def report(work: Path) -> str:
         ]
     lines += [
         "",
-        "These are synthetic shapes, a small network and a training that ends long before either side has learned them: "
-        "at such precisions the table shows that the paired training runs, and cannot tell which network is better. It "
-        "says nothing about COCO, and does not repeat the paper's Table 3: that takes ImageNet backbones, COCO and GPUs.",
+        "These are synthetic shapes, a small network and a training that ends long before either side has learned "
+        "them: at such precisions the table shows that the paired training runs, and cannot tell which network is "
+        "better. It says nothing about COCO, and does not repeat the paper's Table 3: that takes ImageNet backbones, "
+        "COCO and GPUs.",
     ]
     return "\n".join(lines) + "\n"
 
