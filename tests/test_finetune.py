@@ -257,17 +257,20 @@ PARALLEL = """
 import sys, torch
 from training_data import Stripes, connected
 from dcafy.training import TrainingConfig, finetune
-from dcafy.training.telling import Listener
+from dcafy.training.order import UnreadableImage
 where, norm, fails = sys.argv[1], sys.argv[2] == "norm", "fails" in sys.argv
 config = TrainingConfig(epochs=2, batch_size=8, seed=3, cpu=True, usage_images=0, optimizer="sgd", lr=0.05)
 model = connected(norm)
 rank = int(__import__("os").environ.get("RANK", 0))
 class Failing(Stripes):
     def __getitem__(self, index):
+        if index in (3, 19):
+            raise UnreadableImage(f"image {index}")
         if fails and rank == 1 and index % 8 == 7:
             raise RuntimeError("this process fails")
         return super().__getitem__(index)
 history = finetune(model, Failing(), Stripes(21), config, directory=where)
+assert sorted(history.skipped) == ["image 19", "image 3"]
 torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"{where}/rank{rank}.pt")
 """
 

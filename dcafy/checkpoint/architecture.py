@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -162,7 +163,7 @@ def recognised(model: nn.Module, recipe: Recipe) -> Built | None:
 
 def _class_counts(ours: Shapes, theirs: Shapes) -> list[int]:
     """Numbers of classes that may explain every difference; none where something else differs."""
-    counts = set()
+    counts, ratios = set(), set()
     for key in ours.keys() | theirs.keys():
         here, there = ours.get(key), theirs.get(key)
         if here == there:
@@ -170,7 +171,15 @@ def _class_counts(ours: Shapes, theirs: Shapes) -> list[int]:
         if not here or not there or here[1:] != there[1:]:
             return []
         counts.add(here[0])  # or a multiple: detectors have four numbers for each class
-    return sorted(counts) if len(counts) <= 2 else []
+        ratios.add(Fraction(here[0], there[0]))
+    numbers = sorted(counts) if len(counts) <= 2 else []
+    # Detectors in one stage have some numbers for each class and anchor.
+    shared = ratios.pop() * _COCO_CLASSES if len(ratios) == 1 else Fraction(0)
+    return [*numbers, shared.numerator] if shared and shared.denominator == 1 else numbers
+
+
+_COCO_CLASSES = 91
+"""What torchvision's detectors tell apart where no number of classes is given."""
 
 
 def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Built]:

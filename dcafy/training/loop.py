@@ -79,7 +79,10 @@ def finetune(
         if not len(part):
             raise InputError(f"{name} has no images.")
     run = _Run(model, train, val, config, task or Classification(config), new_layers, listener or Silent())
-    return run.train(None if directory is None else Path(directory), resume)
+    try:
+        return run.train(None if directory is None else Path(directory), resume)
+    finally:
+        run.listener.closes()
 
 
 def accelerator_for(config: TrainingConfig) -> Accelerator:
@@ -275,6 +278,7 @@ class _Run:
 
     def _end_epoch(self) -> None:
         metrics = self._evaluate()
+        self._share_skipped()
         shares, own = metrics.pop("", {}), connections(self._shown()) if self.connected else {}
         loss, accuracy = self.progress.means(self.accelerator)
         states = {
@@ -326,6 +330,16 @@ class _Run:
             if name not in self.skipped:
                 self.skipped[name] = None
                 self.listener.skipped(name)
+
+    def _share_skipped(self) -> None:
+        """Every process has read other images: the main one names those that none of them could read."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            for name in gather_object(list(self.skipped)):
+                if name not in self.skipped:
+                    self.skipped[name] = None
+                    self.listener.skipped(name)
 
     def _usage(self) -> Usage | None:
         """What cutting connections costs; only the main process looks, the others need not."""

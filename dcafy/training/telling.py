@@ -49,6 +49,9 @@ class Listener:
     def ends(self, history: History) -> None:
         """The run is done."""
 
+    def closes(self) -> None:
+        """Nothing more will happen, whether the run is done or was broken off."""
+
 
 Silent = Listener
 
@@ -86,6 +89,10 @@ class Several(Listener):
     def ends(self, history: History) -> None:
         for listener in self.listeners:
             listener.ends(history)
+
+    def closes(self) -> None:
+        for listener in self.listeners:
+            listener.closes()
 
 
 def in_words(epoch: Epoch, of: int) -> str:
@@ -166,11 +173,7 @@ class Bars(Lines):
         self.bars.update(self.epoch_bar, completed=epoch.epoch)
         self.bars.update(self.step_bar, completed=epoch.steps)
 
-    def ends(self, history: History) -> None:
-        self.bars.stop()
-
-    def close(self) -> None:
-        """Gives the terminal back, however the run ended."""
+    def closes(self) -> None:
         self.bars.stop()
 
 
