@@ -81,7 +81,12 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         for insertion in how.insertions:
             name, *options = dataclasses.asdict(insertion).items()
-            model = insert(model, name[1], **dict(options), example_inputs=example, copy=False)
+            try:
+                model = insert(model, name[1], **dict(options), example_inputs=example, copy=False)
+            except TracingError:
+                if not on_meta:
+                    raise
+                return _network_of(how, inputs, on_meta=False)  # detectors look at their boxes, so they need data
     return model
 
 
@@ -208,7 +213,8 @@ def _size(shape: tuple[int, ...]) -> int:
 def _torchvision_names(home: str, size: int) -> list[str]:
     """The names whose builders are in that module, the one nearest in size first."""
     models = importlib.import_module("torchvision.models")
-    names = [n for n in models.list_models() if models.get_model_builder(n).__module__ == home]
+    # By its beginning: SSDlite is an SSD whose builder has a module of its own, ssdlite.
+    names = [n for n in models.list_models() if models.get_model_builder(n).__module__.startswith(home)]
 
     def distance(name: str) -> int:
         known = [weights.meta.get("num_params", 0) for weights in models.get_model_weights(name)]
