@@ -229,6 +229,24 @@ def test_save_load_and_revert(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found(reverted, images), found(model, images), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("ssdlite320_mobilenet_v3_large", None), pytest.param("retinanet_resnet50_fpn", "se", marks=pytest.mark.slow)],
+)
+def test_a_detector_of_torchvision_with_a_new_head_is_loaded_by_itself(
+    name: str, attention: str | None, tmp_path: Any
+) -> None:
+    with seeded(0):
+        model = get_model_builder(name)(weights=None, weights_backbone=None)
+        with_classes(model, 7)
+    converted = dcafy.convert(model, attention=attention, verify=False)
+    dcafy.save(converted, tmp_path / "detector")
+    loaded = dcafy.load(tmp_path / "detector")
+    assert classes_of(loaded) == 7
+    images = pictures((64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(found(loaded, images), found(converted, images), strict=True))
+
+
 def test_a_report_of_a_detector(tmp_path: Any) -> None:
     for package in ("matplotlib", "jinja2", "captum"):
         pytest.importorskip(package)
