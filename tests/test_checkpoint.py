@@ -306,7 +306,8 @@ def by_name(model: nn.Module, folder: Path, images: Tensor = IMAGES) -> Any:
 
 def test_torchvision_by_name(tmp_path: Path) -> None:
     model = trained(torchvision.models.mobilenet_v3_small)
-    assert by_name(model, tmp_path) == {"name": "torchvision:mobilenet_v3_small", "arguments": {}}
+    expected = {"name": "torchvision:mobilenet_v3_small", "arguments": {}, "insertions": []}
+    assert by_name(model, tmp_path) == expected
     assert description(tmp_path)["versions"]["torchvision"]
     reloaded = dcafy.load(tmp_path)
     assert reloaded.dca.recipe.model == "torchvision:mobilenet_v3_small"
@@ -316,7 +317,8 @@ def test_torchvision_with_a_new_head(tmp_path: Path) -> None:
     dca = mobilenet()
     dca.classifier[-1] = nn.Linear(1024, 7)
     dcafy.save(dca, tmp_path)
-    assert description(tmp_path)["model"] == {"name": "torchvision:mobilenet_v3_small", "arguments": {"num_classes": 7}}
+    expected = {"name": "torchvision:mobilenet_v3_small", "arguments": {"num_classes": 7}, "insertions": []}
+    assert description(tmp_path)["model"] == expected
     assert_same(dca, dcafy.load(tmp_path))
 
 
@@ -479,7 +481,11 @@ def test_detector(tmp_path: Path) -> None:
     model = build(weights=None, weights_backbone=None, num_classes=4).eval()
     dca = moved(dcafy.convert(model, example_inputs=(images,), verify=False))
     dcafy.save(dca, tmp_path)
-    expected = {"name": "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", "arguments": {"num_classes": 4}}
+    expected = {
+        "name": "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn",
+        "arguments": {"num_classes": 4},
+        "insertions": [],
+    }
     assert description(tmp_path)["model"] == expected
     loaded = dcafy.load(tmp_path)
     for ours, theirs in zip(evaluate(dca, images), evaluate(loaded, images), strict=True):
