@@ -35,17 +35,35 @@ from dcafy.training.data import open_data
 from dcafy.training.order import seeded
 from dcafy.training.pictures import with_channels
 
-SIDE = {"digits": 16, "cued": 16, "fashion": 28}
-NOISE = {"digits": 0.8, "cued": 0.3, "fashion": 0.5}
-SIZES = {"digits": (900, 800), "cued": (900, 800), "fashion": (4000, 2000)}
-CHANNELS = {"digits": 1, "cued": 3, "fashion": 1}
-WORDS = {
-    "digits": "scikit-learn's digits",
-    "cued": "two of scikit-learn's digits on top of one another, one in each of two channels, of which a small square "
-    "in the corner of a third channel says which one to name: what is needed is known from elsewhere in the image",
-    "fashion": "Fashion-MNIST",
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of ``side`` pixels in ``channels`` with Gaussian noise; ``sizes``: how many to train and to validate.
+
+    ``epochs`` and ``lr`` are those of a training from scratch; further training has half and a third of them.
+    """
+
+    spec: str
+    words: str
+    side: int
+    noise: float
+    sizes: tuple[int, int]
+    epochs: int
+    channels: int = 1
+    lr: float = 0.1
+
+
+CUED = (
+    "two of scikit-learn's digits on top of one another, one in each of two channels, of which a small square in the "
+    "corner of a third channel says which one to name: what is needed is known from elsewhere in the image"
+)
+
+DATA = {
+    "cued": Pictures("digits", CUED, 16, 0.3, (900, 800), epochs=12, channels=3),
+    "cued-long": Pictures("digits", CUED, 16, 0.3, (900, 800), epochs=30, channels=3, lr=0.05),
+    "digits": Pictures("digits", "scikit-learn's digits", 16, 0.8, (900, 800), epochs=8),
+    "fashion": Pictures("fashion-mnist", "Fashion-MNIST", 28, 0.5, (4000, 2000), epochs=6),
 }
-"""By data: side in pixels, deviation of the noise, images to train and to validate, channels, and what it is."""
 
 
 # --- networks and data --------------------------------------------------------------------------------------
@@ -91,10 +109,10 @@ class SmallResNet(nn.Module):
 @functools.cache
 def images(name: str, classes: range) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
     """Training and validation images of these classes, ``[channels, side, side]``, always with the same noise."""
-    spec = {"digits": "digits", "cued": "digits", "fashion": "fashion-mnist"}[name]
-    data = open_data(spec, DataOptions(val_fraction=0.45))
+    about = DATA[name]
+    data = open_data(about.spec, DataOptions(val_fraction=0.45))
     parts = []
-    for number, (source, most) in enumerate(zip((data.train, data.val), SIZES[name], strict=True)):
+    for number, (source, most) in enumerate(zip((data.train, data.val), about.sizes, strict=True)):
         rows = []
         with seeded(17, number):
             for index in range(len(source)):
@@ -102,13 +120,13 @@ def images(name: str, classes: range) -> tuple[list[tuple[Tensor, int]], list[tu
                 if label not in classes:
                     continue
                 values = torchvision.transforms.functional.to_tensor(with_channels(picture, 1))
-                values = F.interpolate(values[None], size=SIDE[name], mode="bilinear", antialias=True)[0]
+                values = F.interpolate(values[None], size=about.side, mode="bilinear", antialias=True)[0]
                 rows.append((2 * values - 1, label - classes.start))
                 if len(rows) == most:
                     break
-            if name == "cued":
+            if about.channels == 3:
                 rows = [cued(row, rows[int(torch.randint(len(rows), ()))]) for row in rows]
-            rows = [(image + NOISE[name] * torch.randn(image.shape), label) for image, label in rows]
+            rows = [(image + about.noise * torch.randn(image.shape), label) for image, label in rows]
         parts.append(rows)
     return parts[0], parts[1]
 
@@ -194,7 +212,10 @@ class Setting:
     data: str
     attention: str
     regime: str
-    epochs: int
+
+    @property
+    def epochs(self) -> int:
+        return DATA[self.data].epochs if self.regime == "scratch" else DATA[self.data].epochs // 2
 
     @property
     def name(self) -> str:
@@ -205,13 +226,10 @@ class Setting:
         return {"scratch": SCRATCH, "tuned": TUNED, "transfer": TRANSFER}[self.regime]
 
 
-EPOCHS = {"digits": 8, "cued": 12, "fashion": 6}
-"""From scratch; further training has half of them."""
-
 SETTINGS = tuple(
-    Setting(data, attention, regime, EPOCHS[data] if regime == "scratch" else EPOCHS[data] // 2)
+    Setting(data, attention, regime)
     for regime in ("scratch", "tuned", "transfer")
-    for data in ("cued", "digits", "fashion")
+    for data in DATA
     for attention in ("se", "cbam", "gc")
 )
 
@@ -219,20 +237,20 @@ SETTINGS = tuple(
 def config(setting: Setting, seed: int, **options: Any) -> TrainingConfig:
     """SGD with Nesterov momentum and a cosine, as in paper 4.1; connections at 10 times the rate where not said."""
     rate = options.pop("rate", 10)
-    lr = 0.1 if setting.regime == "scratch" else 0.03
+    lr = DATA[setting.data].lr * (1 if setting.regime == "scratch" else 0.3)
     kept = {"batch_size": 64, "optimizer": "sgd", "epochs": setting.epochs, "lr": lr, "connection_lr": rate * lr}
     return TrainingConfig(**{**kept, "seed": seed, "cpu": not torch.cuda.is_available(), **options})
 
 
 def fresh(setting: Setting, seed: int, classes: int, *, attention: bool = True) -> nn.Module:
     """An untrained network; what all arms have in common is the same under one seed."""
-    side = SIDE[setting.data]
+    about = DATA[setting.data]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = SmallResNet(classes, CHANNELS[setting.data])
+        model: nn.Module = SmallResNet(classes, about.channels)
         if attention:
             model = dcafy.insert(model, setting.attention, init="paper", reduction=8,
-                                 example_inputs=torch.zeros(2, CHANNELS[setting.data], side, side))  # fmt: skip
+                                 example_inputs=torch.zeros(2, about.channels, about.side, about.side))  # fmt: skip
     return model
 
 
@@ -244,8 +262,7 @@ def trained_vanilla(setting: Setting, seed: int, kept: dict[Any, Any]) -> nn.Mod
         kept.clear()
         model = fresh(setting, seed, len(classes))
         train, val = images(setting.data, classes)
-        longer = dataclasses.replace(setting, regime="scratch", epochs=EPOCHS[setting.data])
-        finetune(model, train, val, config(longer, seed, usage_images=0))
+        finetune(model, train, val, config(dataclasses.replace(setting, regime="scratch"), seed, usage_images=0))
         kept[key] = model
     return copy.deepcopy(kept[key])
 
@@ -342,13 +359,12 @@ def _device() -> str:
 
 
 def _about(setting: Setting) -> str:
-    size = " and ".join(
-        f"{n} images to {what}" for n, what in zip(SIZES[setting.data], ("train", "validate"), strict=True)
-    )
+    about = DATA[setting.data]
+    train, val = about.sizes
     return (
-        f"{WORDS[setting.data][0].upper()}{WORDS[setting.data][1:]}. A residual network of six units (8, 16, 32 "
-        f"channels) with {setting.attention.upper()} in each; {size}, {SIDE[setting.data]} px, Gaussian noise of "
-        f"{NOISE[setting.data]}; {setting.epochs} epochs of SGD."
+        f"{about.words[0].upper()}{about.words[1:]}; {train} images to train and {val} to validate, {about.side} px, "
+        f"Gaussian noise of {about.noise}. A residual network of six units (8, 16, 32 channels) with "
+        f"{setting.attention.upper()} in each; {setting.epochs} epochs of SGD."
     )
 
 
@@ -370,7 +386,7 @@ def main() -> None:
     globs = options.only or ["*"]
     chosen = dict.fromkeys(s for glob in globs for s in SETTINGS if fnmatch.fnmatch(s.name, glob))
     for setting in chosen:
-        for seed in range(max(options.seeds // 2, 1) if setting.data == "fashion" else options.seeds):
+        for seed in range(max(options.seeds // 2, 1) if DATA[setting.data].side > 16 else options.seeds):
             for name in setting.arms:
                 if (setting.name, name, seed) in done:
                     continue

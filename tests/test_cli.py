@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -306,6 +307,9 @@ def test_a_bug_is_told_with_its_traceback(as_json, command, monkeypatch):
         (errors.SourceError, 4),
         (errors.CheckpointError, 4),
         (errors.TracingError, 5),
+        (errors.TrainingError, 6),
+        (functools.partial(errors.Interrupted, signal=signal.SIGTERM), 143),
+        (functools.partial(errors.Interrupted, signal=signal.SIGINT), 130),
         (KeyboardInterrupt, 130),
         (BrokenPipeError, 141),
     ],
@@ -315,7 +319,8 @@ def test_the_table_of_exit_codes(error, code):
 
 
 def test_every_error_has_an_exit_code():
-    tested = {mark.args[1][i][0] for mark in test_the_table_of_exit_codes.pytestmark for i in range(len(mark.args[1]))}
+    rows = [row for mark in test_the_table_of_exit_codes.pytestmark for row in mark.args[1]]
+    tested = {getattr(error, "func", error) for error, _ in rows}
     assert {getattr(errors, name) for name in errors.__all__} <= tested
 
 

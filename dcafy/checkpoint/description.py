@@ -281,7 +281,9 @@ def _optional(of: Reader) -> Reader:
     return lambda value, where: None if value is None else of(value, where)
 
 
-def _record(cls: type[Any], readers: Mapping[str, Reader], *, all_needed: bool = True) -> Reader:
+def _record(
+    cls: type[Any], readers: Mapping[str, Reader], *, all_needed: bool = True, may_lack: frozenset[str] = frozenset()
+) -> Reader:
     def reader(value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _Wrong(where, "an object", value)
@@ -289,7 +291,7 @@ def _record(cls: type[Any], readers: Mapping[str, Reader], *, all_needed: bool =
             if name not in readers:
                 raise _Unknown(where, name)
         for name in readers:
-            if all_needed and name not in value:
+            if all_needed and name not in value and name not in may_lack:
                 raise _Wrong(where, f"an object with {name!r}", list(value))
         prefix = f"{where}." if where else ""
         return cls(**{name: readers[name](item, prefix + name) for name, item in value.items()})
@@ -389,7 +391,11 @@ _description = _record(
     {
         "versions": _mapping(_text),
         "model": _optional(
-            _record(Built, {"name": _text, "arguments": _mapping(_plain), "insertions": _tuple(_insertion)})
+            _record(
+                Built,
+                {"name": _text, "arguments": _mapping(_plain), "insertions": _tuple(_insertion)},
+                may_lack=frozenset({"insertions"}),
+            )
         ),
         "options": _options,
         "inputs": _inputs,
