@@ -23,7 +23,7 @@ from dcafy.errors import CheckpointError, InputError, Interrupted, TrainingError
 from dcafy.training import TrainingConfig, finetune
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint
 from dcafy.training.loop import accelerator_for
-from dcafy.training.order import Batches, Seeded, UnreadableImage
+from dcafy.training.order import Batches, Seeded, Spread, UnreadableImage
 from dcafy.training.telling import JsonLines, Listener
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, seed=3, usage_images=0, cpu=True)
@@ -359,6 +359,15 @@ def test_batches_go_on_from_the_middle():
     assert len({key for batch in whole for key in batch}) == 48
     order.epoch, order.start = 5, 0
     assert list(order) != whole
+
+
+def test_connections_are_cut_on_images_of_all_classes():
+    sorted_by_class = [Stripes()[index] for label in range(CLASSES) for index in range(label, 48, CLASSES)]
+    history = finetune(connected(), TRAIN, sorted_by_class, config(epochs=1, usage_images=12))
+    assert history.usage is not None
+    assert history.usage.images == 12
+    assert [Spread(sorted_by_class, 12)[i][1] for i in range(12)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(Spread(sorted_by_class, 100)) == 48
 
 
 class SomeUnreadable:

@@ -22,7 +22,7 @@ from dcafy.training.config import TrainingConfig
 from dcafy.training.freezing import FrozenBase
 from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.optimization import optimizer_for, scheduler_for
-from dcafy.training.order import Batches, Seeded, derived_seed
+from dcafy.training.order import Batches, Seeded, Spread, derived_seed
 from dcafy.training.signals import Interruption
 from dcafy.training.state import Progress, Standing, captured, restored
 from dcafy.training.tasks import Batch, Classification, Task
@@ -138,9 +138,8 @@ class _Run:
         task.check(model, data[(0, 0)])
         self.order = Batches(len(data), config.batch_size, seed=config.seed, shuffle=True)
         self.train_loader = self._loader(data, self.order, training=True)
-        shown = Seeded(val, seed=0, transform=getattr(val, "transform_sample", None), counts_stand_ins=False)
-        in_order = Batches(len(shown), config.batch_size, seed=0, shuffle=False)
-        self.val_loader = self._loader(shown, in_order, training=False)
+        self.prepare_shown = getattr(val, "transform_sample", None)
+        self.val, self.val_loader = val, self._shown_loader(val)
         self.optimizer = optimizer_for(model, config)
         steps = -(-self.order.in_all // config.accumulate)
         self.schedule = scheduler_for(self.optimizer, config, steps)
@@ -153,6 +152,11 @@ class _Run:
         self.progress = Progress()
         self.epochs: list[Epoch] = []
         self.skipped: dict[str, None] = {}
+
+    def _shown_loader(self, val: Any) -> Any:
+        """Batches of validation images, in their own order."""
+        shown = Seeded(val, seed=0, transform=self.prepare_shown, counts_stand_ins=False)
+        return self._loader(shown, Batches(len(shown), self.config.batch_size, seed=0, shuffle=False), training=False)
 
     def _loader(self, data: Seeded, order: Batches, *, training: bool) -> Any:
         loader: DataLoader[Any] = DataLoader(
@@ -346,13 +350,8 @@ class _Run:
         wanted = self.config.usage_images
         if not (self.connected and wanted and isinstance(self.task, Classification)):
             return None
-        batches, images = [], 0
-        for batch in self.val_loader:
-            batches.append((batch.inputs, batch.labels))
-            images += len(batch.indices)
-            if images >= wanted:
-                break
-        return usage(self.model, batches)
+        spread = self._shown_loader(Spread(self.val, wanted))
+        return usage(self.model, [(batch.inputs, batch.labels) for batch in spread])
 
     # -- checkpoints ------------------------------------------------------------------------------------
 

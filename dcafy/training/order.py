@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dcafy.errors import DcafyError, InputError
 
-__all__ = ["Batches", "Sample", "Seeded", "UnreadableImage", "derived_seed", "seeded"]
+__all__ = ["Batches", "Sample", "Seeded", "Spread", "UnreadableImage", "derived_seed", "seeded"]
 
 Key = tuple[int, int]
 """(epoch, index) of a sample."""
@@ -89,6 +89,20 @@ class Batches(Sampler[list[Key]]):
             order = torch.randperm(self.length, generator=generator).tolist()
         for number in range(self.start, self.in_all):
             yield [(self.epoch, index) for index in order[number * self.batch_size : (number + 1) * self.batch_size]]
+
+
+class Spread(Dataset[Any]):
+    """At most ``most`` of the samples of ``source``, evenly spread over it: data sets are often sorted by class."""
+
+    def __init__(self, source: Any, most: int) -> None:
+        self.source = source
+        self.places = [i * len(source) // min(most, len(source)) for i in range(min(most, len(source)))]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.places[index]]
 
 
 class Seeded(Dataset[Sample]):
