@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 from training_data import CLASSES, SIZE, network
 
+import dcafy
 from dcafy.errors import InputError, UsageError
 from dcafy.training.config import DataOptions
 from dcafy.training.data import open_data, read_idx, split
@@ -223,6 +224,12 @@ def test_images_are_made_ready_as_the_weights_were_trained():
     ours, label = Prepared(how)(image, 7)
     assert label == 7
     assert torch.allclose(ours, preset(image), atol=0.02)
+
+
+def test_images_of_a_folder_are_those_of_the_network_in_it(tmp_path):
+    dcafy.save(dcafy.convert(torchvision.models.efficientnet_b3(), verify=False), tmp_path)
+    model = dcafy.load(tmp_path)
+    assert preparation(model, str(tmp_path)).size == (300, 300)
 
 
 def test_images_of_a_timm_network():

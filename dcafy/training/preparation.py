@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcafy.emit import connected_modules
 from dcafy.examples import guesses
 from dcafy.training.config import DataOptions
 from dcafy.training.pictures import with_channels
@@ -42,7 +43,10 @@ def preparation(model: nn.Module, spec: str, image_size: int | None = None) -> P
     ``spec``: the ``torchvision:`` or ``timm:`` name of the model where it has one. For other models the first guess at
     their input gives the size. ``image_size``: another side, in pixels, with the resize in proportion.
     """
-    found = _of_torchvision(spec) or _of_timm(model) or _guessed(model)
+    # A folder that was loaded by name knows that name.
+    names = [spec, *(dca.recipe.model or "" for _, _, dca in connected_modules(model))]
+    named = (_of_torchvision(name) for name in names)
+    found = next(filter(None, named), None) or _of_timm(model) or _guessed(model)
     if found.channels != _channels(model, found.channels):
         found = _with_other_channels(found, _channels(model, found.channels))
     if image_size is None:
