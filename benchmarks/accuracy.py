@@ -317,8 +317,8 @@ def points(values: Sequence[float], others: Sequence[float]) -> str:
     return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]{mark}"
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """Every setting as a table: means over the seeds, paired differences with 95% intervals."""
+def report(rows: list[dict[str, Any]], note: str = "") -> str:
+    """Every setting as a table: means over the seeds, paired differences with 95% intervals; ``note`` goes first."""
     lines = [
         "# Does connecting attention help?",
         "",
@@ -329,6 +329,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         "95% intervals (Student's t), marked ** where the interval excludes zero. *cut* is what setting β = 0 after "
         "the training changes. A setting in which removing the attention costs nothing cannot judge connections.",
         "",
+        *([note.strip(), ""] if note else []),
     ]
     for setting in SETTINGS:
         own = [row for row in rows if row["setting"] == setting.name]
@@ -379,6 +380,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="half of them for Fashion-MNIST")
     parser.add_argument("--results", type=Path, default=Path("accuracy.jsonl"))
     parser.add_argument("--report", type=Path, help="write the tables here, as Markdown")
+    parser.add_argument("--note", type=Path, help="Markdown to put at the head of the report")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
@@ -396,7 +398,7 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
                 print(f"{setting.name}, {name}, seed {seed}: {row['top1']:.2%} in {row['seconds']} s", flush=True)
     if options.report:
-        options.report.write_text(report(rows) + "\n")
+        options.report.write_text(report(rows, options.note.read_text() if options.note else "") + "\n")
 
 
 if __name__ == "__main__":
