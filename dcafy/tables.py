@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dcafy.blocks import AttentionBlock, Chain, Link, Plan
 
-__all__ = ["as_text", "counted", "link_matches", "node_table", "plan_tables", "printable", "written"]
+__all__ = ["as_text", "counted", "link_matches", "node_table", "plain_table", "plan_tables", "printable", "written"]
 
 DEFAULT_CHANNEL_MATCH = "fc2"
 DEFAULT_SPATIAL_MATCH = "avg"
@@ -70,7 +70,7 @@ def node_table(plan: Plan) -> RenderableType:
 
     The names are those of the graph in which everything was entered; they inform and do not address.
     """
-    table = _table("block", "role", "node")
+    table = plain_table("block", "role", "node")
     for block in plan.blocks:
         roles = {"extraction": block.extraction, "transformation": block.transformation, "fusion": block.fusion}
         for role, nodes in roles.items():
@@ -130,7 +130,7 @@ def _headline(plan: Plan) -> Text:
 
 def _block_table(plan: Plan, chains: Sequence[Chain]) -> Table:
     """One row for each block; a block that hears several others has them under one another."""
-    table = _table("block", "dimension", "channels", "size", "gate", "predecessor", "match")
+    table = plain_table("block", "dimension", "channels", "size", "gate", "predecessor", "match")
     table.columns[2].justify = "right"
     for chain in chains:
         heard: dict[str, list[Link]] = {}
@@ -151,7 +151,7 @@ def _block_table(plan: Plan, chains: Sequence[Chain]) -> Table:
 
 
 def _cost_table(plan: Plan) -> Table:
-    table = _table("topology", "connections", "parameters")
+    table = plain_table("topology", "connections", "parameters")
     for column in table.columns[1:]:
         column.justify = "right"
     for cost in plan.costs:
@@ -173,13 +173,14 @@ def _match(plan: Plan, target: AttentionBlock, link: Link) -> str:
 
 
 def _rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = _table(*columns)
+    table = plain_table(*columns)
     for row in rows:
         table.add_row(*map(_name, row))
     return table
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table of these columns whose cells fold where they are too long."""
     table = Table(box=box.SIMPLE)
     for column in columns:
         table.add_column(column, overflow="fold")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import os
 import socket
 import sys
@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dcafy
-from dcafy.cli import main
 from dcafy.detection import AveragePrecision, Boxes, CocoImages, Detection, open_coco, write_shapes
 from dcafy.detection.classes import classes_of, labels_for
 from dcafy.detection.synthetic import SHAPES
@@ -310,23 +309,11 @@ def test_what_is_no_detector_is_refused(shapes: Path) -> None:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shapes: Path) -> Iterator[Run]:
-    """Run ``dcafy finetune --task detection`` in this process and in the folder of the shapes."""
-    log = logging.getLogger("dcafy")
-    before = log.handlers, log.propagate, log.level
+def command(dcafy_command: Run, monkeypatch: pytest.MonkeyPatch, shapes: Path) -> Iterator[Run]:
+    """Run ``dcafy finetune`` in the folder of the shapes: arguments -> exit code, stdout, stderr."""
     monkeypatch.chdir(shapes)
     (shapes / "detector_factory.py").write_text("from detection_data import retinanet\n")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dcafy", "finetune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    yield run
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
+    yield functools.partial(dcafy_command, "finetune")
     sys.modules.pop("detector_factory", None)
 
 

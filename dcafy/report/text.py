@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dcafy.analysis.values import AttentionValues, common_range
 from dcafy.report.findings import Findings
-from dcafy.tables import plan_tables, printable
+from dcafy.tables import plain_table, plan_tables, printable
 
 __all__ = ["bar", "print_findings", "sparkline"]
 
@@ -55,7 +54,7 @@ def _values(findings: Findings) -> Table:
     everything = tuple(block for side in findings.sides for block in side.values)
     low, high = common_range(everything)
     top = max(max(block.histogram(low, high, BINS).shares) for block in everything)
-    table = _table("block", "network", f"{low:.3g} to {high:.3g}", "spread", "near 0.5")
+    table = plain_table("block", "network", f"{low:.3g} to {high:.3g}", "spread", "near 0.5")
     sides = [(side.title, {block.name: block for block in side.values}) for side in findings.sides]
     for name in dict.fromkeys(block.name for block in everything):
         for title, values in sides:
@@ -70,7 +69,7 @@ def _row(block: AttentionValues, low: float, high: float, top: float) -> tuple[s
 
 
 def _connections(findings: Findings) -> Table:
-    table = _table("connection", "α", "β", "contribution", "", "message share", "")
+    table = plain_table("connection", "α", "β", "contribution", "", "message share", "")
     for row in findings.contributions:
         share = findings.shares.get(row.name, 0.0)
         numbers = (
@@ -86,17 +85,10 @@ def _connections(findings: Findings) -> Table:
 
 
 def _cuts(findings: Findings) -> Table:
-    table = _table("cut", "loss", "accuracy")
+    table = plain_table("cut", "loss", "accuracy")
     found = findings.usage
     assert found is not None
     rows = [(row.name, row.loss_change, row.accuracy_change) for row in found.connections]
     for name, loss, accuracy in [*rows, ("all of them", found.loss_change, found.accuracy_change)]:
         table.add_row(*map(Text, (printable(name), f"{loss:+.4f}", f"{100 * accuracy:+.2f} points")))
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE)
-    for column in columns:
-        table.add_column(column, overflow="fold")
     return table
