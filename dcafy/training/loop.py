@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +200,7 @@ class _Run:
         Wrapped anew for each epoch: DDP looks only once at which parameters are trained.
         """
         alone = self.config.freeze_base or self.progress.epoch < self.config.freeze_base_epochs
-        with self.frozen if alone else _nothing():
+        with self.frozen if alone else nullcontext():
             if not any(parameter.requires_grad for parameter in self.model.parameters()):
                 yield None
                 return
@@ -388,11 +388,6 @@ _KINDS = frozenset({"NO", "MULTI_CPU", "MULTI_GPU"})
 """Accelerate's kinds of training in which every process has the whole network."""
 
 _FORWARD = ("forward", "_original_forward")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from rich.table import Table
 from dcafy.tables import printable
 from dcafy.training.compare import Comparison
 from dcafy.training.history import History
+from dcafy.training.telling import metrics_in_words
 from dcafy.usage import Usage
 
 __all__ = ["of_comparison", "of_history"]
@@ -21,13 +22,8 @@ _WIDTH = 120
 
 def of_history(history: History, directory: Path) -> str:
     """The last metrics, how the connections are used, and where the model is."""
-    parts: list[RenderableType] = []
-    metrics = ", ".join(
-        f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
-        for name, value in history.metrics.items()
-        if name != "images"
-    )
-    parts.append(f"validation after {len(history.epochs)} epochs: {metrics}")
+    metrics = metrics_in_words(history.metrics)
+    parts: list[RenderableType] = [f"validation after {len(history.epochs)} epochs: {metrics}"]
     if history.skipped:
         parts.append(f"{len(history.skipped)} images could not be read and were skipped:")
         parts += [f"  {printable(name)}" for name in history.skipped[:10]]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ from dcafy.tables import printable
 from dcafy.training.config import TrainingConfig
 from dcafy.training.history import Epoch, History
 
-__all__ = ["LOG", "Bars", "JsonLines", "Lines", "Listener", "Several", "Silent", "for_stderr"]
+__all__ = ["LOG", "Bars", "JsonLines", "Lines", "Listener", "Several", "Silent", "for_stderr", "metrics_in_words"]
 
 LOG = "log.jsonl"
 """The name of the log in the folder of a run."""
@@ -95,17 +95,23 @@ class Several(Listener):
             listener.closes()
 
 
-def in_words(epoch: Epoch, of: int) -> str:
-    """An epoch in one line."""
-    measured = ", ".join(
+def metrics_in_words(metrics: Mapping[str, float]) -> str:
+    """What was measured: the loss, and accuracies or precisions in percent."""
+    return ", ".join(
         f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
-        for name, value in epoch.metrics.items()
+        for name, value in metrics.items()
         if name != "images"
     )
+
+
+def in_words(epoch: Epoch, of: int) -> str:
+    """An epoch in one line."""
     trained = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
     loudest = max(epoch.connections.items(), key=lambda item: item[1].message_share, default=None)
     heard = f"; loudest connection {loudest[0]}: {loudest[1].message_share:.1%}" if loudest else ""
-    return f"epoch {epoch.epoch}/{of}: loss {epoch.loss:.4f}{trained}; validation {measured}{heard}"
+    return (
+        f"epoch {epoch.epoch}/{of}: loss {epoch.loss:.4f}{trained}; validation {metrics_in_words(epoch.metrics)}{heard}"
+    )
 
 
 class Lines(Listener):
