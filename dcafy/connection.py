@@ -200,11 +200,12 @@ class Connection(nn.Module):
     def message(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
         """``match(T̃)`` in the shape and dtype of G (spatial maps of one channel broadcast over G's)."""
         if self.dimension == "channel":
-            carried = T_prev.flatten(1)
+            carried = T_prev
             if self.bounded and G_prev is not None:
-                carried = carried * G_prev.flatten(1)
-            matched: Tensor = self.match(carried)
-            return matched.reshape(G.shape).to(G.dtype)
+                carried = carried * _shaped(G_prev, carried.shape)
+            if not isinstance(self.match, nn.Identity):
+                carried = self.match(carried.flatten(1))
+            return _shaped(carried, G.shape).to(G.dtype)
         target = _channels_first(G, self.target_axis)
         carried = _channels_first(T_prev, self.source_axis)
         if self.bounded and G_prev is not None:
@@ -247,6 +248,11 @@ class JoinedConnection(nn.Module):
         ]
         alpha: Tensor = self.parts[0].alpha  # type: ignore[assignment]
         return self._combine(alpha.to(G.dtype) * G, functools.reduce(torch.add, terms))
+
+
+def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
+    """``value.reshape(shape)``; itself where it has that shape: autograd pays for a view as for a product."""
+    return value if value.shape == shape else value.reshape(shape)
 
 
 def _channels_first(value: Tensor, axis: int | None) -> Tensor:

@@ -122,6 +122,23 @@ def test_a_baked_size_is_never_emitted() -> None:
     assert {"body.1.se", "body.2.se"} <= {name for link in links for name in (link.source, link.target)}
 
 
+class SizedByLen(Residual):
+    """``len(x)`` where ``x.size(0)`` is meant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.se(x.view(len(x), -1).view(len(x), 16, *x.shape[2:]))
+
+
+def test_the_length_of_a_tensor_stays_symbolic() -> None:
+    real = len
+    model, connected = converted(Net(SizedByLen(), SizedByLen(), SizedByLen()))
+    assert len(dcafy.connections(connected)) == 2
+    assert not dcafy.inspect(model, example_inputs=IMAGES).skipped
+    same_everywhere(model, connected)
+    assert len is real
+
+
 class BatchLoop(nn.Module):
     """A loop over images, as detectors have: its length is the batch size."""
 

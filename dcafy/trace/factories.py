@@ -1,12 +1,14 @@
-"""What a forward calls that plain tracing does not see: tensor factories and ``autograd.Function``."""
+"""What a forward calls that plain tracing does not see: tensor factories, ``autograd.Function`` and ``len``."""
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dcafy.trace.proxy import ValueProxy
 from dcafy.trace.values import VALUE, values_of
@@ -44,7 +46,8 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
     """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever.
 
     The C++ parser of ``torch.zeros`` refuses a proxy before any override is asked, so the names in ``torch``
-    are replaced while the trace runs.
+    are replaced while the trace runs. So is ``len``, which has to return a real number: ``x.view(len(x), -1)``
+    would have the example's batch size for ever.
     """
 
     def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +79,12 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
         real = recorder.device.type if device_type == "meta" else device_type  # there is none for meta tensors
         autocast_made(self, real, *args, **kwargs)
 
+    def length(value: Any, /) -> Any:
+        if recorder.running or type(value) is not ValueProxy or not isinstance(value.value, Tensor):
+            return original_len(value)
+        return recorder.create_proxy("call_method", "size", (value, 0), {})
+
+    original_len = builtins.len
     autocast_made = torch.autocast.__init__
     originals = {name: getattr(torch, name) for name in _FACTORIES}
     contexts = {context: context.__dict__["__enter__"] for context in _CONTEXTS}
@@ -87,8 +96,10 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
             context.__enter__ = entered(context, enter)
         torch.autocast.__init__ = autocast  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(apply)
+        builtins.len = length
         yield
     finally:
+        builtins.len = original_len
         for name, factory in originals.items():
             setattr(torch, name, factory)
         for context, enter in contexts.items():
