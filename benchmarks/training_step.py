@@ -3,8 +3,7 @@
     python benchmarks/training_step.py --report benchmarks/results/training_step.md
 
 Original, its copy (A/A) and the converted network make a step each in every round, in an order that rotates; the ratios
-are of the same round. The A/A spread is what equal networks differ by. The fastest step of each says the same with less
-of what else the machine does.
+are of the same round. The A/A spread is what equal networks differ by.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ def measured(spec: str, *, rounds: int, batch: int, size: int) -> str:
     cells = [spec, str(len(dcafy.connections(converted))), f"{1000 * statistics.median(times['original']):.0f} ms"]
     cells += [f"{medians['A/A']:.3f} ({low:.3f} to {high:.3f})"]
     cells += [f"{medians['converted']:.3f} ({spread['converted'][0]:.3f} to {spread['converted'][1]:.3f})"]
-    cells += [" / ".join(f"{min(times[name]) / min(times['original']):.3f}" for name in ("A/A", "converted"))]
     return "| " + " | ".join([*cells, "yes" if held else "no"]) + " |"
 
 
@@ -66,8 +64,8 @@ def main() -> None:
         f"{options.size} px, {options.rounds} rounds in turns. Median and quartiles of the ratios. Made by "
         "`python benchmarks/training_step.py`. Goal: at most 1.02, or within the A/A spread.",
         "",
-        "| network | connections | original | A/A | converted | fastest: A/A / converted | goal held |",
-        "|---|---|---|---|---|---|---|",
+        "| network | connections | original | A/A | converted | goal held |",
+        "|---|---|---|---|---|---|",
     ]
     for spec in MODELS:
         lines.append(measured(spec, rounds=options.rounds, batch=options.batch, size=options.size))
