@@ -311,6 +311,68 @@ def test_two_processes_with_batch_norm_end_alike(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+SHARDED = """
+import sys, accelerate, torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from training_data import Stripes, connected
+from dcafy.training import TrainingConfig, finetune
+
+class InShards(accelerate.Accelerator):
+    # Accelerate asks for FSDP with several accelerators only; torch does it on CPUs as well.
+    def __init__(self, **options):
+        super().__init__(**options)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+
+class CutOff(Stripes):
+    read = 0
+    def __getitem__(self, index):
+        self.read += 1
+        if self.read > 40:
+            raise ZeroDivisionError("cut off in the second epoch")
+        return super().__getitem__(index)
+
+where, *how = sys.argv[1:]
+config = TrainingConfig(epochs=3, batch_size=8, seed=3, cpu=True, usage_images=21, lr=1e-3, connection_lr=0.01,
+                        clip_norm=1.0, ema=0.8, freeze_base_epochs=1, checkpoint_steps=3)
+if "sharded" in how:
+    accelerate.Accelerator = InShards
+if "cut" in how:
+    try:
+        finetune(connected(), CutOff(), Stripes(21), config, directory=where)
+        raise SystemExit("it was not cut off")
+    except ZeroDivisionError:
+        pass
+model = connected()
+history = finetune(model, Stripes(), Stripes(21), config, directory=where, resume=True)
+assert not any("DTensor" in type(p.data).__name__ for p in model.parameters())
+rank = torch.distributed.get_rank()
+torch.save((model.state_dict(), history.epochs[-1].metrics), f"{where}/rank{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_shards_do_what_whole_networks_do(tmp_path: Path) -> None:
+    """Under FSDP, with a base that is frozen at first, an average, and cut off on the way."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    for name, *how in (("whole",), ("shards", "sharded", "cut")):
+        (tmp_path / name).mkdir()
+        run = torchrun(tmp_path, free_port(), "sharded.py", name, *how)
+        assert run.returncode == 0, run.stderr
+
+    def end(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        return torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True)
+
+    (whole, metrics), (shards, metrics_of_shards), (other, _) = end("whole", 0), end("shards", 0), end("shards", 1)
+    for key, value in whole.items():
+        assert torch.equal(shards[key], other[key]), key
+        torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=1e-5)
+    assert metrics_of_shards["loss"] == pytest.approx(metrics["loss"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_when_one_process_fails_the_other_does_not_wait(tmp_path: Path) -> None:
     (tmp_path / "parallel.py").write_text(PARALLEL)

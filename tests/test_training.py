@@ -402,11 +402,24 @@ def test_unreadable_images_are_named_once_and_do_not_count(tmp_path):
     assert sorted(named) == sorted(history.skipped)
 
 
-@pytest.mark.parametrize(("kind", "says"), [("MULTI_CPU", "multiple"), ("FSDP", "asks for FSDP")])
-def test_two_processes_that_cannot_train(monkeypatch, kind, says):
+@pytest.mark.parametrize(
+    ("kind", "plugin", "says"),
+    [
+        ("MULTI_CPU", None, "multiple"),
+        ("DEEPSPEED", None, "asks for DEEPSPEED"),
+        ("FSDP", SimpleNamespace(fsdp_version=1, activation_checkpointing=False), "fsdp_version: 2"),
+        (
+            "FSDP",
+            SimpleNamespace(fsdp_version=2, activation_checkpointing=True),
+            "fsdp_activation_checkpointing: false",
+        ),
+    ],
+)
+def test_two_processes_that_cannot_train(monkeypatch, kind, plugin, says):
     class Two:
         num_processes = 2
         distributed_type = SimpleNamespace(value=kind)
+        state = SimpleNamespace(fsdp_plugin=plugin)
 
         def __init__(self, **_: object) -> None:
             pass

@@ -27,6 +27,7 @@ from dcafy.training.signals import Interruption
 from dcafy.training.state import Progress, Standing, captured, restored
 from dcafy.training.tasks import Batch, Classification, Task
 from dcafy.training.telling import Listener, Silent
+from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
 from dcafy.usage import Usage, evaluating, measured_shares, usage
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def accelerator_for(config: TrainingConfig) -> Accelerator:
         from accelerate.utils import DataLoaderConfiguration
     except ImportError as error:
         raise UsageError("Training needs Hugging Face Accelerate: pip install -e '.[train]'.") from error
-    # Both live as long as the process, and would refuse a second training with another precision.
-    AcceleratorState._reset_state()
+    # They live as long as the process, and would refuse a second training with another precision, or in shards.
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(
         cpu=config.cpu,
@@ -103,11 +104,7 @@ def accelerator_for(config: TrainingConfig) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
         rng_types=[],
     )
-    if accelerator.distributed_type.value not in _KINDS:
-        raise UsageError(
-            f"Accelerate's configuration asks for {accelerator.distributed_type.value}, and checkpoints of sharded "
-            "networks are not written yet. Train with DDP: torchrun, or accelerate launch --multi_gpu."
-        )
+    check_kind(accelerator)
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
             f"--batch-size {config.batch_size} cannot be split between {accelerator.num_processes} processes. Choose a "
@@ -149,6 +146,7 @@ class _Run:
             decayed: Any = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(model, multi_avg_fn=decayed)
         self.frozen = FrozenBase(model, new_layers)
+        self.wrapped: Replicated | Sharded | None = None
         self.progress = Progress()
         self.epochs: list[Epoch] = []
         self.skipped: dict[str, None] = {}
@@ -194,8 +192,8 @@ class _Run:
         return history
 
     @contextmanager
-    def _phase(self) -> Iterator[nn.Module | None]:
-        """The model as Accelerate wraps it, with the base frozen where this epoch asks for it.
+    def _phase(self) -> Iterator[Replicated | Sharded | None]:
+        """What is trained, with the base frozen where this epoch asks for it; ``None`` where nothing is.
 
         Wrapped anew for each epoch: DDP looks only once at which parameters are trained.
         """
@@ -205,46 +203,45 @@ class _Run:
                 yield None
                 return
             self.model.train()
-            own = {name: self.model.__dict__[name] for name in _FORWARD if name in self.model.__dict__}
-            wrapped = self.accelerator.prepare_model(self.model)
-            self.prepared = self.accelerator.prepare_optimizer(self.optimizer)
+            self.wrapped = as_accelerate_trains(self.accelerator, self.model, self.optimizer)
+            failed = True
             try:
-                yield wrapped
+                yield self.wrapped
+                failed = False
             finally:
-                self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-                # Accelerate leaves a forward bound to this very object, which a copy would then call.
-                for name in _FORWARD:
-                    self.model.__dict__.pop(name, None)
-                self.model.__dict__.update(own)
+                self.wrapped.close(failed=failed)
+                self.wrapped = None
                 self.accelerator._models.clear()
                 self.accelerator._optimizers.clear()
 
     # -- one epoch --------------------------------------------------------------------------------------
 
-    def _epoch(self, wrapped: nn.Module) -> None:
+    def _epoch(self, wrapped: Replicated | Sharded) -> None:
+        model, optimizer = wrapped.model, wrapped.optimizer
         self.order.epoch, self.order.start = self.progress.epoch, self.progress.batch
         for batch in self.train_loader:
             self._skip(batch)
             start = time.perf_counter()
-            with self.accelerator.accumulate(wrapped):
-                loss, right = self.task.loss(wrapped, batch)
+            with self.accelerator.accumulate(model):
+                loss, right = self.task.loss(model, batch)
                 self.progress.add(loss.detach(), right, len(batch.indices))
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.config.clip_norm:
-                    self.accelerator.clip_grad_norm_(wrapped.parameters(), self.config.clip_norm)
-                self.prepared.step()
-                self.prepared.zero_grad()
+                    self.accelerator.clip_grad_norm_(model.parameters(), self.config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
             self.progress.batch += 1
             if self.accelerator.sync_gradients:
-                self._stepped(loss)
+                self._stepped(loss, wrapped)
             self.progress.seconds += time.perf_counter() - start
 
-    def _stepped(self, loss: Tensor) -> None:
+    def _stepped(self, loss: Tensor, wrapped: Replicated | Sharded) -> None:
         """After a step of the optimizer."""
         self.progress.step += 1
-        if not self.prepared.step_was_skipped:
+        if not wrapped.optimizer.step_was_skipped:
             self.schedule.step()
         if self.average is not None:
+            wrapped.gather()
             self.average.update_parameters(self.model)
         due = bool(self.config.checkpoint_steps) and self.progress.step % self.config.checkpoint_steps == 0
         if due or self.progress.batch < self.order.in_all:  # the end of an epoch looks for itself
@@ -358,7 +355,8 @@ class _Run:
     def _checkpoint(self) -> None:
         if self.file is None:
             return
-        checkpoint = captured(self._standing())
+        with nullcontext() if self.wrapped is None else self.wrapped.whole():
+            checkpoint = captured(self._standing())
         if self.accelerator.is_main_process:
             write_checkpoint(self.file, checkpoint)
         self.accelerator.wait_for_everyone()
@@ -382,12 +380,6 @@ class _Run:
         if checkpoint is not None:
             restored(self._standing(), checkpoint, file)
             self.listener.resumed(self.progress.epoch, self.progress.step)
-
-
-_KINDS = frozenset({"NO", "MULTI_CPU", "MULTI_GPU"})
-"""Accelerate's kinds of training in which every process has the whole network."""
-
-_FORWARD = ("forward", "_original_forward")
 
 
 @torch.no_grad()
