@@ -350,6 +350,7 @@ model = connected()
 history = finetune(model, Stripes(), Stripes(21), config, directory=where, resume=True)
 assert not any("DTensor" in type(p.data).__name__ for p in model.parameters())
 rank = torch.distributed.get_rank()
+assert history.usage.images == 21
 torch.save((model.state_dict(), history.epochs[-1].metrics), f"{where}/rank{rank}.pt")
 """
 

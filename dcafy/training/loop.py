@@ -134,9 +134,9 @@ class _Run:
         data = Seeded(train, seed=derived_seed(config.seed, 1), transform=getattr(train, "transform_sample", None))
         task.check(model, data[(0, 0)])
         self.order = Batches(len(data), config.batch_size, seed=config.seed, shuffle=True)
-        self.train_loader = self._loader(data, self.order, training=True)
+        self.train_loader = self.accelerator.prepare_data_loader(self._loader(data, self.order, training=True))
         self.prepare_shown = getattr(val, "transform_sample", None)
-        self.val, self.val_loader = val, self._shown_loader(val)
+        self.val, self.val_loader = val, self.accelerator.prepare_data_loader(self._shown_loader(val))
         self.optimizer = optimizer_for(model, config)
         steps = -(-self.order.in_all // config.accumulate)
         self.schedule = scheduler_for(self.optimizer, config, steps)
@@ -151,13 +151,13 @@ class _Run:
         self.epochs: list[Epoch] = []
         self.skipped: dict[str, None] = {}
 
-    def _shown_loader(self, val: Any) -> Any:
-        """Batches of validation images, in their own order."""
+    def _shown_loader(self, val: Any) -> DataLoader[Any]:
+        """Batches of validation images, in their own order: all of them, before they are split between processes."""
         shown = Seeded(val, seed=0, transform=self.prepare_shown, counts_stand_ins=False)
         return self._loader(shown, Batches(len(shown), self.config.batch_size, seed=0, shuffle=False), training=False)
 
-    def _loader(self, data: Seeded, order: Batches, *, training: bool) -> Any:
-        loader: DataLoader[Any] = DataLoader(
+    def _loader(self, data: Seeded, order: Batches, *, training: bool) -> DataLoader[Any]:
+        return DataLoader(
             data,
             batch_sampler=order,
             collate_fn=functools.partial(self.task.collate, training=training),
@@ -166,7 +166,6 @@ class _Run:
             generator=torch.Generator(),  # its own: the global one is dropout's
             multiprocessing_context="spawn" if self.config.workers and self.accelerator.device.type == "cuda" else None,
         )
-        return self.accelerator.prepare_data_loader(loader)
 
     # -- the whole --------------------------------------------------------------------------------------
 
@@ -343,7 +342,7 @@ class _Run:
                     self.listener.skipped(name)
 
     def _usage(self) -> Usage | None:
-        """What cutting connections costs; only the main process looks, the others need not."""
+        """What cutting connections costs, on images that every process goes through by itself."""
         wanted = self.config.usage_images
         if not (self.connected and wanted and isinstance(self.task, Classification)):
             return None
