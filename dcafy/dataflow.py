@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor, fx, nn
 
-from dcafy.ops import Op, op_of
-from dcafy.trace.values import node_value, tensors_in
+from dcafy.ops import Op, op_name, op_of
+from dcafy.trace.values import node_value, tensors_in, values_of
 
 __all__ = ["REARRANGES", "REDUCES", "Dataflow", "is_vector", "positions"]
 
@@ -60,6 +60,21 @@ class Dataflow:
         if node not in self._inputs:
             self._inputs[node] = self._read(node)
         return self._inputs[node]
+
+    def covers(self, node: fx.Node) -> bool:
+        """Whether a pooling to one place looks at the whole map, and would at other sizes.
+
+        One whose window is smaller than the map leaves one place at the example's size by accident.
+        """
+        name, source = op_name(node, self.modules).lower(), node_value(self.inputs(node)[0])
+        if self.ops[node] is not Op.POOL or "adaptive" in name or not isinstance(source, Tensor):
+            return True
+        place = 2 if name.startswith("lp") else 1
+        given = node.kwargs.get("kernel_size", node.args[place] if len(node.args) > place else None)
+        window = values_of(getattr(self.modules.get(str(node.target)), "kernel_size", given))
+        sides = source.shape[2:]
+        windows = window if isinstance(window, tuple | list) else [window] * len(sides)
+        return all(k >= n for k, n in zip(windows, sides, strict=False))
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
         # A connection takes (G, T, G): the block's own extraction is its first argument.

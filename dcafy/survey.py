@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dcafy.blocks import Chain, Link, Plan, Skipped
 from dcafy.dataflow import Dataflow
@@ -261,9 +261,11 @@ def _tiny_maps(regions: list[Region]) -> list[tuple[str, torch.Size]]:
         for node in region.recording.graph.nodes:
             if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.Conv2d | nn.Conv3d):
                 continue
-            size, source = node_value(node).shape[2:], node_value(node.all_input_nodes[0]).shape[2:]
-            if max(source) > 1 and max(size) < 4:
-                tiny.append((str(node.target), size))
+            made, given = node_value(node), node_value(node.all_input_nodes[0])
+            if not (isinstance(made, Tensor) and isinstance(given, Tensor)):  # octave convolutions take and make two
+                continue
+            if max(given.shape[2:]) > 1 and max(made.shape[2:]) < 4:
+                tiny.append((str(node.target), made.shape[2:]))
     return tiny
 
 

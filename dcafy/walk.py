@@ -103,6 +103,8 @@ class Walk:
         own = max((t.numel() for t in tensors_in(node_value(node))), default=1)
         if largest < 2 * own or self._is_pooled(largest) or self._mixes_features(node):
             return False
+        if positions(node) == 1 and not self.flow.covers(node):
+            return False
         if largest >= self.ratio * ref:
             return True
         self.narrow = self.narrow or largest >= RATIOS[-1] * ref

@@ -28,6 +28,20 @@ class Gated(nn.Module):
         return x * torch.sigmoid(self.gate(x))
 
 
+class SelfCalibrated(nn.Module):
+    """Self-calibrated convolution: its pooling leaves one place at some sizes, which does not make it global."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(8)
+        self.down = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = nn.functional.interpolate(self.down(self.pool(x)), size=x.shape[2:])
+        return self.conv(x) * torch.sigmoid(x + context)
+
+
 class MinMaxScale(nn.Module):
     """Each image brought to the range 0 to 1: reductions and a product, but nothing learned and no gate."""
 
@@ -69,6 +83,7 @@ NEGATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain blocks": (small(lambda _c: nn.Identity()), 64),
     "swish": (small(lambda _c: networks.Swish()), 64),
     "gated convolution": (small(Gated), 64),
+    "self-calibrated convolution": (small(SelfCalibrated), 56),
     "glu": (small(networks.GatedLinearUnit), 64),
     "layer norm by hand": (small(networks.HandLayerNorm), 64),
     "instance norm by hand": (small(networks.InstanceNorm), 64),

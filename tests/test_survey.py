@@ -183,3 +183,30 @@ def test_a_network_that_has_run_is_still_understood() -> None:
         assert torch.equal(connected(IMAGES), expected)
     assert model.units[1].cache["cpu"] is cached
     assert cached.device.type == "cpu"
+
+
+class TwoResolutions(nn.Conv2d):
+    """A convolution that takes and makes two maps, as octave convolutions do."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        fine, coarse = pair
+        return super().forward(fine), super().forward(coarse)
+
+
+class Octaves(nn.Module):
+    """Two convolutions of pairs of maps, with attention behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = TwoResolutions(3, 8, 3, padding=1)
+        self.units = nn.Sequential(SELinear(8), conv_norm(8, 8), SELinear(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine, coarse = self.first((x, nn.functional.avg_pool2d(x, 2)))
+        return self.units(fine + nn.functional.interpolate(coarse, size=fine.shape[2:]))
+
+
+def test_a_layer_that_makes_two_maps() -> None:
+    with seeded(1):
+        plan = dcafy.inspect(Octaves().eval(), example_inputs=IMAGES)
+    assert [(link.source, link.target) for link in plan.links] == [("units.0", "units.2")]
