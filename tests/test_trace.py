@@ -187,6 +187,37 @@ def test_a_branch_on_content_makes_an_island() -> None:
     assert torch.equal(model(torch.ones(1, 3, 64, 64)), connected(torch.ones(1, 3, 64, 64)))
 
 
+def dropped(x: Tensor, rate: float, training: bool = False) -> Tensor:
+    """Stochastic depth as a function, as many networks have it: another path in training."""
+    if not training:
+        return x
+    return x * (torch.rand(x.shape[0], 1, 1, 1) > rate)
+
+
+class DropsByFunction(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + dropped(self.se(self.conv(x)), 0.5, training=self.training)
+
+
+def test_a_function_that_is_told_the_mode() -> None:
+    """It is called as it is in the graph; the module around it is entered, and its attention connected."""
+    before = dropped
+    model, connected = converted(Net(DropsByFunction(), DropsByFunction(), DropsByFunction()))
+    assert len(dcafy.connections(connected)) == 2
+    assert not dcafy.inspect(model, example_inputs=IMAGES).skipped
+    assert dropped is before
+    same_everywhere(model, connected)
+    for net in (model, connected):
+        net.body[1].train(mode=True)
+    with seeded(5):
+        expected = model(IMAGES)
+    assert not torch.equal(expected, model.eval()(IMAGES))
+    with seeded(5):
+        assert torch.equal(connected(IMAGES), expected)
+    again = dcafy.inspect(connected, example_inputs=IMAGES)
+    assert [block.name for block in again.blocks] == ["body.0.se", "body.1.se", "body.2.se"]
+
+
 class TwoPaths(nn.Module):
     """A root that takes another path in training (an auxiliary head)."""
 

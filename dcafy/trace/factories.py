@@ -1,14 +1,17 @@
-"""What a forward calls that plain tracing does not see: tensor factories, ``autograd.Function`` and ``len``."""
+"""What a forward calls that plain tracing does not see: tensor factories, ``len``, functions of the user's own."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcafy.trace.proxy import ValueProxy
 from dcafy.trace.values import VALUE, values_of
@@ -16,7 +19,7 @@ from dcafy.trace.values import VALUE, values_of
 if TYPE_CHECKING:
     from dcafy.trace.recorder import Recorder
 
-__all__ = ["recorded_factories"]
+__all__ = ["recorded_factories", "watched_functions"]
 
 _FACTORIES = (
     "arange",
@@ -106,3 +109,28 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
             context.__enter__ = enter
         torch.autocast.__init__ = autocast_made  # type: ignore[method-assign]
         torch.autograd.Function.apply = original
+
+
+@contextlib.contextmanager
+def watched_functions(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Has the functions that the modules' forwards find beside their classes go through ``call(function, ...)``.
+
+    To be entered before fx patches functions itself, and left after.
+    """
+    scopes = {id(scope): scope for scope in (_scope(module) for module in modules)}
+    patched: list[tuple[dict[str, Any], str, FunctionType]] = []
+    try:
+        for scope in scopes.values():
+            for name, function in list(scope.items()):
+                if type(function) is FunctionType and not f"{function.__module__}.".startswith("torch."):
+                    patched.append((scope, name, function))
+                    scope[name] = functools.wraps(function)(functools.partial(call, function))
+        yield
+    finally:
+        for scope, name, function in patched:
+            scope[name] = function
+
+
+def _scope(module: nn.Module) -> dict[str, Any]:
+    """The global names of a module's forward."""
+    return getattr(inspect.unwrap(module.forward), "__globals__", {})

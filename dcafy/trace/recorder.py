@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from dcafy.connected import OWNER, ConnectedModule
 from dcafy.errors import DcafyError
 from dcafy.ops import alters_argument
-from dcafy.trace.factories import recorded_factories
+from dcafy.trace.factories import recorded_factories, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.reasons import one_line
 from dcafy.trace.values import VALUE, Evaluator, node_value, values_of
@@ -47,6 +47,17 @@ class Call:
     kwargs: dict[str, Any]
     nodes: list[fx.Node] = field(default_factory=list)
     output: Any = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a recording stands, to come back to. ``given``: proxies that are handed on, and their nodes."""
+
+    calls: int
+    settled: int
+    mode_read: set[str]
+    attributes: dict[str, ValueProxy]
+    given: list[tuple[ValueProxy, fx.Node]]
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,9 @@ class _OwnedInterpreter(fx.Interpreter):
         self._recorder = recorder
         self._path = path
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._recorder.call_function(target, *args, **kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         outer = self._recorder._owner
         self._recorder._owner = ".".join(part for part in (self._path, str(n.meta.get(OWNER, ""))) if part)
@@ -153,7 +167,7 @@ class Recorder(fx.Tracer):
                 if tensor is not None:
                     self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
         self._attributes: dict[str, ValueProxy] = {}
-        with recorded_factories(self):
+        with recorded_factories(self), watched_functions(modules.values(), self.call_function):
             model.__dict__["training"] = Mode(self, "")
             try:
                 graph = self.trace(model)
@@ -317,7 +331,7 @@ class Recorder(fx.Tracer):
         before = _last(self.graph)
         outer, self._owner = self._owner, path
         mode = module.__dict__["training"]
-        state = (len(self.calls), len(self.settled), set(self.mode_read), dict(self._attributes))
+        state = self._state(args, kwargs)
         self.calls.append(call)
         module.__dict__["training"] = Mode(self, path)
         try:
@@ -352,11 +366,36 @@ class Recorder(fx.Tracer):
 
         return mark(output)
 
-    def _take_back(self, before: fx.Node, state: tuple[int, int, set[str], dict[str, ValueProxy]]) -> None:
+    def _state(self, args: Any, kwargs: Any) -> _State:
+        """Where the recording stands before something is called with these arguments."""
+        given = [(value, value.node) for value in (*args, *kwargs.values()) if type(value) is ValueProxy]
+        return _State(len(self.calls), len(self.settled), set(self.mode_read), dict(self._attributes), given)
+
+    def _take_back(self, before: fx.Node, state: _State) -> None:
         for node in reversed(list(_after(before, self.graph))):
             self.graph.erase_node(node)
-        calls, settled, self.mode_read, self._attributes = state
-        del self.calls[calls:], self.settled[settled:]
+        self.mode_read, self._attributes = state.mode_read, state.attributes
+        del self.calls[state.calls :], self.settled[state.settled :]
+        for proxy, node in state.given:  # which may have come to stand for what was altered in place
+            proxy.node = node
+
+    # -- functions that are told the mode ---------------------------------------------------------
+
+    def call_function(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``function`` returns; one that takes another path in training is a node of its own.
+
+        ``drop_path(x, 0.1, self.training)`` would otherwise make the module around it one that cannot be entered,
+        with the attention in it.
+        """
+        given = (*args, *kwargs.values())
+        if self.running or Mode not in map(type, given) or any(isinstance(value, nn.Module) for value in given):
+            return function(*args, **kwargs)
+        before, state = _last(self.graph), self._state(args, kwargs)
+        result = function(*args, **kwargs)
+        if self.mode_read == state.mode_read or len(self.calls) > state.calls:
+            return result
+        self._take_back(before, state)
+        return self.create_proxy("call_function", function, args, kwargs)
 
     @contextlib.contextmanager
     def run(self, observing: str | None = None) -> Iterator[None]:
