@@ -32,9 +32,9 @@ class Dataflow:
         self.sizes = {node: sum(t.numel() for t in tensors_in(node_value(node))) for node in graph.nodes}
         self.depends: set[fx.Node] = set()
         for node in graph.nodes:
-            if self.sizes[node] and (
-                node.op == "placeholder" or any(source in self.depends for source in node.all_input_nodes)
-            ):
+            if self.ops[node] is Op.FRESH or not self.sizes[node]:
+                continue
+            if node.op == "placeholder" or any(source in self.depends for source in node.all_input_nodes):
                 self.depends.add(node)
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
 

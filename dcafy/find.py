@@ -41,7 +41,7 @@ class _Finder:
         candidates = self._without_inner(self._candidates(self.flow.graph.nodes, frozenset()))
         # Known maps end later walks: a block that already hears an earlier one keeps its own G.
         maps = frozenset(c.map for c in candidates)
-        candidates = self._candidates(dict.fromkeys(c.fusion for c in candidates), maps)
+        candidates = self._with_own(self._candidates(dict.fromkeys(c.fusion for c in candidates), maps))
         groups: dict[fx.Node, list[Candidate]] = {}
         for candidate in candidates:
             groups.setdefault(candidate.map, []).append(candidate)
@@ -82,6 +82,22 @@ class _Finder:
         """Candidates that are no part of another one's transformation (BAM adds its two maps)."""
         inner = set().union(*(c.between for c in candidates)) if candidates else set()
         return [c for c in candidates if c.fusion not in inner]
+
+    def _with_own(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Candidates without what earlier ones extracted and handed on (DIA's LSTM, from block to block)."""
+        known: set[fx.Node] = set()
+        kept = []
+        for candidate in sorted(candidates, key=lambda c: self.flow.order[c.fusion]):
+            own = candidate.frontier - known
+            if own and own != candidate.frontier:
+                between = set(own)
+                for node in sorted(candidate.between, key=self.flow.order.__getitem__):
+                    if any(source in between for source in node.all_input_nodes):
+                        between.add(node)
+                candidate = dataclasses.replace(candidate, frontier=own, between=frozenset(between - own))
+            known |= candidate.frontier
+            kept.append(candidate)
+        return kept
 
     def _candidate(self, node: fx.Node, maps: frozenset[fx.Node]) -> Iterator[Candidate]:
         kind, operands = self._operands(node)

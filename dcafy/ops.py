@@ -30,6 +30,7 @@ class Op(enum.Enum):
     PARAMETRIC = "parametric"  # a layer with weights of its own
     ELEMENTWISE = "elementwise"
     QUERY = "query"  # shapes, dtypes, devices
+    FRESH = "fresh"  # a tensor of its own, which takes no more than its shape from another
     OTHER = "other"
 
 
@@ -63,6 +64,7 @@ _NAMES: dict[Op, str] = {
     "Softshrink Tanhshrink nan_to_num LocalResponseNorm AvgPoolSame",
     Op.QUERY: "size dim numel getattr shape stride __len__ is_floating_point device dtype ndimension nelement "
     "_assert check_default",
+    Op.FRESH: "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full",
 }
 
 _TABLE: dict[str, Op] = {name: op for op, names in _NAMES.items() for name in names.split()}

@@ -195,3 +195,33 @@ def test_networks_that_are_no_straight_line(network: type[nn.Module]) -> None:
     plan = dcafy.inspect(model, example_inputs=IMAGES)
     assert {(link.source, link.target) for link in plan.links} == LINKS[network]
     same_and_alive(model, dcafy.convert(model, example_inputs=IMAGES).eval())
+
+
+class CarriesState(nn.Module):
+    """One attention module for all stages, with a cell that it hands on from call to call (DIANet)."""
+
+    def __init__(self, width: int, stages: int) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, width, stride=2)
+        self.convs = nn.ModuleList([conv_norm(width, width) for _ in range(stages)])
+        self.forget, self.write = nn.Linear(width, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        cell = torch.zeros_like(x[:, :, 0, 0])
+        for conv in self.convs:
+            y = conv(x)
+            g = y.mean((2, 3))
+            cell = torch.sigmoid(self.forget(g)) * cell + torch.tanh(self.write(g))
+            x = x + y * torch.sigmoid(cell)[:, :, None, None]
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_state_that_is_handed_on_brings_no_contexts_of_earlier_blocks() -> None:
+    model = trained_like(CarriesState(8, 4), IMAGES)
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert [len(block.extraction) for block in plan.blocks] == [1, 1, 1, 1]
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert len(dcafy.connections(connected)) == 3
+    same_and_alive(model, connected)
