@@ -29,8 +29,8 @@ from dcafy.trace.reasons import one_line
 Row = dict[str, Any]
 """Everything that is known about one network, as JSON-ready data."""
 
-HUGE = 400_000_000
-"""Networks with more parameters are only inspected: two copies and their gradients do not fit everywhere."""
+NEEDED = 30
+"""Bytes for each parameter of a network that is checked: two copies, gradients, and what is compared."""
 
 SIDES = (96, 128, 160, 192, 224, 256)
 """Reduced image sides, in the order they are tried."""
@@ -77,14 +77,22 @@ def in_child(connection: Any, spec: str, stage: str, expected: list[str] | None,
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # meta kernels may segfault
     torch.set_num_threads(1)
-    connection.send(examine(spec, stage, expected, connection.send))
+    connection.send(examine(spec, stage, expected, connection.send, memory=memory))
 
 
-def examine(spec: str, stage: str, expected: list[str] | None = None, report: Callable[[Row], None] = id) -> Row:
+def examine(
+    spec: str,
+    stage: str,
+    expected: list[str] | None = None,
+    report: Callable[[Row], None] = id,
+    *,
+    memory: float = 12,
+) -> Row:
     """The row of one network; ``report`` is given what is known so far before each step.
 
     ``stage``     ``inspect`` (without weights) or ``full``
     ``expected``  modules that hold attention, where somebody has listed them
+    ``memory``    GB; networks that do not fit are only inspected
     """
     row: Row = {"model": spec, "stage": stage, "seconds": {}, "step": "build"}
     report(row)
@@ -95,7 +103,7 @@ def examine(spec: str, stage: str, expected: list[str] | None = None, report: Ca
         row["step"] = "score"
         row.update(score(model, row["blocks"], expected))
     if stage == "full":
-        _checked(spec, model, row, report)
+        _checked(spec, model, row, report, memory)
     row["step"] = "bare trace"
     report(row)
     row["bare"] = _bare_trace(model, row["seconds"])
@@ -297,12 +305,14 @@ class Subject:
         return (list(images), targets)
 
 
-def _checked(spec: str, meta: nn.Module, row: Row, report: Callable[[Row], None]) -> None:
+def _checked(spec: str, meta: nn.Module, row: Row, report: Callable[[Row], None], memory: float) -> None:
     """Adds the outcome of every check to ``row``: ``ok``, ``n/a: why`` or ``failed: how``."""
     if not row["links"]:
         return
-    if row["parameters"] > HUGE:
-        row["checks"] = dict.fromkeys(["convert", *CHECKS], f"n/a: over {HUGE // 10**6} M parameters, only inspected")
+    most = int(memory * 1000 / NEEDED)
+    if row["parameters"] > most * 10**6:
+        why = f"n/a: over {most} M parameters, only inspected within {memory:g} GB"
+        row["checks"] = dict.fromkeys(["convert", *CHECKS], why)
         return
     row["step"] = "real weights"
     report(row)
