@@ -17,7 +17,18 @@ from rich.text import Text
 
 from dcafy.blocks import AttentionBlock, Chain, Link, Plan
 
-__all__ = ["as_text", "counted", "link_matches", "node_table", "plain_table", "plan_tables", "printable", "written"]
+__all__ = [
+    "WIDTH",
+    "as_text",
+    "counted",
+    "link_matches",
+    "node_table",
+    "plain",
+    "plain_table",
+    "plan_tables",
+    "printable",
+    "written",
+]
 
 DEFAULT_CHANNEL_MATCH = "fc2"
 DEFAULT_SPATIAL_MATCH = "avg"
@@ -82,7 +93,7 @@ def node_table(plan: Plan) -> RenderableType:
 
 def as_text(plan: Plan, *, nodes: bool = False) -> str:
     """The plan as plain text of at most 120 columns, without colour."""
-    return _plain([*plan_tables(plan), *([node_table(plan)] if nodes else [])], WIDTH)
+    return plain([*plan_tables(plan), *([node_table(plan)] if nodes else [])], WIDTH)
 
 
 def written(plan: Plan, *, nodes: bool = False, terminal: bool = False) -> str:
@@ -93,16 +104,23 @@ def written(plan: Plan, *, nodes: bool = False, terminal: bool = False) -> str:
     """
     tables = [*plan_tables(plan), *([node_table(plan)] if nodes else [])]
     if not terminal:
-        return _plain(tables, max(WIDTH, *map(_natural_width, tables)))
+        return plain(tables, max(WIDTH, *map(_natural_width, tables)))
     console = Console(highlight=False)
     with console.capture() as capture:
         console.print(*tables, sep="")
     return capture.get()
 
 
-def _plain(renderables: Iterable[RenderableType], width: int) -> str:
+def plain(renderables: Iterable[RenderableType], width: int) -> str:
+    """What rich prints into a file of so many columns: no colour, no markup, no blanks at the ends of lines."""
     console = Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False, legacy_windows=False
+        file=io.StringIO(),
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        highlight=False,
+        legacy_windows=False,
+        markup=False,
     )
     with console.capture() as capture:
         for renderable in renderables:

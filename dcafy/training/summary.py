@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
-from dcafy.tables import printable
+from dcafy.tables import WIDTH, plain, printable
 from dcafy.training.compare import Comparison
 from dcafy.training.history import History
 from dcafy.training.telling import metrics_in_words
 from dcafy.usage import Usage
 
 __all__ = ["of_comparison", "of_history"]
-
-_WIDTH = 120
 
 
 def of_history(history: History, directory: Path) -> str:
@@ -30,7 +27,7 @@ def of_history(history: History, directory: Path) -> str:
     if history.usage is not None:
         parts.append(used(history.usage))
     parts.append(f"saved in {printable(str(directory))}: dcafy.load({printable(str(directory))!r}) gives the model")
-    return _written(parts)
+    return plain(parts, WIDTH)
 
 
 def used(usage: Usage) -> Table:
@@ -82,16 +79,8 @@ def of_comparison(comparison: Comparison) -> str:
             f"{name}, connected minus original: {100 * difference.mean:+.2f} points{interval}: {difference.verdict}"
         )
     parts += [used(usage) for usage in comparison.usage[:1] if usage is not None]
-    return _written(parts)
+    return plain(parts, WIDTH)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _written(parts: Sequence[RenderableType]) -> str:
-    console = Console(file=io.StringIO(), width=_WIDTH, highlight=False, markup=False)
-    for part in parts:
-        console.print(part)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
