@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from dcafy.connected import OWNER, ConnectedModule
 from dcafy.errors import DcafyError
 from dcafy.ops import alters_argument
-from dcafy.trace.factories import recorded_factories, watched_functions
+from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.reasons import one_line
 from dcafy.trace.values import VALUE, Evaluator, node_value, values_of
@@ -167,7 +167,7 @@ class Recorder(fx.Tracer):
                 if tensor is not None:
                     self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
         self._attributes: dict[str, ValueProxy] = {}
-        with recorded_factories(self), watched_functions(modules.values(), self.call_function):
+        with recorded_calls(self), watched_functions(modules.values(), self.call_function):
             model.__dict__["training"] = Mode(self, "")
             try:
                 graph = self.trace(model)

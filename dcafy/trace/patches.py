@@ -1,4 +1,4 @@
-"""What a forward calls that plain tracing does not see: tensor factories, ``len``, functions of the user's own."""
+"""Names that stand for something else while a trace runs, so that what plain tracing does not see is recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dcafy.trace.values import VALUE, values_of
 if TYPE_CHECKING:
     from dcafy.trace.recorder import Recorder
 
-__all__ = ["recorded_factories", "watched_functions"]
+__all__ = ["recorded_calls", "watched_functions"]
 
 _FACTORIES = (
     "arange",
@@ -44,14 +44,30 @@ _FACTORIES = (
 _CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
 
 
-@contextlib.contextmanager
-def recorded_factories(recorder: Recorder) -> Iterator[None]:
-    """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever.
+_Patch = tuple[Any, str, Any]
+"""What has a name, the name, and what it stands for meanwhile."""
 
-    The C++ parser of ``torch.zeros`` refuses a proxy before any override is asked, so the names in ``torch``
-    are replaced while the trace runs. So is ``len``, which has to return a real number: ``x.view(len(x), -1)``
-    would have the example's batch size for ever.
+
+@contextlib.contextmanager
+def recorded_calls(recorder: Recorder) -> Iterator[None]:
+    """Has calls become nodes that no proxy sees: tensor factories, ``len``, ``autograd.Function``; tells of contexts.
+
+    The names in ``torch`` are replaced while the trace runs: the C++ parser of ``torch.zeros`` refuses a proxy before
+    any override is asked.
     """
+    patches = [*_factories(recorder), _length(recorder), _function(recorder), *_contexts(recorder)]
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
+    try:
+        for owner, name, value in patches:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _factories(recorder: Recorder) -> Iterator[_Patch]:
+    """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever."""
 
     def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -66,11 +82,34 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
 
         return make
 
+    for name in _FACTORIES:
+        yield torch, name, recorded(getattr(torch, name))
+
+
+def _length(recorder: Recorder) -> _Patch:
+    """``len`` has to return a real number: ``x.view(len(x), -1)`` would have the example's batch size for ever."""
+    real = builtins.len
+
+    def length(value: Any, /) -> Any:
+        if recorder.running or type(value) is not ValueProxy or not isinstance(value.value, Tensor):
+            return real(value)
+        return recorder.create_proxy("call_method", "size", (value, 0), {})
+
+    return builtins, "len", length
+
+
+def _function(recorder: Recorder) -> _Patch:
+    real = vars(torch.autograd.Function)["apply"]
+
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if recorder.running or not any(type(a) is ValueProxy for a in args):
-            return original.__get__(None, cls)(*args, **kwargs)
-        return recorder.create_proxy("call_function", original.__get__(None, cls), args, kwargs)
+            return real.__get__(None, cls)(*args, **kwargs)
+        return recorder.create_proxy("call_function", real.__get__(None, cls), args, kwargs)
 
+    return torch.autograd.Function, "apply", classmethod(apply)
+
+
+def _contexts(recorder: Recorder) -> Iterator[_Patch]:
     def entered(context: Any, enter: Callable[..., Any]) -> Callable[..., Any]:
         def tell(self: Any) -> Any:
             recorder.switches(f"torch.{context.__name__}")
@@ -78,37 +117,15 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
 
         return tell
 
+    made = torch.autocast.__init__
+
     def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         real = recorder.device.type if device_type == "meta" else device_type  # there is none for meta tensors
-        autocast_made(self, real, *args, **kwargs)
+        made(self, real, *args, **kwargs)
 
-    def length(value: Any, /) -> Any:
-        if recorder.running or type(value) is not ValueProxy or not isinstance(value.value, Tensor):
-            return original_len(value)
-        return recorder.create_proxy("call_method", "size", (value, 0), {})
-
-    original_len = builtins.len
-    autocast_made = torch.autocast.__init__
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-    contexts = {context: context.__dict__["__enter__"] for context in _CONTEXTS}
-    original = torch.autograd.Function.__dict__["apply"]
-    try:
-        for name, factory in originals.items():
-            setattr(torch, name, recorded(factory))
-        for context, enter in contexts.items():
-            context.__enter__ = entered(context, enter)
-        torch.autocast.__init__ = autocast  # type: ignore[method-assign]
-        torch.autograd.Function.apply = classmethod(apply)
-        builtins.len = length
-        yield
-    finally:
-        builtins.len = original_len
-        for name, factory in originals.items():
-            setattr(torch, name, factory)
-        for context, enter in contexts.items():
-            context.__enter__ = enter
-        torch.autocast.__init__ = autocast_made  # type: ignore[method-assign]
-        torch.autograd.Function.apply = original
+    yield torch.autocast, "__init__", autocast
+    for context in _CONTEXTS:
+        yield context, "__enter__", entered(context, vars(context)["__enter__"])
 
 
 @contextlib.contextmanager
