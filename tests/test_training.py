@@ -295,6 +295,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
 
+def test_what_a_killed_run_wrote_by_half_does_not_stay(tmp_path):
+    (tmp_path / f".{CHECKPOINT}.0a1b2c3d").write_bytes(b"half")
+    (tmp_path / ".mine").write_bytes(b"the user's")
+    finetune(connected(), TRAIN, VAL, config(epochs=1), directory=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", CHECKPOINT]
+
+
 @pytest.mark.parametrize("options", [{}, {"lr": 1e6}])
 def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path):
     class Broken(Stripes):

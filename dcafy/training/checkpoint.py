@@ -77,6 +77,8 @@ def replace_file(path: Path, write: Any) -> None:
             flush(beside)
             os.replace(beside, path)
             flush(path.parent)
+            for killed in path.parent.glob(f".{path.name}.{8 * '[0-9a-f]'}"):  # what a run wrote as it was killed
+                killed.unlink(missing_ok=True)
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
