@@ -210,6 +210,22 @@ def test_gradients_are_clipped():
     assert 0 < moved <= steps * 0.5 * most * 1.001
 
 
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({"schedule": "constant"}, [1, 1, 1]),
+        ({"schedule": "step", "step_epochs": 1}, [0.1, 0.01, 0.001]),
+        ({"schedule": "multistep"}, [1, 0.1, 0.01]),
+        ({"schedule": "cosine"}, [0.75, 0.25, 0]),
+        ({"schedule": "cosine", "warmup_epochs": 2}, [7 / 13, 1, 0]),  # 6 steps an epoch
+    ],
+)
+def test_the_rate_follows_its_schedule(options, rates):
+    """The rate of the step after each epoch, over --lr."""
+    history = finetune(connected(), TRAIN, VAL, config(**{**PLAIN_SGD, **options, "epochs": 3, "lr": 0.01}))
+    assert [epoch.lr / 0.01 for epoch in history.epochs] == pytest.approx(rates, abs=1e-6)
+
+
 def test_the_average_is_what_is_kept():
     plain, averaged = connected(), connected()
     finetune(plain, TRAIN, VAL, CONFIG)
