@@ -210,6 +210,16 @@ def test_gradients_are_clipped():
     assert 0 < moved <= steps * 0.5 * most * 1.001
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_layers_compute_in_the_precision_asked_for(precision, dtype):
+    model, seen = connected(), set()
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last.register_forward_hook(lambda module, args, output: seen.add(output.dtype) if module.training else None)
+    finetune(model, TRAIN, VAL, config(epochs=1, precision=precision))
+    assert seen == {dtype}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_gradients_of_several_batches_are_one_step():
     models = connected(norm=False), connected(norm=False)
     for model, options in zip(models, ({"batch_size": 12}, {"batch_size": 4, "accumulate": 3}), strict=True):
