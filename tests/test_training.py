@@ -23,7 +23,8 @@ from dcafy.errors import CheckpointError, InputError, Interrupted, TrainingError
 from dcafy.training import TrainingConfig, finetune
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint
 from dcafy.training.loop import accelerator_for
-from dcafy.training.order import Batches, Seeded, Spread, UnreadableImage
+from dcafy.training.order import Batches, Sample, Seeded, Spread, UnreadableImage
+from dcafy.training.tasks import Batch, Classification
 from dcafy.training.telling import JsonLines, Listener
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, seed=3, usage_images=0, cpu=True)
@@ -208,6 +209,37 @@ def test_gradients_are_clipped():
     finetune(model, TRAIN, VAL, config(lr=0.5, connection_lr=0.5, clip_norm=most, **PLAIN_SGD))
     moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(model.parameters(), before, strict=True)]).norm()
     assert 0 < moved <= steps * 0.5 * most * 1.001
+
+
+def classification(**options: object) -> Classification:
+    task = Classification(config(**options))
+    task.check(network(), Sample(torch.zeros(3, SIZE, SIZE), 0, (0, 0)))
+    return task
+
+
+def test_labels_are_smoothed():
+    outputs, labels = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(1)), torch.arange(6) % CLASSES
+    loss, right = classification(label_smoothing=0.2).loss(nn.Identity(), Batch(outputs, labels, labels, ()))
+    losses = -outputs.log_softmax(1)
+    torch.testing.assert_close(loss, (0.8 * losses[range(6), labels] + 0.2 * losses.mean(1)).mean())
+    assert right == (outputs.argmax(1) == labels).sum()
+
+
+@pytest.mark.parametrize("options", [{"mixup": 1.0}, {"cutmix": 1.0}])
+def test_images_are_mixed_as_their_labels_are(options):
+    task = classification(**options)
+
+    def mixed(epoch: int, *, training: bool = True) -> Batch:
+        # An image is its label everywhere, so that its mean is that of the labels that it is made of.
+        samples = [Sample(torch.full((3, SIZE, SIZE), float(i % 4)), i % 4, (epoch, i)) for i in range(8)]
+        return task.collate(samples, training=training)
+
+    batch = mixed(0)
+    torch.testing.assert_close(batch.inputs.mean((1, 2, 3)), batch.labels @ torch.arange(4.0))
+    assert ((batch.labels > 0).sum(1) == 2).any()
+    assert torch.equal(batch.inputs, mixed(0).inputs)
+    assert not torch.equal(batch.inputs, mixed(1).inputs)
+    assert torch.equal(mixed(0, training=False).labels, torch.arange(8) % 4)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
