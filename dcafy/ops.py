@@ -63,7 +63,7 @@ _NAMES: dict[Op, str] = {
     "normalize clamp_min sign erf logsigmoid LogSigmoid maximum minimum where masked_fill lerp Hardshrink "
     "Softshrink Tanhshrink nan_to_num LocalResponseNorm AvgPoolSame",
     Op.QUERY: "size dim numel getattr shape stride __len__ is_floating_point device dtype ndimension nelement "
-    "_assert check_default",
+    "_assert check_default check_decision",
     Op.FRESH: "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full",
 }
 

@@ -7,6 +7,7 @@ forward cannot be written down as one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from dcafy.trace.islands import Observed, observe
 from dcafy.trace.reasons import one_line
 from dcafy.trace.recorder import Recorder, Recording
 from dcafy.trace.values import Evaluator, node_value
-from dcafy.trace.witness import undecided
+from dcafy.trace.witness import judged
 
 __all__ = ["Region", "Survey", "survey"]
 
@@ -208,14 +209,16 @@ class _Surveyor:
         carried = {f.name: carried_by(f, modules, self.evaluator) for f in found}
         made, skipped = chains(found, heard, carried)
         skipped += self_attention(flow, found, path)
-        region = Region(path, recording, found, carried, made, skipped, flow.order)
         if len(found) > 1:  # otherwise there is nothing to connect, and the graph is for looking only
             try:
-                baked = undecided(recording, self.evaluator, inputs, record)
+                verdict = judged(recording, self.evaluator, inputs, record)
             except Exception as error:  # as above, of the forward at another size
                 raise CannotEnter({"": one_line(error)}) from error
-            if baked:
-                raise CannotEnter(baked)
+            if verdict.baked:
+                raise CannotEnter(verdict.baked)
+            recording = dataclasses.replace(recording, held=verdict.held)
+        region = Region(path, recording, found, carried, made, skipped, flow.order)
+        if len(found) > 1:
             region.fold(tuple(link for chain in made for link in chain.links))
         return region
 

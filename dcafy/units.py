@@ -7,6 +7,7 @@ does: where it also occurs without the addition (MobileNetV2 with stride 2), tho
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from dcafy.trace.islands import Observed, observe
 from dcafy.trace.reasons import one_line
 from dcafy.trace.recorder import Recorder, Recording, passed_through
 from dcafy.trace.values import Evaluator, node_value
-from dcafy.trace.witness import undecided
+from dcafy.trace.witness import judged
 
 __all__ = ["Kernel", "Unit", "units"]
 
@@ -196,12 +197,12 @@ class _Search:
         inputs = (call.args, call.kwargs)
         try:
             recording = record(inputs)
-            baked = undecided(recording, self.evaluator, inputs, record)
+            verdict = judged(recording, self.evaluator, inputs, record)
         except Exception as error:  # as above; here the user asked for this very module
             raise InputError(f"{path} cannot be given attention: {one_line(error)}.") from error
-        for reason in baked.values():
+        for reason in verdict.baked.values():
             raise InputError(f"{path} cannot be given attention: {reason}.")
-        return recording
+        return dataclasses.replace(recording, held=verdict.held)
 
     def _matching(self, where: str, inputs: Observed) -> dict[str, Unit]:
         """The outermost called modules whose paths match, residual or not."""

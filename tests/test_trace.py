@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from trained import seeded, trained_like
 
 import dcafy
+from dcafy.trace.recorder import check_decision
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -137,6 +141,64 @@ def test_the_length_of_a_tensor_stays_symbolic() -> None:
     assert not dcafy.inspect(model, example_inputs=IMAGES).skipped
     same_everywhere(model, connected)
     assert len is real
+
+
+class GoesBySize(Net):
+    """A network in whose forward ``changed`` depends on the size of the image."""
+
+    def __init__(self, decides: Callable[[torch.Size], Any]) -> None:
+        super().__init__(Residual(), Residual(), Residual())
+        self.decides = decides
+
+    def forward(self, x: Tensor) -> Tensor:
+        decided = self.decides(x.shape)
+        return super().forward(x) * (2 if decided else 1)
+
+
+@pytest.mark.parametrize(
+    ("decides", "other"),
+    [
+        (lambda shape: shape[2] % 8 or shape[3] % 8, (2, 3, 64, 70)),
+        (lambda shape: shape[2] > shape[3], (2, 3, 96, 64)),
+        (lambda shape: shape[3] < 40, (2, 3, 32, 32)),
+        (lambda shape: max(shape[2:]) > 130, (2, 3, 160, 64)),
+        (lambda shape: len(range(min(shape[2], 48))) < 48, (2, 3, 32, 64)),
+        (lambda shape: shape[2:] == (70, 64), (2, 3, 70, 64)),
+    ],
+    ids=["multiples", "landscape", "small", "large", "loop", "equal"],
+)
+def test_a_path_that_goes_by_the_size_is_taken_at_that_size_only(decides, other) -> None:
+    """What was decided the same way at every size tried is checked when the graph runs: never a wrong result."""
+    model, connected = converted(GoesBySize(decides))
+    with torch.no_grad():
+        for shape in ((2, 3, 64, 64), (1, 3, 64, 64), (3, 3, 128, 128)):
+            images = torch.rand(shape)
+            assert torch.equal(model(images), connected(images)), shape
+        with pytest.raises(dcafy.DcafyError, match="GoesBySize goes by the size of its input"):
+            connected(torch.rand(other))
+
+
+def test_no_check_is_made_of_what_no_size_changes() -> None:
+    _, connected = converted(Net(AsksItsInput(), AsksItsInput(), AsksItsInput()))
+    assert not [node for node in connected.graph.nodes if node.target is check_decision]
+
+
+class AllBody(Net):
+    """Calls its body as one module, and treats a batch of one image by itself."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return scores * 2 if x.shape[0] == 1 else scores
+
+
+def test_one_image_may_be_treated_by_itself() -> None:
+    model, connected = converted(AllBody(Residual(), Residual(), Residual()))
+    assert len(dcafy.connections(connected)) == 2
+    same_everywhere(model, connected)
 
 
 class BatchLoop(nn.Module):

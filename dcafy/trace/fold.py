@@ -19,8 +19,9 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
+from dcafy.connected import OWNER
 from dcafy.ops import alters_argument
-from dcafy.trace.recorder import Call, Recording, passed_through
+from dcafy.trace.recorder import Call, Decision, Recording, check_decision, passed_through
 from dcafy.trace.values import VALUE, node_value
 
 __all__ = ["CannotEnter", "Folded", "fold", "outermost"]
@@ -79,6 +80,9 @@ class _Fold:
 
     def run(self) -> Folded:
         folds, entered = self._plan()
+        held: dict[fx.Node, list[Decision]] = {}
+        for decision in self.recording.held:
+            held.setdefault(decision.node, []).append(decision)
         skipped: set[fx.Node] = set()
         for node in self.recording.graph.nodes:
             if node in folds:
@@ -93,6 +97,10 @@ class _Fold:
             copied = self.graph.node_copy(node, self.image.__getitem__)
             self.image[node] = copied
             self.inside[copied] = (node,)
+            for decision in held.get(node, ()):
+                owner = str(node.meta.get(OWNER) or type(self.recording.model).__name__)
+                check = self.graph.call_function(check_decision, (copied, decision.answer, owner))
+                check.meta[OWNER] = node.meta.get(OWNER, "")
         _drop_unused_queries(self.graph, self.image)
         return Folded(self.graph, self.image, self.inside, entered)
 

@@ -65,16 +65,16 @@ class ValueProxy(fx.Proxy):
     ndimension = dim
 
     def __bool__(self) -> bool:
-        return bool(self.tracer.settle(self))
+        return bool(self.tracer.settle(self, bool))
 
     def __int__(self) -> int:
-        return int(self.tracer.settle(self))
+        return int(self.tracer.settle(self, int))
 
     def __index__(self) -> int:
-        return operator.index(self.tracer.settle(self))
+        return operator.index(self.tracer.settle(self, operator.index))
 
     def __float__(self) -> float:
-        return float(self.tracer.settle(self))
+        return float(self.tracer.settle(self, float))
 
     def __len__(self) -> int:
         value = self.value

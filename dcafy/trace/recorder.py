@@ -31,8 +31,10 @@ from dcafy.trace.values import VALUE, Evaluator, node_value, values_of
 
 __all__ = [
     "Call",
+    "Decision",
     "Recorder",
     "Recording",
+    "check_decision",
     "check_default",
     "passed_through",
 ]
@@ -47,6 +49,19 @@ class Call:
     kwargs: dict[str, Any]
     nodes: list[fx.Node] = field(default_factory=list)
     output: Any = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a forward asked of the value of ``node`` while it was recorded: its truth, or a number."""
+
+    node: fx.Node
+    ask: Callable[[Any], Any]
+
+    @property
+    def answer(self) -> Any:
+        """What it was told, which is true of the example."""
+        return self.ask(node_value(self.node))
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,8 @@ class Recording:
     ``kept_whole``  module path -> why its forward was not recorded
     ``unwritten``   module path -> what its forward does besides, which no graph has: stored values, autocast, no_grad
     ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
-    ``settled``     nodes whose value decided something while recording
+    ``settled``     what the forward decided by
+    ``held``        those of them that the sizes of the input might answer otherwise; the graph checks them when it runs
     ``model``       the data-free copy that was traced
     ``modules``     its submodules by path
     """
@@ -81,9 +97,10 @@ class Recording:
     kept_whole: dict[str, str]
     unwritten: dict[str, str]
     observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
-    settled: tuple[fx.Node, ...]
+    settled: tuple[Decision, ...]
     model: nn.Module
     modules: dict[str, nn.Module]
+    held: tuple[Decision, ...] = ()
 
 
 def passed_through(value: Any) -> Any:
@@ -93,10 +110,26 @@ def passed_through(value: Any) -> Any:
 
 def check_default(value: Any, default: Any, name: str) -> None:
     """Nothing, unless an argument that was recorded with its default is given another value."""
-    if value is not default and not (isinstance(value, int | float | str) and value == default):
+    if type(value) is fx.Proxy:  # somebody traces the result
+        value.tracer.create_proxy("call_function", check_default, (value, default, name), {})
+    elif value is not default and not (isinstance(value, int | float | str) and value == default):
         raise DcafyError(
             f"This model was converted with {name}={default!r} and computes only that; got {name}={value!r}. "
             f"Convert it with example_inputs that contain the value you need for {name!r}."
+        )
+
+
+def check_decision(value: Any, answer: Any, module: str) -> None:
+    """Nothing, unless a forward would take another path at this size of the input than the recorded one."""
+    if isinstance(value, fx.Proxy):  # somebody traces the result
+        value.tracer.create_proxy("call_function", check_decision, (value, answer, module), {})
+        return
+    now = bool(value) if isinstance(answer, bool) else value
+    if now != answer:
+        raise DcafyError(
+            f"The forward of {module} goes by the size of its input: what was {answer} for the example with which this "
+            f"model was converted is {now} here. Give it inputs of sizes like the example's, or convert it with "
+            "example_inputs of this size."
         )
 
 
@@ -151,7 +184,7 @@ class Recorder(fx.Tracer):
         self.mode_read: set[str] = set()
         self.kept_whole: dict[str, str] = {}
         self.observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.settled: list[fx.Node] = []
+        self.settled: list[Decision] = []
         self.unwritten: dict[str, str] = {}
 
     # -- the questions that fx asks -------------------------------------------------------------
@@ -276,13 +309,14 @@ class Recorder(fx.Tracer):
             self._attributes[path] = ValueProxy(node, self)
         return self._attributes[path]
 
-    def settle(self, proxy: fx.Proxy) -> Any:
-        """The value that a forward wants to decide by; remembered, to be checked at other sizes."""
-        value = node_value(proxy.node)
-        if isinstance(value, Tensor):
+    def settle(self, proxy: fx.Proxy, ask: Callable[[Any], Any]) -> Any:
+        """What a forward wants to decide by; remembered, to be checked at other sizes."""
+        if isinstance(node_value(proxy.node), Tensor):
             raise fx.proxy.TraceError("the forward decides by the content of a tensor")
-        self.settled.append(proxy.node)
-        return value
+        decision = Decision(proxy.node, ask)
+        answer = decision.answer
+        self.settled.append(decision)
+        return answer
 
     def switches(self, what: str) -> None:
         """Told where a forward enters a context: its effect is on what runs, and nodes run outside of it."""

@@ -2,59 +2,94 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
-from dcafy.trace.recorder import Recording
+from dcafy.trace.recorder import Decision, Recording
 from dcafy.trace.values import Evaluator, node_value
 
-__all__ = ["undecided"]
+__all__ = ["Verdict", "judged"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def undecided(
-    recording: Recording, evaluator: Evaluator, inputs: Inputs, again: Callable[[Inputs], Recording]
-) -> dict[str, str]:
-    """Path of a module -> what it decided by the example's batch or image size alone.
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a recording's decisions at other sizes.
 
-    Empty for almost every network: most decisions are about ranks, widths and options. Where a value that
-    was asked for does vary, the network is recorded ``again`` at the other size, and the graphs compared: a
-    number that only an argument parser looked at is still symbolic in both.
+    ``baked``  module path -> what it decided by the example's batch or image size alone
+    ``held``   decisions that went the same way at every size tried, though sizes of the input are asked
     """
-    if not _varies(recording, evaluator, lambda value: _other_image(_other_batch(value))):
-        return {}
-    for what, change in (("batch", _other_batch), ("image", _other_image)):
-        if not _varies(recording, evaluator, change):
+
+    baked: dict[str, str]
+    held: tuple[Decision, ...]
+
+
+def judged(recording: Recording, evaluator: Evaluator, inputs: Inputs, again: Callable[[Inputs], Recording]) -> Verdict:
+    """Which decisions of a recording are also true at another batch and image size.
+
+    Most are about ranks, widths and options. Where one goes another way, the network is recorded ``again`` at the
+    other size, and the graphs compared: a number that only an argument parser looked at is still symbolic in both.
+    What ``if h % 8:`` was told is the same at twice the size, and yet not at every one: that is ``held``.
+    """
+    at_both = _values(recording, evaluator, lambda value: _other_image(_other_batch(value)))
+    everywhere = all(decision.node in at_both for decision in recording.settled)
+    if everywhere and not any(_asks_sizes(decision.node, at_both) for decision in recording.settled):
+        return Verdict({}, ())
+    looks = [(what, change, _values(recording, evaluator, change)) for what, change in _CHANGES]
+    by_size = tuple(d for d in recording.settled if any(_asks_sizes(d.node, values) for *_, values in looks))
+    changed: set[Decision] = set()
+    for what, change, values in looks:
+        other_way = {decision for decision in by_size if not _answers_alike(decision, values)}
+        if not other_way:
             continue
+        changed |= other_way
         try:
             other = again((_changed(inputs[0], change), _changed(inputs[1], change)))
         except Exception:  # a network may refuse another size in any way; then nothing else is to be learned
-            if what == "batch":
+            if change is _other_batch:
                 raise
             continue
         baked = _innermost(_differences(recording, other))
         if baked:
-            return {
-                path: f"its forward bakes the {what} size of its input into its computation ({node.name})"
-                for path, node in baked.items()
-            }
-    return {}
+            return Verdict(
+                {
+                    path: f"its forward bakes the {what} size of its input into its computation ({node.name})"
+                    for path, node in baked.items()
+                },
+                (),
+            )
+    return Verdict({}, tuple(decision for decision in by_size if decision not in changed))
 
 
-def _varies(recording: Recording, evaluator: Evaluator, change: Callable[[Any], Any]) -> bool:
-    """Whether some value that a forward asked for is another one on the changed example."""
-    values = _values(recording, evaluator, change)
-    return any(node in values and values[node] != node_value(node) for node in recording.settled)
+def _asks_sizes(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Whether any number behind ``node`` is another one among ``values``, which were computed at another size."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen or isinstance(node_value(current), Tensor):
+            continue
+        seen.add(current)
+        if current in values and values[current] != node_value(current):
+            return True
+        if current.target is not operator.getitem:  # which of the sizes was taken is what counts, not the others
+            pending += current.all_input_nodes
+    return False
+
+
+def _answers_alike(decision: Decision, values: dict[fx.Node, Any]) -> bool:
+    return decision.node not in values or decision.ask(values[decision.node]) == decision.answer
 
 
 def _values(recording: Recording, evaluator: Evaluator, change: Callable[[Any], Any]) -> dict[fx.Node, Any]:
-    """Values of all that the settled nodes depend on, on the changed example; up to the first failure."""
+    """Values of all that decisions depend on, on the changed example; up to the first failure."""
     needed: set[fx.Node] = set()
-    pending = list(recording.settled)
+    pending = [decision.node for decision in recording.settled]
     while pending:
         node = pending.pop()
         if node not in needed:
@@ -163,6 +198,21 @@ def _other_batch(value: Any) -> Any:
 
 
 def _other_image(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim > 3:
+    if isinstance(value, Tensor) and value.ndim > 2:
         return value.new_empty((*value.shape[:2], *(2 * n for n in value.shape[2:])))
     return value
+
+
+def _single(value: Any) -> Any:
+    """A batch of one image, which many a forward treats by itself."""
+    if isinstance(value, Tensor) and value.ndim > 1:
+        return value.new_empty((1, *value.shape[1:]))
+    return value
+
+
+_CHANGES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("batch", _other_batch),
+    ("batch", _single),
+    ("image", _other_image),
+)
+"""What is changed for a look at other sizes, in this order."""
