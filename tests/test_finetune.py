@@ -21,8 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dcafy
-from dcafy.training.compare import paired_difference
+from dcafy.training.compare import compare, paired_difference
 from dcafy.training.config import DataOptions, TrainingConfig
+from dcafy.training.run import Request
+from dcafy.training.telling import Listener
 
 TESTS = Path(__file__).parent
 FACTORY = "finetune_factory:network"
@@ -67,6 +69,7 @@ def test_a_run_leaves_a_model_a_log_and_a_request(command: Run, tmp_path: Path) 
     assert events.count("step") == 2 * (1438 // 64)
     from training_data import network
 
+    assert "dcafy.load('run', model=YOUR_NETWORK) gives the model" in " ".join(out.split())
     loaded = dcafy.load(tmp_path / "run", network(classes=10))
     assert all(connection.beta.item() != 0 for connection in dcafy.connections(loaded).values())
 
@@ -96,7 +99,17 @@ def test_a_second_run_needs_a_folder_of_its_own(command: Run, tmp_path: Path) ->
     code, _, err = command(FACTORY, "-o", "run", "--resume", "--lr", 3)
     assert code == 2
     assert "was started without --lr" in err
+    for other, says in (
+        ([FACTORY, "--arch", "torchvision:resnet18"], "without --arch"),
+        ([FACTORY, "--data", "fashion-mnist"], "with --data digits"),
+        ([FACTORY, "--set", "classes=3"], "without --set"),
+        ([FACTORY, "--compare"], "without --compare"),
+    ):
+        code, _, err = command(*other, "-o", "run", "--resume")
+        assert code == 2
+        assert f"was started {says}" in " ".join(err.split())
     assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
+    assert command(FACTORY, *QUICK, "--epochs", 1, "-o", "run", "--resume", "--workers", 1)[0] == 0  # as asked, but for
 
 
 def test_a_folder_does_not_choose_the_code_that_is_run(command: Run, tmp_path: Path) -> None:
@@ -117,6 +130,10 @@ def test_a_folder_does_not_choose_the_code_that_is_run(command: Run, tmp_path: P
         ([FACTORY, "--data", "digitz", "-o", "run"], 2, "Did you mean 'digits'"),
         ([FACTORY, "--data", "digits"], 2, "-o names no folder"),
         ([FACTORY, "-o", "run"], 2, "--data names no images"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--seeds", "3"], 2, "Add --compare"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--lr", "inf"], 2, "--lr must be at least 0 and finite"),
+        ([FACTORY, *QUICK, "-o", "run", "--json-log", "no/log.jsonl"], 4, "'no/log.jsonl' cannot be written"),
+        (["torchvison:resnet18", "--data", "digits", "-o", "run"], 2, "Did you mean 'torchvision'"),
         (["torchvision:resnet19", "--data", "digits", "-o", "run"], 2, "resnet18"),
         ([FACTORY, "--data", "digits", "-o", "run", "--schedule", "cosin"], 2, "Did you mean 'cosine'"),
         ([FACTORY, "--data", "digits", "-o", "run", "--epoch", "3"], 2, "--epochs"),
@@ -421,6 +438,65 @@ def test_a_comparison(command: Run, tmp_path: Path) -> None:
     assert command(FACTORY, "-o", "run", "--resume")[0] == 0  # goes on where it was, and comes to the same
     again = json.loads((tmp_path / "run/compare.json").read_text())
     assert again["differences"] == found["differences"]
+
+
+UNMOVED = ("--epochs", 1, "--lr", 0, "--connection-lr", 0, "--weight-decay", 0)
+
+
+def test_both_sides_begin_with_the_same_weights_of_a_network_without_any(command: Run, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    options = ("--attention", "se", "--attention-reduction", 4, *QUICK, *UNMOVED, "--compare", "--seeds", 2)
+    assert command("timm:test_resnet", *options, "-o", "run")[0] == 0
+    kept = {
+        (seed, side): load_file(tmp_path / f"run/seeds/{seed}-{side}/model.safetensors")
+        for seed in (0, 1)
+        for side in ("original", "connected")
+    }
+    for seed in (0, 1):
+        ours, theirs = kept[seed, "connected"], kept[seed, "original"]
+        assert ours.keys() - theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert any(not torch.equal(value, kept[1, "original"][key]) for key, value in kept[0, "original"].items())
+
+
+def test_a_folder_that_is_connected_is_compared_with_what_it_was_before(command: Run, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    dcafy.save(dcafy.convert(timm_network("test_byobnet")), tmp_path / "connected")
+    assert command("connected", *QUICK, *UNMOVED, "--compare", "-o", "run")[0] == 0
+    found = json.loads((tmp_path / "run/compare.json").read_text())
+    assert found["connected"]["parameters"] > found["original"]["parameters"]
+    assert found["connected"]["metrics"] == found["original"]["metrics"]
+    code, _, err = command("connected", *QUICK, "--epochs", 1, "-o", "trained")
+    assert code == 0
+    code, _, err = command("trained", *QUICK, "--epochs", 1, "--compare", "-o", "again")
+    assert code == 2
+    assert "have been trained already" in err
+
+
+def timm_network(name: str) -> torch.nn.Module:
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: torch.nn.Module = timm.create_model(name)
+    return model.eval()
+
+
+def test_a_comparison_that_was_stopped_names_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stops(Listener):
+        def wants(self, step: int) -> bool:
+            return True
+
+        def stepped(self, *_: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
+    quick = TrainingConfig(epochs=1, batch_size=64, cpu=True, usage_images=0)
+    request = Request(FACTORY, "digits", images=DataOptions(image_size=16), training=quick, seeds=1)
+    with pytest.raises(dcafy.errors.Interrupted, match=r"dcafy finetune \S*/run --resume"):
+        compare(request, tmp_path / "run", listener_for=lambda title: (Stops(),))
+    sys.modules.pop("finetune_factory", None)
 
 
 @pytest.mark.parametrize(

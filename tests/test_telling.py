@@ -68,6 +68,15 @@ def test_json_lines_say_all_of_it(tmp_path):
     assert [row["name"] for row in rows[-1]["usage"]["connections"]] == list(history.epochs[0].connections)
 
 
+def test_a_log_of_steps_holds_one_training_after_the_other(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for title in ("seed 0, original", "seed 0, connected"):
+        finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=JsonLines(log, steps=True, title=title))
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["event"] for row in rows].count("begin") == 2
+    assert [row["run"] for row in rows] == ["seed 0, original"] * 16 + ["seed 0, connected"] * 16
+
+
 def test_a_log_that_cannot_be_written(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
         finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=JsonLines(tmp_path / "no/log.jsonl"))

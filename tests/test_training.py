@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -211,6 +212,40 @@ def test_gradients_are_clipped():
     assert 0 < moved <= steps * 0.5 * most * 1.001
 
 
+def test_weights_that_are_no_numbers_never_take_the_place_of_good_ones(tmp_path):
+    """The very last gradient of a run is infinite: no loss in training ever shows it."""
+    model, seen = connected(), []
+
+    def last(gradient: torch.Tensor) -> torch.Tensor:
+        seen.append(gradient)
+        return gradient / 0 if len(seen) == 2 * len(TRAIN) // 8 else gradient
+
+    list(model.parameters())[-1].register_hook(last)
+    with pytest.raises(TrainingError, match="the weights are no numbers any more"):
+        finetune(model, TRAIN, VAL, config(), directory=tmp_path)
+    checkpoint = read_checkpoint(tmp_path / CHECKPOINT)
+    assert checkpoint is not None
+    assert checkpoint.facts["progress"]["epoch"] == 1
+    assert all(value.isfinite().all() for name, value in checkpoint.tensors.items() if name.startswith("model/"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda image, label: (image, -1), "A label is -1"),
+        (lambda image, label: (image, 1.7), "A label is 1.7, not a class number"),
+        (lambda image, label: (image[:, :8] if label else image, label), "images of different sizes"),
+    ],
+)
+def test_samples_that_cannot_be_trained_on(change, says):
+    class Changed(Stripes):
+        def __getitem__(self, index):
+            return change(*super().__getitem__(index))
+
+    with pytest.raises(InputError, match=says):
+        finetune(connected(), Changed(), VAL, CONFIG)
+
+
 def classification(**options: object) -> Classification:
     task = Classification(config(**options))
     task.check(network(), Sample(torch.zeros(3, SIZE, SIZE), 0, (0, 0)))
@@ -261,18 +296,22 @@ def test_gradients_of_several_batches_are_one_step():
         torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
 
 
+def half_cosine(part: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * part))
+
+
 @pytest.mark.parametrize(
     ("options", "rates"),
     [
         ({"schedule": "constant"}, [1, 1, 1]),
-        ({"schedule": "step", "step_epochs": 1}, [0.1, 0.01, 0.001]),
-        ({"schedule": "multistep"}, [1, 0.1, 0.01]),
-        ({"schedule": "cosine"}, [0.75, 0.25, 0]),
-        ({"schedule": "cosine", "warmup_epochs": 2}, [7 / 13, 1, 0]),  # 6 steps an epoch
+        ({"schedule": "step", "step_epochs": 1}, [1, 0.1, 0.01]),
+        ({"schedule": "multistep"}, [1, 1, 0.01]),
+        ({"schedule": "cosine"}, [half_cosine(5 / 18), half_cosine(11 / 18), half_cosine(17 / 18)]),  # of 18 steps
+        ({"schedule": "cosine", "warmup_epochs": 2}, [6 / 13, 12 / 13, half_cosine(5 / 6)]),
     ],
 )
 def test_the_rate_follows_its_schedule(options, rates):
-    """The rate of the step after each epoch, over --lr."""
+    """The rate of the last step of each epoch, over --lr."""
     history = finetune(connected(), TRAIN, VAL, config(**{**PLAIN_SGD, **options, "epochs": 3, "lr": 0.01}))
     assert [epoch.lr / 0.01 for epoch in history.epochs] == pytest.approx(rates, abs=1e-6)
 

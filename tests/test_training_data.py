@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 from pathlib import Path
 
@@ -109,6 +110,35 @@ def test_a_torchvision_data_set(tmp_path, monkeypatch):
     assert (len(data.train), len(data.val), data.classes) == (12, 6, ("zero", "one", "two"))
 
 
+def test_the_class_of_a_data_set_with_several_labels_is_the_first(tmp_path, monkeypatch):
+    class Fake(torchvision.datasets.FakeData):
+        def __init__(self, root, train=True):
+            super().__init__(12 if train else 6, image_size=(3, 10, 10), num_classes=3)
+            self.targets = torch.stack([torch.arange(len(self)) % 3, torch.full((len(self),), 7)], dim=1)
+
+    monkeypatch.setattr(torchvision.datasets, "QMNIST", Fake)
+    data = open_data(f"torchvision:QMNIST:{tmp_path}", OPTIONS)
+    assert [data.train[index][1] for index in range(4)] == [0, 1, 2, 0]
+    assert data.classes == ("0", "1", "2")
+
+
+def test_a_broken_picture_of_a_torchvision_data_set_is_named(tmp_path, monkeypatch):
+    class Fake(torchvision.datasets.FakeData):
+        classes, targets = ("zero", "one"), [0, 1, 0, 1]
+
+        def __init__(self, root, split):
+            super().__init__(4, image_size=(3, 10, 10), num_classes=2)
+
+        def __getitem__(self, index):
+            return super().__getitem__(index) if index != 2 else (Image.open(io.BytesIO(b"junk")), 0)
+
+    monkeypatch.setattr(torchvision.datasets, "Country211", Fake)
+    data = open_data(f"torchvision:Country211:{tmp_path}", OPTIONS)
+    assert data.train[1][1] == 1
+    with pytest.raises(UnreadableImage, match="image 2: cannot identify"):
+        data.train[2]
+
+
 def no_val(root):
     folders(root / "train", "cat", "dog")
 
@@ -116,6 +146,12 @@ def no_val(root):
 def empty_val(root):
     folders(root / "train", "cat", "dog")
     (root / "val/cat").mkdir(parents=True)
+    (root / "val/dog").mkdir()
+
+
+def half_empty_val(root):
+    folders(root / "train", "cat", "dog")
+    folders(root / "val", "cat")
     (root / "val/dog").mkdir()
 
 
@@ -133,7 +169,9 @@ def empty_class(root):
     ("make", "says"),
     [
         (no_val, "no folder val"),
-        (empty_val, "no validation images"),
+        (empty_val, "cat, dog in .*val has no images"),
+        (half_empty_val, "dog in .*val has no images"),
+        (lambda root: [folders(root / part, "cat", "dog") for part in ("Train", "Val")], "Name them train and val"),
         (other_classes, "dog only in train, bird only in val"),
         (empty_class, "bird in .* has no images"),
         (lambda root: folders(root, "cat"), "one class only"),

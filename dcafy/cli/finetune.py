@@ -42,6 +42,8 @@ def finetune_command(
     if run.output is None:
         raise errors.UsageError("-o names no folder. Write -o runs/NAME: checkpoints, log and model go there.")
     given, output = given_options(context), run.output
+    if "seeds" in given and not (run.compare or run.resume):
+        raise errors.UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.training.parallel import on_main_process
         from dcafy.training.run import REQUEST, Request
@@ -90,20 +92,40 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
                 f"The network of this run is built by code: {spec}. Name it, so that it is run because you say so: "
                 + (f"--arch {spec}." if spec == asked.arch else f"dcafy finetune {spec} -o {output} --resume")
             )
+    again = dataclasses.replace(asked, model=model or asked.model, data=given.get("data") or asked.data).anchored()
+    given = {**given, "model": again.model, "data": again.data}
+    if "settings" in given:
+        given["settings"] = settings_given(given["settings"])
     known = {
-        "task": asked.task,
+        **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings")},
+        "compare": asked.seeds > 0,
+        "seeds": max(asked.seeds, 1),
         **dataclasses.asdict(asked.conversion),
         **dataclasses.asdict(asked.images),
         **dataclasses.asdict(asked.training),
     }
     for name, value in given.items():
-        if name in known and known[name] != value:
-            option = f"--{name.replace('_', '-')}"
-            before = f"without {option}" if known[name] is None else f"with {option} {known[name]}"
+        if name in known and name not in _MAY_CHANGE and known[name] != value:
             raise errors.UsageError(
-                f"The run in {str(output)!r} was started {before}. Leave it out to go on with it, or start another run."
+                f"The run in {str(output)!r} was started {_as_given(name, known[name])}. Leave it out to go on with "
+                "it, or start another run."
             )
-    return asked
+    changed = {name: given[name] for name in _MAY_CHANGE if name in given}
+    return dataclasses.replace(asked, training=dataclasses.replace(asked.training, **changed))
+
+
+_MAY_CHANGE = ("workers", "cpu", "checkpoint_steps")
+"""Options of a training that do not change what it computes."""
+
+
+def _as_given(name: str, value: Any) -> str:
+    """In words, how a run was started."""
+    option = {"model": "MODEL", "settings": "--set"}.get(name, f"--{name.replace('_', '-')}")
+    if value is None or value is False or value == {}:
+        return f"without {option}"
+    if isinstance(value, dict):
+        value = " ".join(f"{key}={item}" for key, item in value.items())
+    return f"with {option}" if value is True else f"with {option} {value}"
 
 
 def _tell(amiss: tuple[str, ...]) -> None:
@@ -124,11 +146,13 @@ def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> s
     from dcafy.training.telling import JsonLines, Listener, for_stderr
 
     def listeners(title: str = "") -> tuple[Listener, ...]:
-        log = () if run.json_log is None else (JsonLines(run.json_log, steps=True),)
+        log = () if run.json_log is None else (JsonLines(run.json_log, steps=True, title=title),)
         return (for_stderr(title), *log)
 
     try:
-        # Whatever is wrong with the network or the data shows here, before there is a run.
+        # Whatever is wrong with the network, the data or the log shows here, before there is a run.
+        if run.json_log is not None:
+            on_main_process(JsonLines(run.json_log).require_writable)
         on = subject(asked, seed=asked.training.seed, trust_pickle=trust_pickle)
         on_main_process(lambda: _tell(on.data.amiss))
         on_main_process(lambda: write_request(output, asked))

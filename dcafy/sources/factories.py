@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from dcafy.configuration import nearest
 from dcafy.errors import UsageError
 
 __all__ = ["call_factory", "factory_takes", "is_factory", "one_line", "working_folder_importable"]
@@ -95,7 +96,7 @@ def _resolved(spec: str) -> Any:
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             raise UsageError(
                 f"There is no module {module_name!r} (looked in {str(Path.cwd())!r} and on Python's path). "
-                "Run from the folder that holds it, or install it."
+                f"Run from the folder that holds it, or install it.{nearest(module_name, ['torchvision', 'timm'])}"
             ) from error
         raise UsageError(
             f"Importing {module_name} failed with {type(error).__name__}: {one_line(error)}{_where(error)}."

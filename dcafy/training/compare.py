@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcafy.complexity import complexity
+from dcafy.errors import Interrupted
 from dcafy.training.checkpoint import replace_file
 from dcafy.training.purposes import PURPOSES
 from dcafy.training.run import Request, Subject, finish, subject, train
+from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
 from dcafy.training.timing import step_times
 from dcafy.usage import Usage
@@ -120,7 +122,11 @@ def compare(
             on = subject(request, seed=seed, connect=side == "connected", trust_pickle=trust_pickle)
             place = directory / "seeds" / f"{seed}-{side}"
             place.mkdir(parents=True, exist_ok=True)
-            history = train(request, on, place, seed=seed, resume=True, listeners=listener_for(f"seed {seed}, {side}"))
+            listeners = listener_for(f"seed {seed}, {side}")
+            try:
+                history = train(request, on, place, seed=seed, resume=True, listeners=listeners)
+            except Interrupted as error:  # it is the comparison that can be gone on with
+                raise stopped(error.signal, directory) from error
             metrics[side].append(dict(history.metrics))
             first.setdefault(side, on)
             if side == "connected":

@@ -149,8 +149,8 @@ class TrainingConfig:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}.")
+    if not least <= value < float("inf"):
+        raise UsageError(f"--{name.replace('_', '-')} must be at least {least} and finite, not {value}.")
 
 
 def _within(option: str, value: float, least: float, most: float, expected: str, *, closed: bool = False) -> None:

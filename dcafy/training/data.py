@@ -22,7 +22,7 @@ from dcafy.errors import InputError, UsageError
 from dcafy.tables import printable
 from dcafy.training.config import DataOptions
 from dcafy.training.order import derived_seed
-from dcafy.training.pictures import opened
+from dcafy.training.pictures import decoded, opened
 
 __all__ = ["Data", "FileImages", "IndexedImages", "open_data", "read_idx"]
 
@@ -70,7 +70,7 @@ class IndexedImages(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         place = self.indices[index]
-        image = self.images[place]
+        image = decoded(lambda: self.images[place], f"image {place}")
         if isinstance(image, tuple):  # a torchvision data set: (picture, label)
             image = image[0]
         return image if isinstance(image, Image.Image) else Image.fromarray(image), int(self.labels[place])
@@ -123,7 +123,7 @@ def _image_folder(spec: str, path: str, options: DataOptions) -> Data:
         train, held_out = split(labels, options.val_fraction)
         return Data(spec, FileImages([files[i] for i in train]), FileImages([files[i] for i in held_out]), classes)
     classes, files = _class_folders(root / "train")
-    others, val_files = _class_folders(val, may_be_empty=True)
+    others, val_files = _class_folders(val)
     if classes != others:
         only = [f"{name} only in {side}" for names, side in ((set(classes) - set(others), "train"),
                 (set(others) - set(classes), val.name)) for name in sorted(names)]  # fmt: skip
@@ -134,18 +134,26 @@ def _image_folder(spec: str, path: str, options: DataOptions) -> Data:
     return Data(spec, FileImages(files), FileImages(val_files), classes)
 
 
-def _class_folders(root: Path, *, may_be_empty: bool = False) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+_PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+
+
+def _class_folders(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """The names of the classes, and (file, label) of every picture."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not classes:
         raise InputError(f"{root} has no folders in it. Put the images of each class into a folder of its own.")
+    if all(name.lower() in _PARTS for name in classes):
+        raise InputError(
+            f"The folders in {root} are no classes: {printable(', '.join(classes))}. Name them train and val, with a "
+            "folder for each class in both."
+        )
     numbers = {name: number for number, name in enumerate(classes)}
     files = make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
     filled = {label for _, label in files}
     empty = [name for name in classes if numbers[name] not in filled]
-    if empty and not may_be_empty:
+    if empty:
         raise InputError(
             f"{printable(', '.join(empty[:5]))} in {root} has no images. Remove the empty folder, or put images "
             f"({', '.join(IMG_EXTENSIONS)}) into it."
@@ -230,7 +238,8 @@ def _labels(dataset: Any) -> list[int]:
     for name in ("targets", "labels", "_labels", "y"):
         found = getattr(dataset, name, None)
         if found is not None and len(found) == len(dataset):
-            return [int(label) for label in found]
+            # QMNIST has the class first, and then who wrote it.
+            return [int(label[0] if getattr(label, "ndim", 0) else label) for label in found]
     return [int(label) for _, label in dataset]
 
 

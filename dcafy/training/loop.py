@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,7 +25,7 @@ from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.optimization import optimizer_for, scheduler_for
 from dcafy.training.order import Batches, Seeded, Spread, derived_seed
 from dcafy.training.signals import Interruption
-from dcafy.training.state import Progress, Standing, captured, restored
+from dcafy.training.state import Progress, Standing, captured, restored, unlike_numbers
 from dcafy.training.tasks import Batch, Classification, Task
 from dcafy.training.telling import Listener, Silent
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
@@ -141,6 +142,7 @@ class _Run:
         steps = -(-self.order.in_all // config.accumulate)
         self.schedule = scheduler_for(self.optimizer, config, steps)
         self.total_steps = steps * config.epochs
+        self.rate = float(self.schedule.get_last_lr()[0])  # of the last step
         self.average: AveragedModel | None = None
         if config.ema:
             decayed: Any = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
@@ -237,6 +239,7 @@ class _Run:
     def _stepped(self, loss: Tensor, wrapped: Replicated | Sharded) -> None:
         """After a step of the optimizer."""
         self.progress.step += 1
+        self.rate = float(self.schedule.get_last_lr()[0])
         if not wrapped.optimizer.step_was_skipped:
             self.schedule.step()
         if self.average is not None:
@@ -247,9 +250,7 @@ class _Run:
             self._look_round(due)
         if not self.listener.wants(self.progress.step):
             return
-        self.listener.stepped(
-            self.progress.step, float(loss.detach()), self.progress.means(), float(self.schedule.get_last_lr()[0])
-        )
+        self.listener.stepped(self.progress.step, float(loss.detach()), self.progress.means(), self.rate)
 
     def _look_round(self, due: bool, *, always: bool = False) -> None:
         """Stops for a loss that is no number and for a signal; writes a checkpoint where one is due.
@@ -259,17 +260,20 @@ class _Run:
         alone = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
         if not (alone or due or always or self.progress.step % 10 == 0):
             return
-        seen = torch.stack(
-            [self.progress.unlike_a_number(self.accelerator.device), self.interruption.signal(self.accelerator.device)]
-        )
+        number = self.interruption.signal(self.accelerator.device)
+        unlike = self.progress.unlike_a_number(self.accelerator.device)
+        if due or number:  # a checkpoint is to be written
+            unlike = torch.maximum(unlike, unlike_numbers(self.model).to(unlike))
+        seen = torch.stack([unlike, number])
         if self.accelerator.num_processes > 1:
             seen = self.accelerator.gather(seen[None]).amax(0)
         broken, signal = seen.tolist()
         if broken:
             kept = "" if self.file is None else " The last checkpoint is from before; --resume goes on from it."
             raise TrainingError(
-                f"The loss is no number any more, at step {self.progress.step} (epoch {self.progress.epoch + 1}). "
-                f"Lower --lr or --connection-lr, set --clip-norm 1, or use --precision bf16 instead of fp16.{kept}"
+                f"The loss or the weights are no numbers any more, at step {self.progress.step} (epoch "
+                f"{self.progress.epoch + 1}). Lower --lr or --connection-lr, set --clip-norm 1, or use --precision "
+                f"bf16 instead of fp16.{kept}"
             )
         if due or signal:
             self._checkpoint()
@@ -278,6 +282,8 @@ class _Run:
 
     def _end_epoch(self) -> None:
         metrics = self._evaluate()
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            self.progress.broken = True  # which the look round at the end of the epoch tells, before it saves
         self._share_skipped()
         shares, own = metrics.pop("", {}), connections(self._shown()) if self.connected else {}
         loss, accuracy = self.progress.means(self.accelerator)
@@ -285,12 +291,11 @@ class _Run:
             name: ConnectionState(c.alpha.item(), c.beta.item(), c.contribution(), shares[name])
             for name, c in own.items()
         }
-        lr = float(self.schedule.get_last_lr()[0])
         self.epochs.append(
             Epoch(
                 self.progress.epoch + 1,
                 self.progress.step,
-                lr,
+                self.rate,
                 loss,
                 accuracy,
                 metrics,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from dcafy.training.order import UnreadableImage
 
-__all__ = ["MODES", "opened", "with_channels"]
+__all__ = ["MODES", "decoded", "opened", "with_channels"]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Channels that a network takes -> the mode of such a picture."""
@@ -22,14 +23,23 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombEr
 
 def opened(path: str | Path) -> Image.Image:
     """The picture in a file, decoded; ``UnreadableImage`` names the file and says why it is none."""
+
+    def read() -> Image.Image:
+        with Image.open(path) as image:
+            image.load()
+            return cast("Image.Image", image)
+
+    return cast("Image.Image", decoded(read, str(path)))
+
+
+def decoded(read: Callable[[], Any], name: str) -> Any:
+    """What ``read`` gives; ``UnreadableImage`` says what is wrong with the picture ``name`` where it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return cast("Image.Image", image)
+            return read()
     except _BROKEN as error:
-        raise UnreadableImage(f"{path}: {' '.join(str(error).split())[:120]}") from error
+        raise UnreadableImage(f"{name}: {' '.join(str(error).split())[:120]}") from error
 
 
 def with_channels(image: Image.Image, channels: int) -> Image.Image:

@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dcafy.checkpoint import save
 from dcafy.configuration import Conversion, from_mapping
 from dcafy.convert import converted_as
-from dcafy.emit import connected_modules
+from dcafy.emit import connected_modules, connections, revert
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.sources import open_model
 from dcafy.tables import printable
@@ -33,7 +32,7 @@ from dcafy.training.config import DataOptions, TrainingConfig
 from dcafy.training.data import Data
 from dcafy.training.history import History
 from dcafy.training.loop import finetune
-from dcafy.training.order import derived_seed
+from dcafy.training.order import seeded
 from dcafy.training.purposes import PURPOSES, Ready
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
 
@@ -95,21 +94,23 @@ class Subject:
 def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: bool = False) -> Subject:
     """The network that ``request`` names with a head for its data, connected or not, and the data.
 
-    Whatever is new in the network follows from ``seed``; the head is the same whether it is connected or not.
+    Whatever is new in the network follows from ``seed``; it is the same whether the network is connected or not.
     """
     purpose = PURPOSES[request.task]
     purpose.task(request.training)  # refuses options that mean nothing for it
     data = purpose.open_data(request.data, request.images)
-    source = open_model(request.model, arch=request.arch, settings=request.settings, trust_pickle=trust_pickle)
+    with seeded(seed, 3):  # a network without weights of its own begins with those that follow from the seed
+        source = open_model(request.model, arch=request.arch, settings=request.settings, trust_pickle=trust_pickle)
     network = source.model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, 2))
+    with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
         if any(True for _ in connected_modules(network)):
             if request.conversion != Conversion():
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
                 )
+            if not connect:
+                network = _without_connections(network, request.model)
         elif connect:
             network = converted_as(network, request.conversion, example_inputs=ready.example, copy=False)
         elif request.conversion.attention is not None:
@@ -126,6 +127,18 @@ def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: 
                 copy=False,
             )
     return Subject(network, data, ready)
+
+
+def _without_connections(network: nn.Module, name: str) -> nn.Module:
+    """What a connected network was converted from; ``UsageError`` where its connections have been trained."""
+    for path, connection in connections(network).items():
+        if connection.beta.item() != 0 or connection.alpha.item() != 1:
+            raise UsageError(
+                f"The connections of {name!r} have been trained already ({path}: α {connection.alpha.item():.3g}, β "
+                f"{connection.beta.item():.3g}), so there is no original that begins where it does. Compare from the "
+                "network that it was converted from."
+            )
+    return revert(network)
 
 
 def train(

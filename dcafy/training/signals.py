@@ -14,9 +14,18 @@ from torch import Tensor
 from dcafy.errors import Interrupted
 from dcafy.tables import printable
 
-__all__ = ["Interruption"]
+__all__ = ["Interruption", "stopped"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def stopped(number: int, directory: Path) -> Interrupted:
+    """What is raised where a signal stopped the run in ``directory``."""
+    return Interrupted(
+        f"Stopped by {signal.Signals(number).name}; where it stands is saved. Go on with: dcafy finetune "
+        f"{printable(str(directory))} --resume",
+        number,
+    )
 
 
 class Interruption:
@@ -48,11 +57,7 @@ class Interruption:
 
     def stop(self, number: int, directory: Path | None) -> NoReturn:
         """Raises ``Interrupted``."""
-        name = signal.Signals(number).name
         if directory is None:
-            raise Interrupted(f"Stopped by {name}. No folder was named, so nothing was saved.", number)
-        raise Interrupted(
-            f"Stopped by {name}; where it stands is saved. Go on with: dcafy finetune {printable(str(directory))} "
-            "--resume",
-            number,
-        )
+            raise Interrupted(f"Stopped by {signal.Signals(number).name}. No folder was named, so nothing was saved.",
+                              number)  # fmt: skip
+        raise stopped(number, directory)

@@ -26,7 +26,7 @@ from dcafy.training.history import Epoch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Progress", "Standing", "captured", "restored"]
+__all__ = ["Progress", "Standing", "captured", "restored", "unlike_numbers"]
 
 
 @dataclass
@@ -102,6 +102,13 @@ class Standing:
     skipped: dict[str, None]
 
 
+@torch.no_grad()
+def unlike_numbers(model: nn.Module) -> Tensor:
+    """1 where a weight or a running statistic is infinite or not a number, else 0."""
+    values = [value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()]
+    return torch.stack([~torch.isfinite(value).all() for value in values]).any().float()
+
+
 def captured(now: Standing) -> Checkpoint:
     """Where the training stands. All processes call it, and all get the same."""
     from accelerate.utils import gather_object
@@ -131,7 +138,8 @@ def captured(now: Standing) -> Checkpoint:
 def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
     """Puts the training where ``checkpoint`` (read from ``file``) stands; ``CheckpointError`` where it is another's."""
     shown, facts = repr(printable(str(file))), checkpoint.facts
-    differs = [name for name, value in _identity(now).items() if facts.get("run", {}).get(name) != value]
+    run = facts.get("run")
+    differs = [name for name, value in _identity(now).items() if not isinstance(run, dict) or run.get(name) != value]
     if differs:
         raise CheckpointError(
             f"{shown} is of another run: its {printable(', '.join(differs))} differ. Go on with the options, the data "

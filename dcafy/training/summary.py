@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
 from rich.table import Table
 
+from dcafy.sources.files import MARKER
 from dcafy.tables import WIDTH, plain, printable
 from dcafy.training.compare import Comparison
 from dcafy.training.history import History
@@ -26,7 +28,10 @@ def of_history(history: History, directory: Path) -> str:
         parts += [f"  {printable(name)}" for name in history.skipped[:10]]
     if history.usage is not None:
         parts.append(used(history.usage))
-    parts.append(f"saved in {printable(str(directory))}: dcafy.load({printable(str(directory))!r}) gives the model")
+    # A network that no zoo builds by name is loaded into one that the user builds.
+    named = json.loads((directory / MARKER).read_text(encoding="utf-8"))["model"] is not None
+    folder = printable(str(directory))
+    parts.append(f"saved in {folder}: dcafy.load({folder!r}{'' if named else ', model=YOUR_NETWORK'}) gives the model")
     return plain(parts, WIDTH)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -58,6 +59,13 @@ class Task(Protocol):
         """A new meter."""
 
 
+def _class_number(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except TypeError as error:
+        raise InputError(f"A label is {label!r}, not a class number.") from error
+
+
 class Classification:
     """Cross-entropy, top-1 and top-5 accuracy; label smoothing, mixup and CutMix as configured."""
 
@@ -77,8 +85,16 @@ class Classification:
         self.classes = outputs_of(model, torch.stack([image, image]).to(first.device))
 
     def collate(self, samples: Sequence[Sample], *, training: bool) -> Batch:
+        sizes = {tuple(sample.image.shape) for sample in samples}
+        if len(sizes) > 1:
+            raise InputError(
+                f"The data set gives images of different sizes: {', '.join(map(str, sorted(sizes)[:3]))}. Resize "
+                "them to one size, so that they go into one batch."
+            )
         inputs = torch.stack([sample.image for sample in samples])
-        labels: Tensor = torch.tensor([int(sample.label) for sample in samples])
+        labels: Tensor = torch.tensor([_class_number(sample.label) for sample in samples])
+        if training and labels.min() < 0:
+            raise InputError(f"A label is {int(labels.min())}. Classes are counted from 0.")
         if labels.max() >= self.classes:
             raise InputError(
                 f"A label is {int(labels.max())}, but the network has {self.classes} classes, counted from 0. Give "

@@ -184,23 +184,33 @@ class Bars(Lines):
 
 
 class JsonLines(Listener):
-    """One JSON object a line: ``begin``, ``epoch``, ``skipped``, ``end``, and with ``steps`` also ``step``."""
+    """One JSON object a line: ``begin``, ``epoch``, ``skipped``, ``end``, and with ``steps`` also ``step``.
 
-    def __init__(self, path: Path, *, steps: bool = False) -> None:
-        self.path, self.steps = path, steps
+    The log of a run holds what led to where it stands. One with ``steps`` holds all that happened, one training
+    after the other, each row with the ``title`` of its training where it has one.
+    """
 
-    def _write(self, row: dict[str, Any], mode: str = "a") -> None:
+    def __init__(self, path: Path, *, steps: bool = False, title: str = "") -> None:
+        self.path, self.steps, self.title = path, steps, title
+
+    def require_writable(self) -> None:
+        """Nothing where the log can be written; ``CheckpointError`` says why it cannot."""
+        self._write()
+
+    def _write(self, *rows: dict[str, Any], mode: str = "a") -> None:
+        own = {"run": self.title} if self.title else {}
         try:
             with self.path.open(mode, encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.writelines(json.dumps({**row, **own}) + "\n" for row in rows)
         except OSError as error:
             raise CheckpointError(f"{printable(str(self.path))!r} cannot be written: {error.strerror}.") from error
 
     def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
-        # What a killed run had written after its last checkpoint happens again.
-        self._write({"event": "begin", "config": dataclasses.asdict(config), "steps": steps, "done": done}, mode="w")
-        for epoch in epochs:
-            self.epoch_ended(epoch)
+        row = {"event": "begin", "config": dataclasses.asdict(config), "steps": steps, "done": done}
+        if self.steps:
+            self._write(row)
+        else:  # what a killed run had written after its last checkpoint happens again
+            self._write(row, *(epoch.to_dict() for epoch in epochs), mode="w")
 
     def wants(self, step: int) -> bool:
         return self.steps
