@@ -212,20 +212,21 @@ def test_gradients_are_clipped():
     assert 0 < moved <= steps * 0.5 * most * 1.001
 
 
-def test_weights_that_are_no_numbers_never_take_the_place_of_good_ones(tmp_path):
-    """The very last gradient of a run is infinite: no loss in training ever shows it."""
+@pytest.mark.parametrize(("step", "options", "kept"), [(12, {}, 6), (3, {"checkpoint_steps": 1}, 2)])
+def test_weights_that_are_no_numbers_never_take_the_place_of_good_ones(step, options, kept, tmp_path):
+    """An infinite gradient before a checkpoint is due: no loss in training has shown it yet."""
     model, seen = connected(), []
 
-    def last(gradient: torch.Tensor) -> torch.Tensor:
+    def broken(gradient: torch.Tensor) -> torch.Tensor:
         seen.append(gradient)
-        return gradient / 0 if len(seen) == 2 * len(TRAIN) // 8 else gradient
+        return gradient / 0 if len(seen) == step else gradient
 
-    list(model.parameters())[-1].register_hook(last)
+    list(model.parameters())[-1].register_hook(broken)
     with pytest.raises(TrainingError, match="the weights are no numbers any more"):
-        finetune(model, TRAIN, VAL, config(), directory=tmp_path)
+        finetune(model, TRAIN, VAL, config(**options), directory=tmp_path)
     checkpoint = read_checkpoint(tmp_path / CHECKPOINT)
     assert checkpoint is not None
-    assert checkpoint.facts["progress"]["epoch"] == 1
+    assert checkpoint.facts["progress"]["step"] == kept
     assert all(value.isfinite().all() for name, value in checkpoint.tensors.items() if name.startswith("model/"))
 
 
