@@ -357,11 +357,15 @@ def test_nothing_in_a_checkpoint_is_pickled(finished):
     [
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "damaged"),
         (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x55"), "damaged: its content"),
+        (
+            lambda file: file.write_bytes(file.read_bytes().replace(b'epoch\\": 1', b'epoch\\": 0')),
+            "damaged: its content",
+        ),
         (lambda file: file.write_bytes(b""), "damaged"),
         (lambda file: file.write_text("hello"), "damaged"),
         (lambda file: save_file({"a": torch.zeros(2)}, file), "no checkpoint of a dcafy run"),
     ],
-    ids=["truncated", "one byte", "empty", "text", "foreign"],
+    ids=["truncated", "one byte", "progress", "empty", "text", "foreign"],
 )
 def test_a_spoiled_checkpoint(finished, tmp_path, spoil, says):
     file = tmp_path / CHECKPOINT

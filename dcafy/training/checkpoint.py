@@ -6,6 +6,7 @@ Tensors and a JSON header in a safetensors file; nothing is pickled.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -29,7 +30,7 @@ CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
 
 _KIND = "dcafy training checkpoint"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,16 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     header = {
         "kind": _KIND,
         "version": _VERSION,
-        "sha256": fingerprint({name: facts(value) for name, value in tensors.items()}),
+        "sha256": _sha256(tensors, checkpoint.facts),
         "facts": checkpoint.facts,
     }
     replace_file(path, lambda beside: save_file(_apart(tensors), beside, metadata={"dcafy": json.dumps(header)}))
+
+
+def _sha256(tensors: Mapping[str, Tensor], plain: Any) -> str:
+    """Of everything that a checkpoint holds."""
+    of_tensors = fingerprint({name: facts(value) for name, value in tensors.items()})
+    return hashlib.sha256(f"{of_tensors} {json.dumps(plain, sort_keys=True)}".encode()).hexdigest()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +115,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         raise CheckpointError(f"{shown} is no checkpoint of a dcafy run. Name the folder of one.")
     if header.get("version") != _VERSION:
         raise CheckpointError(f"{shown} was written by another version of dcafy. Go on with that version.")
-    if header.get("sha256") != fingerprint({name: facts(value) for name, value in tensors.items()}):
+    if header.get("sha256") != _sha256(tensors, header.get("facts")):
         raise CheckpointError(f"{shown} is damaged: its content is not what was written. Copy it again, or remove it.")
     if not isinstance(header.get("facts"), dict):
         raise CheckpointError(f"{shown} is damaged: it does not say where the run stood.")
