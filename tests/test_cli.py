@@ -294,6 +294,18 @@ def test_a_bug_is_told_with_its_traceback(as_json, command, monkeypatch):
     assert "this is a bug in dcafy" in err
 
 
+def test_a_process_that_lost_another_leaves_the_explaining_to_it(command, monkeypatch):
+    def lost(model, *, example_inputs=None):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9876")
+
+    monkeypatch.setattr(sys.modules["dcafy.convert"], "appraise", lost)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command("inspect", SMALL)
+    assert code == 1
+    assert err.splitlines()[-1] == ("dcafy: error: another process of this run has ended. What it says tells why.")
+    assert "bug" not in err
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

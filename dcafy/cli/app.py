@@ -39,6 +39,9 @@ ON_THE_COMMAND_LINE = {
 }
 """Words of an error that mean Python -> what the command has for them."""
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What torch.distributed says where another process is there no more."""
+
 log = logging.getLogger("dcafy")
 
 
@@ -69,6 +72,9 @@ def _reported() -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             raise  # a mistake on the command line, which typer explains
+        if os.environ.get("WORLD_SIZE", "1") != "1" and any(words in str(error) for words in _LOST):
+            _complain("another process of this run has ended. What it says tells why.")
+            raise typer.Exit(exit_code(error)) from None
         traceback.print_exc()
         _complain("this is a bug in dcafy. Please report it with the lines above and the command.")
         raise typer.Exit(exit_code(error)) from None
