@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+import types
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +102,7 @@ class ConnectedModule(fx.GraphModule):
                 self.__dict__[name] = own[name]
         # Which class the network is of shows nowhere else: a GraphModule is a class of its own.
         self.__dict__.setdefault("_converted_from", f"{type(host).__module__}.{type(host).__qualname__}")
+        self._take_modes_of(host)
         graph._tracer_cls = None
         self.graph = graph
 
@@ -109,6 +111,37 @@ class ConnectedModule(fx.GraphModule):
             # A get_attr node that reads ``some.module.training`` is neither parameter nor buffer.
             warnings.filterwarnings("ignore", message="Node .* target .* of .* does not reference")
             return super().recompile()
+
+    def train(self, mode: bool = True, *args: Any, **kwargs: Any) -> ConnectedModule:
+        """Sets the mode as the network's own class does it: many keep their batch norms in eval here."""
+        nn.Module.train(self, mode) if self._own is None else self._own.train(mode, *args, **kwargs)
+        return self
+
+    def eval(self) -> ConnectedModule:
+        """Sets the mode to eval, as :meth:`train` does."""
+        nn.Module.eval(self) if self._own is None else self._own.eval()
+        return self
+
+    def _take_modes_of(self, host: nn.Module) -> None:
+        for name in ("train", "eval"):
+            if not isinstance(host, ConnectedModule) and getattr(type(host), name) is not getattr(nn.Module, name):
+                self.__dict__["_mode_class"] = type(host)
+            patched = host.__dict__.get(name)
+            if isinstance(patched, types.MethodType) and patched.__self__ is host:
+                self.__dict__[name] = types.MethodType(patched.__func__, self)
+
+    @property
+    def _own(self) -> Any:
+        """This module as an instance of the network's own class, where that has its own way with modes.
+
+        Both have one ``__dict__``, so that its methods find what they know, and what they set is set here.
+        """
+        kind = self.__dict__.get("_mode_class")
+        if kind is None:
+            return None
+        own = object.__new__(kind)
+        object.__setattr__(own, "__dict__", self.__dict__)
+        return own
 
     def _state(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code")}

@@ -10,6 +10,8 @@ import copy
 import functools
 import io
 import pickle
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import networks
@@ -64,6 +66,40 @@ def assert_same_model(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(*outputs)
 
 
+class Frozen(networks.Classifier):
+    """A network that keeps its batch norms and first blocks in eval, as detectors' backbones do."""
+
+    frozen_stages = 1
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        return [*self.blocks[: self.frozen_stages], *(m for m in self.modules() if isinstance(m, nn.BatchNorm2d))]
+
+
+class Wrapped(nn.Module):
+    """``Frozen`` in a network that is no graph, so that it becomes an island."""
+
+    def __init__(self, frozen: nn.Module) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(x) if x.sum() > -1e9 else x
+
+
+def frozen_network() -> nn.Module:
+    return Frozen(list(networks.with_attention(networks.SELinear).blocks))
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    return {path: module.training for path, module in model.named_modules() if "dca" not in path.split(".")}
+
+
 @pytest.fixture
 def model() -> torch.fx.GraphModule:
     return connected()
@@ -114,6 +150,42 @@ def test_every_kind_of_attention_can_be_copied(network: Network, tmp_path: Path)
     assert_same_model(model, pickle.loads(pickle.dumps(model)))
     dcafy.save(model, tmp_path / "saved")
     assert_same_model(model, dcafy.load(tmp_path / "saved", model=network.build().eval()))
+
+
+@pytest.mark.parametrize("build", [frozen_network, lambda: Wrapped(frozen_network())], ids=["root", "island"])
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), dcafy.revert])
+def test_the_networks_own_way_of_training(
+    build: Callable[[], nn.Module], copied: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    """``train`` of the network's class says which parts train; its result and its copies follow it."""
+    original = build()
+    converted = dcafy.convert(original, example_inputs=NETWORK.images())
+    dcafy.save(converted, tmp_path / "saved")
+    loaded = dcafy.load(tmp_path / "saved", model=build())
+    for twin in (copied(converted), loaded):
+        for mode in (True, False, True):
+            assert twin.train(mode) is twin
+            assert modes(twin) == modes(original.train(mode))
+        assert modes(twin.eval()) == modes(original.eval())
+    assert all(connection.training for connection in dcafy.connections(loaded.train()).values())
+    assert set(modes(original.train()).values()) == {True, False}
+
+
+def test_a_train_method_of_the_instance() -> None:
+    """Bound to the network, it is bound to the copy of the network afterwards."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        nn.Module.train(self, mode)
+        self.stem.eval()
+        return self
+
+    original = NETWORK.trained()
+    original.train = types.MethodType(train, original)
+    converted = dcafy.convert(original.train(), example_inputs=NETWORK.images())
+    assert converted.eval() is converted
+    assert not any(modes(converted).values())
+    assert modes(original)[""]
+    assert modes(copy.deepcopy(converted).train()) == modes(original)
 
 
 def test_state_dict(model: torch.fx.GraphModule) -> None:
