@@ -220,7 +220,8 @@ def _connected(model: nn.Module, known: Survey, plan: Plan, settings: Settings, 
             continue
         module = connect(region, links, host.get_submodule(region.path), recipe)
         if not region.path:
-            return module
+            host = module  # it has the modules of the one it was made of, those of islands among them
+            continue
         parent, _, name = region.path.rpartition(".")
         host.get_submodule(parent)._modules[name] = module
     return host

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from dcafy.blocks import Chain, Link, Plan, Skipped
 from dcafy.dataflow import Dataflow
@@ -28,7 +31,7 @@ from dcafy.trace.copies import data_free_copy
 from dcafy.trace.fold import CannotEnter, Folded, fold, outermost
 from dcafy.trace.islands import Observed, observe
 from dcafy.trace.reasons import one_line
-from dcafy.trace.recorder import Recorder, Recording
+from dcafy.trace.recorder import Recorder, Recording, is_layer
 from dcafy.trace.values import Evaluator, node_value
 from dcafy.trace.witness import judged
 
@@ -172,7 +175,12 @@ class _Surveyor:
         ``known``: inputs of submodules, by path from the root, where somebody has seen them already.
         """
         module = self.model.get_submodule(path)
-        opaque: frozenset[str] = frozenset()
+        if isinstance(module, _LOOKED_THROUGH):
+            yield from self._children(path, known)
+            return
+        whole = {inner: f"kept whole: {why}" for inner, why in _kept_whole(module)}
+        self.skipped += [Skipped(_join(path, inner), why) for inner, why in whole.items()]
+        opaque = frozenset(whole)
         while True:
             try:
                 region = self._region(path, module, observed, opaque)
@@ -248,6 +256,23 @@ class _Surveyor:
                 yield from self._children(child, known)
 
 
+def _kept_whole(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path, reason) of the submodules whose own call does what their forward does not."""
+    for path, inner in module.named_modules():
+        if path and isinstance(inner, _LOOKED_THROUGH):
+            yield path, f"{type(inner).__name__} runs copies of it, so what it holds is connected on its own"
+        elif (
+            path
+            and not is_layer(inner)
+            and any(isinstance(h, _REPARAMETRIZING) for h in inner._forward_pre_hooks.values())
+        ):
+            yield path, "a hook computes its weights anew whenever it is called"
+
+
+_REPARAMETRIZING = (BasePruningMethod, SpectralNorm, WeightNorm)
+"""Hooks that compute a weight from the parameters (``torch.nn.utils.parametrizations`` does without hooks)."""
+
+
 def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
@@ -273,12 +298,15 @@ def _tiny_maps(regions: list[Region]) -> list[tuple[str, torch.Size]]:
 
 
 _WRAPPERS = {
-    "DistributedDataParallel": ("DistributedDataParallel", "model.module"),
-    "DataParallel": ("DataParallel", "model.module"),
-    "FullyShardedDataParallel": ("FullyShardedDataParallel", "model.module"),
-    "OptimizedModule": ("torch.compile", "model._orig_mod"),
+    "DistributedDataParallel": ("DistributedDataParallel", "module"),
+    "DataParallel": ("DataParallel", "module"),
+    "FullyShardedDataParallel": ("FullyShardedDataParallel", "module"),
+    "OptimizedModule": ("torch.compile", "_orig_mod"),
 }
 """Class of a wrapper -> what it is called, and where the model is in it."""
+
+_LOOKED_THROUGH = (nn.DataParallel,)
+"""Wrappers that may stay inside a model: what they hold becomes an island."""
 
 
 def require_module(model: Any) -> None:
@@ -293,10 +321,16 @@ def require_module(model: Any) -> None:
     wrapper = type(model).__name__
     if wrapper in _WRAPPERS:
         known_as, inner = _WRAPPERS[wrapper]
-        raise InputError(f"The model is wrapped by {known_as}. Pass {inner}, and wrap the result again.")
+        raise InputError(f"The model is wrapped by {known_as}. Pass model.{inner}, and wrap the result again.")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("A TorchScript module holds no Python to trace. Pass the model it was scripted from.")
     for path, module in model.named_modules():
+        if type(module).__name__ in _WRAPPERS and not isinstance(module, _LOOKED_THROUGH):
+            known_as, inner = _WRAPPERS[type(module).__name__]
+            raise InputError(
+                f"{path} is wrapped by {known_as}. Put model.{path}.{inner} in its place, and wrap that part of the "
+                "result again."
+            )
         quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
         if quantized and type(module).__name__ != "FloatFunctional":  # which only adds, in float
             raise InputError(f"{path or wrapper} is quantized. Connect the float model before quantizing it.")

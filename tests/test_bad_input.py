@@ -105,6 +105,13 @@ def test_compiled(door: Callable[..., Any]) -> None:
 
 
 @BOTH_DOORS
+def test_compiled_part(door: Callable[..., Any]) -> None:
+    model = se_network()
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    assert "model.blocks.1._orig_mod" in refused(door, model, InputError, example_inputs=IMAGES)
+
+
+@BOTH_DOORS
 def test_scripted(door: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

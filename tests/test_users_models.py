@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from pathlib import Path
 from typing import NamedTuple
 
 import networks
@@ -171,6 +172,46 @@ def test_optional_argument_in_the_example_is_an_input() -> None:
     converted = dcafy.convert(model, example_inputs=(images(), mask)).eval()
     expected = evaluate(model, images(), 0.5 * mask)[0]
     assert torch.equal(evaluate(converted, images(), 0.5 * mask)[0], expected)
+
+
+# Parts that are wrapped --------------------------------------------------------------------------
+
+
+class PartsInParallel(nn.Module):
+    """Attention inside ``DataParallel`` and outside of it, in a network that is a graph or is none."""
+
+    def __init__(self, traceable: bool, outside: bool) -> None:
+        super().__init__()
+        self.outside = se_network() if outside else nn.Flatten()
+        self.features = nn.DataParallel(se_network())
+        self.traceable = traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traceable and x.sum() < -1e9:
+            return x
+        return torch.cat((self.outside(x), self.features(x)), dim=1)
+
+
+@pytest.mark.parametrize("traceable", [True, False], ids=["graph", "no-graph"])
+@pytest.mark.parametrize("outside", [True, False], ids=["attention-outside", "none-outside"])
+def test_data_parallel_parts_are_looked_through(traceable: bool, outside: bool, tmp_path: Path) -> None:
+    """What they hold is connected on its own; they, and their keys, stay."""
+    model = PartsInParallel(traceable, outside).eval()
+    converted = dcafy.convert(model, example_inputs=images()).eval()
+    plan = dcafy.inspect(model, example_inputs=images())
+    parts = ["features.module", *(["outside"] if outside else [])]
+    expected = {f"{part}.blocks.{i}.attention" for part in parts for i in (1, 2, 3)}
+    assert {link.target for link in plan.links} == set(dcafy.connections(converted)) == expected
+    assert "features" in {skipped.name for skipped in plan.skipped}
+    assert isinstance(converted.features, nn.DataParallel)
+    assert model.state_dict().keys() <= converted.state_dict().keys()
+    assert torch.equal(evaluate(model, images(3)), evaluate(converted, images(3)))
+    for connection in dcafy.connections(converted).values():
+        nn.init.constant_(connection.beta, 0.5)
+    dcafy.save(converted, tmp_path)
+    loaded = dcafy.load(tmp_path, model=PartsInParallel(traceable, outside))
+    assert torch.equal(evaluate(loaded.eval(), images(3)), evaluate(converted, images(3)))
+    assert not torch.equal(evaluate(model, images(3)), evaluate(converted, images(3)))
 
 
 # Circumstances -----------------------------------------------------------------------------------

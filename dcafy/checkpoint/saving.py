@@ -74,7 +74,7 @@ def _recipe(model: nn.Module) -> Recipe:
             "with dcafy.convert(model), or store model.state_dict() with safetensors."
         )
     recipe = next(iter(found.values()))
-    places = set(recipe.plan.islands) or {""}
+    places = {_graph_of(link.target, recipe.plan.islands) for link in recipe.plan.links}
     if not places.issuperset(found) or any(other != recipe for other in found.values()):
         inside = next(iter(found))
         raise InputError(
@@ -82,3 +82,9 @@ def _recipe(model: nn.Module) -> Recipe:
             "graph(s)). Save the very module that dcafy.convert returned, and the rest around it on its own."
         )
     return recipe
+
+
+def _graph_of(block: str, islands: tuple[str, ...]) -> str:
+    """The path of the connected graph that a block is in: an island's, or the root's."""
+    around = (path for path in islands if f"{block}.".startswith((f"{path}.", f"{path}#")))
+    return max(around, key=len, default="")

@@ -19,6 +19,8 @@ def data_free_copy(model: nn.Module) -> nn.Module:
     twin = _twin(model, _without_data)
     for module in twin.modules():
         module.__dict__["training"] = False
+        if isinstance(module, nn.DataParallel):
+            module.device_ids = []  # there is nothing to scatter
         for name in _HOOKS:
             if module.__dict__.get(name):
                 module.__dict__[name] = collections.OrderedDict()
