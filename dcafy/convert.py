@@ -22,7 +22,7 @@ from dcafy.insert import insert
 from dcafy.settings import Settings
 from dcafy.survey import Survey, survey
 from dcafy.topology import cost, costs, shaped
-from dcafy.trace.copies import shared_copy
+from dcafy.trace.copies import own_copy, shared_copy
 from dcafy.verify import tell_drift, verify_outputs
 
 log = logging.getLogger("dcafy")
@@ -210,9 +210,7 @@ def _few(names: list[str]) -> str:
 
 
 def _connected(model: nn.Module, known: Survey, plan: Plan, settings: Settings, copy: bool) -> nn.Module:
-    import copy as copying
-
-    host = copying.deepcopy(model) if copy else shared_copy(model)
+    host = own_copy(model) if copy else shared_copy(model)
     recipe = Recipe(plan, dataclasses.asdict(settings), inputs=as_data(known.inputs))
     for region in known.regions:
         links: tuple[Link, ...] = tuple(link for link in plan.links if link.target in region)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from dcafy.link import Carried
 from dcafy.ops import Op, alters_argument, op_of
 from dcafy.roles import Found
 from dcafy.survey import Region
+from dcafy.trace.copies import own_copy
 from dcafy.trace.fold import Folded
 from dcafy.wiring import Wire, wires
 
@@ -277,7 +277,7 @@ def revert(model: nn.Module) -> nn.Module:
     Its state dict has exactly the keys of the model that was converted.
     """
     _require_connected(model)
-    twin = copy.deepcopy(model)
+    twin = own_copy(model)
     for _, module, _ in list(connected_modules(twin)):
         assert isinstance(module, ConnectedModule)
         module.graph = _disconnected(module.graph)

@@ -23,7 +23,7 @@ from dcafy.connected import OWNER, ConnectedModule
 from dcafy.emit import connected_modules
 from dcafy.errors import InputError, UsageError
 from dcafy.survey import require_module
-from dcafy.trace.copies import shared_copy
+from dcafy.trace.copies import own_copy, shared_copy
 from dcafy.trace.fold import CannotEnter, Folded, fold
 from dcafy.units import Kernel, Unit, units
 
@@ -67,7 +67,7 @@ def insert(
     if any(True for _ in connected_modules(model)):
         raise InputError("The model is connected already. Insert attention first, then convert the result.")
     chosen = units(model, where, example_inputs)
-    host = copying.deepcopy(model) if copy else shared_copy(model)
+    host = own_copy(model) if copy else shared_copy(model)
     for unit in chosen:
         parent, _, name = unit.path.rpartition(".")
         container = host.get_submodule(parent)

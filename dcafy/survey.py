@@ -208,6 +208,8 @@ class _Surveyor:
         inputs = (observed.args, observed.kwargs)
         try:
             recording = record(inputs)
+        except InputError:
+            raise
         except Exception as error:  # a user's forward may fail in any way; the reason is told
             raise CannotEnter({"": one_line(error)}) from error
         modules = recording.modules

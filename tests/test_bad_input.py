@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,6 +172,14 @@ def test_lazy(door: Callable[..., Any]) -> None:
     message = refused(door, model, InputError, example_inputs=IMAGES)
     assert "head" in message
     assert "lazy" in message.lower() or "initial" in message.lower()
+
+
+@BOTH_DOORS
+def test_what_cannot_be_copied(door: Callable[..., Any]) -> None:
+    model = se_network()
+    model.stem.lock = threading.Lock()
+    with pytest.raises(InputError, match=r"^stem\.lock cannot be copied"):
+        door(model, example_inputs=IMAGES)
 
 
 # Wrong example inputs ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 import torchvision
 from networks import with_attention
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from trained import seeded, trained_like
 
 import dcafy
@@ -101,6 +103,76 @@ def test_parametrized_and_frozen_parts() -> None:
     inner = converted.blocks[1].attention.excite[0].parametrizations.weight
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in inner.parameters())
     assert all(parameter.grad is None for parameter in converted.stem.parameters())
+
+
+class NormedConv(nn.Module):
+    """A layer of the user's own, whose weight old weight norm computes at each call, and an attention after it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, 1, 1))
+        self.attention = networks.SELinear(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(torch.conv2d(x, self.weight))
+
+
+class Notes:
+    """An object that is no module, with a tensor."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.values = [{"kept": value}]
+
+
+def weight_norm(module: nn.Module) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(module)
+
+
+def kept_output(model: nn.Module) -> None:
+    model.last = model(images())
+    model.notes = Notes(model.last)
+
+
+def normed_conv(model: nn.Module) -> None:
+    model.blocks[1].attention = NormedConv(16)
+    weight_norm(model.blocks[1].attention)
+
+
+HISTORIES: dict[str, Callable[[nn.Module], object]] = {
+    "weight-norm": lambda model: weight_norm(model.blocks[1].conv1[0]),
+    "weight-norm-in-attention": lambda model: weight_norm(model.blocks[1].attention.excite[0]),
+    "weight-norm-on-own-layer": normed_conv,
+    "pruned": lambda model: prune.l1_unstructured(model.blocks[1].conv1[0], "weight", 0.3),
+    "pruned-in-attention": lambda model: prune.l1_unstructured(model.blocks[1].attention.excite[2], "weight", 0.3),
+    "kept-output": kept_output,
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["copied", "shared"])
+@pytest.mark.parametrize("name", HISTORIES)
+def test_tensors_with_a_history(name: str, shared: bool, tmp_path: Path) -> None:
+    """Weights that are computed before each call, activations that were kept: both train alike afterwards."""
+
+    def build() -> nn.Module:
+        model = se_network()
+        with seeded(5):
+            HISTORIES[name](model)
+        return model
+
+    model, twin = build(), build()
+    converted = dcafy.convert(model, example_inputs=images(), copy=not shared)
+    assert torch.equal(evaluate(converted.eval(), images(3)), evaluate(model.eval(), images(3)))
+    for network in (converted, twin):
+        with seeded(6):
+            network.train()(images(4)).square().mean().backward()
+        base = [p for key, p in network.named_parameters() if "dca" not in key.split(".")]
+        torch.optim.SGD(base, lr=0.1).step()
+    assert torch.equal(evaluate(converted.eval(), images(3)), evaluate(twin.eval(), images(3)))
+    dcafy.save(converted, tmp_path)
+    loaded = dcafy.load(tmp_path, model=build())
+    assert torch.equal(evaluate(loaded.eval(), images(3)), evaluate(twin, images(3)))
+    assert torch.equal(evaluate(dcafy.revert(converted), images(3)), evaluate(twin, images(3)))
 
 
 # Signatures and outputs --------------------------------------------------------------------------

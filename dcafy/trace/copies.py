@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import enum
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["data_free_copy", "shared_copy"]
+from dcafy.errors import InputError
+from dcafy.trace.reasons import one_line
+
+__all__ = ["data_free_copy", "own_copy", "shared_copy"]
 
 
 def data_free_copy(model: nn.Module) -> nn.Module:
@@ -27,6 +32,66 @@ def data_free_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
+def own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model``; of a tensor with a history (a pruned weight, a kept activation) it has the values.
+
+    Raises ``InputError`` that names what cannot be copied.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _held(model) if not tensor.is_leaf}
+    with _named_refusals(model, memo):
+        return copy.deepcopy(model, dict(memo))
+
+
+@contextlib.contextmanager
+def _named_refusals(model: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
+    """Inside it an object that refuses to be copied becomes an ``InputError`` that says where the model has it."""
+    try:
+        yield
+    except Exception as error:  # objects of the user's may refuse in any way
+        raise InputError(
+            f"{_uncopyable(model, memo) or type(model).__name__} cannot be copied: {one_line(error)}. Take it off the "
+            "model, and put it on the result where you need it."
+        ) from error
+
+
+def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str | None:
+    """The first attribute, with its path, that a deep copy stops at."""
+    own = ((path, name, value) for path, module in model.named_modules() for name, value in vars(module).items())
+    stops = (f"{path}.{name}" for path, name, value in own if name != "_modules" and not _copies(value, memo))
+    return next((name.lstrip(".") for name in stops), None)
+
+
+def _copies(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:  # as above; the caller tells the reason
+        return False
+    return True
+
+
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that ``model`` has: in its modules, and in containers and plain objects that they have."""
+    pending = [value for module in model.modules() for value in module.__dict__.values()]
+    seen = set()
+    while pending:
+        value = pending.pop()
+        if type(value) in _SHARED or isinstance(value, _ATOMS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+            pending += value
+        pending += getattr(value, "__dict__", {}).values()
+
+
+_ATOMS = (nn.Module, type, types.FunctionType, types.ModuleType)
+"""What is no container of its own: a module is looked into by its path, the rest is never copied."""
+
+
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy with modules of its own that shares every tensor with ``model``."""
     return _twin(model, lambda tensor: tensor)
@@ -37,23 +102,20 @@ def _twin(model: nn.Module, tensor_of: Callable[[Tensor], Tensor]) -> nn.Module:
 
     ``copy.deepcopy`` alone would do; it spends most of its time on the dozen empty dicts of every module.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(tensor): tensor_of(tensor) for tensor in _held(model)}
     modules = list(model.modules())
-    for module in modules:
-        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = tensor_of(value)
     ways = {kind: _copies_plainly(kind) for kind in {type(module) for module in modules}}
     plain = [module for module in modules if ways[type(module)]]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
-    for module in plain:
-        copied = {
-            name: value if type(value) in _SHARED else _copied(value, memo, tensor_of)
-            for name, value in module.__dict__.items()
-        }
-        object.__setattr__(memo[id(module)], "__dict__", copied)
-    return copy.deepcopy(model, memo)
+    with _named_refusals(model, dict(memo)):
+        for module in plain:
+            copied = {
+                name: value if type(value) in _SHARED else _copied(value, memo, tensor_of)
+                for name, value in module.__dict__.items()
+            }
+            object.__setattr__(memo[id(module)], "__dict__", copied)
+        return copy.deepcopy(model, memo)
 
 
 _OWN_WAYS = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__new__")

@@ -42,10 +42,10 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
         return reason
     from dcafy.examples import real_inputs
 
-    twin = shared_copy(module)
-    if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
-        twin = _without_computing(twin, evaluator)
     try:
+        twin = shared_copy(module)
+        if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
+            twin = _without_computing(twin, evaluator)
         with torch.random.fork_rng():
             return _run(twin, real_inputs(inputs.real, module), inputs.kwargs)
     except Exception as error:  # as above; the caller tells the user
