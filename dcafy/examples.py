@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,15 @@ _SIDES = {1: (16000, 4096, 1024, 256), 2: (224, 256, 299, 320, 384, 512, 128, 96
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 
-def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """The positional inputs that a user's ``example_inputs`` stands for; ``InputError`` where it is none."""
+def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
+    """The positional inputs of ``model`` that a user's ``example_inputs`` stands for; ``InputError`` where it is none.
+
+    A dict whose keys are all names of the forward's parameters gives these; any other one is an input itself.
+    """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(example_inputs, Mapping) and example_inputs and parameters.keys() >= set(example_inputs):
+        inputs = _by_position(example_inputs, parameters)
     for value in tensors_in(inputs):
         if value.numel() == 0:
             raise InputError(
@@ -31,10 +38,24 @@ def as_inputs(example_inputs: Any) -> tuple[Any, ...]:
             )
     if not any(True for _ in tensors_in(inputs)):
         raise InputError(
-            f"example_inputs must be a tensor or a tuple of positional inputs with a tensor in it, "
-            f"not {type(example_inputs).__name__}. Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
+            "example_inputs must be a tensor, a tuple of positional inputs or a dict of inputs by name, with a tensor "
+            f"in it, not {type(example_inputs).__name__}. Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
         )
     return inputs
+
+
+def _by_position(named: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> tuple[Any, ...]:
+    """The values of the parameters up to the last one that is named, with defaults in between."""
+    positions = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    for name in named:
+        if name not in positions:
+            raise InputError(f"example_inputs names {name!r}, which the forward takes by keyword only. Leave it out.")
+    given = positions[: 1 + max(map(positions.index, named))]
+    values = {**{name: parameters[name].default for name in given}, **named}
+    for name, value in values.items():
+        if value is inspect.Parameter.empty:
+            raise InputError(f"example_inputs has no value for {name!r}, which the forward needs. Add it.")
+    return tuple(values.values())
 
 
 def probe(inputs: Any, scale: int = 1) -> Any:

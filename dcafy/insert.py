@@ -48,7 +48,7 @@ def insert(
     the main branch, before the addition (``sk`` gives the unit's k x k convolution a second branch); a glob of module
     paths such as ``layer3.*`` takes the units among those, or puts it behind the outermost modules that match.
     ``init``: ``identity`` starts as an exact no-op, ``paper`` in the paper's own form.
-    ``example_inputs``: a tensor or a tuple of positional inputs; guessed where absent.
+    ``example_inputs``: a tensor, a tuple of positional inputs or a dict by name; guessed where absent.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
 
     The new modules are children of their units under the attention's name (``layer1.0.se``; with an underscore

@@ -113,7 +113,7 @@ def _uncollected() -> Iterator[None]:
 
 def _survey(model: nn.Module, example_inputs: Any, name: str) -> Survey:
     if example_inputs is not None:
-        inputs = as_inputs(example_inputs)
+        inputs = as_inputs(example_inputs, model)
         return _Surveyor(model, name).run(inputs)
     errors = []
     tried = list(guesses(model))

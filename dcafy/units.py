@@ -84,7 +84,7 @@ def units(model: nn.Module, where: str = "auto", example_inputs: Any = None) -> 
     where a module's output is no map ``[N, C, H, W]``; ``TracingError`` where the model does not run.
     """
     errors: list[str] = []
-    tried = [as_inputs(example_inputs)] if example_inputs is not None else list(guesses(model))
+    tried = [as_inputs(example_inputs, model)] if example_inputs is not None else list(guesses(model))
     for inputs in tried:
         search = _Search(model)
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +185,37 @@ class Prediction(NamedTuple):
     features: Tensor
 
 
+class Record(OrderedDict):
+    """As transformers' ``ModelOutput`` is: items that are attributes too, and a place for each by number."""
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in dataclasses.fields(self)):
+            if getattr(self, name) is not None:
+                super().__setitem__(name, getattr(self, name))
+
+    def __getitem__(self, key: str | int) -> object:
+        return super().__getitem__(list(self)[key] if isinstance(key, int) else key)
+
+    def __setitem__(self, key: str, value: object) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+
+@dataclasses.dataclass
+class Outputs(Record):
+    scores: Tensor | None = None
+    loss: Tensor | None = None
+    features: Tensor | None = None
+
+
+class AnyOutputs(dict):
+    """A dictionary with attributes, made by a constructor that takes no dictionary."""
+
+    def __init__(self, scores: Tensor, features: Tensor) -> None:
+        super().__init__(scores=scores, features=features)
+        self.scores, self.features, self.loss = scores, features, None
+
+
 class Task(nn.Module):
     """A model with an optional argument, a flag with a default, and several outputs."""
 
@@ -216,6 +249,69 @@ def test_output_is_of_the_same_type(kind: type) -> None:
         assert type(expected).__name__ == type(output).__name__
     twin = copy.deepcopy(converted)
     assert type(evaluate(twin, images())) is kind
+
+
+class Scaled(nn.Module):
+    """A task whose outputs are read and changed by the module around it."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.task = Task(kind)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> object:
+        outputs = self.task(pixels)
+        outputs["features"] = outputs.features.mean((2, 3))
+        return type(outputs)(scores=self.head(outputs.scores), features=outputs["features"])
+
+
+@pytest.mark.parametrize("kind", [Outputs, AnyOutputs])
+@pytest.mark.parametrize("around", [Task, Scaled])
+def test_outputs_with_names_of_their_own(around: type, kind: type, tmp_path: Path) -> None:
+    """The class of the original's outputs comes back, with its items and its attributes."""
+    model = around(kind).eval()
+    converted = dcafy.convert(model, example_inputs=images()).eval()
+    dcafy.save(converted, tmp_path)
+    loaded = dcafy.load(tmp_path, model=around(kind)).eval()
+    expected = evaluate(model, images(3))
+    for twin in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted)), loaded):
+        output = evaluate(twin, images(3))
+        assert type(output) is kind
+        assert list(output) == list(expected) == ["scores", "features"]
+        assert vars(output).keys() == vars(expected).keys()
+        assert output.loss is None
+        assert output["scores"] is output.scores
+        assert torch.equal(output.scores, expected.scores)
+        assert torch.equal(output.features, expected.features)
+
+
+def test_example_by_name() -> None:
+    """A dict gives the forward's parameters where its keys are their names; else it is the input."""
+    model = Scaled(Outputs).eval()
+    plan = dcafy.inspect(model, example_inputs=images())
+    assert dcafy.inspect(model, example_inputs={"pixels": images()}) == plan
+    converted = dcafy.convert(model, example_inputs={"pixels": images()}).eval()
+    with torch.no_grad():
+        assert torch.equal(converted(pixels=images(3)).scores, model(images(3)).scores)
+    with pytest.raises(dcafy.DcafyError, match="'pixels'"):
+        dcafy.inspect(model, example_inputs={"labels": torch.zeros(2)})
+
+
+class Batch(nn.Module):
+    """A network that takes a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = se_network()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.network(batch["pixels"])
+
+
+def test_example_that_is_a_dict() -> None:
+    model = Batch().eval()
+    converted = dcafy.convert(model, example_inputs={"pixels": images()}).eval()
+    assert torch.equal(evaluate(converted, {"pixels": images(3)}), evaluate(model, {"pixels": images(3)}))
 
 
 def test_defaulted_arguments_can_be_given_as_their_default() -> None:

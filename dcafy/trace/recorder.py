@@ -27,6 +27,7 @@ from dcafy.ops import alters_argument
 from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.reasons import one_line
+from dcafy.trace.records import Remake, as_plain, is_record, parts, remapped
 from dcafy.trace.values import VALUE, Evaluator, node_value, values_of
 
 __all__ = [
@@ -274,6 +275,10 @@ class Recorder(fx.Tracer):
             node = self.create_node("call_function", collections.OrderedDict, (rows,), {})
             node.meta[VALUE] = collections.OrderedDict((key, values_of(item)) for key, item in a.items())
             return node
+        if is_record(a):
+            node = self.create_node("call_function", Remake(kind), parts(a, self.create_arg), {})
+            node.meta[VALUE] = remapped(a, values_of)
+            return node
         if isinstance(a, Tensor):
             return self._tensor(a).node
         return super().create_arg(a)
@@ -370,7 +375,7 @@ class Recorder(fx.Tracer):
         module.__dict__["training"] = Mode(self, path)
         try:
             output = self._leave(forward(*args, **kwargs), before)
-            call.output = self.create_arg(output)
+            call.output = self.create_arg(as_plain(output))
         except Exception as error:  # any forward may raise anything; what cannot be entered is kept whole
             module.__dict__["training"] = mode
             self._owner = outer
@@ -394,6 +399,8 @@ class Recorder(fx.Tracer):
                 )
             if type(value) in (tuple, list):
                 return type(value)(mark(item) for item in value)
+            if is_record(value):
+                return remapped(value, mark)
             if type(value) in (dict, collections.OrderedDict):
                 return type(value)((key, mark(item)) for key, item in value.items())
             return value

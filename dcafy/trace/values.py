@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dcafy.trace.records import is_record, remapped
+
 __all__ = ["KEEPS_LAYOUT", "VALUE", "Evaluator", "node_value", "tensors_in", "values_of"]
 
 VALUE = "value"
@@ -83,6 +85,8 @@ def values_of(arguments: Any) -> Any:
         return kind(*[values_of(item) for item in arguments])
     if kind is dict or kind is collections.OrderedDict:
         return kind((key, values_of(item)) for key, item in arguments.items())
+    if is_record(arguments):
+        return remapped(arguments, values_of)
     if kind is slice:
         return slice(values_of(arguments.start), values_of(arguments.stop), values_of(arguments.step))
     if dataclasses.is_dataclass(arguments) and not isinstance(arguments, type):
