@@ -418,6 +418,79 @@ def test_contexts_inside_a_forward_are_not_lost() -> None:
         assert torch.equal(connected(IMAGES), model(IMAGES))
 
 
+class FreezesByCall(nn.Module):
+    """Computes no gradients for its first half: a call, not a context."""
+
+    def __init__(self, mode: type) -> None:
+        super().__init__()
+        self.first, self.second = Net(Residual(), Residual()).stem, nn.Sequential(Residual(), Residual())
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mode(False)
+        x = self.first(x)
+        self.mode(True)
+        return self.second(x)
+
+
+def test_gradients_that_a_forward_switches_off_stay_off() -> None:
+    model = trained_like(FreezesByCall(torch.set_grad_enabled), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES)
+    assert list(dcafy.connections(connected)) == ["second.1.se"]
+    for network in (model, connected):
+        network(IMAGES).sum().backward()
+        assert all(parameter.grad is None for parameter in network.first.parameters())
+
+
+class FreezesAndFails(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_grad_enabled(False)
+        return super().forward(x.no_such_thing())
+
+
+def test_a_trace_that_fails_leaves_gradients_as_they_were() -> None:
+    with pytest.raises(dcafy.DcafyError):
+        dcafy.inspect(FreezesAndFails(Residual(), Residual()), example_inputs=IMAGES)
+    assert torch.is_grad_enabled()
+
+
+class ShapesInPlace(Residual):
+    """Adds an axis to what a layer returned, in place, as many write selective kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = torch.cat([self.conv(x).unsqueeze_(1), self.conv(x).unsqueeze_(1)], 1)
+        return self.se(branches.sum(1).transpose_(2, 3))
+
+
+def test_axes_that_are_added_in_place() -> None:
+    model, connected = converted(Net(ShapesInPlace(), ShapesInPlace(), ShapesInPlace()))
+    assert len(dcafy.connections(connected)) == 2
+    assert not dcafy.inspect(model, example_inputs=IMAGES).skipped
+    same_everywhere(model, connected)
+
+
+class Group(nn.Module):
+    """Two attention blocks under a forward that takes another path in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.Sequential(Residual(), Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.units(x)
+        if self.training:
+            y = F.dropout(y, 0.1)
+        return x + y
+
+
+def test_every_one_of_identical_modules_is_looked_into() -> None:
+    model, connected = converted(Net(Group(), Group(), Group()))
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert [block.name for block in plan.blocks] == [f"body.{i}.units.{j}.se" for i in range(3) for j in range(2)]
+    assert list(dcafy.connections(connected)) == [f"body.{i}.units.1.se" for i in range(3)]
+    same_everywhere(model, connected)
+
+
 class Sliced(Net):
     """Runs a slice of a Sequential, which is a module that is in no tree."""
 

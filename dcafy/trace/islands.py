@@ -64,7 +64,7 @@ def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
 
     for layer, blank in zip(module.modules(), data_free_copy(module).modules(), strict=True):
         if type(layer) in KEEPS_LAYOUT:
-            layer.__dict__["forward"] = lambda value, *_: value
+            layer.__dict__["forward"] = lambda value, *_: value.detach() if isinstance(value, Tensor) else value
         elif type(layer) in _COSTLY:
             layer.__dict__["forward"] = functools.partial(yielded, blank)
     return module

@@ -53,8 +53,9 @@ def recorded_calls(recorder: Recorder) -> Iterator[None]:
     """Has calls become nodes that no proxy sees: tensor factories, ``len``, ``autograd.Function``; tells of contexts.
 
     The names in ``torch`` are replaced while the trace runs: the C++ parser of ``torch.zeros`` refuses a proxy before
-    any override is asked.
+    any override is asked. Whether gradients are computed is as before afterwards, also where a forward fails half-way.
     """
+    with_gradients = torch.is_grad_enabled()
     patches = [*_factories(recorder), _length(recorder), _function(recorder), *_contexts(recorder)]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
     try:
@@ -64,6 +65,7 @@ def recorded_calls(recorder: Recorder) -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+        torch.set_grad_enabled(with_gradients)
 
 
 def _factories(recorder: Recorder) -> Iterator[_Patch]:
@@ -126,6 +128,13 @@ def _contexts(recorder: Recorder) -> Iterator[_Patch]:
     yield torch.autocast, "__init__", autocast
     for context in _CONTEXTS:
         yield context, "__enter__", entered(context, vars(context)["__enter__"])
+    switched = torch.set_grad_enabled.__init__
+
+    def set_grad_enabled(self: Any, mode: bool) -> None:  # which needs no ``with`` to take effect
+        recorder.switches("torch.set_grad_enabled")
+        switched(self, mode)
+
+    yield torch.set_grad_enabled, "__init__", set_grad_enabled
 
 
 @contextlib.contextmanager

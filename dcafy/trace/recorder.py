@@ -354,8 +354,10 @@ class Recorder(fx.Tracer):
 
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
-        with self.run(observing=f"{path}." if path in self._opaque or path in self.kept_whole else None):
-            node.meta[VALUE] = self._evaluator.module(module, values_of(args), values_of(kwargs))
+        whole = path in self._opaque or path in self.kept_whole
+        with self.run(observing=f"{path}." if whole else None):
+            evaluate = self._evaluator.anew if whole else self._evaluator.module  # each one is looked into
+            node.meta[VALUE] = evaluate(module, values_of(args), values_of(kwargs))
         return self._result(node, args, bool(getattr(module, "inplace", False)))
 
     def _result(self, node: fx.Node, args: Any, in_place: bool) -> ValueProxy:

@@ -124,6 +124,13 @@ class Evaluator:
                 return module(*args, **kwargs)
         return self._once(key, lambda: module(*args, **kwargs))
 
+    def anew(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The value of a module's output, by running it whatever is known of others like it."""
+        if not any(True for _ in module.children()):
+            return self.module(module, args, kwargs)
+        with torch.no_grad():
+            return module(*args, **kwargs)
+
     def _structure(self, module: nn.Module) -> Any:
         """What decides a layer's output layout: its class, options, and the shapes of its tensors.
 
@@ -160,6 +167,8 @@ class Evaluator:
         """The value of a method call on ``args[0]``."""
         if isinstance(args[0], Tensor) and name in _PLACEMENT:
             args, kwargs = _stay_on_meta(args), _stay_on_meta(kwargs)
+        if isinstance(args[0], Tensor) and name.endswith("_") and not name.endswith("__"):
+            args = (args[0].detach(), *args[1:])  # ``unsqueeze_`` alters the shape of a value that others share
         return self.function(getattr(type(args[0]), name, getattr(args[0], name)), args, kwargs)
 
     def node(self, node: fx.Node, modules: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
