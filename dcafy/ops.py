@@ -40,7 +40,7 @@ _NAMES: dict[Op, str] = {
     Op.GATE: "sigmoid Sigmoid expit hardsigmoid Hardsigmoid hard_sigmoid softmax Softmax Softmax2d softmin Softmin "
     "tanh Tanh hardtanh Hardtanh clamp clip relu6 ReLU6 clamp_max sparsemax",
     Op.REDUCE: "mean sum amax amin max min std var std_mean var_mean norm logsumexp nanmean median prod "
-    "vector_norm linalg_norm linalg_vector_norm nansum aminmax",
+    "vector_norm linalg_norm linalg_vector_norm nansum aminmax reduce Reduce",
     Op.POOL: "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool1d lp_pool2d "
     "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d "
@@ -48,8 +48,8 @@ _NAMES: dict[Op, str] = {
     Op.CONTRACT: "matmul bmm einsum tensordot baddbmm mm mv dot",
     Op.LAYOUT: "view reshape flatten unflatten squeeze unsqueeze permute transpose swapaxes swapdims movedim moveaxis "
     "contiguous view_as reshape_as t numpy_T ravel Flatten Unflatten PixelShuffle PixelUnshuffle channel_shuffle "
-    "ChannelShuffle rearrange clone detach alias to type type_as float half bfloat16 double Identity identity "
-    "passed_through dropout Dropout dropout1d dropout2d Dropout1d Dropout2d Dropout3d AlphaDropout _to_copy",
+    "ChannelShuffle rearrange Rearrange clone detach alias to type type_as float half bfloat16 double Identity "
+    "identity passed_through dropout Dropout dropout1d dropout2d Dropout1d Dropout2d Dropout3d AlphaDropout _to_copy",
     Op.EXPAND: "expand expand_as repeat repeat_interleave tile broadcast_to interpolate upsample upsample_nearest "
     "upsample_bilinear Upsample UpsamplingNearest2d UpsamplingBilinear2d broadcast_tensors pad ZeroPad2d "
     "ReflectionPad2d ReplicationPad2d ConstantPad2d",

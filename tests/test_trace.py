@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,11 @@ from trained import seeded, trained_like
 
 import dcafy
 from dcafy.trace.recorder import check_decision
+
+try:
+    import einops
+except ImportError:
+    einops = None
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -489,6 +497,100 @@ def test_every_one_of_identical_modules_is_looked_into() -> None:
     assert [block.name for block in plan.blocks] == [f"body.{i}.units.{j}.se" for i in range(3) for j in range(2)]
     assert list(dcafy.connections(connected)) == [f"body.{i}.units.1.se" for i in range(3)]
     same_everywhere(model, connected)
+
+
+class SwishFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(x)
+        return gradient * gate * (1 + x * (1 - gate))
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # scripting is deprecated, and still in many repositories
+
+    @torch.jit.script
+    def scripted_swish(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+def sees_tensors_only(x: Tensor) -> Tensor:
+    """Asks for the very type, as libraries for several frameworks do."""
+    if type(x) is not Tensor:
+        raise RuntimeError(f"unknown type {type(x)}")
+    return x * torch.sigmoid(x)
+
+
+class Calls(Residual):
+    """Calls a function that works on tensors, and not on what stands for them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.name == "function":
+            x = SwishFunction.apply(x)
+        elif self.name == "scripted":
+            x = scripted_swish(x)
+        else:
+            x = sees_tensors_only(x)
+        return self.se(x)
+
+
+@pytest.mark.parametrize("name", ["function", "scripted", "tensors only"])
+def test_functions_that_take_no_proxies(name: str) -> None:
+    model, connected = converted(Net(*[Calls(name) for _ in range(3)]))
+    assert list(dcafy.connections(connected)) == ["body.1.se", "body.2.se"]
+    assert not dcafy.inspect(model, example_inputs=IMAGES).skipped
+    same_everywhere(model, connected)
+    for again in (copy.deepcopy(connected), pickle.loads(pickle.dumps(connected))):
+        same_everywhere(model, again)
+    gradients = []
+    for network in (model, connected):
+        network(IMAGES).sum().backward()
+        gradients.append(network.stem[0][0].weight.grad)
+    assert torch.equal(*gradients)
+
+
+class Einops(Residual):
+    """Squeeze-excitation with einops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        context = einops.reduce(x, "n c h w -> n c", "mean")
+        return x * einops.rearrange(self.se.excite(context), "n c -> n c 1 1")
+
+
+@pytest.mark.skipif(einops is None, reason="einops is not installed")
+def test_attention_in_the_words_of_einops() -> None:
+    model, connected = converted(Net(Einops(), Einops(), Einops()))
+    assert list(dcafy.connections(connected)) == ["body.1", "body.2"]
+    assert {block.gate for block in dcafy.inspect(model, example_inputs=IMAGES).blocks} == {"sigmoid"}
+    same_everywhere(model, connected)
+
+
+class AsksWhetherTensor(Residual):
+    """Takes tensors and lists."""
+
+    def forward(self, x: Any) -> Tensor:
+        if isinstance(x, Tensor) and torch.is_tensor(x) and not isinstance(x, nn.Parameter | list):
+            return super().forward(x * 2)
+        return super().forward(x)
+
+
+def test_a_tensor_says_that_it_is_one() -> None:
+    model, connected = converted(Net(AsksWhetherTensor(), AsksWhetherTensor()))
+    assert list(dcafy.connections(connected)) == ["body.1.se"]
+    same_everywhere(model, connected)
+    assert "isinstance" not in globals()
 
 
 class Sliced(Net):

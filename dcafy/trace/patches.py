@@ -6,13 +6,15 @@ import builtins
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy
 from dcafy.trace.values import VALUE, values_of
 
@@ -56,7 +58,7 @@ def recorded_calls(recorder: Recorder) -> Iterator[None]:
     any override is asked. Whether gradients are computed is as before afterwards, also where a forward fails half-way.
     """
     with_gradients = torch.is_grad_enabled()
-    patches = [*_factories(recorder), _length(recorder), _function(recorder), *_contexts(recorder)]
+    patches = [*_factories(recorder), *_questions(recorder), _function(recorder), *_contexts(recorder)]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
     try:
         for owner, name, value in patches:
@@ -88,16 +90,17 @@ def _factories(recorder: Recorder) -> Iterator[_Patch]:
         yield torch, name, recorded(getattr(torch, name))
 
 
-def _length(recorder: Recorder) -> _Patch:
+def _questions(recorder: Recorder) -> Iterator[_Patch]:
     """``len`` has to return a real number: ``x.view(len(x), -1)`` would have the example's batch size for ever."""
-    real = builtins.len
+    real, is_tensor = builtins.len, torch.is_tensor
 
     def length(value: Any, /) -> Any:
         if recorder.running or type(value) is not ValueProxy or not isinstance(value.value, Tensor):
             return real(value)
         return recorder.create_proxy("call_method", "size", (value, 0), {})
 
-    return builtins, "len", length
+    yield builtins, "len", length
+    yield torch, "is_tensor", lambda value: is_tensor(value) or _stands_for_tensor(value)
 
 
 def _function(recorder: Recorder) -> _Patch:
@@ -106,7 +109,7 @@ def _function(recorder: Recorder) -> _Patch:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if recorder.running or not any(type(a) is ValueProxy for a in args):
             return real.__get__(None, cls)(*args, **kwargs)
-        return recorder.create_proxy("call_function", real.__get__(None, cls), args, kwargs)
+        return recorder.create_proxy("call_function", Applied(cls), args, kwargs)
 
     return torch.autograd.Function, "apply", classmethod(apply)
 
@@ -141,20 +144,52 @@ def _contexts(recorder: Recorder) -> Iterator[_Patch]:
 def watched_functions(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
     """Has the functions that the modules' forwards find beside their classes go through ``call(function, ...)``.
 
+    ``isinstance`` is another one there: asked whether a proxy is a tensor, it looks at what the proxy stands for.
     To be entered before fx patches functions itself, and left after.
     """
     scopes = {id(scope): scope for scope in (_scope(module) for module in modules)}
-    patched: list[tuple[dict[str, Any], str, FunctionType]] = []
+    for scope in list(scopes.values()):  # ``einops.reduce``: a function in a module
+        scopes.update((id(vars(v)), vars(v)) for v in scope.values() if isinstance(v, ModuleType) and _is_others(v))
+    before: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for scope in scopes.values():
-            for name, function in list(scope.items()):
-                if type(function) is FunctionType and not f"{function.__module__}.".startswith("torch."):
-                    patched.append((scope, name, function))
-                    scope[name] = functools.wraps(function)(functools.partial(call, function))
+            for name, value in list(scope.items()):
+                if type(value) is FunctionType and _is_users(value.__module__):
+                    before.append((scope, name, value))
+                    scope[name] = functools.wraps(value)(functools.partial(call, value))
+                elif isinstance(value, torch.jit.ScriptFunction):
+                    before.append((scope, name, value))
+                    scope[name] = functools.partial(call, Scripted(value, scope["__name__"], name))
+            if "isinstance" not in scope and _is_users(scope.get("__name__")):
+                before.append((scope, "isinstance", _ABSENT))
+                scope["isinstance"] = _isinstance
         yield
     finally:
-        for scope, name, function in patched:
-            scope[name] = function
+        for scope, name, value in before:
+            if value is _ABSENT:
+                del scope[name]
+            else:
+                scope[name] = value
+
+
+_ABSENT = object()
+
+
+def _is_users(module: str | None) -> bool:
+    return not f"{module}.".startswith("torch.")
+
+
+def _is_others(module: ModuleType) -> bool:
+    """Whether a module that a forward finds beside its class belongs neither to Python nor to PyTorch."""
+    return module.__name__.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "numpy"}
+
+
+def _isinstance(value: Any, kinds: Any, /) -> bool:
+    return isinstance(value, kinds) or (_stands_for_tensor(value) and isinstance(value.value, kinds))
+
+
+def _stands_for_tensor(value: Any) -> bool:
+    return type(value) is ValueProxy and isinstance(value.value, Tensor)
 
 
 def _scope(module: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from dcafy.connected import OWNER, ConnectedModule
 from dcafy.errors import DcafyError
 from dcafy.ops import alters_argument
+from dcafy.trace.named import Scripted
 from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.reasons import one_line
@@ -428,17 +429,33 @@ class Recorder(fx.Tracer):
         """What ``function`` returns; one that takes another path in training is a node of its own.
 
         ``drop_path(x, 0.1, self.training)`` would otherwise make the module around it one that cannot be entered,
-        with the attention in it.
+        with the attention in it. The same goes for a function that works on tensors and not on proxies (einops).
         """
         given = (*args, *kwargs.values())
-        if self.running or Mode not in map(type, given) or any(isinstance(value, nn.Module) for value in given):
+        if self.running or not _TRACED.intersection(_kinds(given)) or any(isinstance(v, nn.Module) for v in given):
             return function(*args, **kwargs)
+        if type(function) is Scripted:
+            return self.create_proxy("call_function", function, args, kwargs)
         before, state = _last(self.graph), self._state(args, kwargs)
-        result = function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        except Exception:  # any function may raise anything; the error is the caller's where values raise one, too
+            if not self._holds_functions_only(before, state):
+                raise
+            self._take_back(before, state)
+            with contextlib.suppress(Exception):
+                return self.create_proxy("call_function", function, args, kwargs)
+            self._take_back(before, state)
+            raise
         if self.mode_read == state.mode_read or len(self.calls) > state.calls:
             return result
         self._take_back(before, state)
         return self.create_proxy("call_function", function, args, kwargs)
+
+    def _holds_functions_only(self, before: fx.Node, state: _State) -> bool:
+        """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
+        modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
+        return len(self.calls) == state.calls and not modules_used
 
     @contextlib.contextmanager
     def run(self, observing: str | None = None) -> Iterator[None]:
@@ -449,6 +466,17 @@ class Recorder(fx.Tracer):
             yield
         finally:
             self.running, self._observing = before
+
+
+_TRACED = frozenset({Mode, ValueProxy})
+
+
+def _kinds(values: tuple[Any, ...]) -> Iterator[type]:
+    """The types of arguments, and of the items of lists among them."""
+    for value in values:
+        yield type(value)
+        if type(value) in (tuple, list):
+            yield from map(type, value)
 
 
 def _stored(modules: dict[str, nn.Module]) -> dict[str, str]:
