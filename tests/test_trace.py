@@ -409,6 +409,94 @@ def test_a_module_that_stores_what_it_computes_is_kept() -> None:
     same_everywhere(model, connected)
 
 
+class Kept:
+    """A plain object that modules put things in."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+
+SEEN: list[Any] = []
+
+
+def counts(module: Remembers, x: Tensor) -> Tensor:
+    module.steps += 1
+    return x * min(1.0, module.steps / 3)
+
+
+def appends(module: Remembers, x: Tensor) -> Tensor:
+    module.log.append(1)
+    return x / len(module.log)
+
+
+def keeps_in_an_object(module: Remembers, x: Tensor) -> Tensor:
+    module.kept.value = x.mean()
+    return x
+
+
+def keeps_in_a_global(module: Remembers, x: Tensor) -> Tensor:
+    SEEN.append(x.mean())
+    return x
+
+
+def gives_a_buffer_new_data(module: Remembers, x: Tensor) -> Tensor:
+    x = x - module.ema[:, None, None]
+    module.ema.data = 0.9 * module.ema + 0.1 * x.detach().mean((0, 2, 3))
+    return x
+
+
+class Remembers(Residual):
+    """Changes more than tensors in its forward."""
+
+    def __init__(self, remember: Callable[[Remembers, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.remember = remember
+        self.steps, self.log, self.kept = 0, list[int](), Kept()
+        self.register_buffer("ema", torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.remember(self, x))
+
+
+@pytest.mark.parametrize("remember", [counts, appends, keeps_in_an_object, keeps_in_a_global, gives_a_buffer_new_data])
+def test_what_a_forward_changes_in_python_is_changed_when_the_graph_runs(remember: Any) -> None:
+    """The module is kept as it is, and said to be; the others are connected."""
+    SEEN.clear()
+    model = trained_like(Net(Remembers(remember), Residual(), Residual()), IMAGES)
+    SEEN.clear()
+    dcafy.inspect(model, example_inputs=IMAGES)
+    assert [type(item) for item in SEEN if type(item) is not Tensor] == []
+    connected = dcafy.convert(model, example_inputs=IMAGES, verify=False).eval()
+    assert list(dcafy.connections(connected)) == ["body.2.se"]
+    for _ in range(4):
+        SEEN.clear()
+        expected = model(IMAGES)
+        assert torch.equal(connected(IMAGES), expected)
+        assert len(SEEN) == (2 if remember is keeps_in_a_global else 0)
+        ours, theirs = connected.body[0], model.body[0]
+        assert torch.equal(ours.ema, theirs.ema)
+        assert (ours.steps, ours.log, type(ours.kept.value)) == (theirs.steps, theirs.log, type(theirs.kept.value))
+
+
+class MakesOnce(Residual):
+    """Works something out at its first call, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.groups is None:
+            self.groups = [8, 8]
+        return super().forward(torch.cat(x.split(self.groups, 1), 1))
+
+
+def test_what_is_made_once_and_kept_is_in_nobodys_way() -> None:
+    model, connected = converted(Net(MakesOnce(), MakesOnce()))
+    assert list(dcafy.connections(connected)) == ["body.1.se"]
+    same_everywhere(model, connected)
+
+
 class Switching(Residual):
     """Runs its attention in full precision whatever the caller does: an effect that no graph has."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy
 from dcafy.trace.values import VALUE, values_of
@@ -147,7 +147,7 @@ def watched_functions(modules: Iterable[nn.Module], call: Callable[..., Any]) ->
     ``isinstance`` is another one there: asked whether a proxy is a tensor, it looks at what the proxy stands for.
     To be entered before fx patches functions itself, and left after.
     """
-    scopes = {id(scope): scope for scope in (_scope(module) for module in modules)}
+    scopes = {id(scope): scope for scope in (forward_globals(module) for module in modules)}
     for scope in list(scopes.values()):  # ``einops.reduce``: a function in a module
         scopes.update((id(vars(v)), vars(v)) for v in scope.values() if isinstance(v, ModuleType) and _is_others(v))
     before: list[tuple[dict[str, Any], str, Any]] = []
@@ -190,8 +190,3 @@ def _isinstance(value: Any, kinds: Any, /) -> bool:
 
 def _stands_for_tensor(value: Any) -> bool:
     return type(value) is ValueProxy and isinstance(value.value, Tensor)
-
-
-def _scope(module: nn.Module) -> dict[str, Any]:
-    """The global names of a module's forward."""
-    return getattr(inspect.unwrap(module.forward), "__globals__", {})

@@ -58,6 +58,11 @@ class ValueProxy(fx.Proxy):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):  # data, grad, requires_grad: of the tensor, and no graph would have it
+            raise fx.proxy.TraceError(f"the forward assigns to .{name} of a tensor")
+        super().__setattr__(name, value)
+
     def dim(self) -> Any:
         """The rank: it does not vary with the input, so it is a plain number."""
         return self.value.dim()

@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from dcafy.connected import OWNER, ConnectedModule
 from dcafy.errors import DcafyError
 from dcafy.ops import alters_argument
+from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
 from dcafy.trace.named import Scripted
 from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
@@ -188,6 +190,7 @@ class Recorder(fx.Tracer):
         self.observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.settled: list[Decision] = []
         self.unwritten: dict[str, str] = {}
+        self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
 
     # -- the questions that fx asks -------------------------------------------------------------
 
@@ -202,18 +205,26 @@ class Recorder(fx.Tracer):
                 if tensor is not None:
                     self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
         self._attributes: dict[str, ValueProxy] = {}
-        with recorded_calls(self), watched_functions(modules.values(), self.call_function):
+        with (
+            watched_globals(modules.values(), self.unwritten.setdefault),
+            recorded_calls(self),
+            watched_functions(modules.values(), self.call_function),
+        ):
             model.__dict__["training"] = Mode(self, "")
+            before = python_state(model)
             try:
                 graph = self.trace(model)
             finally:
                 model.__dict__["training"] = False
+            self._watch("", model, before, self._args, self._kwargs)
+            stored = _stored(modules)
+            self._tell_changes(stored)
         return Recording(
             graph,
             tuple(self.calls),
             frozenset(self.mode_read),
             self.kept_whole,
-            {**_stored(modules), **self.unwritten},
+            {**stored, **self.unwritten},
             self.observed,
             tuple(dict.fromkeys(self.settled)),
             model,
@@ -329,6 +340,25 @@ class Recorder(fx.Tracer):
         if not self.running:
             self.unwritten.setdefault(self._owner, f"its forward runs a part under {what}")
 
+    def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
+        """Remembers a module whose forward has changed what it keeps in Python."""
+        names = changed(before, python_state(module))
+        if names:
+            self._changing[path] = module, names[0], values_of(args), values_of(kwargs)
+
+    def _tell_changes(self, stored: dict[str, str]) -> None:
+        """Says which modules change at every call: what was computed once and kept is the same ever after."""
+        for path, (module, name, args, kwargs) in self._changing.items():
+            if path in stored:
+                continue
+            before = python_state(module)
+            if not any(f"{inner}.".startswith(f"{path}." if path else "") for inner in stored):
+                with self.run(), torch.no_grad(), contextlib.suppress(Exception):
+                    module.forward(*args, **kwargs)
+                    if not changed(before, python_state(module)):
+                        continue
+            self.unwritten.setdefault(path, f"its forward changes self.{name}")
+
     # -- modules --------------------------------------------------------------------------------
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -373,7 +403,7 @@ class Recorder(fx.Tracer):
         before = _last(self.graph)
         outer, self._owner = self._owner, path
         mode = module.__dict__["training"]
-        state = self._state(args, kwargs)
+        state, own = self._state(args, kwargs), python_state(module)
         self.calls.append(call)
         module.__dict__["training"] = Mode(self, path)
         try:
@@ -388,6 +418,7 @@ class Recorder(fx.Tracer):
         finally:
             module.__dict__["training"] = mode
             self._owner = outer
+        self._watch(path, module, own, call.args, call.kwargs)
         call.nodes = list(_after(before, self.graph))
         return output
 
@@ -483,19 +514,10 @@ def _stored(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Modules on which a forward stored what it computed: a side effect that no graph has."""
     found: dict[str, str] = {}
     for path, module in modules.items():
-        stored = [name for name, value in module.__dict__.items() if _holds_proxy(value)]
-        stored += [name for name, value in module._buffers.items() if _holds_proxy(value)]
+        stored = [name for name, value in (*module.__dict__.items(), *module._buffers.items()) if holds_proxy(value)]
         if stored:
             found[path] = f"its forward stores what it computes in self.{stored[0]}"
     return found
-
-
-def _holds_proxy(value: Any) -> bool:
-    if type(value) is ValueProxy:
-        return True
-    if type(value) in (list, tuple):
-        return any(_holds_proxy(item) for item in value)
-    return type(value) is dict and any(_holds_proxy(item) for item in value.values())
 
 
 def _last(graph: fx.Graph) -> fx.Node:
