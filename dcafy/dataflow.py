@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, fx, nn
 
-from dcafy.ops import Op, op_name, op_of
+from dcafy.ops import Op, alters_argument, op_name, op_of
 from dcafy.trace.values import node_value, tensors_in, values_of
 
 __all__ = ["REARRANGES", "REDUCES", "Dataflow", "is_vector", "positions"]
@@ -22,6 +22,8 @@ class Dataflow:
     ``ops``       node -> what it does
     ``sizes``     node -> how many elements it yields
     ``depends``   the nodes whose tensors depend on the network's input
+    ``origins``   node -> the network's inputs that its tensors depend on
+    ``written``   a tensor that begins without the input -> the nodes that write something of the input into it
     """
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -31,12 +33,49 @@ class Dataflow:
         self.ops = {node: op_of(node, modules) for node in graph.nodes}
         self.sizes = {node: sum(t.numel() for t in tensors_in(node_value(node))) for node in graph.nodes}
         self.depends: set[fx.Node] = set()
+        self.origins: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.written: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            if self.ops[node] is Op.FRESH or not self.sizes[node]:
-                continue
-            if node.op == "placeholder" or any(source in self.depends for source in node.all_input_nodes):
-                self.depends.add(node)
+            self._follow(node)
+        for node in self.depends:
+            if self.ops[node] is Op.CONTRACT and self._is_layer(node):
+                self.ops[node] = Op.PARAMETRIC
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
+
+    def _follow(self, node: fx.Node) -> None:
+        """Whether ``node`` depends on the input, and what it writes into."""
+        sources = [source for source in node.all_input_nodes if source in self.depends]
+        if node.all_input_nodes and alters_argument(node, self.modules):
+            self._write(node, sources)
+        if self.ops[node] is Op.FRESH or not self.sizes[node]:
+            return
+        if node.op == "placeholder":
+            self.origins[node] = frozenset({node})
+        elif sources:
+            self.origins[node] = frozenset().union(*(self.origins[source] for source in sources))
+        if node in self.origins:
+            self.depends.add(node)
+
+    def _write(self, node: fx.Node, sources: list[fx.Node]) -> None:
+        """What ``node`` writes into (``out[:, :k] = x``) holds from here on what the input brings."""
+        altered, values = node.all_input_nodes[0], [n for n in sources if n is not node.all_input_nodes[0]]
+        while values:
+            if altered.op == "get_attr" or (altered in self.depends and altered not in self.written):
+                return
+            self.depends.add(altered)
+            self.written.setdefault(altered, []).extend(values)
+            brought = frozenset().union(*(self.origins[value] for value in values))
+            self.origins[altered] = self.origins.get(altered, frozenset()) | brought
+            seen_through = self.first_tensor(altered) if self.ops[altered] in (Op.LAYOUT, Op.SLICE) else None
+            if seen_through is None:
+                return
+            altered = seen_through
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        """Whether a sum of products is one with weights, as a layer's; one that leaves a vector of a map pools it."""
+        operands = [source for source in node.all_input_nodes if self.sizes[source]]
+        pools = is_vector(node_value(node)) and not any(is_vector(node_value(n)) for n in operands if n in self.depends)
+        return not pools and not all(operand in self.depends for operand in operands)
 
     def core(self, node: fx.Node) -> fx.Node:
         """The node before it was only viewed, expanded or sliced: where the map itself is computed."""
@@ -80,6 +119,8 @@ class Dataflow:
         # A connection takes (G, T, G): the block's own extraction is its first argument.
         if self.is_connection(node):
             return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+        if node in self.written:
+            return list(dict.fromkeys(self.written[node]))
         if self.ops[node] in (Op.LAYOUT, Op.EXPAND):  # x.expand_as(y) holds nothing of y
             first = self.first_tensor(node)
             return [first] if first in self.depends else []

@@ -7,9 +7,10 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dcafy.blocks import Gate
+from dcafy.trace.values import node_value
 
 __all__ = ["Op", "alters_argument", "gate_of", "has_parameters", "op_name", "op_of"]
 
@@ -119,7 +120,16 @@ def op_of(node: fx.Node, modules: dict[str, nn.Module]) -> Op:
     known = _TABLE.get(op_name(node, modules), Op.OTHER)
     if known is Op.REDUCE and _is_pairwise(node):
         return Op.ELEMENTWISE
+    if node.target is getattr and isinstance(node_value(node), Tensor):
+        return _op_of_attribute(node)
     return known
+
+
+def _op_of_attribute(node: fx.Node) -> Op:
+    """``x.max(1).values`` takes one of several tensors, as ``[0]`` does; ``x.mT`` is x in another arrangement."""
+    owner = node.args[0]
+    whole = isinstance(owner, fx.Node) and isinstance(node_value(owner), Tensor)
+    return Op.LAYOUT if whole else Op.SLICE
 
 
 def _is_pairwise(node: fx.Node) -> bool:
