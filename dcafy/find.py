@@ -29,15 +29,16 @@ _STRICT: frozenset[Gate] = frozenset({"sigmoid", "hard_sigmoid", "softmax", "tan
 
 def find(flow: Dataflow, path: str = "") -> tuple[Found, ...]:
     """The attention blocks of a recorded graph, in the order data meets them; ``path``: the traced module's."""
-    return _Finder(flow).blocks(path)
+    return _Finder(flow, path).blocks()
 
 
 class _Finder:
-    def __init__(self, flow: Dataflow) -> None:
+    def __init__(self, flow: Dataflow, path: str) -> None:
         self.flow = flow
         self.roles = Roles(flow)
+        self.path = path
 
-    def blocks(self, path: str) -> tuple[Found, ...]:
+    def blocks(self) -> tuple[Found, ...]:
         candidates = self._without_inner(self._candidates(self.flow.graph.nodes, frozenset()))
         # Known maps end later walks: a block that already hears an earlier one keeps its own G.
         maps = frozenset(c.map for c in candidates)
@@ -47,7 +48,7 @@ class _Finder:
             groups.setdefault(candidate.map, []).append(candidate)
         found = [part for group in groups.values() for part in self.roles.found(group)]
         found.sort(key=lambda f: min(self.flow.order[n] for n in f.fusions))
-        return _with_unique_names(self._merged(found), path)
+        return _with_unique_names(self._merged(found), self.path)
 
     def _merged(self, found: list[Found]) -> list[Found]:
         """One block for maps that one layer computes from one G: they cannot be connected apart.
@@ -111,9 +112,12 @@ class _Finder:
             # What was only expanded to X's size is no X (a norm's statistics, of which each channel has one).
             if min(self.flow.sizes[large], self.flow.sizes[self.flow.core(large)]) < least or small is large:
                 continue
+            if self._is_foreign(core, large):
+                continue
             for ratio in RATIOS:
                 walk = Walk(self.flow, ratio, large, maps)
                 if walk.reaches_frontier(core, self.flow.sizes[core]) and self._is_attention(core, kind, walk):
+                    walk.give_back_inner()
                     if not self._is_soft_pooling(node, core, walk) and not self._gates_itself(core, large):
                         yield Candidate(core, node, kind, frozenset(walk.frontier), frozenset(walk.between | {core}))
                     return
@@ -146,6 +150,13 @@ class _Finder:
             return bool(gates & _STRICT)
         return parametric or bool(gates & _STRICT)
 
+    def _is_foreign(self, small: fx.Node, large: fx.Node) -> bool:
+        """Whether the map hears less of the network's inputs than X: it was extracted from something else.
+
+        A question's embedding or another image's style condition X; two inputs of an island may be of one image.
+        """
+        return not self.path and not self.flow.origins[large] <= self.flow.origins[small]
+
     def _gates_itself(self, small: fx.Node, large: fx.Node) -> bool:
         """x · sigmoid(v · x), as in a learned activation: the operand that is no gate is no map of attention either."""
         if self.flow.sizes[small] < self.flow.sizes[large]:
@@ -161,9 +172,13 @@ class _Finder:
         return False
 
     def _is_soft_pooling(self, node: fx.Node, core: fx.Node, walk: Walk) -> bool:
-        """x · softmax(...) that is summed over positions is part of an extraction (GC), not a fusion."""
+        """x · w that is summed over positions is part of an extraction (GC), not a fusion.
+
+        So it is where w is a softmax, or is itself summed, to divide by.
+        """
         gates = {gate_of(n, self.flow.modules) for n in walk.between | {core}}
-        if "softmax" not in gates or not walk.local:
+        normalised = "softmax" in gates or any(self.flow.ops[user] is Op.REDUCE for user in core.users)
+        if not normalised or not walk.local:
             return False
         users = list(node.users)
         while len(users) == 1 and self.flow.ops[users[0]] is Op.LAYOUT:

@@ -97,11 +97,37 @@ class Walk:
         sizes = sorted(self.flow.sizes[n] for n in self.flow.inputs(node))
         return self.flow.ops[node] is Op.CONTRACT and len(sizes) > 1 and sizes[-1] < 2 * sizes[-2]
 
+    def give_back_inner(self) -> None:
+        """Reductions that read only what other frontiers yield are steps of the transformation (SGE's mean and std)."""
+        met = sorted(self.frontier, key=self.flow.order.__getitem__)
+        node, yielded = met[0], {met[0]}
+        while node is not met[-1]:
+            node = node.next
+            sources = self.flow.inputs(node) if node in self.flow.depends else []
+            if sources and yielded.issuperset(sources):
+                yielded.add(node)
+                if node in self.frontier:
+                    self.frontier.discard(node)
+                    self._pass_back_to_frontier(node)
+            elif node in self.frontier:
+                yielded.add(node)
+
+    def _pass_back_to_frontier(self, node: fx.Node) -> None:
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node not in self.between and node not in self.frontier:
+                self.between.add(node)
+                pending += self.flow.inputs(node)
+
     def _is_frontier(self, node: fx.Node, ref: float) -> bool:
         """Whether ``node`` reduces a neighbourhood to something of the map's size."""
         largest = max((self.flow.sizes[n] for n in self.flow.inputs(node)), default=0)
         own = max((t.numel() for t in tensors_in(node_value(node))), default=1)
         if largest < 2 * own or self._is_pooled(largest) or self._mixes_features(node):
+            return False
+        # A sum of windows or branches as large as X (a convolution by unfolding, maxout) gathers no context.
+        if own >= self.flow.sizes[self.other] or self._joins_samples(node):
             return False
         if positions(node) == 1 and not self.flow.covers(node):
             return False
@@ -112,6 +138,12 @@ class Walk:
             self.local = True
             return True
         return False
+
+    def _joins_samples(self, node: fx.Node) -> bool:
+        """Whether ``node`` reduces the first axis: that of a batch, or of tokens that come first."""
+        values = [node_value(n) for n in (node, *self.flow.inputs(node)[:1])]
+        shapes = [v.shape for v in values if isinstance(v, Tensor) and v.ndim]
+        return len(shapes) == 2 and len(shapes[0]) == len(shapes[1]) and shapes[0][0] == 1 < shapes[1][0]
 
     def _through_layer(self, node: fx.Node, ref: float, inputs: list[fx.Node]) -> bool:
         """A layer is passed where it works on pooled data; one on the full map ends the walk.

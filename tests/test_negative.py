@@ -42,6 +42,81 @@ class SelfCalibrated(nn.Module):
         return self.conv(x) * torch.sigmoid(x + context)
 
 
+class WeightsByEinsum(nn.Module):
+    """A gate computed by two 1x1 convolutions that are written as contractions with a weight."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(channels // 4, channels) * 0.3)
+        self.up = nn.Parameter(torch.randn(channels, channels // 4) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("oc,bchw->bohw", self.down, x).relu()
+        return x * torch.sigmoid(torch.einsum("oc,bchw->bohw", self.up, hidden))
+
+
+class WeightsByMatmul(WeightsByEinsum):
+    """The same with matrix products on a channels-last map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.permute(0, 2, 3, 1)
+        return (y * torch.sigmoid((y @ self.down.T).relu() @ self.up.T)).permute(0, 3, 1, 2)
+
+
+class UnfoldedConvolution(nn.Module):
+    """A gate computed by a depthwise convolution that sums over its unfolded windows."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, channels, 9, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = nn.functional.unfold(x, 3, padding=1).view(*x.shape[:2], 9, -1)
+        return x * torch.sigmoid((windows * self.weight).sum(2).view(x.shape))
+
+
+class Maxout(nn.Module):
+    """A gate computed by a layer that takes the largest of eight."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8 * channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x * torch.sigmoid(self.conv(x).view(n, 8, c, h, w).max(1)[0])
+
+
+class TokensFirst(nn.Module):
+    """Tokens [L, N, C]: what is left of a mean over the first axis has the batch where others have channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).permute(2, 0, 1)
+        tokens = tokens * torch.sigmoid(self.gate(tokens.mean(0, keepdim=True)))
+        return tokens.permute(1, 2, 0).reshape(x.shape)
+
+
+class Conditioned(nn.Module):
+    """Two stages that another image scales, by what a pooling left of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.style = nn.Sequential(networks.conv_norm(3, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.scales = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+        self.stem = networks.conv_norm(3, 16)
+        self.convs = nn.ModuleList([networks.conv_norm(16, 16) for _ in range(2)])
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        x, style = self.stem(x), self.style(other)
+        for conv, scale in zip(self.convs, self.scales, strict=True):
+            x = conv(x * torch.sigmoid(scale(style))[:, :, None, None])
+        return x
+
+
 class MinMaxScale(nn.Module):
     """Each image brought to the range 0 to 1: reductions and a product, but nothing learned and no gate."""
 
@@ -84,6 +159,11 @@ NEGATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "swish": (small(lambda _c: networks.Swish()), 64),
     "gated convolution": (small(Gated), 64),
     "self-calibrated convolution": (small(SelfCalibrated), 56),
+    "weights by einsum": (small(WeightsByEinsum), 64),
+    "weights by matmul": (small(WeightsByMatmul), 64),
+    "convolution by unfolding": (small(UnfoldedConvolution), 64),
+    "maxout": (small(Maxout), 64),
+    "tokens first": (small(TokensFirst), 64),
     "glu": (small(networks.GatedLinearUnit), 64),
     "layer norm by hand": (small(networks.HandLayerNorm), 64),
     "instance norm by hand": (small(networks.InstanceNorm), 64),
@@ -115,6 +195,11 @@ def test_no_block(build: Callable[[], nn.Module], size: int, training: bool) -> 
     assert plan.chains == ()
     assert plan.links == ()
     assert model.training == training
+
+
+def test_a_condition_from_another_input_is_no_attention() -> None:
+    images = torch.randn(2, 3, 64, 64)
+    assert dcafy.inspect(Conditioned(), example_inputs=(images, images.flip(0))).blocks == ()
 
 
 @pytest.mark.parametrize("name", ["torchvision resnet18", "swish", "u-net skip add"])
