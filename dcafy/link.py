@@ -114,6 +114,10 @@ def mismatch(passed: Carried, source: Found, target: Found) -> str | None:
     """Why ``passed`` cannot be brought to the size of the target's G, or ``None`` where it can."""
     if passed.kind == "branches" and len(passed.maps) != len(branch_maps(target)):
         return f"it has a map for each of its {len(passed.maps)} branches, and this block has no such branches"
+    contexts = [node_value(context) for context in target.contexts]
+    kinds = {value[0].numel() if target.block.dimension == "channel" else value.ndim for value in contexts}
+    if len(kinds) > 1:
+        return "its extraction yields statistics of different sizes"
     if target.block.dimension == "channel":
         return None
     ours, theirs = target.block.channels, passed.channels
@@ -137,7 +141,7 @@ def carried_by(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator
     if not isinstance(map_, Tensor) or not isinstance(context, Tensor):
         return Unlinkable("its attention map is not one tensor")
     if not found.bounded:
-        return _unbounded(found, map_)
+        return _unbounded(found, map_, context)
     maps = branch_maps(found)
     if maps and found.block.dimension == "channel":
         return Carried("branches", found.block.channels, None, maps=maps)
@@ -166,9 +170,11 @@ def branch_maps(found: Found) -> tuple[fx.Node, ...]:
     return tuple(maps) if len(set(maps)) == len(found.fusions) > 1 else ()
 
 
-def _unbounded(found: Found, map_: Tensor) -> Carried | Unlinkable:
-    if found.block.dimension == "channel":
+def _unbounded(found: Found, map_: Tensor, context: Tensor) -> Carried | Unlinkable:
+    if found.block.dimension == "channel" and map_.shape[0] == context.shape[0]:
         return Carried("map", map_[0].numel(), None)
+    if found.block.dimension == "channel":
+        return Unlinkable("its attention map has other axes than its context")
     shape = _as_map(map_, found.axis)
     if shape is None:
         return Unlinkable("its attention map has other axes than its context")
@@ -186,7 +192,7 @@ def _as_map(map_: Tensor, axis: int | None) -> tuple[int, ...] | None:
 
 def _same_extent(found: Found, map_: Tensor, context: Tensor) -> bool:
     if found.block.dimension == "channel":
-        return all(map_.numel() == node_value(c).numel() for c in found.contexts)
+        return all(map_.shape[0] == c.shape[0] and map_.numel() == c.numel() for c in map(node_value, found.contexts))
     if map_.ndim != context.ndim:
         return False
     shape = _as_map(map_, found.axis)
@@ -221,6 +227,8 @@ class _Refusion:
         sources = set()
         for context in self.found.contexts:
             node = context
+            if op_of(node, self.modules) is Op.ELEMENTWISE:
+                raise Unlinkable("its extraction is a mean whose weights belong to the unfused map")
             while op_of(node, self.modules) in (Op.JOIN, Op.SLICE, Op.LAYOUT, Op.REDUCE, Op.POOL, Op.CONTRACT):
                 inputs = [n for n in node.all_input_nodes if any(True for _ in tensors_in(node_value(n)))]
                 if not inputs:

@@ -83,24 +83,153 @@ class LongRange(nn.Module):
         return x * F.interpolate(gate, size=x.shape[-2:], mode="nearest")
 
 
+class GroupedSpatial(nn.Module):
+    """Spatial group-wise enhance as published: groups are folded into the batch, and each map is standardised."""
+
+    def __init__(self, width: int, groups: int = 4) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(1, groups, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        x = x.view(n * self.groups, -1, h, w)
+        t = (x * F.adaptive_avg_pool2d(x, 1)).sum(1, keepdim=True).view(n * self.groups, -1)
+        t = t - t.mean(1, keepdim=True)
+        t = (t / (t.std(1, keepdim=True) + 1e-5)).view(n, self.groups, h, w) * self.weight
+        return (x * torch.sigmoid(t.view(n * self.groups, 1, h, w))).view(n, c, h, w)
+
+
+class NormalisedByHand(nn.Module):
+    """Global context with weights of a sigmoid, which the sum is divided by."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mask, self.map = nn.Conv2d(width, 1, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch.sigmoid(self.mask(x))
+        return x + self.map((x * w).sum((2, 3), keepdim=True) / w.sum((2, 3), keepdim=True))
+
+
+class FloorOfMask(nn.Module):
+    """A mean over what a mask leaves, the mask seen in the data, the count kept away from 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x.abs().sum(1, keepdim=True) > 0).to(x.dtype)
+        g = (x * mask).sum((2, 3)) / mask.sum((2, 3)).clamp(min=1)
+        return x * torch.sigmoid(self.map(g))[:, :, None, None]
+
+
+class NamedOutputs(nn.Module):
+    """CBAM's spatial part with ``.values`` where others write ``[0]``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [x.max(1, keepdim=True).values, x.mean(1, keepdim=True)]
+        return x * torch.sigmoid(self.map(torch.cat(pooled, 1)))
+
+
+class LargestChannel(nn.Module):
+    """A spatial map from a maximum over channels that keeps no axis for them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Conv2d(1, 1, 7, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.map(x.max(1).values[:, None]))
+
+
+class Columns(nn.Module):
+    """A gate for every column of every channel, without an axis for the rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Conv1d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.map(x.mean(2)))[:, :, None]
+
+
+class Written(nn.Module):
+    """Squeeze-excitation of a map that was written part by part into an empty one (a temporal shift)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = SELinear(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[:, :4, 1:] = x[:, :4, :-1]
+        out[:, 4:] = x[:, 4:]
+        return self.attention(out)
+
+
+class Shuffled(nn.Module):
+    """A gate whose channels are mixed after it is computed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, width)
+
+    def gate(self, g: Tensor) -> Tensor:
+        return F.channel_shuffle(torch.sigmoid(self.map(g))[:, :, None, None], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean((2, 3)))
+
+
+class Frames(nn.Module):
+    """Channel excitation of videos whose frames are folded into the batch: a convolution over two frames."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Conv1d(width, width, 3, padding=1)
+
+    def gate(self, g: Tensor) -> Tensor:
+        frames, width = g.shape
+        t = torch.sigmoid(self.map(g.view(frames // 2, 2, width).transpose(1, 2)))
+        return t.transpose(1, 2).reshape(frames, width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean((2, 3)))
+
+
 @dataclass(frozen=True)
 class Case:
     """Attention in three stages: how many blocks each has, and which of them can hear the stage before.
 
     ``same``      where all stages have one width and one size
     ``different`` where each stage is wider and smaller than the one before
+    ``channels``  of G in stages of 16 channels, where it is worth telling
     """
 
     attention: Callable[[int], nn.Module]
     blocks: int
     same: int
     different: int
+    channels: int | None = None
 
 
 CASES = {
     "coordinate": Case(Coordinate, blocks=1, same=1, different=0),
     "long range": Case(LongRange, blocks=1, same=1, different=0),
     "bottleneck": Case(BAM, blocks=2, same=2, different=2),
+    "standardised map": Case(GroupedSpatial, blocks=1, same=1, different=1, channels=1),
+    "mean normalised by hand": Case(NormalisedByHand, blocks=1, same=1, different=1, channels=16),
+    "masked mean": Case(FloorOfMask, blocks=1, same=1, different=1, channels=16),
+    "named outputs": Case(NamedOutputs, blocks=1, same=1, different=1, channels=2),
+    "largest channel": Case(LargestChannel, blocks=1, same=1, different=1, channels=1),
+    "columns": Case(Columns, blocks=1, same=1, different=0, channels=16),
+    "shuffled gate": Case(Shuffled, blocks=1, same=1, different=1, channels=16),
 }
 
 
@@ -116,12 +245,73 @@ def test_unusual_maps(name: str, shrinking: bool) -> None:
     stages = [f"attention.{i}" for i in range(3)]
     expected = sorted(stages * case.blocks)
     assert sorted(block.name.split("#")[0] for block in plan.blocks) == expected
+    if case.channels is not None and not shrinking:
+        assert {block.channels for block in plan.blocks} == {case.channels}
     heard = case.different if shrinking else case.same
     assert sorted(link.target.split("#")[0] for link in plan.links) == sorted(stages[1:] * heard)
     told = [item.name.split("#")[0] for item in plan.skipped if item.reason.startswith("cannot hear")]
     assert sorted(told) == sorted(stages[1:] * (case.blocks - heard))
     if plan.links:
         same_and_alive(model, dcafy.convert(model, example_inputs=IMAGES).eval())
+
+
+def test_attention_behind_a_tensor_that_is_written_into() -> None:
+    model = trained_like(Stages(Written, (16, 24, 32), (1, 2, 2)), IMAGES).eval()
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert [(link.source, link.target) for link in plan.links] == [
+        (f"attention.{i}.attention", f"attention.{i + 1}.attention") for i in range(2)
+    ]
+    same_and_alive(model, dcafy.convert(model, example_inputs=IMAGES).eval())
+
+
+@pytest.mark.parametrize("attention", [Frames, Shuffled])
+@pytest.mark.parametrize("widths", [(16, 16, 16), (16, 24, 32)], ids=["same", "different"])
+def test_the_map_is_passed_on_in_the_layout_of_its_context(
+    attention: type[Frames] | type[Shuffled], widths: tuple[int, ...]
+) -> None:
+    """T ⊙ G multiplies each channel of each sample by the very gate that its X was multiplied by."""
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with seeded(4):
+        model = trained_like(Stages(attention, widths, (1, 1, 1)), images).eval()
+    connected = dcafy.convert(model, example_inputs=images).eval()
+    for i, name in ((0, "attention.1"), (1, "attention.2")):
+        connection = dcafy.connections(connected)[name]
+        seen: list[tuple[Tensor, ...]] = []
+        connection.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given))
+        with torch.no_grad():
+            connected(images)
+            (_, passed, context), *_ = seen
+            gate = model.attention[i].gate(context)
+        assert torch.equal(passed.flatten(1), gate.flatten(1)), name
+
+
+class MaskedNetwork(nn.Module):
+    """Squeeze-excitation over the frames that are none of the padding; the lengths are an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv1d(8 if i == 0 else 16, 16, 3, padding=1) for i in range(3)])
+        self.maps = nn.ModuleList([nn.Conv1d(16, 16, 1) for _ in range(3)])
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        for conv, map_ in zip(self.convs, self.maps, strict=True):
+            x = F.relu(conv(x))
+            frames = torch.arange(x.shape[-1], device=x.device)
+            mask = (frames[None] < (lengths * x.shape[-1])[:, None]).unsqueeze(1).to(x.dtype)
+            g = (x * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True)
+            x = x * torch.sigmoid(map_(g))
+        return x.mean(2)
+
+
+def test_a_count_of_frames_is_no_context() -> None:
+    with seeded(5):
+        model, inputs = MaskedNetwork().eval(), (torch.rand(2, 8, 60), torch.tensor([1.0, 0.5]))
+    plan = dcafy.inspect(model, example_inputs=inputs)
+    assert [(block.dimension, block.channels) for block in plan.blocks] == [("channel", 16)] * 3
+    connected = dcafy.convert(model, example_inputs=inputs).eval()
+    assert len(dcafy.connections(connected)) == 2
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), connected(*inputs))
 
 
 class Streams(nn.Module):
