@@ -62,8 +62,10 @@ def earlier(graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, 
         reach[node] = bit.get(node, 0)
         for source in node.all_input_nodes:
             reach[node] |= reach[source]
-        if alters_argument(node, modules) and node.args and isinstance(node.args[0], fx.Node):
-            reach[node.args[0]] |= reach[node]  # whoever reads the altered tensor later hears it, too
+        altered = node.args[0] if alters_argument(node, modules) and node.args else None
+        while isinstance(altered, fx.Node):  # whoever reads the altered tensor later hears it, too
+            reach[altered] |= reach[node]
+            altered = next(iter(altered.all_input_nodes), None) if op_of(altered, modules) is Op.SLICE else None
         bits[node] = reach[node]
     heard: dict[str, tuple[str, ...]] = {}
     for block in found:

@@ -7,10 +7,9 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dcafy.blocks import Gate
-from dcafy.trace.values import node_value
 
 __all__ = ["Op", "alters_argument", "gate_of", "has_parameters", "op_name", "op_of"]
 
@@ -68,6 +67,12 @@ _NAMES: dict[Op, str] = {
     Op.FRESH: "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full",
 }
 
+_ATTRIBUTES: dict[str, Op] = {
+    **dict.fromkeys(("values", "indices", "min", "max"), Op.SLICE),
+    **dict.fromkeys(("T", "mT", "H", "mH"), Op.LAYOUT),
+}
+"""What is read off a tensor, or off several (``x.max(1).values`` is ``x.max(1)[0]``), and is a tensor itself."""
+
 _TABLE: dict[str, Op] = {name: op for op, names in _NAMES.items() for name in names.split()}
 
 _GATES: dict[str, Gate] = {
@@ -120,16 +125,7 @@ def op_of(node: fx.Node, modules: dict[str, nn.Module]) -> Op:
     known = _TABLE.get(op_name(node, modules), Op.OTHER)
     if known is Op.REDUCE and _is_pairwise(node):
         return Op.ELEMENTWISE
-    if node.target is getattr and isinstance(node_value(node), Tensor):
-        return _op_of_attribute(node)
-    return known
-
-
-def _op_of_attribute(node: fx.Node) -> Op:
-    """``x.max(1).values`` takes one of several tensors, as ``[0]`` does; ``x.mT`` is x in another arrangement."""
-    owner = node.args[0]
-    whole = isinstance(owner, fx.Node) and isinstance(node_value(owner), Tensor)
-    return Op.LAYOUT if whole else Op.SLICE
+    return _ATTRIBUTES.get(str(node.args[1]), known) if node.target is getattr else known
 
 
 def _is_pairwise(node: fx.Node) -> bool:

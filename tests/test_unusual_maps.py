@@ -173,6 +173,16 @@ class Written(nn.Module):
         return self.attention(out)
 
 
+class WrittenThroughSlices(Written):
+    """The same, written into slices of the empty map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(x.shape)
+        out[:, :4, 1:].copy_(x[:, :4, :-1])
+        out[:, 4:].copy_(x[:, 4:])
+        return self.attention(out)
+
+
 class Shuffled(nn.Module):
     """A gate whose channels are mixed after it is computed."""
 
@@ -255,8 +265,9 @@ def test_unusual_maps(name: str, shrinking: bool) -> None:
         same_and_alive(model, dcafy.convert(model, example_inputs=IMAGES).eval())
 
 
-def test_attention_behind_a_tensor_that_is_written_into() -> None:
-    model = trained_like(Stages(Written, (16, 24, 32), (1, 2, 2)), IMAGES).eval()
+@pytest.mark.parametrize("written", [Written, WrittenThroughSlices])
+def test_attention_behind_a_tensor_that_is_written_into(written: type[Written]) -> None:
+    model = trained_like(Stages(written, (16, 24, 32), (1, 2, 2)), IMAGES).eval()
     plan = dcafy.inspect(model, example_inputs=IMAGES)
     assert [(link.source, link.target) for link in plan.links] == [
         (f"attention.{i}.attention", f"attention.{i + 1}.attention") for i in range(2)
