@@ -198,8 +198,8 @@ class _Surveyor:
         for inner, why in region.recording.kept_whole.items():
             if any(True for _ in module.get_submodule(inner).parameters()):
                 self.skipped.append(Skipped(_join(path, inner), f"kept whole, nothing was looked for in it: {why}"))
-        whole = region.recording.kept_whole.keys() | opaque
-        for inner in outermost(inner for inner, _ in module.named_modules() if inner in whole):
+        closed = region.recording.kept_whole.keys() | opaque
+        for inner in outermost(inner for inner, _ in module.named_modules() if inner in closed):
             yield from self._children(_join(path, inner), seen)
 
     def _region(self, path: str, module: nn.Module, observed: Observed, opaque: frozenset[str]) -> Region:
