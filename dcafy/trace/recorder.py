@@ -514,7 +514,7 @@ def _stored(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Modules on which a forward stored what it computed: a side effect that no graph has."""
     found: dict[str, str] = {}
     for path, module in modules.items():
-        stored = [name for name, value in (*module.__dict__.items(), *module._buffers.items()) if holds_proxy(value)]
+        stored = [name for name, value in (*module._buffers.items(), *module.__dict__.items()) if holds_proxy(value)]
         if stored:
             found[path] = f"its forward stores what it computes in self.{stored[0]}"
     return found
