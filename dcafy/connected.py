@@ -46,7 +46,12 @@ class Recipe:
 
 
 class Connections(nn.Module):
-    """The submodule ``dca``: every connection at the path of the block that hears, and the recipe."""
+    """The submodule ``dca``: every connection at the path of the block that hears, and the recipe.
+
+    ``bypassed_hooks``: the modules of the network, as seen from the graph, with hooks that no longer fire.
+    """
+
+    bypassed_hooks: tuple[str, ...] = ()
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()

@@ -58,7 +58,8 @@ def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Re
         node.meta = {OWNER: node.meta.get(OWNER, "")}  # values are of the example and of no use to anybody else
     dca.train(host.training)
     host.add_module("dca", dca)
-    _report_bypassed_hooks(host, folded.entered)
+    dca.bypassed_hooks = tuple(path for path in folded.entered if _has_hooks(host.get_submodule(path)))
+    _report_bypassed_hooks(dca)
     return ConnectedModule(host, passes.graph, class_name=type(host).__name__)
 
 
@@ -173,13 +174,16 @@ class _Insertion:
         return self._fused[source.name]
 
 
-def _report_bypassed_hooks(host: nn.Module, entered: tuple[str, ...]) -> None:
+def _has_hooks(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    silent = [p for p in entered if any(getattr(host.get_submodule(p), kind, None) for kind in kinds)]
-    if silent:
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+def _report_bypassed_hooks(dca: Connections) -> None:
+    if dca.bypassed_hooks:
         warnings.warn(
             f"The connected model computes inside these modules without calling them, so hooks on them no longer "
-            f"fire: {', '.join(silent)}. Hook one of their submodules, or the module around them.",
+            f"fire: {', '.join(dca.bypassed_hooks)}. Hook one of their submodules, or the module around them.",
             stacklevel=5,
         )
 

@@ -20,6 +20,7 @@ from torch.nn.utils import prune
 from trained import seeded, trained_like
 
 import dcafy
+from dcafy.errors import VerificationError
 
 
 def images(batch: int = 2, size: int = 64, seed: int = 1) -> Tensor:
@@ -64,6 +65,16 @@ def test_hooks_that_no_longer_fire_are_reported() -> None:
     model.blocks[1].attention.register_forward_hook(lambda _module, _inputs, output: output * 2)
     with pytest.warns(UserWarning, match=r"blocks\.1\.attention"):
         dcafy.convert(model, example_inputs=images(), verify=False)
+
+
+def test_hooks_that_change_what_a_module_gives_are_named() -> None:
+    model = se_network()
+    model.blocks[1].attention.register_forward_hook(lambda _module, _inputs, output: output * 2)
+    with (
+        pytest.warns(UserWarning, match="hooks"),
+        pytest.raises(VerificationError, match=r"hooks.*: blocks\.1\.attention\..*remove the hook"),
+    ):
+        dcafy.convert(model, example_inputs=images())
 
 
 # The module tree ---------------------------------------------------------------------------------
