@@ -11,6 +11,7 @@ import dataclasses
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -339,8 +340,42 @@ def require_module(model: Any) -> None:
             raise InputError(f"{path or wrapper} is quantized. Connect the float model before quantizing it.")
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(f"{path} is a TorchScript module. Pass a model built from Python modules.")
+        for name in _REPLACEABLE:
+            if _keeps_hold_of_a_module(module.__dict__.get(name)):
+                raise InputError(
+                    f"{_join(path, name)} was replaced by a function that keeps hold of a module, and in a copy of the "
+                    "model it would go on using that very module. Write it into a subclass, or as a function of self "
+                    f"and set it with types.MethodType(function, module)."
+                )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if torch.nn.parameter.is_lazy(tensor):
                 raise InputError(
                     f"{_join(path, name)} is not initialized yet (a lazy module). Run the model once on an input first."
                 )
+
+
+_REPLACEABLE = ("forward", "train", "eval")
+
+
+def _keeps_hold_of_a_module(value: Any) -> bool:
+    """Whether a function has a module, or a method of one, in the scope it was made in."""
+    pending, seen = [value], set()
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        held += function.__defaults__ or ()
+        if any(isinstance(getattr(item, "__self__", item), nn.Module) for item in held):
+            return True
+        pending += held
+    return False
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

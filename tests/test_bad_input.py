@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,39 @@ def test_lazy(door: Callable[..., Any]) -> None:
     message = refused(door, model, InputError, example_inputs=IMAGES)
     assert "head" in message
     assert "lazy" in message.lower() or "initial" in message.lower()
+
+
+def louder(module: nn.Module) -> None:
+    old = module.forward
+    module.forward = lambda x: 2 * old(x)
+
+
+def stubborn(module: nn.Module) -> None:
+    module.train = lambda mode=True: nn.Module.train(module, False)
+
+
+@BOTH_DOORS
+@pytest.mark.parametrize(("patch", "name"), [(louder, "forward"), (stubborn, "train")], ids=["forward", "train"])
+@pytest.mark.parametrize("path", ["blocks.1.attention", "stem.1"])
+def test_methods_that_are_bound_to_the_model(
+    door: Callable[..., Any], patch: Callable[[nn.Module], None], name: str, path: str
+) -> None:
+    """A copy of the model would compute with the model that was given, and train that."""
+    model = se_network()
+    patch(model.get_submodule(path))
+    with pytest.raises(InputError, match=rf"^{re.escape(path)}\.{name} was replaced.*MethodType"):
+        door(model, example_inputs=IMAGES)
+
+
+def test_methods_that_are_bound_to_nothing() -> None:
+    """The other side: a head that was switched off, and a method that is bound to the module it is of."""
+    model = se_network().eval()
+    model.head.forward = lambda x: x
+    attention = model.blocks[1].attention
+    attention.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), attention)
+    converted = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert converted(IMAGES).shape == (2, 32)
+    assert torch.equal(converted(IMAGES), model(IMAGES))
 
 
 @BOTH_DOORS
