@@ -353,6 +353,7 @@ class Recorder(fx.Tracer):
                 continue
             before = python_state(module)
             if not any(f"{inner}.".startswith(f"{path}." if path else "") for inner in stored):
+                # A forward that cannot be run again, for whatever reason, counts as one that changes.
                 with self.run(), torch.no_grad(), contextlib.suppress(Exception):
                     module.forward(*args, **kwargs)
                     if not changed(before, python_state(module)):
@@ -474,7 +475,7 @@ class Recorder(fx.Tracer):
             if not self._holds_functions_only(before, state):
                 raise
             self._take_back(before, state)
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # on values it fails as well: what it raised first is told
                 return self.create_proxy("call_function", function, args, kwargs)
             self._take_back(before, state)
             raise
