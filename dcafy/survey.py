@@ -32,7 +32,8 @@ from dcafy.trace.copies import data_free_copy
 from dcafy.trace.fold import CannotEnter, Folded, fold, outermost
 from dcafy.trace.islands import Observed, observe
 from dcafy.trace.reasons import one_line
-from dcafy.trace.recorder import Recorder, Recording, is_layer
+from dcafy.trace.recorder import Recorder, is_layer
+from dcafy.trace.recording import Recording
 from dcafy.trace.values import Evaluator, node_value
 from dcafy.trace.witness import judged
 

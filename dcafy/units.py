@@ -24,7 +24,8 @@ from dcafy.ops import Op, op_name, op_of
 from dcafy.trace.copies import data_free_copy
 from dcafy.trace.islands import Observed, observe
 from dcafy.trace.reasons import one_line
-from dcafy.trace.recorder import Recorder, Recording, passed_through
+from dcafy.trace.recorder import Recorder
+from dcafy.trace.recording import Recording, passed_through
 from dcafy.trace.values import Evaluator, node_value
 from dcafy.trace.witness import judged
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trained import seeded, trained_like
 
 import dcafy
-from dcafy.trace.recorder import check_decision
+from dcafy.trace.recording import check_decision
 
 try:
     import einops

@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 
 from dcafy.connected import OWNER
 from dcafy.ops import alters_argument
-from dcafy.trace.recorder import Call, Decision, Recording, check_decision, passed_through
+from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
 from dcafy.trace.values import VALUE, node_value
 
 __all__ = ["CannotEnter", "Folded", "fold", "outermost"]

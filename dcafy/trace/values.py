@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.trace.records import is_record, remapped
+from dcafy.trace.dictionaries import is_record, remapped
 
 __all__ = ["KEEPS_LAYOUT", "VALUE", "Evaluator", "node_value", "tensors_in", "values_of"]
 

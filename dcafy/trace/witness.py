@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
-from dcafy.trace.recorder import Decision, Recording
+from dcafy.trace.recording import Decision, Recording
 from dcafy.trace.values import Evaluator, node_value
 
 __all__ = ["Verdict", "judged"]

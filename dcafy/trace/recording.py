@@ -1,0 +1,96 @@
+"""What a deep trace yields: the graph, the calls in it, what was decided on the way; and the functions it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from dcafy.errors import DcafyError
+from dcafy.trace.values import node_value
+
+__all__ = ["Call", "Decision", "Recording", "check_decision", "check_default", "passed_through"]
+
+
+@dataclass
+class Call:
+    """One entered module call: its nodes lie between ``first`` and ``last`` in the graph."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    nodes: list[fx.Node] = field(default_factory=list)
+    output: Any = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a forward asked of the value of ``node`` while it was recorded: its truth, or a number."""
+
+    node: fx.Node
+    ask: Callable[[Any], Any]
+
+    @property
+    def answer(self) -> Any:
+        """What it was told, which is true of the example."""
+        return self.ask(node_value(self.node))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a deep trace yields.
+
+    ``graph``       every node with its value (``node.meta["value"]``) and owner (``node.meta["owner"]``)
+    ``calls``       the entered calls, outer before inner
+    ``mode_read``   modules whose control flow asks for their mode; recorded as in eval
+    ``kept_whole``  module path -> why its forward was not recorded
+    ``unwritten``   module path -> what its forward does besides, which no graph has: stored values, autocast, no_grad
+    ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
+    ``settled``     what the forward decided by
+    ``held``        those of them that the sizes of the input might answer otherwise; the graph checks them when it runs
+    ``model``       the data-free copy that was traced
+    ``modules``     its submodules by path
+    """
+
+    graph: fx.Graph
+    calls: tuple[Call, ...]
+    mode_read: frozenset[str]
+    kept_whole: dict[str, str]
+    unwritten: dict[str, str]
+    observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    settled: tuple[Decision, ...]
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    held: tuple[Decision, ...] = ()
+
+
+def passed_through(value: Any) -> Any:
+    """``value``: marks where a module handed its own input on, so that the call can be folded."""
+    return value
+
+
+def check_default(value: Any, default: Any, name: str) -> None:
+    """Nothing, unless an argument that was recorded with its default is given another value."""
+    if type(value) is fx.Proxy:  # somebody traces the result
+        value.tracer.create_proxy("call_function", check_default, (value, default, name), {})
+    elif value is not default and not (isinstance(value, int | float | str) and value == default):
+        raise DcafyError(
+            f"This model was converted with {name}={default!r} and computes only that; got {name}={value!r}. "
+            f"Convert it with example_inputs that contain the value you need for {name!r}."
+        )
+
+
+def check_decision(value: Any, answer: Any, module: str) -> None:
+    """Nothing, unless a forward would take another path at this size of the input than the recorded one."""
+    if isinstance(value, fx.Proxy):  # somebody traces the result
+        value.tracer.create_proxy("call_function", check_decision, (value, answer, module), {})
+        return
+    now = bool(value) if isinstance(answer, bool) else value
+    if now != answer:
+        raise DcafyError(
+            f"The forward of {module} goes by the size of its input: what was {answer} for the example with which this "
+            f"model was converted is {now} here. Give it inputs of sizes like the example's, or convert it with "
+            "example_inputs of this size."
+        )
