@@ -173,7 +173,7 @@ def branch_maps(found: Found) -> tuple[fx.Node, ...]:
 
 
 def _unbounded(found: Found, map_: Tensor, context: Tensor) -> Carried | Unlinkable:
-    if found.block.dimension == "channel" and map_.shape[0] == context.shape[0]:
+    if found.block.dimension == "channel" and map_.shape[:1] == context.shape[:1]:
         return Carried("map", map_[0].numel(), None)
     if found.block.dimension == "channel":
         return Unlinkable("its attention map has other axes than its context")
@@ -194,7 +194,7 @@ def _as_map(map_: Tensor, axis: int | None) -> tuple[int, ...] | None:
 
 def _same_extent(found: Found, map_: Tensor, context: Tensor) -> bool:
     if found.block.dimension == "channel":
-        return all(map_.shape[0] == c.shape[0] and map_.numel() == c.numel() for c in map(node_value, found.contexts))
+        return all(map_.shape[:1] == c.shape[:1] and map_.numel() == c.numel() for c in map(node_value, found.contexts))
     if map_.ndim != context.ndim:
         return False
     shape = _as_map(map_, found.axis)

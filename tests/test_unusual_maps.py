@@ -426,3 +426,23 @@ def test_a_state_that_is_handed_on_brings_no_contexts_of_earlier_blocks() -> Non
     connected = dcafy.convert(model, example_inputs=IMAGES).eval()
     assert len(dcafy.connections(connected)) == 3
     same_and_alive(model, connected)
+
+
+class OneNumber(nn.Module):
+    """Adds one number for the whole batch: a map without axes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x.mean((2, 3))).sum()
+
+
+def test_a_map_without_axes_is_not_passed_on() -> None:
+    model = nn.Sequential(conv_norm(3, 8), SELinear(8), OneNumber(8), conv_norm(8, 8), SELinear(8))
+    model = trained_like(model, IMAGES).eval()
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert [skipped.name for skipped in plan.skipped] == ["4"]
+    assert "other axes than its context" in plan.skipped[0].reason
+    assert torch.equal(dcafy.convert(model, example_inputs=IMAGES).eval()(IMAGES), model(IMAGES))
