@@ -22,10 +22,11 @@ import torch
 from networks import SELinear, with_attention
 from safetensors.torch import load_file, save_file
 from snapshot import differences, snapshot
-from torch import nn
+from torch import Tensor, nn
 from trained import seeded
 
 import dcafy
+from dcafy.checkpoint.description import Description
 from dcafy.checkpoint.folder import Folder
 from dcafy.errors import CheckpointError
 
@@ -633,6 +634,26 @@ def test_killed_process(saved: dict[bool, Path], tmp_path: Path) -> None:
         dcafy.save(connected(0.125), place)
         assert sorted(os.listdir(place)) == ["dcafy.json", "model.safetensors"]
         assert beta_in(place) == 0.125
+
+
+def test_others_that_save_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model, and then the first one again: what was read in between fits neither text."""
+    dcafy.save(connected(0.5), tmp_path)
+    tensors, calls = Folder._tensors, []
+
+    def disturbed(folder: Folder, description: Description) -> dict[str, Tensor]:
+        calls.append(description)
+        if len(calls) > 1:
+            return tensors(folder, description)
+        dcafy.save(connected(0.25), tmp_path)
+        try:
+            return tensors(folder, description)
+        finally:
+            dcafy.save(connected(0.5), tmp_path)
+
+    monkeypatch.setattr(Folder, "_tensors", disturbed)
+    assert beta_in(tmp_path) == 0.5
+    assert len(calls) == 2
 
 
 def test_many_at_once(tmp_path: Path) -> None:

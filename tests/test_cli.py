@@ -341,7 +341,9 @@ def test_interrupted(tmp_path):
     (tmp_path / "sleeper.py").write_text(
         "import sys, time\nprint('ready', file=sys.stderr, flush=True)\ntime.sleep(600)\n"
     )
-    with process("inspect", "sleeper:build", cwd=tmp_path) as running:
+    # A test run in the background of a shell ignores Ctrl-C, and what it starts would inherit that.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with process("inspect", "sleeper:build", cwd=tmp_path, preexec_fn=heeds) as running:
         while "ready" not in (line := running.stderr.readline()):
             assert line, "it ended before it was interrupted"
         running.send_signal(signal.SIGINT)

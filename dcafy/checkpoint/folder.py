@@ -146,16 +146,22 @@ class Folder:
 
     def read(self) -> tuple[Description, dict[str, Tensor]]:
         """What the folder says and holds; ``CheckpointError`` where it is damaged or was not written by dcafy."""
-        text = self._text()
         while True:
+            stamp, text = self._stamp(), self._text()
             description = read(text, str(self.marker))
             try:
                 return description, self._tensors(description)
             except CheckpointError:
-                # Another process may have saved between the two reads.
-                before, text = text, self._text()
-                if text == before:
+                # Others may have saved between the two reads, and the last of them the very model that was here.
+                if self._stamp() == stamp:
                     raise
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """What every save changes: which file the marker is."""
+        with contextlib.suppress(OSError):
+            found = self.marker.stat()
+            return found.st_ino, found.st_mtime_ns
+        return None
 
     def _text(self) -> bytes:
         if not self.path.is_dir():
