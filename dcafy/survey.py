@@ -222,17 +222,17 @@ class _Surveyor:
         carried = {f.name: carried_by(f, modules, self.evaluator) for f in found}
         made, skipped = chains(found, heard, carried)
         skipped += self_attention(flow, found, path)
-        if len(found) > 1:  # otherwise there is nothing to connect, and the graph is for looking only
-            try:
-                verdict = judged(recording, self.evaluator, inputs, record)
-            except Exception as error:  # as above, of the forward at another size
-                raise CannotEnter({"": one_line(error)}) from error
-            if verdict.baked:
-                raise CannotEnter(verdict.baked)
-            recording = dataclasses.replace(recording, held=verdict.held)
         region = Region(path, recording, found, carried, made, skipped, flow.order)
-        if len(found) > 1:
-            region.fold(tuple(link for chain in made for link in chain.links))
+        if len(found) < 2:  # there is nothing to connect, and the graph is for looking only
+            return region
+        try:
+            verdict = judged(recording, self.evaluator, inputs, record)
+        except Exception as error:  # as above, of the forward at another size
+            raise CannotEnter({"": one_line(error)}) from error
+        if verdict.baked:
+            raise CannotEnter(verdict.baked)
+        region = dataclasses.replace(region, recording=dataclasses.replace(recording, held=verdict.held))
+        region.fold(tuple(link for chain in made for link in chain.links))
         return region
 
     def _islands(

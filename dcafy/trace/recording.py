@@ -16,7 +16,7 @@ __all__ = ["Call", "Decision", "Recording", "check_decision", "check_default", "
 
 @dataclass
 class Call:
-    """One entered module call: its nodes lie between ``first`` and ``last`` in the graph."""
+    """One entered module call, and the nodes that it was recorded as."""
 
     path: str
     args: tuple[Any, ...]

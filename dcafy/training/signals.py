@@ -58,6 +58,6 @@ class Interruption:
     def stop(self, number: int, directory: Path | None) -> NoReturn:
         """Raises ``Interrupted``."""
         if directory is None:
-            raise Interrupted(f"Stopped by {signal.Signals(number).name}. No folder was named, so nothing was saved.",
-                              number)  # fmt: skip
+            name = signal.Signals(number).name
+            raise Interrupted(f"Stopped by {name}. No folder was named, so nothing was saved.", number)
         raise stopped(number, directory)
