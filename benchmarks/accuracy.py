@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dcafy
+from dcafy.images.data import open_data
+from dcafy.images.order import seeded
+from dcafy.images.pictures import with_channels
+from dcafy.runs.compare import paired_difference
 from dcafy.training import TrainingConfig, finetune
-from dcafy.training.compare import paired_difference
 from dcafy.training.config import DataOptions
-from dcafy.training.data import open_data
-from dcafy.training.order import seeded
-from dcafy.training.pictures import with_channels
 
 
 @dataclass(frozen=True)

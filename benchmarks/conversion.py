@@ -58,7 +58,7 @@ def measure(connection: Any, spec: str, on_meta: bool, repetitions: int) -> None
     import torch
 
     import dcafy
-    from dcafy.sources.specs import parse
+    from dcafy.zoos.specs import parse
 
     torch.set_num_threads(1)
     model = parse(spec, {}).build(on_meta=on_meta).eval()

@@ -38,8 +38,8 @@ from torchvision.models.resnet import BasicBlock
 
 import dcafy
 from dcafy.detection import Boxes, Detection, open_coco, write_shapes
+from dcafy.runs.compare import paired_difference
 from dcafy.training import DataOptions, TrainingConfig, finetune
-from dcafy.training.compare import paired_difference
 
 # --- what connecting costs ------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import dcafy
+from dcafy.runs.timing import step_times
 from dcafy.sources import open_model
-from dcafy.training.timing import step_times
 
 MODELS = (
     "torchvision:efficientnet_b0",

@@ -65,7 +65,7 @@ def read_yardstick(path: Path) -> dict[str, list[str]]:
 
 def every_model() -> list[str]:
     """The names of everything that torchvision and timm list."""
-    from dcafy.sources.zoos import ZOOS, installed_names
+    from dcafy.zoos.packages import ZOOS, installed_names
 
     return [f"{prefix}:{name}" for prefix, zoo in ZOOS.items() for name in installed_names(zoo)]
 

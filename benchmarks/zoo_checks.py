@@ -21,10 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import dcafy
 from dcafy import survey
 from dcafy.errors import DcafyError, InputError, TracingError
-from dcafy.examples import guesses
-from dcafy.sources.specs import parse
-from dcafy.trace.copies import data_free_copy
+from dcafy.graph.copies import data_free_copy
+from dcafy.trace.inputs import guesses
 from dcafy.trace.reasons import one_line
+from dcafy.zoos.specs import parse
 
 Row = dict[str, Any]
 """Everything that is known about one network, as JSON-ready data."""

@@ -7,40 +7,38 @@ and ``dcafy --help`` does not wait for torch.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcafy.blocks import AttentionBlock, Chain, Link, Plan, Skipped
+    from dcafy.analysis.usage import usage
+    from dcafy.attention.insertion import insert
     from dcafy.checkpoint import load, save
-    from dcafy.connection import Connection
-    from dcafy.convert import convert, inspect
-    from dcafy.emit import connections, freeze_base, parameter_groups, revert
+    from dcafy.conversion import convert, inspect
+    from dcafy.emit.connect import connections, freeze_base, parameter_groups, revert
+    from dcafy.emit.connection import Connection
     from dcafy.errors import DcafyError
-    from dcafy.insert import insert
-    from dcafy.usage import usage
+    from dcafy.plan.blocks import AttentionBlock, Chain, Link, Plan, Skipped
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AttentionBlock": "blocks",
-    "Chain": "blocks",
-    "Connection": "connection",
+    "AttentionBlock": "plan.blocks",
+    "Chain": "plan.blocks",
+    "Connection": "emit.connection",
     "DcafyError": "errors",
-    "Link": "blocks",
-    "Plan": "blocks",
-    "Skipped": "blocks",
-    "connections": "emit",
-    "convert": "convert",
-    "freeze_base": "emit",
-    "insert": "insert",
-    "inspect": "convert",
+    "Link": "plan.blocks",
+    "Plan": "plan.blocks",
+    "Skipped": "plan.blocks",
+    "connections": "emit.connect",
+    "convert": "conversion",
+    "freeze_base": "emit.connect",
+    "insert": "attention.insertion",
+    "inspect": "conversion",
     "load": "checkpoint",
-    "parameter_groups": "emit",
-    "revert": "emit",
+    "parameter_groups": "emit.connect",
+    "revert": "emit.connect",
     "save": "checkpoint",
-    "usage": "usage",
+    "usage": "analysis.usage",
 }
 """Public name -> the module it lives in."""
 
@@ -64,21 +62,6 @@ __all__ = [
     "save",
     "usage",
 ]
-
-
-class _Package(ModuleType):
-    """The package itself, in which ``dcafy.convert`` stays the function.
-
-    Importing the submodule ``dcafy/convert.py`` would bind the module to the function's name.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dcafy.blocks import Link
-from dcafy.connection import CHANNEL_MATCHES, SCHEMAS, SPATIAL_MATCHES
+from dcafy.emit.connection import CHANNEL_MATCHES, SCHEMAS, SPATIAL_MATCHES
 from dcafy.errors import PlanError, UsageError
+from dcafy.plan.blocks import Link
 
 __all__ = ["Settings"]
 

@@ -20,21 +20,21 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from dcafy.blocks import Chain, Link, Plan, Skipped
-from dcafy.dataflow import Dataflow
 from dcafy.errors import InputError, TracingError
-from dcafy.examples import as_inputs, guesses, probe
-from dcafy.find import find
-from dcafy.link import Carried, Unlinkable, carried_by, chains, predecessors
-from dcafy.roles import Found
-from dcafy.selfattention import self_attention
-from dcafy.trace.copies import data_free_copy
+from dcafy.find.dataflow import Dataflow
+from dcafy.find.fusions import find
+from dcafy.find.roles import Found
+from dcafy.find.selfattention import self_attention
+from dcafy.graph.copies import data_free_copy
+from dcafy.graph.evaluator import Evaluator, node_value
+from dcafy.link.message import Carried, Unlinkable, carried_by, chains, predecessors
+from dcafy.plan.blocks import Chain, Link, Plan, Skipped
 from dcafy.trace.fold import CannotEnter, Folded, fold, outermost
+from dcafy.trace.inputs import as_inputs, guesses, probe
 from dcafy.trace.islands import Observed, observe
 from dcafy.trace.reasons import one_line
 from dcafy.trace.recorder import Recorder, is_layer
 from dcafy.trace.recording import Recording
-from dcafy.trace.values import Evaluator, node_value
 from dcafy.trace.witness import judged
 
 __all__ = ["Region", "Survey", "survey"]

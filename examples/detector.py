@@ -30,8 +30,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import dcafy
 from dcafy.detection import AveragePrecision, Boxes, Detection, open_coco, write_shapes
+from dcafy.images.order import Sample
 from dcafy.training import DataOptions, TrainingConfig
-from dcafy.training.order import Sample
 
 SIDE = 64
 BATCH_SIZE = 4

@@ -21,9 +21,9 @@ from torchvision.transforms.functional import to_pil_image
 
 import dcafy
 from dcafy.analysis import contributions
+from dcafy.analysis.usage import message_shares
+from dcafy.images.preparation import Preparation
 from dcafy.report import EpochLog, Findings, make_report
-from dcafy.training.preparation import Preparation
-from dcafy.usage import message_shares
 
 AS_TRAINED = Preparation((32, 32), 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """The quickstart trains on 32x32 pixels with values from 0 to 1, which are not normalised."""

@@ -29,9 +29,9 @@ from trained import seeded, trained_like
 import dcafy
 from dcafy.checkpoint.architecture import recognised
 from dcafy.checkpoint.description import Built
-from dcafy.connected import Recipe
 from dcafy.errors import CheckpointError, InputError
-from dcafy.sources import specs
+from dcafy.graph.emitted import Recipe
+from dcafy.zoos import specs
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

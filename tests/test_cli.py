@@ -19,13 +19,13 @@ import torchvision
 from torch import nn
 
 import dcafy
-import dcafy.convert  # the module, which the tests replace a function of
+import dcafy.conversion  # the module, which the tests replace a function of
 from dcafy import errors
-from dcafy.blocks import Dimension, FusionKind, Gate, Plan
 from dcafy.cli import main
 from dcafy.cli.app import exit_code
 from dcafy.cli.options import example_input, settings_given
-from dcafy.sources import fitting
+from dcafy.plan.blocks import Dimension, FusionKind, Gate, Plan
+from dcafy.zoos import fitting
 
 SMALL = "torchvision:mobilenet_v3_small"
 

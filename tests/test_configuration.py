@@ -10,10 +10,10 @@ import torchvision
 
 import dcafy
 from dcafy.attention import ATTENTIONS
-from dcafy.configuration import Conversion, check_choices, from_mapping
-from dcafy.connection import CHANNEL_MATCHES, SCHEMAS, SPATIAL_MATCHES
-from dcafy.convert import converted_as
+from dcafy.conversion import converted_as
+from dcafy.emit.connection import CHANNEL_MATCHES, SCHEMAS, SPATIAL_MATCHES
 from dcafy.errors import UsageError
+from dcafy.plan.options import Conversion, check_choices, from_mapping
 
 REGISTRIES = {
     "attention": ATTENTIONS,

@@ -25,8 +25,8 @@ from dcafy.detection import AveragePrecision, Boxes, CocoImages, Detection, open
 from dcafy.detection.classes import classes_of, labels_for
 from dcafy.detection.synthetic import SHAPES
 from dcafy.errors import InputError, UsageError
+from dcafy.images.order import Sample
 from dcafy.training import DataOptions, TrainingConfig
-from dcafy.training.order import Sample
 from dcafy.training.tasks import Batch
 
 pytest.importorskip("pycocotools")
@@ -439,7 +439,7 @@ def test_one_class_of_dataset_serves_the_loop(shapes: Path) -> None:
     data = opened(shapes)
     assert isinstance(data.train, CocoImages)
     Image.new("RGB", (7, 9)).save(shapes / "images" / data.train.known.pictures[data.train.ids[0]]["file_name"])
-    from dcafy.training.order import UnreadableImage
+    from dcafy.images.order import UnreadableImage
 
     with pytest.raises(UnreadableImage, match="it has 7 x 9 pixels"):
         data.train[0]

@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dcafy
-from dcafy.training.compare import compare, paired_difference
+from dcafy.runs.compare import compare, paired_difference
+from dcafy.runs.run import Request
 from dcafy.training.config import DataOptions, TrainingConfig
-from dcafy.training.run import Request
 from dcafy.training.telling import Listener
 
 TESTS = Path(__file__).parent
@@ -274,7 +274,7 @@ PARALLEL = """
 import sys, torch
 from training_data import Stripes, connected
 from dcafy.training import TrainingConfig, finetune
-from dcafy.training.order import UnreadableImage
+from dcafy.images.order import UnreadableImage
 where, norm, fails = sys.argv[1], sys.argv[2] == "norm", "fails" in sys.argv
 config = TrainingConfig(epochs=2, batch_size=8, seed=3, cpu=True, usage_images=0, optimizer="sgd", lr=0.05)
 model = connected(norm)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from trained import seeded, trained_like
 
 import dcafy
-from dcafy.connection import Connection, JoinedConnection, channel_match, spatial_match
-from dcafy.convert import appraise
+from dcafy.conversion import appraise
+from dcafy.emit.connection import Connection, JoinedConnection, channel_match, spatial_match
 from dcafy.errors import PlanError, UsageError
 
 EXACT = ("direct", "weighted")

@@ -17,7 +17,8 @@ from torch import nn
 
 import dcafy
 from dcafy.errors import SourceError, UsageError
-from dcafy.sources import Source, build_architecture, fitting, open_model
+from dcafy.sources import Source, build_architecture, open_model
+from dcafy.zoos import fitting
 
 SMALL = "torchvision:mobilenet_v3_small"
 

@@ -13,9 +13,9 @@ from trained import seeded
 
 import dcafy
 from dcafy.errors import TracingError
+from dcafy.graph.evaluator import Evaluator
 from dcafy.trace.islands import Observed, observe
 from dcafy.trace.recorder import Recorder
-from dcafy.trace.values import Evaluator
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

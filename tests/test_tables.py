@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 import dcafy
-from dcafy.blocks import AttentionBlock, Chain, Cost, Link, Plan, Skipped
-from dcafy.tables import (
+from dcafy.plan.blocks import AttentionBlock, Chain, Cost, Link, Plan, Skipped
+from dcafy.plan.tables import (
     DEFAULT_CHANNEL_MATCH,
     DEFAULT_SPATIAL_MATCH,
     as_text,

@@ -21,10 +21,10 @@ from training_data import CLASSES, SIZE, Stripes, connected, network
 
 import dcafy
 from dcafy.errors import CheckpointError, InputError, Interrupted, TrainingError, UsageError
+from dcafy.images.order import Batches, Sample, Seeded, Spread, UnreadableImage
 from dcafy.training import TrainingConfig, finetune
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint
 from dcafy.training.loop import accelerator_for
-from dcafy.training.order import Batches, Sample, Seeded, Spread, UnreadableImage
 from dcafy.training.tasks import Batch, Classification
 from dcafy.training.telling import JsonLines, Listener
 

@@ -17,12 +17,12 @@ from training_data import CLASSES, SIZE, network
 
 import dcafy
 from dcafy.errors import InputError, UsageError
+from dcafy.images.data import open_data, read_idx, split
+from dcafy.images.order import UnreadableImage, seeded
+from dcafy.images.pictures import opened, with_channels
+from dcafy.images.preparation import Prepared, preparation
 from dcafy.training.config import DataOptions
-from dcafy.training.data import open_data, read_idx, split
 from dcafy.training.head import outputs_of, reheaded
-from dcafy.training.order import UnreadableImage, seeded
-from dcafy.training.pictures import opened, with_channels
-from dcafy.training.preparation import Prepared, preparation
 
 OPTIONS = DataOptions(val_fraction=0.25)
 

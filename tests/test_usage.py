@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from training_data import CLASSES, SIZE, Stripes, connected, network
 
 import dcafy
-from dcafy.complexity import complexity
-from dcafy.connection import Connection
+from dcafy.analysis.complexity import complexity
+from dcafy.analysis.usage import message_shares
+from dcafy.emit.connection import Connection
 from dcafy.errors import InputError
-from dcafy.usage import message_shares
 
 
 def batches(length: int = 24, size: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import dcafy
-from dcafy.sources.specs import parse
+from dcafy.zoos.specs import parse
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -7,9 +7,9 @@
 """
 
 from dcafy.analysis.contributions import Contribution, contributions
-from dcafy.analysis.draw import Drawing, Lane, draw
 from dcafy.analysis.gradcam import GradCam, StageMaps, grad_cam
 from dcafy.analysis.values import AttentionValues, Histogram, attention_values
+from dcafy.plan.drawing import Drawing, Lane, draw
 
 __all__ = [
     "AttentionValues",

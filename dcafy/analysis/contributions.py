@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dcafy.blocks import Dimension, Link, Plan
-from dcafy.connection import Connection
-from dcafy.emit import connected_modules, connections
+from dcafy.emit.connect import connected_modules, connections
+from dcafy.emit.connection import Connection
+from dcafy.plan.blocks import Dimension, Link, Plan
 
 __all__ = ["Contribution", "contributions", "recorded_plan"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from dcafy.connected import OWNER
+from dcafy.graph.emitted import OWNER
+from dcafy.graph.evaluator import node_value
 from dcafy.survey import Region
-from dcafy.trace.values import node_value
 
 __all__ = ["Stage", "stages"]
 

@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from dcafy.analysis.stages import Stage, stages
-from dcafy.blocks import AttentionBlock, Plan, Skipped
-from dcafy.connected import ConnectedModule
-from dcafy.roles import Found
+from dcafy.find.roles import Found
+from dcafy.graph.copies import shared_copy
+from dcafy.graph.emitted import ConnectedModule
+from dcafy.plan.blocks import AttentionBlock, Plan, Skipped
 from dcafy.survey import Region, survey
-from dcafy.trace.copies import shared_copy
 from dcafy.trace.fold import CannotEnter, Folded, fold
 
 __all__ = ["Tap", "Tapped", "tapped"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.analysis.tapped import Tapped, tapped
-from dcafy.blocks import AttentionBlock, Dimension
 from dcafy.errors import InputError
+from dcafy.plan.blocks import AttentionBlock, Dimension
 
 __all__ = ["AttentionValues", "Histogram", "attention_values", "check_images", "common_range", "values_of"]
 

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from dcafy.attention import INSERTED, Insertion
+from dcafy.attention.insertion import insert
 from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import difference
-from dcafy.connected import ConnectedModule, Recipe
-from dcafy.emit import connected_modules
+from dcafy.emit.connect import connected_modules
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
-from dcafy.examples import from_data
-from dcafy.insert import insert
-from dcafy.sources import specs
-from dcafy.sources.zoos import ZOOS
-from dcafy.tables import printable
+from dcafy.graph.emitted import ConnectedModule, Recipe
+from dcafy.plan.tables import printable
+from dcafy.trace.inputs import from_data
+from dcafy.zoos import specs
+from dcafy.zoos.packages import ZOOS
 
 __all__ = ["Shapes", "built", "recognised"]
 

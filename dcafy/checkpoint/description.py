@@ -15,11 +15,11 @@ import torch
 
 import dcafy
 from dcafy.attention import ATTENTIONS, Init, Insertion
-from dcafy.blocks import Link, Plan
 from dcafy.errors import CheckpointError, PlanError
-from dcafy.examples import from_data
+from dcafy.plan.blocks import Link, Plan
+from dcafy.plan.tables import printable
 from dcafy.settings import Settings
-from dcafy.tables import printable
+from dcafy.trace.inputs import from_data
 
 __all__ = [
     "FILES",
@@ -118,7 +118,7 @@ class Description:
     ``versions``   package -> version, of those that made the model
     ``model``      how the network is built, where that is known
     ``options``    the options of :func:`dcafy.convert`
-    ``inputs``     the example it was traced with (see :func:`dcafy.examples.as_data`), where that is known
+    ``inputs``     the example it was traced with (see :func:`dcafy.trace.inputs.as_data`), where that is known
     ``plan``       what was connected
     """
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from dcafy.checkpoint.description import FILES, Description, described, read
 from dcafy.checkpoint.tensors import facts, fingerprint
 from dcafy.errors import CheckpointError
+from dcafy.plan.tables import printable
 from dcafy.sources.files import MARKER
-from dcafy.tables import printable
 
 __all__ = ["OF_A_RUN", "Folder", "flush"]
 

@@ -16,12 +16,12 @@ from dcafy.checkpoint.description import Description, Facts, installed_versions
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import restore
 from dcafy.checkpoint.tensors import difference, dtype_named, facts, fingerprint, is_connection, put
-from dcafy.convert import convert
-from dcafy.emit import connected_modules
+from dcafy.conversion import convert
+from dcafy.emit.connect import connected_modules
 from dcafy.errors import CheckpointError, DcafyError, InputError
-from dcafy.examples import from_data
+from dcafy.plan.tables import printable
 from dcafy.survey import require_module
-from dcafy.tables import printable
+from dcafy.trace.inputs import from_data
 
 __all__ = ["load"]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dcafy.checkpoint.description import Facts
 from dcafy.errors import CheckpointError, InputError
-from dcafy.sources.fitting import Difference
-from dcafy.tables import printable
+from dcafy.plan.tables import printable
+from dcafy.zoos.fitting import Difference
 
 __all__ = ["Packed", "difference", "dtype_named", "facts", "fingerprint", "is_connection", "pack", "put"]
 

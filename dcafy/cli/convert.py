@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from dcafy.cli.app import app
-from dcafy.cli.generated import with_options
+from dcafy.cli.configured import with_options
 from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, example_input, settings_given
-from dcafy.configuration import Conversion
+from dcafy.plan.options import Conversion
 
 __all__ = ["convert_command"]
 
@@ -38,8 +38,8 @@ def convert_command(
     given, example = settings_given(settings), example_input(input_size)
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.checkpoint import save
-        from dcafy.convert import converted_as
-        from dcafy.emit import connections
+        from dcafy.conversion import converted_as
+        from dcafy.emit.connect import connections
         from dcafy.sources import open_model
 
         network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model

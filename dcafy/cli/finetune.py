@@ -12,13 +12,13 @@ import typer
 
 from dcafy import errors
 from dcafy.cli.app import app
-from dcafy.cli.generated import given_options, with_options
+from dcafy.cli.configured import given_options, with_options
 from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
-from dcafy.configuration import Conversion
+from dcafy.plan.options import Conversion
 from dcafy.training.config import DataOptions, RunOptions, TrainingConfig, with_defaults_of
 
 if TYPE_CHECKING:
-    from dcafy.training.run import Request
+    from dcafy.runs.run import Request
 
 __all__ = ["finetune_command"]
 
@@ -45,8 +45,8 @@ def finetune_command(
     if "seeds" in given and not (run.compare or run.resume):
         raise errors.UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
     with contextlib.redirect_stdout(sys.stderr):
+        from dcafy.runs.run import REQUEST, Request
         from dcafy.training.parallel import on_main_process
-        from dcafy.training.run import REQUEST, Request
 
         if run.resume and (output / REQUEST).exists():
             asked = _known(output, model, given)
@@ -69,7 +69,7 @@ def finetune_command(
 
 def _require_free(output: Path) -> None:
     """Nothing where a run may begin."""
-    from dcafy.training.run import REQUEST, require_empty
+    from dcafy.runs.run import REQUEST, require_empty
 
     if (output / REQUEST).exists():
         raise errors.UsageError(
@@ -81,8 +81,8 @@ def _require_free(output: Path) -> None:
 
 def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     """The request of the run in ``output``, which the options on the command line may repeat but not change."""
-    from dcafy.sources.specs import runs_code
-    from dcafy.training.run import read_request
+    from dcafy.runs.run import read_request
+    from dcafy.zoos.specs import runs_code
 
     asked = read_request(output)
     codes = [spec for spec in (asked.model, asked.arch) if spec is not None and runs_code(spec)]
@@ -130,7 +130,7 @@ def _as_given(name: str, value: Any) -> str:
 
 def _tell(amiss: tuple[str, ...]) -> None:
     """Names what was found wrong with the labels, and counts it."""
-    from dcafy.tables import printable
+    from dcafy.plan.tables import printable
 
     for text in amiss[:10]:
         print(printable(text), file=sys.stderr)
@@ -140,9 +140,9 @@ def _tell(amiss: tuple[str, ...]) -> None:
 
 def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> str:
     """Runs what was asked for; the summary, for the main process."""
+    from dcafy.runs.run import finish, subject, train, write_request
+    from dcafy.runs.summary import of_comparison, of_history
     from dcafy.training.parallel import finished, is_main_process, on_main_process
-    from dcafy.training.run import finish, subject, train, write_request
-    from dcafy.training.summary import of_comparison, of_history
     from dcafy.training.telling import JsonLines, Listener, for_stderr
 
     def listeners(title: str = "") -> tuple[Listener, ...]:
@@ -157,7 +157,7 @@ def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> s
         on_main_process(lambda: _tell(on.data.amiss))
         on_main_process(lambda: write_request(output, asked))
         if asked.seeds:
-            from dcafy.training.compare import compare
+            from dcafy.runs.compare import compare
 
             comparison = compare(
                 asked, output, trust_pickle=trust_pickle, listener_for=listeners, is_main=is_main_process()

@@ -16,7 +16,7 @@ from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, exa
 if TYPE_CHECKING:
     import torch
 
-    from dcafy.blocks import Link, Plan
+    from dcafy.plan.blocks import Link, Plan
 
 __all__ = ["inspect_command", "plan_document"]
 
@@ -39,7 +39,7 @@ def inspect_command(
     if as_json:
         print(json.dumps(plan_document(plan), indent=2))
     else:
-        from dcafy.tables import written
+        from dcafy.plan.tables import written
 
         print(written(plan, nodes=nodes, terminal=sys.stdout.isatty()), end="")
     sys.stdout.flush()
@@ -58,7 +58,7 @@ def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
     from dcafy.sources import open_model
 
     model = open_model(spec, on_meta=True, **how).model
-    from dcafy.convert import appraise
+    from dcafy.conversion import appraise
 
     try:
         plan = appraise(model, example_inputs=example)
@@ -80,7 +80,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 
 
 def _link_document(plan: Plan, link: Link) -> dict[str, Any]:
-    from dcafy.tables import link_matches
+    from dcafy.plan.tables import link_matches
 
     channel, spatial = link_matches(plan, link)
     return {"source": link.source, "target": link.target, "channel_match": channel, "spatial_match": spatial}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.attention import INSERTED, Insertion
-from dcafy.blocks import Plan
-from dcafy.convert import convert, inspect
-from dcafy.emit import connected_modules, connections
+from dcafy.attention.insertion import insert
+from dcafy.conversion import convert, inspect
+from dcafy.emit.connect import connected_modules, connections
 from dcafy.errors import InputError
-from dcafy.insert import insert
+from dcafy.plan.blocks import Plan
 
 __all__ = ["with_backbone"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dcafy.detection.coco import CocoImages, objects
 from dcafy.errors import InputError
-from dcafy.training.data import Data
+from dcafy.images.data import Data
 
 __all__ = ["classes_of", "labels_for", "needs", "with_classes"]
 

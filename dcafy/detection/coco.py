@@ -16,11 +16,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dcafy.errors import InputError, UsageError
-from dcafy.tables import printable
+from dcafy.images.data import Data, split
+from dcafy.images.order import UnreadableImage
+from dcafy.images.pictures import opened, with_channels
+from dcafy.plan.tables import printable
 from dcafy.training.config import DataOptions
-from dcafy.training.data import Data, split
-from dcafy.training.order import UnreadableImage
-from dcafy.training.pictures import opened, with_channels
 
 __all__ = ["Box", "CocoImages", "open_coco"]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dcafy.analysis.usage import evaluating
 from dcafy.errors import InputError, UsageError
+from dcafy.images.order import Sample
 from dcafy.training.config import TrainingConfig
-from dcafy.training.order import Sample
 from dcafy.training.tasks import Batch, Meter
-from dcafy.usage import evaluating
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

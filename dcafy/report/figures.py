@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dcafy.analysis.draw import COLOURS
 from dcafy.analysis.gradcam import missing_extra
 from dcafy.analysis.values import AttentionValues
+from dcafy.plan.drawing import COLOURS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

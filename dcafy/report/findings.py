@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcafy.analysis.complexity import Complexity, complexity
 from dcafy.analysis.contributions import Contribution, contributions, recorded_plan
-from dcafy.analysis.draw import Lane, lanes_by_name
 from dcafy.analysis.gradcam import GradCam, cams_of
 from dcafy.analysis.tapped import Tapped, tapped
+from dcafy.analysis.usage import Usage, message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
-from dcafy.blocks import Plan
-from dcafy.complexity import Complexity, complexity
-from dcafy.emit import connected_modules, revert
+from dcafy.emit.connect import connected_modules, revert
 from dcafy.errors import InputError
+from dcafy.plan.blocks import Plan
+from dcafy.plan.drawing import Lane, lanes_by_name
 from dcafy.report.epochs import EpochLog
 from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
-from dcafy.usage import Usage, message_shares, usage
 
 __all__ = ["Drift", "Findings", "Side", "Wanted", "look"]
 

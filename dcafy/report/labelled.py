@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dcafy.errors import InputError
-from dcafy.tables import printable
+from dcafy.images.data import open_data
+from dcafy.images.order import UnreadableImage
+from dcafy.images.preparation import Preparation, Prepared
+from dcafy.plan.tables import printable
 from dcafy.training.config import DataOptions
-from dcafy.training.data import open_data
-from dcafy.training.order import UnreadableImage
-from dcafy.training.preparation import Preparation, Prepared
 
 __all__ = ["MOST_LABELLED", "Labelled", "labelled"]
 
@@ -31,7 +31,7 @@ class Labelled:
 def labelled(spec: str, how: Preparation, options: DataOptions, *, batch_size: int = 32) -> Labelled:
     """Up to 512 validation images of ``--data``, evenly spread over them, in batches.
 
-    Images that cannot be read are left out. Raises what :func:`dcafy.training.data.open_data` raises.
+    Images that cannot be read are left out. Raises what :func:`dcafy.images.data.open_data` raises.
     """
     data = open_data(spec, options)
     source = data.val

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dcafy.errors import UsageError
-from dcafy.tables import printable
+from dcafy.plan.tables import printable
 
 __all__ = ["replaced"]
 

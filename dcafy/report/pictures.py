@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dcafy.blocks import Skipped
 from dcafy.errors import UsageError
-from dcafy.tables import printable
-from dcafy.training.order import UnreadableImage
-from dcafy.training.pictures import opened
-from dcafy.training.preparation import Preparation, Prepared
+from dcafy.images.order import UnreadableImage
+from dcafy.images.pictures import opened
+from dcafy.images.preparation import Preparation, Prepared
+from dcafy.plan.blocks import Skipped
+from dcafy.plan.tables import printable
 
 __all__ = ["SUFFIXES", "Pictures", "as_pictures", "read_pictures"]
 

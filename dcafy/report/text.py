@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dcafy.analysis.values import AttentionValues, common_range
+from dcafy.plan.tables import plain_table, plan_tables, printable
 from dcafy.report.findings import Findings
-from dcafy.tables import plain_table, plan_tables, printable
 
 __all__ = ["bar", "print_findings", "sparkline"]
 

@@ -7,6 +7,6 @@
 """
 
 from dcafy.sources.opening import Source, open_model
-from dcafy.sources.specs import build_architecture
+from dcafy.zoos.specs import build_architecture
 
 __all__ = ["Source", "build_architecture", "open_model"]

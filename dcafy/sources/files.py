@@ -18,9 +18,9 @@ from typing import IO, Any
 import torch
 
 from dcafy.errors import SourceError
-from dcafy.sources.factories import one_line, working_folder_importable
+from dcafy.plan.tables import printable
 from dcafy.sources.pickles import COMPUTED, PickleContents, lent_classes, load_pickled, read_pickle
-from dcafy.tables import printable
+from dcafy.zoos.factories import one_line, working_folder_importable
 
 __all__ = ["MARKER", "listing", "read_object"]
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from dcafy.errors import SourceError, UsageError
 from dcafy.sources.contents import network_or_weights
-from dcafy.sources.factories import is_factory
 from dcafy.sources.files import MARKER, listing, read_object
-from dcafy.sources.fitting import architectures_that_fit, load_into, same_shape
-from dcafy.sources.specs import Recipe, parse, unknown
-from dcafy.sources.zoos import ZOOS
+from dcafy.zoos.factories import is_factory
+from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
+from dcafy.zoos.packages import ZOOS
+from dcafy.zoos.specs import Recipe, parse, unknown
 
 __all__ = ["Source", "open_model"]
 

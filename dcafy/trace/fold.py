@@ -19,10 +19,10 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from dcafy.connected import OWNER
-from dcafy.ops import alters_argument
+from dcafy.graph.emitted import OWNER
+from dcafy.graph.evaluator import VALUE, node_value
+from dcafy.graph.ops import alters_argument
 from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
-from dcafy.trace.values import VALUE, node_value
 
 __all__ = ["CannotEnter", "Folded", "fold", "outermost"]
 

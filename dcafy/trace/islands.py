@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.trace.copies import data_free_copy, shared_copy
+from dcafy.graph.copies import data_free_copy, shared_copy
+from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator, tensors_in
 from dcafy.trace.reasons import one_line
-from dcafy.trace.values import KEEPS_LAYOUT, Evaluator, tensors_in
 
 __all__ = ["Observed", "observe"]
 
@@ -40,7 +40,7 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
         reason = one_line(error)
     if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
         return reason
-    from dcafy.examples import real_inputs
+    from dcafy.trace.inputs import real_inputs
 
     try:
         twin = shared_copy(module)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dcafy.graph.evaluator import VALUE, values_of
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy
-from dcafy.trace.values import VALUE, values_of
 
 if TYPE_CHECKING:
     from dcafy.trace.recorder import Recorder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from dcafy.trace.values import node_value
+from dcafy.graph.evaluator import node_value
 
 if TYPE_CHECKING:
     from dcafy.trace.recorder import Recorder

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.connected import OWNER, ConnectedModule
-from dcafy.ops import alters_argument
+from dcafy.graph.emitted import OWNER, ConnectedModule
+from dcafy.graph.evaluator import VALUE, Evaluator, node_value, values_of
+from dcafy.graph.ops import alters_argument
 from dcafy.trace.dictionaries import Remake, as_plain, is_record, parts, remapped
 from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
 from dcafy.trace.named import Scripted
@@ -31,7 +32,6 @@ from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.reasons import one_line
 from dcafy.trace.recording import Call, Decision, Recording, check_default, passed_through
-from dcafy.trace.values import VALUE, Evaluator, node_value, values_of
 
 __all__ = ["Recorder", "is_layer"]
 

@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcafy.training.compare import Comparison
+    from dcafy.images.data import Data, open_data
+    from dcafy.runs.compare import Comparison
     from dcafy.training.config import DataOptions, TrainingConfig
-    from dcafy.training.data import Data, open_data
     from dcafy.training.history import ConnectionState, Epoch, History
     from dcafy.training.loop import finetune
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from dcafy.checkpoint.folder import flush
 from dcafy.checkpoint.tensors import facts, fingerprint
 from dcafy.errors import CheckpointError
-from dcafy.tables import printable
+from dcafy.plan.tables import printable
 
 __all__ = ["CHECKPOINT", "Checkpoint", "read_checkpoint", "replace_file", "write_checkpoint"]
 

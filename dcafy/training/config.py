@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcafy.configuration import check_choices, setting
 from dcafy.errors import UsageError
+from dcafy.plan.options import check_choices, setting
 
 __all__ = ["TASKS", "DataOptions", "RunOptions", "TrainingConfig", "with_defaults_of"]
 

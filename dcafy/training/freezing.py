@@ -6,7 +6,7 @@ from types import TracebackType
 
 from torch import nn
 
-from dcafy.emit import connected_modules, freeze_base, stays_in_eval
+from dcafy.emit.connect import connected_modules, freeze_base, stays_in_eval
 
 __all__ = ["FrozenBase"]
 

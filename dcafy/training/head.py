@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcafy.analysis.usage import evaluating
 from dcafy.errors import InputError
-from dcafy.usage import evaluating
 
 __all__ = ["outputs_of", "reheaded"]
 

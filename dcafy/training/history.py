@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dcafy.usage import Usage
+from dcafy.analysis.usage import Usage
 
 __all__ = ["ConnectionState", "Epoch", "History"]
 
 
 @dataclass(frozen=True)
 class ConnectionState:
-    """One connection after an epoch; see :class:`dcafy.usage.ConnectionUsage`."""
+    """One connection after an epoch; see :class:`dcafy.analysis.usage.ConnectionUsage`."""
 
     alpha: float
     beta: float

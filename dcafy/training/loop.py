@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from dcafy.emit import connected_modules, connections
+from dcafy.analysis.usage import Usage, evaluating, measured_shares, usage
+from dcafy.emit.connect import connected_modules, connections
 from dcafy.errors import InputError, TrainingError, UsageError
+from dcafy.images.order import Batches, Seeded, Spread, derived_seed
 from dcafy.survey import require_module
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from dcafy.training.config import TrainingConfig
 from dcafy.training.freezing import FrozenBase
 from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.optimization import optimizer_for, scheduler_for
-from dcafy.training.order import Batches, Seeded, Spread, derived_seed
 from dcafy.training.signals import Interruption
 from dcafy.training.state import Progress, Standing, captured, restored, unlike_numbers
 from dcafy.training.tasks import Batch, Classification, Task
 from dcafy.training.telling import Listener, Silent
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
-from dcafy.usage import Usage, evaluating, measured_shares, usage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dcafy.emit import connected_modules, parameter_groups
+from dcafy.emit.connect import connected_modules, parameter_groups
 from dcafy.errors import InputError
 from dcafy.training.config import TrainingConfig
 

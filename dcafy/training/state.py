@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dcafy.checkpoint.tensors import pack
 from dcafy.errors import CheckpointError
-from dcafy.tables import printable
+from dcafy.plan.tables import printable
 from dcafy.training.checkpoint import Checkpoint
 from dcafy.training.config import TrainingConfig
 from dcafy.training.history import Epoch

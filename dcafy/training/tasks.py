@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcafy.errors import InputError
+from dcafy.images.order import Sample, seeded
 from dcafy.training.config import TrainingConfig
 from dcafy.training.head import outputs_of
-from dcafy.training.order import Sample, seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

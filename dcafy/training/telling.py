@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dcafy.errors import CheckpointError
-from dcafy.tables import printable
+from dcafy.plan.tables import printable
 from dcafy.training.config import TrainingConfig
 from dcafy.training.history import Epoch, History
 

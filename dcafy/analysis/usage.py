@@ -1,0 +1,183 @@
+"""Does the network listen? What each connection says, and what it costs to cut it.
+
+The contribution ratio (paper 4.5) says how large β is beside α, not whether anything depends on it: a large β may
+scale a message that is next to nothing, or one that the layers behind it ignore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcafy.emit.connect import connections
+from dcafy.emit.connection import Connection, JoinedConnection
+from dcafy.errors import InputError
+
+__all__ = ["ConnectionUsage", "Usage", "message_shares", "usage"]
+
+
+@dataclass(frozen=True)
+class ConnectionUsage:
+    """One connection, as a data set shows it.
+
+    ``contribution``     |β| / (|α| + |β|) (paper 4.5)
+    ``message_share``    ‖β·match(T̃)‖ / (‖αG‖ + ‖β·match(T̃)‖), over all images
+    ``loss_change``      loss with β = 0, minus the loss as it is; above 0 where the connection helps
+    ``accuracy_change``  the same of the top-1 accuracy, a fraction; below 0 where the connection helps
+    """
+
+    name: str
+    dimension: str
+    alpha: float
+    beta: float
+    contribution: float
+    message_share: float
+    loss_change: float
+    accuracy_change: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Every connection in the order of the data, and the network with all of them cut at once.
+
+    ``loss`` (mean cross-entropy) and ``accuracy`` (a fraction) are those of the network as it is, on ``images`` images.
+    """
+
+    images: int
+    loss: float
+    accuracy: float
+    connections: tuple[ConnectionUsage, ...]
+    loss_change: float
+    accuracy_change: float
+
+
+@torch.no_grad()
+def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> Usage:
+    """What cutting each connection (β = 0), one at a time and all, does to loss and accuracy.
+
+    ``model``: a converted classifier with outputs ``[N, classes]``. ``loader``: batches of images and labels, the same
+    ones whenever it is gone through; it is gone through once as it is, once for each connection and once for all.
+    ``device``: where the batches go; default: where the model is. Modes and parameters are as they were.
+
+    Raises ``InputError`` for a model without connections, or a loader without labelled batches.
+
+    >>> import dcafy, torch, torchvision
+    >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(num_classes=3), verify=False)
+    >>> found = dcafy.usage(model, [(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))])
+    >>> found.connections[0].message_share, found.connections[0].loss_change  # a fresh connection says nothing
+    (0.0, 0.0)
+    """
+    own = connections(model)
+    where = device or next(model.parameters()).device
+    with evaluating(model):
+        with measured_shares(model) as shares:
+            images, loss, accuracy = _scores(model, loader, where)
+        found = shares()
+        rows = []
+        for name, connection in own.items():
+            with _cut([connection]):
+                _, cut_loss, cut_accuracy = _scores(model, loader, where)
+            alpha, beta = float(connection.alpha), float(connection.beta)
+            changes = (cut_loss - loss, cut_accuracy - accuracy)
+            contribution = connection.contribution()
+            rows.append(ConnectionUsage(name, connection.dimension, alpha, beta, contribution, found[name], *changes))
+        with _cut(own.values()):
+            _, cut_loss, cut_accuracy = _scores(model, loader, where)
+    return Usage(images, loss, accuracy, tuple(rows), cut_loss - loss, cut_accuracy - accuracy)
+
+
+@torch.no_grad()
+def message_shares(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Connection -> ‖β·match(T̃)‖ / (‖αG‖ + ‖β·match(T̃)‖) over all of these images; modes are as they were.
+
+    ``batches``: inputs of the model, on its device. Raises ``InputError`` for a model without connections.
+    """
+    with evaluating(model), measured_shares(model) as shares:
+        for images in batches:
+            model(images)
+    return shares()
+
+
+@contextmanager
+def measured_shares(model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+    """Inside it the model's passes are measured; what it yields gives the message share of every connection."""
+    squares = {name: [0.0, 0.0] for name in connections(model)}
+    names = {id(connection): name for name, connection in connections(model).items()}
+
+    def add(part: Connection, context: Tensor, passed: tuple[Tensor | None, ...]) -> None:
+        own, message = part.alpha.to(context.dtype) * context, part.term(context, *passed)  # type: ignore[arg-type]
+        total = squares[names[id(part)]]
+        total[0] += float(own.double().square().sum())
+        total[1] += float(message.double().square().sum())
+
+    def hear(module: nn.Module, given: tuple[Any, ...]) -> None:
+        context, *passed = given
+        if isinstance(module, JoinedConnection):
+            for part, *pair in zip(module.parts, passed[::2], passed[1::2], strict=True):
+                assert isinstance(part, Connection)
+                add(part, context, tuple(pair))
+        elif isinstance(module, Connection):
+            add(module, context, tuple(passed))
+
+    parts = {id(part) for m in model.modules() if isinstance(m, JoinedConnection) for part in m.parts}
+    heard = [m for m in model.modules() if isinstance(m, Connection | JoinedConnection) and id(m) not in parts]
+    handles = [module.register_forward_pre_hook(hear) for module in heard]
+    try:
+        yield lambda: {name: _share(own**0.5, message**0.5) for name, (own, message) in squares.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _share(own: float, message: float) -> float:
+    return message / (own + message) if own + message else 0.0
+
+
+def _scores(model: nn.Module, loader: Iterable[Any], device: torch.device | str) -> tuple[int, float, float]:
+    """(images, mean cross-entropy, top-1 accuracy) over the loader; images labelled -1 do not count."""
+    images, loss, right = 0, 0.0, 0
+    for batch in loader:
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise InputError("The loader should give batches of images and labels, as (images, labels).")
+        inputs, labels = batch[0].to(device), batch[1].to(device)
+        outputs = model(inputs)
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            raise InputError("The model is no classifier: its outputs are not of shape [N, classes].")
+        counted = labels >= 0
+        images += int(counted.sum())
+        loss += float(F.cross_entropy(outputs.float(), labels, reduction="sum", ignore_index=-1))
+        right += int(((outputs.argmax(1) == labels) & counted).sum())
+    if not images:
+        raise InputError("The loader gave no images, so there is nothing to measure. Pass one that is not used up.")
+    return images, loss / images, right / images
+
+
+@contextmanager
+def _cut(cut: Iterable[Connection]) -> Iterator[None]:
+    """Inside it β of these connections is 0."""
+    before = [(connection.beta, connection.beta.clone()) for connection in cut]
+    try:
+        for beta, _ in before:
+            beta.zero_()
+        yield
+    finally:
+        for beta, value in before:
+            beta.copy_(value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside it the model is in eval mode; afterwards every module is in the mode it was in."""
+    modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

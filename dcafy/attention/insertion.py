@@ -1,0 +1,186 @@
+"""Attention where there was none: :func:`insert` puts it at the end of every residual unit.
+
+::
+
+    out = bn3(conv3(out))                out = se(bn3(conv3(out)))
+    out += identity            ─▶        out += identity
+
+Each unit becomes a graph of its own with its attention as a child; the network around it, its
+containers and every state-dict key stay as they were. What comes out is an ordinary network with attention:
+:func:`dcafy.inspect` finds the blocks by dataflow like any others.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+from typing import Any, get_args
+
+import torch
+from torch import fx, nn
+
+from dcafy.attention import ATTENTIONS, INSERTED, SK, Init, Insertion
+from dcafy.attention.units import Kernel, Unit, units
+from dcafy.emit.connect import connected_modules
+from dcafy.errors import InputError, UsageError
+from dcafy.graph.copies import own_copy, shared_copy
+from dcafy.graph.emitted import OWNER, ConnectedModule
+from dcafy.survey import require_module
+from dcafy.trace.fold import CannotEnter, Folded, fold
+
+__all__ = ["insert"]
+
+
+def insert(
+    model: nn.Module,
+    attention: str,
+    *,
+    reduction: int = 16,
+    where: str = "auto",
+    init: Init = "identity",
+    example_inputs: Any = None,
+    copy: bool = True,
+) -> nn.Module:
+    """``model`` with attention in every residual unit: trainable, and by default computing exactly the same.
+
+    ``attention``: ``se``, ``ge`` (θ⁻), ``ge-theta``, ``sk``, ``cbam``, ``bam``, ``gc``, ``sge`` or ``eca``.
+    ``reduction``: channels over the width of the attention's bottleneck, where it has one.
+    ``where``: ``auto`` finds residual and bottleneck units by their structure and puts attention at the end of
+    the main branch, before the addition (``sk`` gives the unit's k x k convolution a second branch); a glob of module
+    paths such as ``layer3.*`` takes the units among those, or puts it behind the outermost modules that match.
+    ``init``: ``identity`` starts as an exact no-op, ``paper`` in the paper's own form.
+    ``example_inputs``: a tensor, a tuple of positional inputs or a dict by name; guessed where absent.
+    ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
+
+    The new modules are children of their units under the attention's name (``layer1.0.se``; with an underscore
+    where the unit uses that name already). Raises ``UsageError`` for an unknown option or an attention that
+    cannot start as a no-op, ``InputError`` where there is no unit, ``TracingError`` where the model does not run.
+
+    >>> import dcafy, torch, torchvision
+    >>> model = torchvision.models.resnet18().eval()
+    >>> with_se = dcafy.insert(model, "se").eval()
+    >>> x = torch.rand(1, 3, 64, 64)
+    >>> torch.equal(with_se(x), model(x)), len(dcafy.inspect(with_se).blocks)
+    (True, 8)
+    """
+    _check(attention, reduction, init)
+    require_module(model)
+    if any(True for _ in connected_modules(model)):
+        raise InputError("The model is connected already. Insert attention first, then convert the result.")
+    chosen = units(model, where, example_inputs)
+    host = own_copy(model) if copy else shared_copy(model)
+    for unit in chosen:
+        parent, _, name = unit.path.rpartition(".")
+        container = host.get_submodule(parent)
+        old = container.get_submodule(name)
+        new = _attended(unit, old, attention, reduction, init)
+        for holder in list(host.modules()):  # a unit may be shared between several places
+            for key, child in holder._modules.items():
+                if child is old:
+                    holder._modules[key] = new
+    before = getattr(model, INSERTED, ())
+    host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
+    return host
+
+
+def _check(attention: str, reduction: int, init: str) -> None:
+    if attention not in ATTENTIONS:
+        raise UsageError(f"attention={attention!r} is not known. Use one of: {', '.join(sorted(ATTENTIONS))}.")
+    if init not in get_args(Init):
+        raise UsageError(f"init={init!r} is not known. Use one of: {', '.join(get_args(Init))}.")
+    if not isinstance(reduction, int) or isinstance(reduction, bool) or reduction < 1:
+        raise UsageError(f"reduction must be a whole number of at least 1, not {reduction!r}.")
+    if init == "identity" and ATTENTIONS[attention].obstacle:
+        raise UsageError(
+            f"{attention!r} cannot start as an exact no-op: {ATTENTIONS[attention].obstacle}. Use dcafy.insert(model, "
+            f"{attention!r}, init='paper'), and expect other outputs until the network has been trained again."
+        )
+
+
+def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init: Init) -> ConnectedModule:
+    """``host`` (the module that ``unit`` describes) as a graph with its attention in it."""
+    reads: tuple[fx.Node, ...]
+    if attention == "sk":
+        if unit.kernel is None:
+            raise InputError(
+                f"{unit.path} has no convolution larger than 1x1 followed by batch norm and an activation, which "
+                "selective kernels would give a second branch to. Leave it out with where=, or use another attention."
+            )
+        reads = (unit.kernel.input, unit.kernel.output)
+        module: nn.Module = _selective(unit.kernel, host, reduction)
+    else:
+        reads = (unit.end,)
+        with torch.device(_device(host)):
+            module = ATTENTIONS[attention].build(unit.channels, reduction, init, unit.side)
+    folded = _folded(unit, reads)
+    name = _free(host, attention.replace("-", "_"))
+    last = folded.image[reads[-1]]
+    with folded.graph.inserting_after(last):
+        call = folded.graph.call_module(name, tuple(folded.image[node] for node in reads))
+    last.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    folded.graph.lint()
+    for node in folded.graph.nodes:
+        node.meta = {OWNER: node.meta.get(OWNER, "")}
+    host.add_module(name, module.to(dtype=_dtype(host)).train(host.training))
+    return ConnectedModule(host, folded.graph, class_name=type(host).__name__)
+
+
+def _folded(unit: Unit, needed: tuple[fx.Node, ...]) -> Folded:
+    """The unit's graph, entered no further than the nodes that attention reads."""
+    try:
+        folded = fold(unit.recording, ())
+        hidden = [node for node in needed if node not in folded.image]
+        return fold(unit.recording, hidden) if hidden else folded
+    except CannotEnter as error:
+        where = ".".join(part for part in (unit.path, error.path) if part)
+        raise InputError(f"{where} cannot be given attention: {error.reason}. Leave it out with where=.") from error
+
+
+def _selective(kernel: Kernel, host: nn.Module, reduction: int) -> SK:
+    """SK whose second branch is the unit's convolution with twice its dilation, freshly initialised."""
+    old = host.get_submodule(str(kernel.convolution.target))
+    assert isinstance(old, nn.Conv2d)
+    dilation = tuple(2 * d for d in old.dilation)
+    padding: Any = old.padding
+    if not isinstance(padding, str):
+        # As much more padding as the larger reach takes, so that both branches' maps have one size.
+        reach = zip(padding, old.dilation, old.kernel_size, strict=True)
+        padding = tuple(p + d * (k - 1) // 2 for p, d, k in reach)
+    with torch.device(_device(host)):
+        convolution = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,  # type: ignore[arg-type]
+            old.stride,  # type: ignore[arg-type]
+            padding,
+            dilation,  # type: ignore[arg-type]
+            old.groups,
+            old.bias is not None,
+        )
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        second = nn.Sequential(convolution, *_norm_and_activation(kernel, host))
+        return SK(old.out_channels, second, reduction)
+
+
+def _norm_and_activation(kernel: Kernel, host: nn.Module) -> list[nn.Module]:
+    norm = copying.deepcopy(host.get_submodule(str(kernel.norm.target)))
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.reset_parameters()
+    if kernel.activation is None:
+        return [norm]
+    if kernel.activation.op == "call_module":
+        return [norm, copying.deepcopy(host.get_submodule(str(kernel.activation.target)))]
+    return [norm, nn.ReLU()]
+
+
+def _free(host: nn.Module, name: str) -> str:
+    while hasattr(host, name):
+        name += "_"
+    return name
+
+
+def _device(host: nn.Module) -> torch.device:
+    return next((p.device for p in host.parameters()), torch.device("cpu"))
+
+
+def _dtype(host: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.get_default_dtype())

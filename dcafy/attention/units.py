@@ -1,0 +1,376 @@
+"""Where attention goes in a network that has none: its residual units, found by what they compute.
+
+A *unit* is a module whose own forward adds two maps of one size that come from the same input, where the
+longer way (the main branch) holds a convolution larger than 1x1. Class names play no part; the class of a unit
+does: where it also occurs without the addition (MobileNetV2 with stride 2), those instances are units, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from dcafy.errors import InputError, TracingError
+from dcafy.graph.copies import data_free_copy
+from dcafy.graph.emitted import OWNER
+from dcafy.graph.evaluator import Evaluator, node_value
+from dcafy.graph.ops import Op, op_name, op_of
+from dcafy.trace.inputs import as_inputs, guesses, probe
+from dcafy.trace.islands import Observed, observe
+from dcafy.trace.reasons import one_line
+from dcafy.trace.recorder import Recorder
+from dcafy.trace.recording import Recording, passed_through
+from dcafy.trace.witness import judged
+
+__all__ = ["Kernel", "Unit", "units"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The k x k convolution of a unit, with what follows it."""
+
+    convolution: fx.Node
+    norm: fx.Node
+    activation: fx.Node | None
+
+    @property
+    def input(self) -> fx.Node:
+        """What the convolution reads."""
+        return self.convolution.all_input_nodes[0]
+
+    @property
+    def output(self) -> fx.Node:
+        """What the convolution, its norm and its activation make."""
+        return self.activation or self.norm
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that gets attention.
+
+    ``recording``  of the module alone
+    ``end``        the node behind which attention goes: the last of the main branch, before the addition and
+                   before what drops whole paths
+    ``kernel``     the convolution that selective kernels give a second branch to, if there is one
+    """
+
+    path: str
+    recording: Recording
+    end: fx.Node
+    kernel: Kernel | None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the map at ``end``."""
+        return int(node_value(self.end).shape[1])
+
+    @property
+    def side(self) -> int:
+        """The shorter side of the map at ``end``, in the example."""
+        return int(min(node_value(self.end).shape[2:]))
+
+
+def units(model: nn.Module, where: str = "auto", example_inputs: Any = None) -> tuple[Unit, ...]:
+    """The modules of ``model`` that get attention, in the order they are called.
+
+    ``where``: ``auto`` for every residual unit, or a glob of module paths: the residual units among them, and where
+    there is none the outermost modules that match. Raises ``InputError`` where there is nothing, or
+    where a module's output is no map ``[N, C, H, W]``; ``TracingError`` where the model does not run.
+    """
+    errors: list[str] = []
+    tried = [as_inputs(example_inputs, model)] if example_inputs is not None else list(guesses(model))
+    for inputs in tried:
+        search = _Search(model)
+        try:
+            return search.units(where, Observed(probe(inputs), {}, inputs))
+        except TracingError as error:
+            errors.append(str(error))
+    raise TracingError(
+        f"{type(model).__name__} ran on none of the inputs that were tried. Pass one that fits, for example "
+        f"dcafy.insert(model, 'se', example_inputs=torch.rand(2, 3, 224, 224)). The first error was: {errors[0]}"
+    )
+
+
+class _Search:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.evaluator = Evaluator(next((p.device for p in model.parameters()), torch.device("cpu")))
+
+    def units(self, where: str, inputs: Observed) -> tuple[Unit, ...]:
+        found = self._residual(inputs)
+        if where != "auto":
+            found = {path: unit for path, unit in found.items() if fnmatch.fnmatchcase(path, where)}
+            found = found or self._matching(where, inputs)
+        if not found:
+            raise InputError(self._nothing())
+        return tuple(found.values())
+
+    # -- residual units --------------------------------------------------------------------------
+
+    def _residual(self, inputs: Observed) -> dict[str, Unit]:
+        """Path -> unit: those with an addition, and the other instances of their classes."""
+        adding: dict[str, Unit] = {}
+        calls: dict[str, Observed] = {}
+        for path, call, adds in self._calls("", inputs):
+            if path and path not in calls:
+                calls[path] = call
+                # A feature pyramid adds maps as well, of a dict of them.
+                unit = self._unit(path, call, residual=True) if adds and _takes_a_map(call) else None
+                if unit is not None:
+                    adding[path] = unit
+        kinds = {type(self.model.get_submodule(path)) for path in adding}
+        found = {}
+        for path, call in calls.items():
+            if path in adding:
+                found[path] = adding[path]
+            elif type(self.model.get_submodule(path)) in kinds:
+                unit = self._unit(path, call, residual=False)
+                if unit is not None:
+                    found[path] = unit
+        return found
+
+    def _calls(self, path: str, inputs: Observed) -> Iterator[tuple[str, Observed, bool]]:
+        """(path, inputs, whether its own forward adds two maps) of every module that is called."""
+        module = self.model.get_submodule(path)
+        try:
+            recording = Recorder(self.evaluator).record(data_free_copy(module), inputs.args, inputs.kwargs)
+        except Exception as error:  # a user's forward may fail in any way; its submodules may be fine
+            yield from self._calls_inside(path, module, inputs, one_line(error))
+            return
+        modules = dict(recording.model.named_modules())
+        adding = {str(node.meta.get(OWNER, "")) for node in recording.graph.nodes if _added(node, modules)}
+        for call in recording.calls:
+            seen = Observed(map_arg(call.args, node_value), map_arg(call.kwargs, node_value))
+            yield _join(path, call.path), seen, call.path in adding
+        seen_inside = {child: Observed(*arguments) for child, arguments in recording.observed.items()}
+        for whole in recording.kept_whole:
+            yield from self._outermost(path, {c: o for c, o in seen_inside.items() if c.startswith(f"{whole}.")})
+
+    def _calls_inside(
+        self, path: str, module: nn.Module, inputs: Observed, reason: str
+    ) -> Iterator[tuple[str, Observed, bool]]:
+        inside = observe(module, inputs, self.evaluator)
+        if isinstance(inside, str):
+            raise TracingError(f"{path or type(module).__name__} could not be traced ({reason}) nor run ({inside}).")
+        yield from self._outermost(path, inside)
+
+    def _outermost(self, path: str, inside: dict[str, Observed]) -> Iterator[tuple[str, Observed, bool]]:
+        """What is called in those called modules that lie in no other one of them."""
+        for child, seen in inside.items():
+            if not any(child.startswith(f"{other}.") for other in inside):
+                yield from self._below(_join(path, child), seen)
+
+    def _below(self, path: str, inputs: Observed) -> Iterator[tuple[str, Observed, bool]]:
+        if not any(True for _ in self.model.get_submodule(path).children()):
+            return
+        try:
+            yield from self._calls(path, inputs)
+        except TracingError:
+            return
+
+    # -- one module ------------------------------------------------------------------------------
+
+    def _unit(self, path: str, call: Observed, *, residual: bool) -> Unit | None:
+        """The unit that the module at ``path`` is, or ``None`` where it is none."""
+        recording = self._recorded(path, call)
+        shape = _Shape(recording)
+        last = shape.main_branch() if residual else shape.output()
+        if last is None or (residual and not shape.kernels(last)):
+            return None
+        end = shape.before_drops(last)
+        if not shape.is_map(end):
+            return None
+        return Unit(path, recording, end, shape.kernel(end))
+
+    def _recorded(self, path: str, call: Observed) -> Recording:
+        module = self.model.get_submodule(path)
+
+        def record(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Recording:
+            return Recorder(self.evaluator).record(data_free_copy(module), *inputs)
+
+        inputs = (call.args, call.kwargs)
+        try:
+            recording = record(inputs)
+            verdict = judged(recording, self.evaluator, inputs, record)
+        except Exception as error:  # as above; here the user asked for this very module
+            raise InputError(f"{path} cannot be given attention: {one_line(error)}.") from error
+        for reason in verdict.baked.values():
+            raise InputError(f"{path} cannot be given attention: {reason}.")
+        return dataclasses.replace(recording, held=verdict.held)
+
+    def _matching(self, where: str, inputs: Observed) -> dict[str, Unit]:
+        """The outermost called modules whose paths match, residual or not."""
+        seen = observe(self.model, inputs, self.evaluator)
+        if isinstance(seen, str):
+            raise TracingError(seen)
+        paths = [path for path in seen if fnmatch.fnmatchcase(path, where)]
+        outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
+        if not outermost:
+            raise InputError(
+                f"where={where!r} matches no module that {type(self.model).__name__} calls. "
+                f"Its modules are: {self._some(seen)}."
+            )
+        found = {}
+        for path in outermost:
+            unit = self._unit(path, seen[path], residual=False)
+            if unit is None:
+                raise InputError(
+                    f"where={where!r} matches {path}, which does not end in a map [N, C, H, W] of a convolution's "
+                    "channels. Name only modules that do."
+                )
+            found[path] = unit
+        return found
+
+    def _nothing(self) -> str:
+        name = type(self.model).__name__
+        paths = [path for path, module in self.model.named_modules() if path and any(True for _ in module.children())]
+        example = paths[0] if paths else "features"
+        return (
+            f"{name} has no residual or bottleneck units with convolutions, at whose ends where='auto' would put "
+            "attention. Say with a glob of module paths behind which modules it goes, for example "
+            f"dcafy.insert(model, 'se', where={f'{example}.*'!r}). Its modules are: {self._some(paths)}."
+        )
+
+    def _some(self, paths: Any) -> str:
+        shown = list(paths)[:12]
+        return ", ".join(shown) + (", ..." if len(paths) > len(shown) else "")
+
+
+class _Shape:
+    """The branches of one recorded module."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.graph = recording.graph
+        self.modules = dict(recording.model.named_modules())
+        self.behind: dict[fx.Node, set[fx.Node]] = {}
+        for node in self.graph.nodes:
+            own = {node} if node.op == "placeholder" or _is_kernel(node, self.modules) else set()
+            self.behind[node] = own.union(*(self.behind[n] for n in node.all_input_nodes))
+
+    def kernels(self, node: fx.Node) -> set[fx.Node]:
+        """The convolutions larger than 1x1 that ``node`` depends on."""
+        return {n for n in self.behind[node] if n.op != "placeholder"}
+
+    def main_branch(self) -> fx.Node | None:
+        """The longer operand of the module's last residual addition."""
+        for node in reversed(self.graph.nodes):
+            if node.meta.get(OWNER) != "" or not _added(node, self.modules):
+                continue
+            first, second = _operands(node)
+            if len(self.kernels(first)) < len(self.kernels(second)):
+                first, second = second, first
+            inputs = [{n for n in self.behind[o] if n.op == "placeholder"} for o in (first, second)]
+            if len(self.kernels(first)) > len(self.kernels(second)) and inputs[0] & inputs[1]:
+                return first
+        return None
+
+    def output(self) -> fx.Node | None:
+        """What the module returns, where that is one tensor."""
+        returned = next(node for node in reversed(self.graph.nodes) if node.op == "output").args[0]
+        return returned if isinstance(returned, fx.Node) else None
+
+    def before_drops(self, node: fx.Node) -> fx.Node:
+        """The node before dropout and dropped paths, which would hide attention's work from the addition."""
+        while True:
+            sources = [n for n in node.all_input_nodes if isinstance(node_value(n), Tensor)]
+            if len(sources) != 1 or node_value(sources[0]).shape != node_value(node).shape:
+                return node
+            drops = "drop" in op_name(node, self.modules) or op_name(node, self.modules) == "stochastic_depth"
+            if node.target is not passed_through and not drops and not self._is_empty_layer(node):
+                return node
+            node = sources[0]
+
+    def _is_empty_layer(self, node: fx.Node) -> bool:
+        """A module without weights that the trace cannot look into: a dropped path of somebody's own."""
+        return node.op == "call_module" and op_of(node, self.modules) is Op.OTHER
+
+    def is_map(self, node: fx.Node) -> bool:
+        """Whether ``node`` is ``[N, C, H, W]`` with the channels of the layer that made it."""
+        value = node_value(node)
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            return False
+        while True:
+            width = self._width(node)
+            if width is not None:
+                return bool(value.shape[1] == width)
+            sources = [n for n in node.all_input_nodes if isinstance(node_value(n), Tensor) and node_value(n).ndim == 4]
+            if not sources:
+                return node.op == "placeholder"
+            node = sources[0]
+
+    def _width(self, node: fx.Node) -> int | None:
+        """The channels that a layer gives its output."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        for name in ("out_channels", "out_features", "num_features", "num_channels"):
+            if isinstance(getattr(module, name, None), int):
+                return int(getattr(module, name))
+        if node.op == "call_function" and op_of(node, self.modules) is Op.PARAMETRIC and len(node.args) > 1:
+            weight = node_value(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+            return int(weight.shape[0]) if isinstance(weight, Tensor) else None
+        return None
+
+    def kernel(self, end: fx.Node) -> Kernel | None:
+        """The first convolution larger than 1x1 on the way to ``end`` that a norm and an activation follow."""
+        behind = self.kernels(end)
+        for node in self.graph.nodes:
+            if node in behind and isinstance(self.modules.get(str(node.target)), nn.Conv2d):
+                norm = self._only_user(node)
+                if norm is None or not isinstance(self.modules.get(str(norm.target)), nn.BatchNorm2d):
+                    continue
+                if type(self.modules[str(norm.target)]) is not nn.BatchNorm2d:
+                    return Kernel(node, norm, None)  # a norm that brings its activation along
+                activation = self._only_user(norm)
+                if activation is not None and _is_activation(activation, self.modules):
+                    return Kernel(node, norm, activation)
+        return None
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        """What alone reads ``node``, behind layers that hand it on as it is (a slot for dropped blocks)."""
+        users = list(node.users)
+        while len(users) == 1 and isinstance(self.modules.get(str(users[0].target)), nn.Identity):
+            users = list(users[0].users)
+        return users[0] if len(users) == 1 else None
+
+
+def _takes_a_map(call: Observed) -> bool:
+    """Whether the first input is a tensor, as that of every unit is."""
+    return any(isinstance(value, Tensor) for value in (*call.args[:1], *call.kwargs.values()))
+
+
+def _added(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` adds two maps of one size."""
+    if op_of(node, modules) is not Op.ADD:
+        return False
+    values = [node_value(n) for n in _operands(node)]
+    return len(values) == 2 and values[0].ndim == 4 and values[0].shape == values[1].shape
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    given = (*node.args, *node.kwargs.values())
+    return [a for a in given if isinstance(a, fx.Node) and isinstance(node_value(a), Tensor)]
+
+
+def _is_kernel(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` is a convolution larger than 1x1."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+    if op_name(node, modules) in ("conv2d", "convolution") and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        return bool(max(node_value(node.args[1]).shape[2:]) > 1)
+    return False
+
+
+def _is_activation(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    plain = op_of(node, modules) in (Op.ELEMENTWISE, Op.GATE, Op.OTHER)
+    return plain and (node.op == "call_module" or op_name(node, modules) == "relu")
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

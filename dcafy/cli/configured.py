@@ -1,0 +1,70 @@
+"""A command's options, made from configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from dcafy.plan.options import check_choices
+
+__all__ = ["given_options", "with_options"]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with every parameter that is a configuration replaced by one option for each of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    configurations: dict[str, type[Any]] = {}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            configurations[parameter.name] = kind
+            parameters += _options(kind)
+        else:
+            keyword_only = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(annotation=kind, kind=keyword_only))
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        made = {}
+        for name, kind in configurations.items():
+            made[name] = kind(**{item.name: given.pop(item.name) for item in dataclasses.fields(kind)})
+            check_choices(made[name])
+        command(**given, **made)
+
+    del called.__dict__["__wrapped__"]
+    called.__dict__["__signature__"] = inspect.Signature(parameters)
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
+def _options(configuration: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(configuration)
+    made = []
+    for item in dataclasses.fields(configuration):
+        choices = item.metadata["choices"]
+        short = item.metadata["short"]
+        option = typer.Option(
+            *((f"--{item.name.replace('_', '-')}", short) if short else ()),
+            help=item.metadata["help"],
+            metavar=item.metadata["metavar"] or ("|".join(choices) if choices else None),
+            show_default=item.default is not None,
+        )
+        kind: Any = hints[item.name]
+        made.append(
+            inspect.Parameter(
+                item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=Annotated[kind, option]
+            )
+        )
+    return made
+
+
+def given_options(context: typer.Context) -> dict[str, Any]:
+    """The options that stand on the command line itself, with their values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}

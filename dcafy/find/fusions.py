@@ -1,0 +1,197 @@
+"""Graph -> attention blocks with their roles, by dataflow and shapes and never by class names.
+
+It starts at a fusion (a product or sum of a small and a large tensor that both depend on the input) and
+walks back from the small one. Every path must end at a *frontier*: a reduction of something much
+larger. The frontier's outputs are G, what lies between is the transformation, its last node T.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from torch import fx
+
+from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
+from dcafy.find.roles import Candidate, Found, Roles
+from dcafy.find.walk import RATIOS, Walk
+from dcafy.graph.evaluator import node_value
+from dcafy.graph.ops import Op, gate_of, op_name
+from dcafy.plan.blocks import FusionKind, Gate
+
+__all__ = ["ROOT_NAME", "find"]
+
+ROOT_NAME = "root"
+"""The name of a block that the network's own forward holds."""
+
+_STRICT: frozenset[Gate] = frozenset({"sigmoid", "hard_sigmoid", "softmax", "tanh"})
+
+
+def find(flow: Dataflow, path: str = "") -> tuple[Found, ...]:
+    """The attention blocks of a recorded graph, in the order data meets them; ``path``: the traced module's."""
+    return _Finder(flow, path).blocks()
+
+
+class _Finder:
+    def __init__(self, flow: Dataflow, path: str) -> None:
+        self.flow = flow
+        self.roles = Roles(flow)
+        self.path = path
+
+    def blocks(self) -> tuple[Found, ...]:
+        candidates = self._without_inner(self._candidates(self.flow.graph.nodes, frozenset()))
+        # Known maps end later walks: a block that already hears an earlier one keeps its own G.
+        maps = frozenset(c.map for c in candidates)
+        candidates = self._with_own(self._candidates(dict.fromkeys(c.fusion for c in candidates), maps))
+        groups: dict[fx.Node, list[Candidate]] = {}
+        for candidate in candidates:
+            groups.setdefault(candidate.map, []).append(candidate)
+        found = [part for group in groups.values() for part in self.roles.found(group)]
+        found.sort(key=lambda f: min(self.flow.order[n] for n in f.fusions))
+        return _with_unique_names(self._merged(found), self.path)
+
+    def _merged(self, found: list[Found]) -> list[Found]:
+        """One block for maps that one layer computes from one G: they cannot be connected apart.
+
+        Coordinate attention has a map for the rows and one for the columns, behind a shared layer.
+        """
+        merged: dict[tuple[tuple[fx.Node, ...], frozenset[fx.Node]], Found] = {}
+        for item in found:
+            readers = frozenset(user for node in item.contexts for user in node.users if user in item.between)
+            key = (item.contexts, readers)
+            merged[key] = self._both(merged[key], item) if key in merged else item
+        return list(merged.values())
+
+    def _both(self, first: Found, second: Found) -> Found:
+        def in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+            return sorted(set(nodes), key=self.flow.order.__getitem__)
+
+        steps = {*first.block.transformation, *second.block.transformation}
+        fusions = tuple(in_order((*first.fusions, *second.fusions)))
+        between = first.between | second.between
+        block = dataclasses.replace(
+            first.block,
+            transformation=tuple(node.name for node in in_order(between) if node.name in steps),
+            fusion=tuple(node.name for node in fusions),
+        )
+        return dataclasses.replace(first, block=block, fusions=fusions, between=between)
+
+    def _candidates(self, nodes: Iterable[fx.Node], maps: frozenset[fx.Node]) -> list[Candidate]:
+        return [c for node in nodes for c in self._candidate(node, maps)]
+
+    def _without_inner(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Candidates that are no part of another one's transformation (BAM adds its two maps)."""
+        inner = set().union(*(c.between for c in candidates)) if candidates else set()
+        return [c for c in candidates if c.fusion not in inner]
+
+    def _with_own(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Candidates without what earlier ones extracted and handed on (DIA's LSTM, from block to block)."""
+        known: set[fx.Node] = set()
+        kept = []
+        for candidate in sorted(candidates, key=lambda c: self.flow.order[c.fusion]):
+            own = candidate.frontier - known
+            if own and own != candidate.frontier:
+                between = set(own)
+                for node in sorted(candidate.between, key=self.flow.order.__getitem__):
+                    if any(source in between for source in node.all_input_nodes):
+                        between.add(node)
+                candidate = dataclasses.replace(candidate, frontier=own, between=frozenset(between - own))
+            known |= candidate.frontier
+            kept.append(candidate)
+        return kept
+
+    def _candidate(self, node: fx.Node, maps: frozenset[fx.Node]) -> Iterator[Candidate]:
+        kind, operands = self._operands(node)
+        if kind is None or not all(o in self.flow.depends for o in operands):
+            return
+        pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
+        pairs.sort(key=lambda pair: self.flow.sizes[self.flow.core(pair[0])])
+        for small, large in pairs:
+            core = self.flow.core(small)
+            least = self.flow.sizes[core] + 1 if is_vector(node_value(core)) else self.flow.sizes[core]
+            # What was only expanded to X's size is no X (a norm's statistics, of which each channel has one).
+            if min(self.flow.sizes[large], self.flow.sizes[self.flow.core(large)]) < least or small is large:
+                continue
+            if self._is_foreign(core, large):
+                continue
+            for ratio in RATIOS:
+                walk = Walk(self.flow, ratio, large, maps)
+                if walk.reaches_frontier(core, self.flow.sizes[core]) and self._is_attention(core, kind, walk):
+                    walk.give_back_inner()
+                    if not self._is_soft_pooling(node, core, walk) and not self._gates_itself(core, large):
+                        yield Candidate(core, node, kind, frozenset(walk.frontier), frozenset(walk.between | {core}))
+                    return
+                if not walk.narrow:
+                    break
+
+    def _operands(self, node: fx.Node) -> tuple[FusionKind | None, list[fx.Node]]:
+        """How ``node`` fuses, and the two tensors that it fuses."""
+        tensors = [a for a in node.args if isinstance(a, fx.Node) and self.flow.sizes[a]]
+        tensors += [a for a in node.kwargs.values() if isinstance(a, fx.Node) and self.flow.sizes[a]]
+        name = op_name(node, self.flow.modules)
+        if name == "addcmul" and len(tensors) == 3:
+            return "mul", tensors[1:]
+        if len(tensors) != 2:
+            return None, []
+        largest = max(self.flow.sizes[n] for n in tensors)
+        if self.flow.ops[node] is Op.MULTIPLY or (name == "einsum" and self.flow.sizes[node] == largest):
+            return "mul", tensors
+        return ("add", tensors) if self.flow.ops[node] is Op.ADD else (None, [])
+
+    def _is_attention(self, core: fx.Node, kind: FusionKind, walk: Walk) -> bool:
+        nodes = walk.between | {core}
+        gates = {gate_of(n, self.flow.modules) for n in nodes} - {None}
+        parametric = any(self.flow.ops[n] is Op.PARAMETRIC for n in walk.between - walk.frontier)
+        if not walk.frontier or core in walk.frontier:
+            return False
+        if kind == "add":
+            return parametric and is_vector(node_value(core)) and not walk.local
+        if walk.local:
+            return bool(gates & _STRICT)
+        return parametric or bool(gates & _STRICT)
+
+    def _is_foreign(self, small: fx.Node, large: fx.Node) -> bool:
+        """Whether the map hears less of the network's inputs than X: it was extracted from something else.
+
+        A question's embedding or another image's style condition X; two inputs of an island may be of one image.
+        """
+        return not self.path and not self.flow.origins[large] <= self.flow.origins[small]
+
+    def _gates_itself(self, small: fx.Node, large: fx.Node) -> bool:
+        """x · sigmoid(v · x), as in a learned activation: the operand that is no gate is no map of attention either."""
+        if self.flow.sizes[small] < self.flow.sizes[large]:
+            return False
+        pending, seen = [large], {large}
+        while pending:
+            for source in self.flow.inputs(pending.pop()):
+                if source is small:
+                    return True
+                if source not in seen and self.flow.order[source] > self.flow.order[small]:
+                    seen.add(source)
+                    pending.append(source)
+        return False
+
+    def _is_soft_pooling(self, node: fx.Node, core: fx.Node, walk: Walk) -> bool:
+        """x · w that is summed over positions is part of an extraction (GC), not a fusion.
+
+        So it is where w is a softmax, or is itself summed, to divide by.
+        """
+        gates = {gate_of(n, self.flow.modules) for n in walk.between | {core}}
+        normalised = "softmax" in gates or any(self.flow.ops[user] is Op.REDUCE for user in core.users)
+        if not normalised or not walk.local:
+            return False
+        users = list(node.users)
+        while len(users) == 1 and self.flow.ops[users[0]] is Op.LAYOUT:
+            users = list(users[0].users)
+        return bool(users) and all(self.flow.ops[u] in REDUCES for u in users)
+
+
+def _with_unique_names(found: list[Found], path: str) -> tuple[Found, ...]:
+    seen: dict[str, int] = {}
+    named = []
+    for item in found:
+        name = ".".join(part for part in (path, item.block.name) if part) or ROOT_NAME
+        seen[name] = seen.get(name, 0) + 1
+        name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        named.append(dataclasses.replace(item, block=dataclasses.replace(item.block, name=name)))
+    return tuple(named)

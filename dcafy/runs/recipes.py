@@ -1,0 +1,123 @@
+"""What ``--task`` chooses: how the data is opened, how a network is made ready for it, and what it is trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dcafy.errors import UsageError
+from dcafy.images.data import Data, open_data
+from dcafy.images.order import Sample, Seeded
+from dcafy.images.preparation import Prepared, augmentation, preparation
+from dcafy.training.config import DataOptions, TrainingConfig
+from dcafy.training.head import reheaded
+from dcafy.training.tasks import Batch, Classification, Task
+
+if TYPE_CHECKING:
+    from dcafy.runs.run import Request
+
+__all__ = ["PURPOSES", "Purpose", "Ready"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Data made ready for a network whose head fits it.
+
+    ``example``: inputs to convert the network with, or ``None`` where those that are guessed will do. ``new_layers``:
+    paths of the layers that were replaced.
+    """
+
+    train: Any
+    val: Any
+    example: torch.Tensor | None
+    new_layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """``open_data``: of a spec; ``ready``: gives the network, in place, a head for the data; ``task``: for the loop.
+
+    ``batch``: so many samples, to count and to time a training step with.
+    """
+
+    open_data: Callable[[str, DataOptions], Data]
+    ready: Callable[[nn.Module, Data, Request], Ready]
+    task: Callable[[TrainingConfig], Task]
+    batch: Callable[[Ready, Task, int], Batch]
+
+
+class _Shown:
+    """Pictures with the way in which they are made ready."""
+
+    def __init__(self, pictures: Any, transform: Callable[..., Any]) -> None:
+        self.pictures, self.transform_sample = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.pictures[index]
+
+
+# --- classification -------------------------------------------------------------------------------------
+
+
+def _classifier(network: nn.Module, data: Data, request: Request) -> Ready:
+    how = preparation(network, request.arch or request.model, request.images.image_size)
+    example = torch.zeros(2, how.channels, *how.size)
+    new = reheaded(network, len(data.classes), example)
+    varied = augmentation(request.images, drawn=data.drawn)
+    return Ready(_Shown(data.train, Prepared(how, varied)), _Shown(data.val, Prepared(how)), example, new)
+
+
+def _random_images(ready: Ready, task: Task, size: int) -> Batch:
+    assert ready.example is not None
+    indices = torch.arange(size)
+    return Batch(torch.rand(size, *ready.example.shape[1:]), torch.zeros(size, dtype=torch.long), indices, ())
+
+
+# --- detection ------------------------------------------------------------------------------------------
+
+
+def _open_coco(spec: str, options: DataOptions) -> Data:
+    from dcafy.detection.coco import open_coco
+
+    return open_coco(spec, options)
+
+
+def _detector(network: nn.Module, data: Data, request: Request) -> Ready:
+    from dcafy.detection.classes import labels_for, needs, with_classes
+    from dcafy.detection.task import Boxes
+
+    if request.images.image_size is not None:
+        raise UsageError(
+            "--image-size is for classifiers; a detector resizes its images itself. Choose the size where it is built: "
+            "--set min_size=400 --set max_size=600."
+        )
+    needs(network, data)
+    new = with_classes(network, labels_for(network, data))
+    varied = Boxes(request.images.augment)
+    return Ready(_Shown(data.train, varied), _Shown(data.val, Boxes()), None, new)
+
+
+def _detection(config: TrainingConfig) -> Task:
+    from dcafy.detection.task import Detection
+
+    return Detection(config)
+
+
+def _first_images(ready: Ready, task: Task, size: int) -> Batch:
+    shown = Seeded(ready.train, seed=0, transform=ready.train.transform_sample)
+    samples: list[Sample] = [shown[(0, index % len(shown))] for index in range(size)]
+    return task.collate(samples, training=True)
+
+
+PURPOSES: dict[str, Purpose] = {
+    "classification": Purpose(open_data, _classifier, Classification, _random_images),
+    "detection": Purpose(_open_coco, _detector, _detection, _first_images),
+}
+"""What ``--task`` takes (the names are also in ``dcafy.training.config``, which the command reads without torch)."""

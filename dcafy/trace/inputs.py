@@ -1,0 +1,186 @@
+"""Example inputs: what the user gave, or a good guess, as tensors to trace with."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcafy.errors import InputError
+from dcafy.graph.evaluator import tensors_in
+
+__all__ = ["as_data", "as_inputs", "from_data", "guesses", "probe", "real_inputs"]
+
+_SIDES = {1: (16000, 4096, 1024, 256), 2: (224, 256, 299, 320, 384, 512, 128, 96, 64, 32), 3: (112, 64, 224, 32)}
+"""Usual lengths, image sides and frame sides, most usual first."""
+
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
+    """The positional inputs of ``model`` that a user's ``example_inputs`` stands for; ``InputError`` where it is none.
+
+    A dict whose keys are all names of the forward's parameters gives these; any other one is an input itself.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(example_inputs, Mapping) and example_inputs and parameters.keys() >= set(example_inputs):
+        inputs = _by_position(example_inputs, parameters)
+    for value in tensors_in(inputs):
+        if value.numel() == 0:
+            raise InputError(
+                f"The example input has the shape {tuple(value.shape)}, which holds no elements. "
+                "Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
+            )
+    if not any(True for _ in tensors_in(inputs)):
+        raise InputError(
+            "example_inputs must be a tensor, a tuple of positional inputs or a dict of inputs by name, with a tensor "
+            f"in it, not {type(example_inputs).__name__}. Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
+        )
+    return inputs
+
+
+def _by_position(named: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> tuple[Any, ...]:
+    """The values of the parameters up to the last one that is named, with defaults in between."""
+    positions = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    for name in named:
+        if name not in positions:
+            raise InputError(f"example_inputs names {name!r}, which the forward takes by keyword only. Leave it out.")
+    given = positions[: 1 + max(map(positions.index, named))]
+    values = {**{name: parameters[name].default for name in given}, **named}
+    for name, value in values.items():
+        if value is inspect.Parameter.empty:
+            raise InputError(f"example_inputs has no value for {name!r}, which the forward needs. Add it.")
+    return tuple(values.values())
+
+
+def probe(inputs: Any, scale: int = 1) -> Any:
+    """``inputs`` without data, with a batch of at least 2 and maps ``scale`` times as large."""
+    if isinstance(inputs, Tensor):
+        shape = list(inputs.shape)
+        if len(shape) > 1:
+            shape[0] = max(shape[0], 2)
+        if len(shape) > 3:
+            shape[2:] = [n * scale for n in shape[2:]]
+        return torch.empty(shape, dtype=inputs.dtype, device="meta")
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(probe(item, scale) for item in inputs)
+    if isinstance(inputs, dict):
+        return {key: probe(item, scale) for key, item in inputs.items()}
+    return inputs
+
+
+def real_inputs(inputs: Any, model: nn.Module) -> Any:
+    """``inputs`` with data (a guess is made of meta tensors), on the model's device, without touching the RNG."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.device.type == "meta":
+            if not value.is_floating_point():
+                return torch.zeros(value.shape, dtype=value.dtype, device=device)
+            return torch.rand(value.shape, generator=generator).to(device=device, dtype=value.dtype)
+        if isinstance(value, tuple | list):
+            return type(value)(fill(item) for item in value)
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        return value
+
+    return fill(inputs)
+
+
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "list": list}
+
+_DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+
+_MOST = 2**31
+"""Elements that described inputs may have: some networks can only be looked at by running them."""
+
+
+def as_data(inputs: Any) -> Any:
+    """The shapes, dtypes and plain values of ``inputs`` as JSON-ready data; ``None`` for any other kind.
+
+    >>> as_data((torch.empty(2, 3, 224, 224), None))
+    {'tuple': [{'tensor': {'shape': [2, 3, 224, 224], 'dtype': 'float32'}}, {'value': None}]}
+    """
+    if sum(value.numel() for value in tensors_in(inputs)) > _MOST:
+        return None
+    try:
+        return _written(inputs)
+    except TypeError:
+        return None
+
+
+def _written(value: Any) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        return {"tensor": {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}}
+    for name, kind in _SEQUENCES.items():
+        if type(value) is kind:
+            return {name: [_written(item) for item in value]}
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _written(item) for key, item in value.items()}}
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return {"value": value}
+    raise TypeError(f"a {type(value).__name__} cannot be written down")
+
+
+def from_data(data: Any) -> tuple[Any, ...]:
+    """The inputs that :func:`as_data` wrote down, as meta tensors; ``ValueError`` where it did not write this."""
+    try:
+        inputs = _restored(data)
+    except RuntimeError as error:  # a shape beyond all bounds, or lists in lists without end
+        raise ValueError(str(error)[:80]) from error
+    if not isinstance(inputs, tuple) or not any(True for _ in tensors_in(inputs)):
+        raise ValueError("the inputs are no tuple with a tensor in it")
+    if sum(value.numel() for value in tensors_in(inputs)) > _MOST:
+        raise ValueError("the inputs are too large")
+    return inputs
+
+
+def _restored(data: Any) -> Any:
+    if not isinstance(data, dict) or len(data) != 1:
+        raise ValueError("an input is described by one entry: tensor, tuple, list, dict or value")
+    ((kind, value),) = data.items()
+    if kind in _SEQUENCES and isinstance(value, list):
+        return _SEQUENCES[kind](_restored(item) for item in value)
+    if kind == "dict" and isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if kind == "value" and not isinstance(value, dict | list):
+        return value
+    if kind == "tensor" and isinstance(value, dict) and set(value) == {"shape", "dtype"}:
+        shape, dtype = value["shape"], _DTYPES.get(str(value["dtype"]))
+        if isinstance(shape, list) and all(type(n) is int and 0 < n < 2**31 for n in shape) and dtype is not None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+    raise ValueError(f"{str(data)[:60]} describes no input")
+
+
+def guesses(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """Likely inputs of ``model``, best first, as meta tensors with a batch of 2."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for shape in dict.fromkeys(_shapes(model)):
+        yield (torch.empty((2, *shape), dtype=dtype, device="meta"),)
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, name, None)
+        shape = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+        if isinstance(shape, tuple | list) and all(isinstance(n, int) for n in shape):
+            yield tuple(shape)
+    first: Any = next((m for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear))), None)
+    if isinstance(first, nn.Linear):
+        yield (first.in_features,)
+        yield (16, first.in_features)
+        return
+    rank = next((n for kind, n in _CONVOLUTIONS.items() if isinstance(first, kind)), 2)
+    channels = first.in_channels if first is not None else 3
+    stated = getattr(model, "image_size", None) or getattr(model, "img_size", None)
+    sides = [stated] if isinstance(stated, int) else []
+    for side in (*sides, *_SIDES[rank]):
+        yield (channels, 16, side, side) if rank == 3 else (channels, *[side] * rank)
+    if channels != 3 and rank == 2:  # the first convolution registered need not be the first one called
+        yield (3, 224, 224)
