@@ -29,11 +29,11 @@ from torch.nn import functional as F
 
 import dcafy
 from dcafy.images.data import open_data
+from dcafy.images.options import DataOptions
 from dcafy.images.order import seeded
 from dcafy.images.pictures import with_channels
 from dcafy.runs.compare import paired_difference
 from dcafy.training import TrainingConfig, finetune
-from dcafy.training.config import DataOptions
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dcafy
-from dcafy import survey
+from dcafy import conversion, survey
 from dcafy.errors import DcafyError, InputError, TracingError
 from dcafy.graph.copies import data_free_copy
 from dcafy.trace.inputs import guesses
-from dcafy.trace.reasons import one_line
+from dcafy.wording import reason_of
 from dcafy.zoos.specs import parse
 
 Row = dict[str, Any]
@@ -122,7 +121,7 @@ def _inspected(spec: str, row: Row, report: Callable[[Row], None]) -> nn.Module 
             with _timed(row["seconds"], "build"):
                 model = parse(spec, {}).build(on_meta=on_meta).eval()
         except Exception as error:  # a network that its own zoo cannot build says nothing about dcafy
-            row.update(traced="not built", error=one_line(error))
+            row.update(traced="not built", error=reason_of(error))
             continue
         row.update(family=family(model), parameters=parameter_count(model), on_meta=on_meta, step="inspect")
         report(row)
@@ -133,7 +132,7 @@ def _inspected(spec: str, row: Row, report: Callable[[Row], None]) -> nn.Module 
             row.update(traced="not", error=str(error))
             continue
         except Exception as error:  # a bug of dcafy; the run goes on and the table says so
-            row.update(traced="not", error=f"BUG: {one_line(error)}")
+            row.update(traced="not", error=f"BUG: {reason_of(error)}")
             continue
         row.pop("error", None)
         row.update(_facts(known))
@@ -172,7 +171,7 @@ def _bare_trace(model: nn.Module, seconds: dict[str, float]) -> str:
         with _timed(seconds, "bare"):
             fx.symbolic_trace(twin)
     except Exception as error:  # networks fail in every way
-        return one_line(error)
+        return reason_of(error)
     return "traced"
 
 
@@ -210,11 +209,11 @@ def _stopwatches(seconds: dict[str, float], parts: tuple[tuple[Any, str, str], .
 _INSPECT: tuple[tuple[Any, str, str], ...] = (
     (survey.Recorder, "record", "trace"),
     (survey, "find", "find"),
-    (survey, "carried_by", "link"),
-    (survey, "predecessors", "link"),
-    (survey, "chains", "link"),
+    (survey, "message_of", "link"),
+    (survey, "earlier", "link"),
+    (survey, "links_in", "link"),
 )
-_EMIT = (importlib.import_module("dcafy.convert"), "connect", "emit")
+_EMIT = (conversion, "connect", "emit")
 
 
 # -- the yardstick ---------------------------------------------------------------------------------
@@ -325,7 +324,7 @@ def _checked(spec: str, meta: nn.Module, row: Row, report: Callable[[Row], None]
         outcomes["convert"] = f"failed: {type(error).__name__}: {error}"
         return
     except Exception as error:  # a bug; the table says so
-        outcomes["convert"] = f"failed: BUG: {one_line(error)}"
+        outcomes["convert"] = f"failed: BUG: {reason_of(error)}"
         return
     outcomes["convert"] = "ok"
     for name, check in CHECKS.items():
@@ -338,7 +337,7 @@ def _checked(spec: str, meta: nn.Module, row: Row, report: Callable[[Row], None]
         except NotApplicable as reason:
             outcomes[name] = f"n/a: {reason}"
         except Exception as error:  # the original ran; whatever the converted one raises is a failure
-            outcomes[name] = f"failed: {one_line(error)}"
+            outcomes[name] = f"failed: {reason_of(error)}"
 
 
 def subject_of(spec: str, meta: nn.Module) -> Subject:
@@ -517,7 +516,7 @@ def check_sizes(subject: Subject) -> str | None:
     try:
         expected = _evaluated(subject.model, images)
     except Exception as error:  # without data it took the size: not every kernel looks at shapes there
-        raise NotApplicable(f"the original takes images of one size ({one_line(error)})") from error
+        raise NotApplicable(f"the original takes images of one size ({reason_of(error)})") from error
     return difference(_evaluated(subject.converted, images), expected)
 
 

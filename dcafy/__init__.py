@@ -6,20 +6,21 @@ and ``dcafy --help`` does not wait for torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dcafy.fronts import front
+from dcafy.version import __version__
 
 if TYPE_CHECKING:
     from dcafy.analysis.usage import usage
     from dcafy.attention.insertion import insert
     from dcafy.checkpoint import load, save
     from dcafy.conversion import convert, inspect
-    from dcafy.emit.connect import connections, freeze_base, parameter_groups, revert
+    from dcafy.converted import connections, freeze_base, parameter_groups, revert
     from dcafy.emit.connection import Connection
     from dcafy.errors import DcafyError
-    from dcafy.plan.blocks import AttentionBlock, Chain, Link, Plan, Skipped
-
-__version__ = "0.1.0"
+    from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped
+    from dcafy.plan.plan import Plan
 
 _HOME = {
     "AttentionBlock": "plan.blocks",
@@ -27,16 +28,16 @@ _HOME = {
     "Connection": "emit.connection",
     "DcafyError": "errors",
     "Link": "plan.blocks",
-    "Plan": "plan.blocks",
+    "Plan": "plan.plan",
     "Skipped": "plan.blocks",
-    "connections": "emit.connect",
+    "connections": "converted",
     "convert": "conversion",
-    "freeze_base": "emit.connect",
+    "freeze_base": "converted",
     "insert": "attention.insertion",
     "inspect": "conversion",
     "load": "checkpoint",
-    "parameter_groups": "emit.connect",
-    "revert": "emit.connect",
+    "parameter_groups": "converted",
+    "revert": "converted",
     "save": "checkpoint",
     "usage": "analysis.usage",
 }
@@ -64,13 +65,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'dcafy' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"dcafy.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = front(__name__, _HOME)

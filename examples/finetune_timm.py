@@ -14,8 +14,8 @@ import timm
 import torch
 
 import dcafy
+from dcafy.images.options import DataOptions
 from dcafy.training import History, TrainingConfig, finetune, open_data
-from dcafy.training.config import DataOptions
 
 
 class Shown(torch.utils.data.Dataset):

@@ -29,8 +29,8 @@ from trained import seeded, trained_like
 import dcafy
 from dcafy.checkpoint.architecture import recognised
 from dcafy.checkpoint.description import Built
+from dcafy.emit.dca import Recipe
 from dcafy.errors import CheckpointError, InputError
-from dcafy.graph.emitted import Recipe
 from dcafy.zoos import specs
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -24,7 +24,9 @@ from dcafy import errors
 from dcafy.cli import main
 from dcafy.cli.app import exit_code
 from dcafy.cli.options import example_input, settings_given
-from dcafy.plan.blocks import Dimension, FusionKind, Gate, Plan
+from dcafy.plan.blocks import Dimension, FusionKind
+from dcafy.plan.gates import GATES
+from dcafy.plan.plan import Plan
 from dcafy.zoos import fitting
 
 SMALL = "torchvision:mobilenet_v3_small"
@@ -126,7 +128,7 @@ def check_document(document):
         assert block["dimension"] in get_args(Dimension)
         assert isinstance(block["channels"], int)
         assert block["size"] is None or all(isinstance(n, int) for n in block["size"])
-        assert block["gate"] in get_args(Gate)
+        assert block["gate"] in GATES
         assert block["fusion_kind"] in get_args(FusionKind)
         for role in ("extraction", "transformation", "fusion"):
             assert block[role]
@@ -287,7 +289,7 @@ def test_a_bug_is_told_with_its_traceback(as_json, command, monkeypatch):
     def broken(model, *, example_inputs=None):
         raise KeyError("surprise")
 
-    monkeypatch.setattr(sys.modules["dcafy.convert"], "appraise", broken)
+    monkeypatch.setattr(dcafy.conversion, "appraise", broken)
     code, out, err = command("inspect", SMALL, *(["--json"] if as_json else []))
     assert (code, out) == (1, "")
     assert "KeyError: 'surprise'" in err
@@ -298,7 +300,7 @@ def test_a_process_that_lost_another_leaves_the_explaining_to_it(command, monkey
     def lost(model, *, example_inputs=None):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9876")
 
-    monkeypatch.setattr(sys.modules["dcafy.convert"], "appraise", lost)
+    monkeypatch.setattr(dcafy.conversion, "appraise", lost)
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = command("inspect", SMALL)
     assert code == 1
@@ -456,7 +458,7 @@ def test_the_input_size_is_looked_with(command, monkeypatch):
         seen.append(example_inputs)
         return Plan((), ())
 
-    monkeypatch.setattr(sys.modules["dcafy.convert"], "appraise", look)
+    monkeypatch.setattr(dcafy.conversion, "appraise", look)
     command("inspect", SMALL, "--input-size", "3x96x64")
     command("inspect", SMALL)
     assert [None if example is None else tuple(example.shape) for example in seen] == [(2, 3, 96, 64), None]
@@ -471,6 +473,6 @@ def test_on_meta_first_and_for_real_where_that_does_not_do(command, monkeypatch)
             raise errors.TracingError("values are needed")
         return Plan((), ())
 
-    monkeypatch.setattr(sys.modules["dcafy.convert"], "appraise", look)
+    monkeypatch.setattr(dcafy.conversion, "appraise", look)
     assert command("inspect", SMALL)[0] == 3
     assert seen == [True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -10,23 +11,39 @@ import torchvision
 
 import dcafy
 from dcafy.attention import ATTENTIONS
-from dcafy.conversion import converted_as
-from dcafy.emit.connection import CHANNEL_MATCHES, SCHEMAS, SPATIAL_MATCHES
+from dcafy.choices import CHOICES
+from dcafy.emit.matching import CHANNEL_MATCHES, SPATIAL_MATCHES
+from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import UsageError
-from dcafy.plan.options import Conversion, check_choices, from_mapping
+from dcafy.link.topology import TOPOLOGIES
+from dcafy.plan.options import Conversion, Linking, Overrides, check
+from dcafy.records import Unknown, Wrong, read
 
 REGISTRIES = {
     "attention": ATTENTIONS,
     "schema": SCHEMAS,
     "channel_match": CHANNEL_MATCHES,
     "spatial_match": SPATIAL_MATCHES,
+    "topology": TOPOLOGIES,
 }
 
 
 @pytest.mark.parametrize("name", REGISTRIES)
 def test_choices_are_the_registered_names(name):
     field = next(item for item in dataclasses.fields(Conversion) if item.name == name)
-    assert set(field.metadata["choices"]) == set(REGISTRIES[name])
+    assert set(field.metadata["choices"] or CHOICES[name]) == set(REGISTRIES[name])
+
+
+def test_a_link_overrides_the_options_that_it_may():
+    assert [item.name for item in dataclasses.fields(Overrides)] == [item.name for item in dataclasses.fields(Linking)]
+
+
+def test_the_signature_of_convert_says_the_options():
+    parameters = inspect.signature(dcafy.convert).parameters
+    for item in dataclasses.fields(Conversion):
+        assert parameters[item.name].default == item.default
+    with pytest.raises(TypeError, match="shema"):
+        dcafy.convert(torchvision.models.resnet18(), shema="direct")
 
 
 @pytest.mark.parametrize("item", dataclasses.fields(Conversion), ids=lambda item: item.name)
@@ -36,26 +53,26 @@ def test_every_option_has_help(item):
 
 def test_a_wrong_choice_names_the_nearest():
     with pytest.raises(UsageError, match="Did you mean 'weighted'"):
-        check_choices(Conversion(schema="wheighted"))
+        check(Conversion(schema="wheighted"), CHOICES)
 
 
 @pytest.mark.parametrize(
     ("data", "says"),
     [
         ({"shema": "direct"}, "Did you mean 'schema'"),
-        ({"reduction": "16"}, "reduction should be int"),
-        ({"reduction": True}, "reduction should be int"),
-        ({"attention": 3}, "attention should be str or None"),
+        ({"reduction": "16"}, "reduction should be a whole number"),
+        ({"reduction": True}, "reduction should be a whole number"),
+        ({"attention": 3}, "attention should be text"),
     ],
 )
 def test_data_that_is_no_configuration(data, says):
-    with pytest.raises(UsageError, match=says):
-        from_mapping(Conversion, data)
+    with pytest.raises((Wrong, Unknown), match=says):
+        read(Conversion, data)
 
 
 def test_data_gives_the_configuration_back():
     conversion = Conversion(attention="se", reduction=4)
-    assert from_mapping(Conversion, dataclasses.asdict(conversion)) == conversion
+    assert read(Conversion, dataclasses.asdict(conversion)) == conversion
 
 
 def test_as_one_value_they_do_what_insert_and_convert_do():
@@ -66,7 +83,7 @@ def test_as_one_value_they_do_what_insert_and_convert_do():
         dcafy.insert(model, "ge-theta", where="layer[34].*", init="paper"), channel_match="fc1", verify=False
     )
     torch.manual_seed(3)
-    at_once = converted_as(model, conversion, verify=False)
+    at_once = dcafy.convert(model, verify=False, **dataclasses.asdict(conversion))
     ours, theirs = at_once.state_dict(), both.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

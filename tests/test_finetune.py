@@ -21,9 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dcafy
+from dcafy.images.options import DataOptions
 from dcafy.runs.compare import compare, paired_difference
-from dcafy.runs.run import Request
-from dcafy.training.config import DataOptions, TrainingConfig
+from dcafy.runs.request import Request
+from dcafy.training.options import TrainingConfig
 from dcafy.training.telling import Listener
 
 TESTS = Path(__file__).parent

@@ -23,11 +23,11 @@ from torch import nn
 import dcafy
 from dcafy.analysis import attention_values, contributions
 from dcafy.analysis.usage import message_shares
+from dcafy.disk import replaced
 from dcafy.errors import SourceError, UsageError
 from dcafy.images.preparation import Preparation
 from dcafy.report import EpochLog, make_report, prepared_for, read_epochs
 from dcafy.report.downloads import download
-from dcafy.report.output import replaced
 from dcafy.report.pictures import read_pictures
 from dcafy.report.text import sparkline
 
@@ -458,9 +458,10 @@ def test_a_full_disk_leaves_no_half_report(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_preparation_is_that_of_the_run(tmp_path: Path) -> None:
+    from dcafy.images.options import DataOptions
     from dcafy.plan.options import Conversion
-    from dcafy.runs.run import Request, write_request
-    from dcafy.training.config import DataOptions, TrainingConfig
+    from dcafy.runs.request import Request, write_request
+    from dcafy.training.options import TrainingConfig
 
     request = Request(SMALL, "digits", None, {}, Conversion(), DataOptions(image_size=96), TrainingConfig(), 0)
     write_request(tmp_path, request)

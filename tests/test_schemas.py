@@ -24,7 +24,8 @@ from trained import seeded, trained_like
 
 import dcafy
 from dcafy.conversion import appraise
-from dcafy.emit.connection import Connection, JoinedConnection, channel_match, spatial_match
+from dcafy.emit.connection import Connection, JoinedConnection
+from dcafy.emit.matching import channel_match, spatial_match
 from dcafy.errors import PlanError, UsageError
 
 EXACT = ("direct", "weighted")

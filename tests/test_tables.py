@@ -9,17 +9,16 @@ import pytest
 from rich.console import Console
 
 import dcafy
-from dcafy.plan.blocks import AttentionBlock, Chain, Cost, Link, Plan, Skipped
+from dcafy.plan.blocks import AttentionBlock, Chain, Cost, Link, Skipped
+from dcafy.plan.plan import Plan
 from dcafy.plan.tables import (
-    DEFAULT_CHANNEL_MATCH,
-    DEFAULT_SPATIAL_MATCH,
     as_text,
     link_matches,
     node_table,
     plan_tables,
-    printable,
     written,
 )
+from dcafy.wording import printable
 
 
 def block(name, dimension="channel", channels=64, size=None, gate="sigmoid", fusion_kind="mul"):
@@ -169,7 +168,15 @@ def test_matches_are_those_where_channels_or_sizes_differ():
 
 def test_matches_are_what_convert_does_by_default():
     defaults = {name: p.default for name, p in inspect.signature(dcafy.convert).parameters.items()}
-    assert (defaults["channel_match"], defaults["spatial_match"]) == (DEFAULT_CHANNEL_MATCH, DEFAULT_SPATIAL_MATCH)
+    shown = {
+        link_matches(plan, link)
+        for plan in PLANS.values()
+        for link in plan.links
+        if link.channel_match is link.spatial_match is None
+    }
+    assert (defaults["channel_match"], None) in shown
+    assert (None, defaults["spatial_match"]) in shown
+    assert shown <= {(defaults["channel_match"], None), (None, defaults["spatial_match"]), (None, None)}
 
 
 def test_nodes_are_all_there_with_their_roles():

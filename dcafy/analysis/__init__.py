@@ -6,9 +6,10 @@
 ``draw``              the blocks and connections as SVG
 """
 
-from dcafy.analysis.contributions import Contribution, contributions
+from dcafy.analysis.contributions import contributions
 from dcafy.analysis.gradcam import GradCam, StageMaps, grad_cam
 from dcafy.analysis.values import AttentionValues, Histogram, attention_values
+from dcafy.plan.blocks import Contribution
 from dcafy.plan.drawing import Drawing, Lane, draw
 
 __all__ = [

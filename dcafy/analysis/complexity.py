@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcafy.analysis.usage import evaluating
+from dcafy.graph.modes import evaluating
 
 __all__ = ["Complexity", "complexity"]
 

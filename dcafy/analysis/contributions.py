@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from torch import nn
 
-from dcafy.emit.connect import connected_modules, connections
+from dcafy.converted import connections
 from dcafy.emit.connection import Connection
-from dcafy.plan.blocks import Dimension, Link, Plan
+from dcafy.emit.dca import connected_modules
+from dcafy.plan.blocks import Contribution, Link
+from dcafy.plan.plan import Plan
 
-__all__ = ["Contribution", "contributions", "recorded_plan"]
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """One connection.
-
-    ``name``        as in :func:`dcafy.connections`
-    ``source``, ``target``   the block that is heard, and the block that hears
-    ``dimension``   what their attention maps vary over
-    ``alpha``, ``beta``      the learned weights of G and of what is heard
-    ``ratio``       ``|β| / (|α| + |β|)``
-    ``parameters``  how many parameters the connection has
-    """
-
-    name: str
-    source: str
-    target: str
-    dimension: Dimension
-    alpha: float
-    beta: float
-    ratio: float
-    parameters: int
+__all__ = ["contributions", "recorded_plan"]
 
 
 def contributions(model: nn.Module) -> tuple[Contribution, ...]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from dcafy.graph.emitted import OWNER
-from dcafy.graph.evaluator import node_value
-from dcafy.survey import Region
+from dcafy.graph.nodes import OWNER, node_value
+from dcafy.graph.paths import joined
+from dcafy.link.region import Region
 
 __all__ = ["Stage", "stages"]
 
@@ -47,7 +47,7 @@ def stages(region: Region) -> tuple[Stage, ...]:
         inside = [block for block in left if min(map(region.order.__getitem__, block.fusions)) <= end]
         left = [block for block in left if block not in inside]
         if inside or made:
-            name = ".".join(part for part in (region.path, path) if part)
+            name = joined(region.path, path)
             made.append(Stage(name, size, node_value(node).shape[1], tuple(b.name for b in inside), node))
     return tuple(made)
 

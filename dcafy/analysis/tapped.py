@@ -22,8 +22,11 @@ from dcafy.analysis.stages import Stage, stages
 from dcafy.find.roles import Found
 from dcafy.graph.copies import shared_copy
 from dcafy.graph.emitted import ConnectedModule
-from dcafy.plan.blocks import AttentionBlock, Plan, Skipped
-from dcafy.survey import Region, survey
+from dcafy.graph.paths import put
+from dcafy.link.region import Region
+from dcafy.plan.blocks import AttentionBlock, Skipped
+from dcafy.plan.plan import Plan
+from dcafy.survey import survey
 from dcafy.trace.fold import CannotEnter, Folded, fold
 
 __all__ = ["Tap", "Tapped", "tapped"]
@@ -91,7 +94,7 @@ def tapped(model: nn.Module, example_inputs: Any = None) -> Tapped:
             inner = host.get_submodule(stage.name) if stage.name else host
             points[stage.name] = taps.behind(stage.node, keeps=False) if stage.node in folded.image else inner
         met += own
-        host = _put(host, region.path, taps.module())
+        host = put(host, region.path, taps.module())
     return Tapped(host, known.plan, maps, tuple(met), points, tuple(unread))
 
 
@@ -142,12 +145,3 @@ class _Taps:
         self.graph.lint()
         self.taps.eval()
         return ConnectedModule(self.host, self.graph, class_name=type(self.host).__name__)
-
-
-def _put(host: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """``host`` with ``module`` at ``path``."""
-    if not path:
-        return module
-    parent, _, name = path.rpartition(".")
-    host.get_submodule(parent)._modules[name] = module
-    return host

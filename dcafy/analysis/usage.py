@@ -6,7 +6,7 @@ scale a message that is next to nothing, or one that the layers behind it ignore
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcafy.emit.connect import connections
+from dcafy.converted import connections
 from dcafy.emit.connection import Connection, JoinedConnection
 from dcafy.errors import InputError
+from dcafy.graph.modes import evaluating
 
 __all__ = ["ConnectionUsage", "Usage", "message_shares", "usage"]
 
@@ -169,15 +170,3 @@ def _cut(cut: Iterable[Connection]) -> Iterator[None]:
     finally:
         for beta, value in before:
             beta.copy_(value)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside it the model is in eval mode; afterwards every module is in the mode it was in."""
-    modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -6,7 +6,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from dcafy.attention.gate import Gate, Init, zero_
+from dcafy.attention.gate import Gate, zero_
+from dcafy.plan.options import Init
 
 __all__ = ["BAM"]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from dcafy.errors import UsageError
+from dcafy.plan.options import Init
 
-__all__ = ["Gate", "Init", "zero_"]
-
-Init = Literal["identity", "paper"]
-"""``identity``: the block starts as an exact no-op. ``paper``: the paper's own form and initialisation."""
+__all__ = ["Gate", "zero_"]
 
 
 class Gate(nn.Module):

@@ -7,7 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from dcafy.attention.gate import Init, zero_
+from dcafy.attention.gate import zero_
+from dcafy.plan.options import Init
 
 __all__ = ["GC"]
 

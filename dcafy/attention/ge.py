@@ -7,8 +7,9 @@ import itertools
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcafy.attention.gate import Gate, Init, zero_
+from dcafy.attention.gate import Gate, zero_
 from dcafy.errors import UsageError
+from dcafy.plan.options import Init
 
 __all__ = ["GEPlain", "GETheta"]
 

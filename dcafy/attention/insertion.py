@@ -18,13 +18,17 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from dcafy.attention import ATTENTIONS, INSERTED, SK, Init, Insertion
+from dcafy.attention.kinds import ATTENTIONS, INSERTED, Insertion
+from dcafy.attention.sk import SK
 from dcafy.attention.units import Kernel, Unit, units
-from dcafy.emit.connect import connected_modules
+from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError, UsageError
 from dcafy.graph.copies import own_copy, shared_copy
-from dcafy.graph.emitted import OWNER, ConnectedModule
-from dcafy.survey import require_module
+from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.nodes import OWNER
+from dcafy.graph.paths import free_name, joined
+from dcafy.plan.options import Init
+from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
 
 __all__ = ["insert"]
@@ -64,14 +68,12 @@ def insert(
     """
     _check(attention, reduction, init)
     require_module(model)
-    if any(True for _ in connected_modules(model)):
+    if is_connected(model):
         raise InputError("The model is connected already. Insert attention first, then convert the result.")
     chosen = units(model, where, example_inputs)
     host = own_copy(model) if copy else shared_copy(model)
     for unit in chosen:
-        parent, _, name = unit.path.rpartition(".")
-        container = host.get_submodule(parent)
-        old = container.get_submodule(name)
+        old = host.get_submodule(unit.path)
         new = _attended(unit, old, attention, reduction, init)
         for holder in list(host.modules()):  # a unit may be shared between several places
             for key, child in holder._modules.items():
@@ -112,7 +114,7 @@ def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init:
         with torch.device(_device(host)):
             module = ATTENTIONS[attention].build(unit.channels, reduction, init, unit.side)
     folded = _folded(unit, reads)
-    name = _free(host, attention.replace("-", "_"))
+    name = free_name(host, attention.replace("-", "_"))
     last = folded.image[reads[-1]]
     with folded.graph.inserting_after(last):
         call = folded.graph.call_module(name, tuple(folded.image[node] for node in reads))
@@ -131,7 +133,7 @@ def _folded(unit: Unit, needed: tuple[fx.Node, ...]) -> Folded:
         hidden = [node for node in needed if node not in folded.image]
         return fold(unit.recording, hidden) if hidden else folded
     except CannotEnter as error:
-        where = ".".join(part for part in (unit.path, error.path) if part)
+        where = joined(unit.path, error.path)
         raise InputError(f"{where} cannot be given attention: {error.reason}. Leave it out with where=.") from error
 
 
@@ -170,12 +172,6 @@ def _norm_and_activation(kernel: Kernel, host: nn.Module) -> list[nn.Module]:
     if kernel.activation.op == "call_module":
         return [norm, copying.deepcopy(host.get_submodule(str(kernel.activation.target)))]
     return [norm, nn.ReLU()]
-
-
-def _free(host: nn.Module, name: str) -> str:
-    while hasattr(host, name):
-        name += "_"
-    return name
 
 
 def _device(host: nn.Module) -> torch.device:

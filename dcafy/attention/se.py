@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dcafy.attention.gate import Gate, Init, zero_
+from dcafy.attention.gate import Gate, zero_
+from dcafy.plan.options import Init
 
 __all__ = ["SE"]
 

@@ -19,15 +19,16 @@ from torch.fx.node import map_arg
 
 from dcafy.errors import InputError, TracingError
 from dcafy.graph.copies import data_free_copy
-from dcafy.graph.emitted import OWNER
-from dcafy.graph.evaluator import Evaluator, node_value
+from dcafy.graph.evaluator import Evaluator
+from dcafy.graph.nodes import OWNER, node_value
 from dcafy.graph.ops import Op, op_name, op_of
+from dcafy.graph.paths import joined
 from dcafy.trace.inputs import as_inputs, guesses, probe
 from dcafy.trace.islands import Observed, observe
-from dcafy.trace.reasons import one_line
 from dcafy.trace.recorder import Recorder
 from dcafy.trace.recording import Recording, passed_through
 from dcafy.trace.witness import judged
+from dcafy.wording import reason_of
 
 __all__ = ["Kernel", "Unit", "units"]
 
@@ -142,13 +143,13 @@ class _Search:
         try:
             recording = Recorder(self.evaluator).record(data_free_copy(module), inputs.args, inputs.kwargs)
         except Exception as error:  # a user's forward may fail in any way; its submodules may be fine
-            yield from self._calls_inside(path, module, inputs, one_line(error))
+            yield from self._calls_inside(path, module, inputs, reason_of(error))
             return
         modules = dict(recording.model.named_modules())
         adding = {str(node.meta.get(OWNER, "")) for node in recording.graph.nodes if _added(node, modules)}
         for call in recording.calls:
             seen = Observed(map_arg(call.args, node_value), map_arg(call.kwargs, node_value))
-            yield _join(path, call.path), seen, call.path in adding
+            yield joined(path, call.path), seen, call.path in adding
         seen_inside = {child: Observed(*arguments) for child, arguments in recording.observed.items()}
         for whole in recording.kept_whole:
             yield from self._outermost(path, {c: o for c, o in seen_inside.items() if c.startswith(f"{whole}.")})
@@ -165,7 +166,7 @@ class _Search:
         """What is called in those called modules that lie in no other one of them."""
         for child, seen in inside.items():
             if not any(child.startswith(f"{other}.") for other in inside):
-                yield from self._below(_join(path, child), seen)
+                yield from self._below(joined(path, child), seen)
 
     def _below(self, path: str, inputs: Observed) -> Iterator[tuple[str, Observed, bool]]:
         if not any(True for _ in self.model.get_submodule(path).children()):
@@ -200,7 +201,7 @@ class _Search:
             recording = record(inputs)
             verdict = judged(recording, self.evaluator, inputs, record)
         except Exception as error:  # as above; here the user asked for this very module
-            raise InputError(f"{path} cannot be given attention: {one_line(error)}.") from error
+            raise InputError(f"{path} cannot be given attention: {reason_of(error)}.") from error
         for reason in verdict.baked.values():
             raise InputError(f"{path} cannot be given attention: {reason}.")
         return dataclasses.replace(recording, held=verdict.held)
@@ -370,7 +371,3 @@ def _is_kernel(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 def _is_activation(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     plain = op_of(node, modules) in (Op.ELEMENTWISE, Op.GATE, Op.OTHER)
     return plain and (node.op == "call_module" or op_name(node, modules) == "relu")
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)

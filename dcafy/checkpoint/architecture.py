@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.attention import INSERTED, Insertion
 from dcafy.attention.insertion import insert
+from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import difference
-from dcafy.emit.connect import connected_modules
+from dcafy.emit.dca import Recipe, connected_modules
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
-from dcafy.graph.emitted import ConnectedModule, Recipe
-from dcafy.plan.tables import printable
+from dcafy.graph.emitted import ConnectedModule
 from dcafy.trace.inputs import from_data
+from dcafy.wording import printable
 from dcafy.zoos import specs
 from dcafy.zoos.packages import ZOOS
 

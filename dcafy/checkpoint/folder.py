@@ -27,11 +27,11 @@ from torch import Tensor
 
 from dcafy.checkpoint.description import FILES, Description, described, read
 from dcafy.checkpoint.tensors import facts, fingerprint
+from dcafy.disk import flush
 from dcafy.errors import CheckpointError
-from dcafy.plan.tables import printable
-from dcafy.sources.files import MARKER
+from dcafy.wording import printable
 
-__all__ = ["OF_A_RUN", "Folder", "flush"]
+__all__ = ["MARKER", "OF_A_RUN", "Folder"]
 
 _STAGED = ".dcafy-"
 """How the names of folders begin that hold what is being saved."""
@@ -210,12 +210,5 @@ class Folder:
             raise CheckpointError(f"{self} could not be {verb}: {printable(reason)}.") from error
 
 
-def flush(path: Path) -> None:
-    """What was written is on the disk (a folder: its list of names)."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no such thing for folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+MARKER = "dcafy.json"
+"""The file that makes a folder one of ``dcafy.save``'s."""

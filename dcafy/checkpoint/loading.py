@@ -17,11 +17,11 @@ from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import restore
 from dcafy.checkpoint.tensors import difference, dtype_named, facts, fingerprint, is_connection, put
 from dcafy.conversion import convert
-from dcafy.emit.connect import connected_modules
+from dcafy.emit.dca import connected_modules, is_connected
 from dcafy.errors import CheckpointError, DcafyError, InputError
-from dcafy.plan.tables import printable
-from dcafy.survey import require_module
+from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import from_data
+from dcafy.wording import printable
 
 __all__ = ["load"]
 
@@ -58,7 +58,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
 
 def _require_unconnected(model: nn.Module) -> None:
     require_module(model)
-    if any(True for _ in connected_modules(model)):
+    if is_connected(model):
         raise InputError(
             "The model is connected already. Pass the network as it was before dcafy.convert; "
             "dcafy.revert(model) gives it."

@@ -11,10 +11,9 @@ from dcafy.checkpoint.description import FILES, Description, Weights, installed_
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import state_of
 from dcafy.checkpoint.tensors import fingerprint, is_connection, pack
-from dcafy.emit.connect import connected_modules
+from dcafy.emit.dca import Recipe, connected_modules
 from dcafy.errors import InputError
-from dcafy.graph.emitted import Recipe
-from dcafy.survey import require_module
+from dcafy.trace.accepted import require_module
 
 __all__ = ["save"]
 

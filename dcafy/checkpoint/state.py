@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dcafy.checkpoint.description import State
 from dcafy.checkpoint.tensors import dtype_named
-from dcafy.emit.connect import keep_in_eval, stays_in_eval
 from dcafy.errors import CheckpointError
-from dcafy.plan.tables import printable
+from dcafy.graph.modes import keep_in_eval, stays_in_eval
+from dcafy.wording import printable
 
 __all__ = ["restore", "state_of"]
 

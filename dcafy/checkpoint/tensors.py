@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcafy.checkpoint.description import Facts
 from dcafy.errors import CheckpointError, InputError
-from dcafy.plan.tables import printable
+from dcafy.wording import printable
 from dcafy.zoos.fitting import Difference
 
 __all__ = ["Packed", "difference", "dtype_named", "facts", "fingerprint", "is_connection", "pack", "put"]

@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dcafy.plan.options import check_choices
+from dcafy.choices import CHOICES
+from dcafy.plan.options import check
 
 __all__ = ["given_options", "with_options"]
 
@@ -34,7 +35,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         made = {}
         for name, kind in configurations.items():
             made[name] = kind(**{item.name: given.pop(item.name) for item in dataclasses.fields(kind)})
-            check_choices(made[name])
+            check(made[name], CHOICES)
         command(**given, **made)
 
     del called.__dict__["__wrapped__"]
@@ -47,7 +48,7 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(configuration)
     made = []
     for item in dataclasses.fields(configuration):
-        choices = item.metadata["choices"]
+        choices = item.metadata["choices"] or CHOICES.get(item.name, ())
         short = item.metadata["short"]
         option = typer.Option(
             *((f"--{item.name.replace('_', '-')}", short) if short else ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,13 +39,13 @@ def convert_command(
     given, example = settings_given(settings), example_input(input_size)
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.checkpoint import save
-        from dcafy.conversion import converted_as
-        from dcafy.emit.connect import connections
+        from dcafy.conversion import convert
+        from dcafy.converted import connections
         from dcafy.sources import open_model
 
         network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model
         before = sum(parameter.numel() for parameter in network.parameters())
-        connected = converted_as(network, conversion, example_inputs=example, verify=verify)
+        connected = convert(network, example_inputs=example, verify=verify, **dataclasses.asdict(conversion))
         save(connected, output, base=base)
     own = sum(p.numel() for name, p in connected.named_parameters() if "dca" in name.split("."))
     added = sum(p.numel() for p in connected.parameters()) - before - own

@@ -14,11 +14,13 @@ from dcafy import errors
 from dcafy.cli.app import app
 from dcafy.cli.configured import given_options, with_options
 from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion
-from dcafy.training.config import DataOptions, RunOptions, TrainingConfig, with_defaults_of
+from dcafy.runs.options import RunOptions, with_defaults_of
+from dcafy.training.options import TrainingConfig
 
 if TYPE_CHECKING:
-    from dcafy.runs.run import Request
+    from dcafy.runs.request import Request
 
 __all__ = ["finetune_command"]
 
@@ -45,7 +47,7 @@ def finetune_command(
     if "seeds" in given and not (run.compare or run.resume):
         raise errors.UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
     with contextlib.redirect_stdout(sys.stderr):
-        from dcafy.runs.run import REQUEST, Request
+        from dcafy.runs.request import REQUEST, Request
         from dcafy.training.parallel import on_main_process
 
         if run.resume and (output / REQUEST).exists():
@@ -69,7 +71,7 @@ def finetune_command(
 
 def _require_free(output: Path) -> None:
     """Nothing where a run may begin."""
-    from dcafy.runs.run import REQUEST, require_empty
+    from dcafy.runs.request import REQUEST, require_empty
 
     if (output / REQUEST).exists():
         raise errors.UsageError(
@@ -81,7 +83,7 @@ def _require_free(output: Path) -> None:
 
 def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     """The request of the run in ``output``, which the options on the command line may repeat but not change."""
-    from dcafy.runs.run import read_request
+    from dcafy.runs.request import read_request
     from dcafy.zoos.specs import runs_code
 
     asked = read_request(output)
@@ -130,7 +132,7 @@ def _as_given(name: str, value: Any) -> str:
 
 def _tell(amiss: tuple[str, ...]) -> None:
     """Names what was found wrong with the labels, and counts it."""
-    from dcafy.plan.tables import printable
+    from dcafy.wording import printable
 
     for text in amiss[:10]:
         print(printable(text), file=sys.stderr)
@@ -140,7 +142,8 @@ def _tell(amiss: tuple[str, ...]) -> None:
 
 def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> str:
     """Runs what was asked for; the summary, for the main process."""
-    from dcafy.runs.run import finish, subject, train, write_request
+    from dcafy.runs.request import write_request
+    from dcafy.runs.run import finish, subject, train
     from dcafy.runs.summary import of_comparison, of_history
     from dcafy.training.parallel import finished, is_main_process, on_main_process
     from dcafy.training.telling import JsonLines, Listener, for_stderr

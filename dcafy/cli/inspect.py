@@ -16,7 +16,8 @@ from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, exa
 if TYPE_CHECKING:
     import torch
 
-    from dcafy.plan.blocks import Link, Plan
+    from dcafy.plan.blocks import Link
+    from dcafy.plan.plan import Plan
 
 __all__ = ["inspect_command", "plan_document"]
 

@@ -104,7 +104,7 @@ def report_command(
 
 
 def _described(findings: Findings) -> str:
-    from dcafy.plan.tables import counted
+    from dcafy.wording import counted
 
     blocks, images = len(findings.plan.blocks), counted(len(findings.pictures), "image")
     if not blocks:

@@ -5,8 +5,9 @@ The names are resolved when they are first used, as those of ``dcafy`` are.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dcafy.fronts import front
 
 if TYPE_CHECKING:
     from dcafy.detection.backbone import with_backbone
@@ -27,7 +28,4 @@ _HOME = {
 __all__ = ["AveragePrecision", "Boxes", "CocoImages", "Detection", "open_coco", "with_backbone", "write_shapes"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'dcafy.detection' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dcafy.detection.{_HOME[name]}"), name)
+__getattr__, __dir__ = front(__name__, _HOME)

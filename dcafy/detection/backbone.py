@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dcafy.attention import INSERTED, Insertion
 from dcafy.attention.insertion import insert
+from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.conversion import convert, inspect
-from dcafy.emit.connect import connected_modules, connections
+from dcafy.converted import connections
+from dcafy.emit.dca import connected_modules, is_connected
 from dcafy.errors import InputError
-from dcafy.plan.blocks import Plan
+from dcafy.plan.plan import Plan
 
 __all__ = ["with_backbone"]
 
@@ -40,7 +41,7 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     >>> len(dcafy.connections(detector)), len(dcafy.connections(classifier))
     (7, 7)
     """
-    if any(True for _ in connected_modules(detector)):
+    if is_connected(detector):
         raise InputError("The detector is connected already. Pass it as it was built, or take dcafy.revert(detector).")
     own = {key: value for key, value in classifier.state_dict().items() if "dca" not in key.split(".")}
     place = _place(detector, own)
@@ -114,7 +115,7 @@ def _take(made: nn.Module, own: dict[str, Tensor], classifier: nn.Module, place:
             theirs = own.get(place.theirs + key.removeprefix(place.ours))
             if theirs is not None and theirs.shape == value.shape:
                 value.copy_(theirs)
-    if any(True for _ in connected_modules(classifier)):
+    if is_connected(classifier):
         ours = connections(made)
         for name, connection in connections(classifier).items():
             if place.moved(name) in ours:
@@ -136,7 +137,7 @@ def _freeze(made: nn.Module, detector: nn.Module) -> None:
     for name, parameter in made.named_parameters():
         if name not in trained and "dca" not in name.split(".") and frozen(name):
             parameter.requires_grad_(False)
-    if any(True for _ in connected_modules(made)):
+    if is_connected(made):
         for name, connection in connections(made).items():
             if frozen(name.partition("<-")[0]):
                 connection.requires_grad_(False)

@@ -12,6 +12,7 @@ from torch import nn
 
 from dcafy.detection.coco import CocoImages, objects
 from dcafy.errors import InputError
+from dcafy.graph.paths import holder, put
 from dcafy.images.data import Data
 
 __all__ = ["classes_of", "labels_for", "needs", "with_classes"]
@@ -114,14 +115,14 @@ def with_classes(model: nn.Module, classes: int) -> tuple[str, ...]:
     modules = dict(model.named_modules())
     changed = []
     for path in (part for layer in head.layers if layer in modules for part in _parts(modules, layer)):
-        old, (parent, _, name) = modules[path], path.rpartition(".")
+        old = modules[path]
         layer = _like(old, classes, present)
         head.fresh(layer)
-        model.get_submodule(parent)._modules[name] = layer
+        put(model, path, layer)
         changed.append(path)
     if head.attribute is not None:
-        parent, _, name = head.attribute.rpartition(".")
-        setattr(model.get_submodule(parent), name, classes)
+        parent, name = holder(model, head.attribute)
+        setattr(parent, name, classes)
     return tuple(changed)
 
 

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 
 from dcafy.errors import InputError, UsageError
 from dcafy.images.data import Data, split
+from dcafy.images.options import DataOptions
 from dcafy.images.order import UnreadableImage
 from dcafy.images.pictures import opened, with_channels
-from dcafy.plan.tables import printable
-from dcafy.training.config import DataOptions
+from dcafy.wording import printable
 
 __all__ = ["Box", "CocoImages", "open_coco"]
 

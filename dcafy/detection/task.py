@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.analysis.usage import evaluating
 from dcafy.errors import InputError, UsageError
+from dcafy.graph.modes import evaluating
 from dcafy.images.order import Sample
-from dcafy.training.config import TrainingConfig
+from dcafy.training.options import TrainingConfig
 from dcafy.training.tasks import Batch, Meter
 
 if TYPE_CHECKING:

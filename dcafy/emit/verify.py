@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcafy.emit.connect import connected_modules
+from dcafy.emit.dca import connected_modules
 from dcafy.errors import InputError, VerificationError
-from dcafy.graph.evaluator import tensors_in
+from dcafy.graph.nodes import tensors_in
+from dcafy.graph.paths import joined
 from dcafy.trace.inputs import real_inputs
-from dcafy.trace.reasons import one_line
+from dcafy.wording import reason_of
 
 __all__ = ["tell_drift", "verify_outputs"]
 
@@ -24,7 +25,7 @@ def verify_outputs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ..
         expected = _output(model, example)
     except Exception as error:  # any forward may refuse its input in any way
         raise InputError(
-            f"{type(model).__name__} does not run on the example input: {one_line(error)}. "
+            f"{type(model).__name__} does not run on the example input: {reason_of(error)}. "
             "Pass example_inputs that it accepts."
         ) from error
     actual = _output(converted, example)
@@ -37,9 +38,7 @@ def verify_outputs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ..
 
 
 def _likely_reason(converted: nn.Module) -> str:
-    bypassed = [
-        f"{at}.{path}".lstrip(".") for at, _, dca in connected_modules(converted) for path in dca.bypassed_hooks
-    ]
+    bypassed = [joined(at, path) for at, _, dca in connected_modules(converted) for path in dca.bypassed_hooks]
     if bypassed:
         return (
             f"It computes inside these modules without calling them, so hooks on them do not fire: "

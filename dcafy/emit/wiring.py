@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from dcafy.emit.connection import Connection, JoinedConnection, channel_match, spatial_match
-from dcafy.errors import PlanError
-from dcafy.find.roles import Found
-from dcafy.link.message import Carried, Unlinkable, mismatch
-from dcafy.plan.blocks import Link
-from dcafy.survey import Region
+from dcafy.emit.connection import Connection, JoinedConnection
+from dcafy.emit.matching import MATCHES
+from dcafy.emit.schemas import SCHEMAS
+from dcafy.errors import PlanError, UsageError
+from dcafy.link.message import Message, Unlinkable
+from dcafy.link.region import Region
+from dcafy.link.topology import TOPOLOGIES, shaped
+from dcafy.plan.blocks import Cost, Link
+from dcafy.plan.options import Linking, check
+from dcafy.plan.plan import Plan
 
-__all__ = ["Wire", "parameter_count", "passed_on", "wires"]
+__all__ = ["Wire", "completed", "cost", "costs", "wires"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ def wires(region: Region, links: tuple[Link, ...], place: dict[str, Any]) -> tup
     extraction outputs. ``place``: device and dtype. Raises ``PlanError`` for a link that no connection can make.
     """
     target = region[links[0].target]
-    passed = [passed_on(region, link) for link in links]
+    messages = [message_for(region, link) for link in links]
     schemas = sorted({link.schema or "direct" for link in links})
     if len(schemas) > 1:
         raise PlanError(
@@ -48,7 +54,7 @@ def wires(region: Region, links: tuple[Link, ...], place: dict[str, Any]) -> tup
             "second term, so that they need the same one."
         )
     every = tuple(range(len(target.contexts)))
-    branched = any(carried.kind == "branches" for carried in passed)
+    branched = any(message.kind == "branches" for message in messages)
     made = []
     for contexts in [(i,) for i in every] if branched else [every]:
         suffix = f"branch{contexts[0]}" if branched else ""
@@ -63,7 +69,7 @@ def wires(region: Region, links: tuple[Link, ...], place: dict[str, Any]) -> tup
     return tuple(made)
 
 
-def parameter_count(region: Region, links: tuple[Link, ...]) -> int:
+def _parameter_count(region: Region, links: tuple[Link, ...]) -> int:
     """How many parameters the connections of these links have, which have all their settings."""
     into: dict[str, list[Link]] = {}
     for link in links:
@@ -72,52 +78,55 @@ def parameter_count(region: Region, links: tuple[Link, ...]) -> int:
     return sum(parameter.numel() for module in made for parameter in module.parameters())
 
 
-def passed_on(region: Region, link: Link) -> Carried:
+def message_for(region: Region, link: Link) -> Message:
     """What the source of a link passes on; ``PlanError`` where the target cannot hear it."""
-    source, target = region[link.source], region[link.target]
-    passed = region.carried[link.source]
-    reason = str(passed) if isinstance(passed, Unlinkable) else mismatch(passed, source, target)
-    if reason or isinstance(passed, Unlinkable):
+    source, target, message = region[link.source], region[link.target], region.messages[link.source]
+    reason = region.obstacle(link.source, link.target)
+    if reason or isinstance(message, Unlinkable):
         raise PlanError(f"{link.target} cannot hear {link.source}: {reason}. Leave the link out of the plan.")
     if source.block.dimension != target.block.dimension:
         raise PlanError(
             f"{link.target} varies over {target.block.dimension}, {link.source} over {source.block.dimension}."
         )
-    return passed
+    return message
 
 
 def _connection(region: Region, link: Link, place: dict[str, Any], matches: dict[Any, nn.Module]) -> Connection:
     """``matches``: matching layers that are there already, by what they match; those of one width are shared."""
-    source, target, passed = region[link.source], region[link.target], passed_on(region, link)
-    kind = link.channel_match if target.block.dimension == "channel" else link.spatial_match
-    key = (kind, link.reduction, link.min_hidden, passed.channels, passed.size)
+    source, target, message = region[link.source], region[link.target], message_for(region, link)
+    matching = MATCHES[target.block.dimension]
+    extent, own = (message.channels, message.size), (target.block.channels, target.block.size)
+    key = (matching.option(link), link.reduction, link.min_hidden, extent)
     if key not in matches:
-        matches[key] = _match(passed, target, link, place)
+        matches[key] = matching.layers(link, extent, own, place)
     return Connection(
         target.block.dimension,
         matches[key],
         schema=link.schema or "direct",
-        bounded=passed.kind in ("product", "branches"),
+        bounded=message.kind in ("product", "branches"),
         source_axis=source.axis,
         target_axis=target.axis,
         **place,
     )
 
 
-def _match(passed: Carried, target: Found, link: Link, place: dict[str, Any]) -> nn.Module:
-    assert link.channel_match is not None
-    assert link.spatial_match is not None
-    assert link.reduction is not None
-    assert link.min_hidden is not None
-    if target.block.dimension == "channel":
-        return channel_match(
-            link.channel_match,
-            passed.channels,
-            target.block.channels,
-            reduction=link.reduction,
-            min_hidden=link.min_hidden,
-            **place,
-        )
-    channels = passed.channels if passed.channels == target.block.channels else 1
-    size, own = passed.size or (), target.block.size or ()
-    return spatial_match(link.spatial_match, size, own, channels=channels, **place)
+def completed(link: Link, options: Linking) -> Link:
+    """The link with every setting that it leaves open filled in; ``PlanError`` where one is not known."""
+    merged = Linking(**options.overridden(link))
+    try:
+        check(merged, {"schema": SCHEMAS}, dashes=False)
+    except UsageError as error:
+        raise PlanError(f"The plan's link from {link.source!r} to {link.target!r}: {error}") from error
+    return dataclasses.replace(link, **dataclasses.asdict(merged))
+
+
+def costs(plan: Plan, regions: Sequence[Region], options: Linking) -> tuple[Cost, ...]:
+    """What each topology would add to the model, with these options."""
+    return tuple(cost(name, shaped(plan, regions, topology=name), regions, options) for name in TOPOLOGIES)
+
+
+def cost(topology: str, plan: Plan, regions: Sequence[Region], options: Linking) -> Cost:
+    """What this plan's links add to the model; ``topology`` is what it is called."""
+    complete = [completed(link, options) for link in plan.links]
+    parts = [(region, tuple(link for link in complete if link.target in region)) for region in regions]
+    return Cost(topology, len(complete), sum(_parameter_count(region, links) for region, links in parts))

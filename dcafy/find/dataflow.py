@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, fx, nn
 
-from dcafy.graph.evaluator import node_value, tensors_in, values_of
+from dcafy.graph.nodes import node_value, tensors_in, values_of
 from dcafy.graph.ops import Op, alters_argument, op_name, op_of
 
 __all__ = ["REARRANGES", "REDUCES", "Dataflow", "is_vector", "positions"]

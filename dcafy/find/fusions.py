@@ -15,16 +15,16 @@ from torch import fx
 from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
 from dcafy.find.roles import Candidate, Found, Roles
 from dcafy.find.walk import RATIOS, Walk
-from dcafy.graph.evaluator import node_value
+from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, gate_of, op_name
-from dcafy.plan.blocks import FusionKind, Gate
+from dcafy.graph.paths import joined
+from dcafy.plan.blocks import FusionKind
+from dcafy.plan.gates import GATES
 
 __all__ = ["ROOT_NAME", "find"]
 
 ROOT_NAME = "root"
 """The name of a block that the network's own forward holds."""
-
-_STRICT: frozenset[Gate] = frozenset({"sigmoid", "hard_sigmoid", "softmax", "tanh"})
 
 
 def find(flow: Dataflow, path: str = "") -> tuple[Found, ...]:
@@ -140,15 +140,15 @@ class _Finder:
 
     def _is_attention(self, core: fx.Node, kind: FusionKind, walk: Walk) -> bool:
         nodes = walk.between | {core}
-        gates = {gate_of(n, self.flow.modules) for n in nodes} - {None}
+        gated = any(GATES[gate].strict for n in nodes if (gate := gate_of(n, self.flow.modules)))
         parametric = any(self.flow.ops[n] is Op.PARAMETRIC for n in walk.between - walk.frontier)
         if not walk.frontier or core in walk.frontier:
             return False
         if kind == "add":
             return parametric and is_vector(node_value(core)) and not walk.local
         if walk.local:
-            return bool(gates & _STRICT)
-        return parametric or bool(gates & _STRICT)
+            return gated
+        return parametric or gated
 
     def _is_foreign(self, small: fx.Node, large: fx.Node) -> bool:
         """Whether the map hears less of the network's inputs than X: it was extracted from something else.
@@ -190,7 +190,7 @@ def _with_unique_names(found: list[Found], path: str) -> tuple[Found, ...]:
     seen: dict[str, int] = {}
     named = []
     for item in found:
-        name = ".".join(part for part in (path, item.block.name) if part) or ROOT_NAME
+        name = joined(path, item.block.name) or ROOT_NAME
         seen[name] = seen.get(name, 0) + 1
         name = name if seen[name] == 1 else f"{name}#{seen[name]}"
         named.append(dataclasses.replace(item, block=dataclasses.replace(item.block, name=name)))

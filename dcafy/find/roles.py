@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
-from dcafy.graph.emitted import OWNER
-from dcafy.graph.evaluator import node_value
+from dcafy.find.layout import Layouts, is_arithmetic
+from dcafy.graph.nodes import OWNER, node_value
 from dcafy.graph.ops import Op, gate_of, op_name
 from dcafy.plan.blocks import AttentionBlock, Dimension, FusionKind
 
@@ -45,8 +44,6 @@ class Found:
 
 _QUOTIENTS = frozenset({"div", "truediv", "itruediv", "true_divide"})
 
-_ARITHMETIC = frozenset({Op.ELEMENTWISE, Op.ADD, Op.MULTIPLY, Op.LAYOUT, Op.EXPAND})
-
 _SHUFFLES = frozenset({"channel_shuffle", "ChannelShuffle"})
 _PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "rearrange"})
 
@@ -69,6 +66,7 @@ class Roles:
 
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
+        self.layouts = Layouts(flow)
 
     def found(self, group: list[Candidate]) -> list[Found]:
         """The block of one map; two blocks where a channel part and a spatial part were joined (BAM)."""
@@ -77,7 +75,7 @@ class Roles:
         fusions = tuple(sorted((c.fusion for c in group), key=self.flow.order.__getitem__))
         by_dimension: dict[Dimension, list[fx.Node]] = {}
         for node in sorted(frontier, key=self.flow.order.__getitem__):
-            by_dimension.setdefault(self._layout(node)[0], []).append(node)
+            by_dimension.setdefault(self.layouts.of(node).dimension, []).append(node)
         if len(by_dimension) == 1:
             contexts = next(iter(by_dimension.values()))
             map_ = self._in_layout_of(contexts[0], first)
@@ -139,7 +137,7 @@ class Roles:
         steps, pending = {node}, [node]
         while pending:
             for source in self.flow.inputs(pending.pop()):
-                if source not in frontier and not self._is_arithmetic(source):
+                if source not in frontier and not is_arithmetic(source, self.flow):
                     return frontier
                 if source not in steps:
                     steps.add(source)
@@ -147,11 +145,6 @@ class Roles:
         joined = steps & frontier
         escapes = any(user in between and user not in steps for step in steps - {node} for user in step.users)
         return frontier if len(joined) < 2 or escapes else (frontier - joined) | {node}
-
-    def _is_arithmetic(self, node: fx.Node) -> bool:
-        """What a quotient of two sums may do to them: flatten, add an epsilon, keep away from 0."""
-        floored = self.flow.ops[node] is Op.GATE and gate_of(node, self.flow.modules) is None  # clamp(min=...)
-        return floored or self.flow.ops[node] in _ARITHMETIC
 
     def _before_layout(self, node: fx.Node, frontier: set[fx.Node]) -> fx.Node:
         while node not in frontier and self.flow.ops[node] is Op.LAYOUT and self.flow.inputs(node):
@@ -166,22 +159,22 @@ class Roles:
         between: frozenset[fx.Node],
         kind: FusionKind,
     ) -> Found:
-        dimension, axis, channels, size = self._layout(contexts[0])
+        layout = self.layouts.of(contexts[0])
         gates = [g for n in sorted(between, key=self.flow.order.__getitem__) if (g := gate_of(n, self.flow.modules))]
         extraction = sorted(self._extraction(contexts), key=self.flow.order.__getitem__)
         visible = sorted((n for n in between if self.flow.ops[n] is not Op.QUERY), key=self.flow.order.__getitem__)
         block = AttentionBlock(
             name=self._home([*extraction, *visible]),
-            dimension=dimension,
-            channels=channels,
-            size=size,
+            dimension=layout.dimension,
+            channels=layout.channels,
+            size=layout.size,
             gate=gates[-1] if gates else "none",
             fusion_kind=kind,
             extraction=tuple(n.name for n in extraction),
             transformation=tuple(n.name for n in visible),
             fusion=tuple(n.name for n in fusions),
         )
-        return Found(block, tuple(contexts), map_, fusions, between, axis, block.bounded)
+        return Found(block, tuple(contexts), map_, fusions, between, layout.axis, block.bounded)
 
     def _extraction(self, contexts: list[fx.Node]) -> set[fx.Node]:
         """The contexts, what they concatenate, and the weights of a soft pooling (GC's mask)."""
@@ -212,71 +205,6 @@ class Roles:
         one_channel = isinstance(value, Tensor) and value.ndim >= 3 and 1 in value.shape[1:]
         return one_channel and op in (Op.LAYOUT, Op.PARAMETRIC)
 
-    # -- shapes ----------------------------------------------------------------------------------
-
-    def _layout(self, node: fx.Node) -> tuple[Dimension, int | None, int, tuple[int, ...] | None]:
-        """Dimension, channel axis, channels and spatial size of G, read off its shape and what it reduced."""
-        shape = tuple(node_value(node).shape)
-        wide = [i for i, n in enumerate(shape) if i and n > 1]
-        axis = self._axis(node, len(shape), len(wide))
-        if len(wide) <= 1 and (len(shape) > 3 or axis is None or axis % len(shape) in (*wide, 0)):
-            return "channel", 1, math.prod(shape[1:]), None
-        if axis is not None:
-            axis = axis % len(shape)
-            size = tuple(n for i, n in enumerate(shape) if i not in (0, axis))
-            return "spatial", 1 if axis == 1 else -1, shape[axis], size
-        return "spatial", None, 1, shape[1:]
-
-    def _axis(self, node: fx.Node, rank: int, wide: int) -> int | None:
-        """Which axis of G holds the channels of what it reduced, if any does."""
-        reduction = self._reduction(node)
-        sources = [n for n in self.flow.inputs(reduction) if isinstance(node_value(n), Tensor)]
-        source = max(sources, key=lambda n: self.flow.sizes[n], default=reduction)
-        ranks = node_value(source).ndim if isinstance(node_value(source), Tensor) else rank
-        if ranks == rank:
-            return self._channel_axis(source)
-        kept = [i for i in range(ranks) if i not in _reduced(reduction, ranks)]
-        channels = self._channel_axis(source) % ranks
-        known = wide > 1 and len(kept) == rank and channels in kept[1:] and not self._is_grouped(source)
-        return kept.index(channels) if known else None
-
-    def _is_grouped(self, node: fx.Node) -> bool:
-        """Whether a view has split an axis of ``node`` in two (groups of channels, frames of a batch)."""
-        while sources := [n for n in self.flow.inputs(node) if isinstance(node_value(n), Tensor)]:
-            source = max(sources, key=lambda n: self.flow.sizes[n])
-            ranks = node_value(source).ndim, node_value(node).ndim
-            if ranks[0] != ranks[1]:
-                return self.flow.ops[node] is Op.LAYOUT and ranks[0] < ranks[1]
-            node = source
-        return False
-
-    def _reduction(self, node: fx.Node) -> fx.Node:
-        """The reduction behind an output of several (``max(1)[0]``), or behind the quotient of a mean by hand."""
-        while self.flow.inputs(node):
-            source = max(self.flow.inputs(node), key=lambda n: self.flow.sizes[n])
-            several = self.flow.ops[node] is Op.SLICE and not isinstance(node_value(source), Tensor)
-            if not several and not self._is_arithmetic(node):
-                break
-            node = source
-        return node
-
-    def _channel_axis(self, node: fx.Node) -> int:
-        """Where ``node`` has its channels: behind, for what a Linear, LayerNorm or permute made of a map."""
-        for _ in range(64):
-            op, value = self.flow.ops[node], node_value(node)
-            if op is Op.PARAMETRIC:
-                name = op_name(node, self.flow.modules).lower()
-                return -1 if "linear" in name or name in ("layernorm", "layer_norm") else 1
-            if op_name(node, self.flow.modules) == "permute":
-                order = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-                return -1 if tuple(order)[-1] == 1 else 1
-            sources = [n for n in self.flow.inputs(node) if isinstance(node_value(n), Tensor)]
-            same = [n for n in sources if isinstance(value, Tensor) and node_value(n).ndim == value.ndim]
-            if not same:
-                return 1
-            node = max(same, key=lambda n: self.flow.sizes[n])
-        return 1
-
     def _home(self, nodes: list[fx.Node]) -> str:
         """The path of the innermost module that holds all of ``nodes``."""
         own = [n for n in nodes if not self.flow.is_connection(n)]
@@ -292,10 +220,3 @@ class Roles:
 def _wide(value: object) -> tuple[int, ...]:
     """A tensor's sizes without axes of one."""
     return tuple(n for n in value.shape if n > 1) if isinstance(value, Tensor) else ()
-
-
-def _reduced(node: fx.Node, rank: int) -> set[int]:
-    """The axes that ``node`` reduces, of so many; none where it does not say."""
-    given = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else ()))
-    axes = given if isinstance(given, tuple | list) else (given,)
-    return {axis % rank for axis in axes if isinstance(axis, int)}

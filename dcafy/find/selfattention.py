@@ -6,8 +6,9 @@ from torch import fx
 
 from dcafy.find.dataflow import Dataflow
 from dcafy.find.roles import Found
-from dcafy.graph.emitted import OWNER
+from dcafy.graph.nodes import OWNER
 from dcafy.graph.ops import Op, op_name
+from dcafy.graph.paths import joined
 from dcafy.plan.blocks import Skipped
 
 __all__ = ["REASON", "self_attention"]
@@ -29,7 +30,7 @@ def self_attention(flow: Dataflow, found: tuple[Found, ...], path: str = "") -> 
     for node in flow.graph.nodes:
         if node in flow.depends and node.name not in ours and _mixes_features(node, flow):
             owner = str(node.target) if node.op == "call_module" else str(node.meta.get(OWNER, ""))
-            owners[".".join(part for part in (path, owner) if part) or "root"] = None
+            owners[joined(path, owner) or "root"] = None
     return tuple(Skipped(owner, REASON) for owner in owners)
 
 

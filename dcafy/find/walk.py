@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from dcafy.find.dataflow import REDUCES, Dataflow, positions
-from dcafy.graph.evaluator import node_value, tensors_in
+from dcafy.graph.nodes import node_value, tensors_in
 from dcafy.graph.ops import Op
 
 __all__ = ["RATIOS", "Walk"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.errors import InputError
-from dcafy.trace.reasons import one_line
+from dcafy.graph.paths import joined
+from dcafy.wording import reason_of
 
 __all__ = ["data_free_copy", "own_copy", "shared_copy"]
 
@@ -49,7 +50,7 @@ def _named_refusals(model: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
         yield
     except Exception as error:  # objects of the user's may refuse in any way
         raise InputError(
-            f"{_uncopyable(model, memo) or type(model).__name__} cannot be copied: {one_line(error)}. Take it off the "
+            f"{_uncopyable(model, memo) or type(model).__name__} cannot be copied: {reason_of(error)}. Take it off the "
             "model, and put it on the result where you need it."
         ) from error
 
@@ -57,8 +58,8 @@ def _named_refusals(model: nn.Module, memo: dict[int, Any]) -> Iterator[None]:
 def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str | None:
     """The first attribute, with its path, that a deep copy stops at."""
     own = ((path, name, value) for path, module in model.named_modules() for name, value in vars(module).items())
-    stops = (f"{path}.{name}" for path, name, value in own if name != "_modules" and not _copies(value, memo))
-    return next((name.lstrip(".") for name in stops), None)
+    stops = (joined(path, name) for path, name, value in own if name != "_modules" and not _copies(value, memo))
+    return next(stops, None)
 
 
 def _copies(value: Any, memo: dict[int, Any]) -> bool:

@@ -12,86 +12,15 @@ import importlib
 import sys
 import types
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from dcafy.emit.connection import Connection
-from dcafy.plan.blocks import Plan
+from dcafy.graph.nodes import OWNER
 
-__all__ = ["OWNER", "ConnectedModule", "Connections", "Recipe"]
-
-OWNER = "owner"
-"""The key, in ``node.meta``, of the path of the module whose forward made the node."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model was converted: enough to do it again.
-
-    ``plan``      what was connected, with every link's settings filled in
-    ``options``   the options of :func:`dcafy.convert`
-    ``model``     ``torchvision:NAME`` or ``timm:NAME`` where known
-    ``arguments`` what the network is built with besides the name
-    ``inputs``    the example it was traced with, as :func:`dcafy.trace.inputs.as_data` writes it down
-    """
-
-    plan: Plan
-    options: dict[str, Any]
-    model: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    inputs: Any = None
-
-
-class Connections(nn.Module):
-    """The submodule ``dca``: every connection at the path of the block that hears, and the recipe.
-
-    ``bypassed_hooks``: the modules of the network, as seen from the graph, with hooks that no longer fire.
-    """
-
-    bypassed_hooks: tuple[str, ...] = ()
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.addresses: dict[str, str] = {}
-
-    def add(self, names: dict[str, str], module: nn.Module, *, at: str) -> str:
-        """Where ``module`` went, as a path below ``dca``: ``at``, or close to it.
-
-        ``names``: name of each connection in it -> its path inside the module. Outer blocks are to be
-        added before inner ones.
-        """
-        parent: nn.Module = self
-        *containers, last = at.split(".")
-        path = []
-        for part in containers:
-            part = part if part in parent._modules and part != "match" else _free(parent, part)
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-            path.append(part)
-        path.append(_free(parent, last))
-        parent.add_module(path[-1], module)
-        address = ".".join(path)
-        for name, inner in names.items():
-            self.addresses[name] = f"{address}.{inner}" if inner else address
-        return address
-
-    def connection(self, name: str) -> Connection:
-        """The connection of that name: the name of the block that hears, as in :func:`dcafy.connections`."""
-        found = self.get_submodule(self.addresses[name])
-        assert isinstance(found, Connection)
-        return found
-
-
-def _free(parent: nn.Module, name: str) -> str:
-    """``name``, changed where ``parent`` has something else under it (a block may be called ``alpha``)."""
-    while hasattr(parent, name):
-        name += "_"
-    return name
+__all__ = ["ConnectedModule"]
 
 
 class ConnectedModule(fx.GraphModule):

@@ -7,20 +7,14 @@ that keep their input's shape are not run at all.
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.trace.dictionaries import is_record, remapped
+__all__ = ["KEEPS_LAYOUT", "Evaluator"]
 
-__all__ = ["KEEPS_LAYOUT", "VALUE", "Evaluator", "node_value", "tensors_in", "values_of"]
-
-VALUE = "value"
-"""The key of a node's value in ``node.meta``."""
 
 KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
     {
@@ -48,54 +42,6 @@ KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
     }
 )
 """Layers whose output is like their input."""
-
-
-def node_value(node: fx.Node) -> Any:
-    """What ``node`` computes on the example: a meta tensor, a number, a tuple, ... or ``None``."""
-    return node.meta.get(VALUE)
-
-
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """The tensors inside nested tuples, lists, dicts and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for part in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, part.name))
-
-
-def values_of(arguments: Any) -> Any:
-    """``arguments`` with every proxy and node replaced by its value."""
-    kind = type(arguments)
-    if issubclass(kind, fx.Proxy):
-        return node_value(arguments.node)
-    if kind is fx.Node:
-        return node_value(arguments)
-    if hasattr(kind, "__fx_create_arg__"):  # a mode, which is recorded as in eval
-        return False
-    if kind is tuple or kind is list:
-        return kind([values_of(item) for item in arguments])
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return kind(*[values_of(item) for item in arguments])
-    if kind is dict or kind is collections.OrderedDict:
-        return kind((key, values_of(item)) for key, item in arguments.items())
-    if is_record(arguments):
-        return remapped(arguments, values_of)
-    if kind is slice:
-        return slice(values_of(arguments.start), values_of(arguments.stop), values_of(arguments.step))
-    if dataclasses.is_dataclass(arguments) and not isinstance(arguments, type):
-        return dataclasses.replace(
-            arguments, **{f.name: values_of(getattr(arguments, f.name)) for f in dataclasses.fields(arguments)}
-        )
-    if issubclass(kind, list):
-        return [values_of(item) for item in arguments]
-    return arguments
 
 
 class Evaluator:

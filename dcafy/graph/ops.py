@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dcafy.plan.blocks import Gate
+from dcafy.plan.gates import GATES
 
 __all__ = ["Op", "alters_argument", "gate_of", "has_parameters", "op_name", "op_of"]
 
@@ -37,8 +37,7 @@ class Op(enum.Enum):
 _NAMES: dict[Op, str] = {
     Op.MULTIPLY: "mul imul multiply addcmul",
     Op.ADD: "add iadd",
-    Op.GATE: "sigmoid Sigmoid expit hardsigmoid Hardsigmoid hard_sigmoid softmax Softmax Softmax2d softmin Softmin "
-    "tanh Tanh hardtanh Hardtanh clamp clip relu6 ReLU6 clamp_max sparsemax",
+    Op.GATE: " ".join(gate.operations for gate in GATES.values()),
     Op.REDUCE: "mean sum amax amin max min std var std_mean var_mean norm logsumexp nanmean median prod "
     "vector_norm linalg_norm linalg_vector_norm nansum aminmax reduce Reduce",
     Op.POOL: "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
@@ -75,13 +74,7 @@ _ATTRIBUTES: dict[str, Op] = {
 
 _TABLE: dict[str, Op] = {name: op for op, names in _NAMES.items() for name in names.split()}
 
-_GATES: dict[str, Gate] = {
-    **dict.fromkeys(("sigmoid", "Sigmoid", "expit"), "sigmoid"),
-    **dict.fromkeys(("hardsigmoid", "Hardsigmoid", "hard_sigmoid"), "hard_sigmoid"),
-    **dict.fromkeys(("softmax", "Softmax", "Softmax2d", "softmin", "Softmin", "sparsemax"), "softmax"),
-    **dict.fromkeys(("tanh", "Tanh"), "tanh"),
-    **dict.fromkeys(("hardtanh", "Hardtanh", "clamp", "clip", "relu6", "ReLU6", "clamp_max"), "clamp"),
-}
+_GATE_OF = {name: gate.name for gate in GATES.values() for name in gate.operations.split()}
 
 
 def op_name(node: fx.Node, modules: dict[str, nn.Module]) -> str:
@@ -134,11 +127,11 @@ def _is_pairwise(node: fx.Node) -> bool:
     return name in ("max", "min") and len(node.args) > 1 and isinstance(node.args[1], fx.Node)
 
 
-def gate_of(node: fx.Node, modules: dict[str, nn.Module]) -> Gate | None:
-    """The gate that ``node`` is, if it is one."""
+def gate_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """The name of the gate that ``node`` is, if it is one."""
     name = op_name(node, modules)
-    gate = _GATES.get(name)
-    if gate == "clamp" and name in ("clamp", "clip") and not _bounded_both_ways(node):
+    gate = _GATE_OF.get(name)
+    if name in ("clamp", "clip") and not _bounded_both_ways(node):
         return None
     return gate
 

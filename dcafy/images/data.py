@@ -18,11 +18,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dcafy.errors import InputError, UsageError
+from dcafy.images.options import DataOptions
 from dcafy.images.order import derived_seed
 from dcafy.images.pictures import decoded, opened
-from dcafy.plan.options import nearest
-from dcafy.plan.tables import printable
-from dcafy.training.config import DataOptions
+from dcafy.wording import nearest, printable
 
 __all__ = ["Data", "FileImages", "IndexedImages", "open_data", "read_idx"]
 

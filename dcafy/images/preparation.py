@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcafy.emit.connect import connected_modules
+from dcafy.emit.dca import connected_modules
+from dcafy.images.options import DataOptions
 from dcafy.images.pictures import with_channels
 from dcafy.trace.inputs import guesses
-from dcafy.training.config import DataOptions
 
 __all__ = ["Preparation", "Prepared", "preparation"]
 

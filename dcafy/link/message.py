@@ -1,4 +1,4 @@
-"""Blocks -> plan: which block hears which, and what the earlier one passes on."""
+"""T̃: what a block passes on, and whether another can hear it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from dcafy.find.layout import DIMENSIONS
 from dcafy.find.roles import Found
-from dcafy.graph.evaluator import Evaluator, node_value, tensors_in
-from dcafy.graph.ops import Op, alters_argument, op_of
-from dcafy.plan.blocks import Chain, Link, Skipped
+from dcafy.graph.evaluator import Evaluator
+from dcafy.graph.nodes import node_value, tensors_in
+from dcafy.graph.ops import Op, op_of
 
-__all__ = ["Carried", "Unlinkable", "branch_maps", "carried_by", "chains", "earlier", "mismatch", "predecessors"]
+__all__ = ["Message", "Unlinkable", "branch_maps", "message_of", "mismatch"]
 
 
 @dataclass(frozen=True)
-class Carried:
+class Message:
     """T̃: what a block passes on to the block that hears it.
 
     ``product``   T ⊙ G: T is bounded
@@ -45,113 +46,31 @@ class Unlinkable(Exception):
     """Why nothing can be passed on from a block."""
 
 
-def predecessors(graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, ...]) -> dict[str, str]:
-    """Block name -> the nearest earlier block of its dimension whose fused output reaches it."""
-    return {target: sources[-1] for target, sources in earlier(graph, modules, found).items()}
-
-
-def earlier(graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, ...]) -> dict[str, tuple[str, ...]]:
-    """Block name -> all earlier blocks of its dimension whose fused outputs reach it, nearest last."""
-    bit = {node: 1 << i for i, block in enumerate(found) for node in block.fusions}
-    bits: dict[fx.Node, int] = {}
-    for i, block in enumerate(found):
-        for node in block.fusions:
-            bit[node] |= 1 << i
-    reach: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        reach[node] = bit.get(node, 0)
-        for source in node.all_input_nodes:
-            reach[node] |= reach[source]
-        altered = node.args[0] if alters_argument(node, modules) and node.args else None
-        while isinstance(altered, fx.Node):  # whoever reads the altered tensor later hears it, too
-            reach[altered] |= reach[node]
-            altered = next(iter(altered.all_input_nodes), None) if op_of(altered, modules) is Op.SLICE else None
-        bits[node] = reach[node]
-    heard: dict[str, tuple[str, ...]] = {}
-    for block in found:
-        reaching = 0
-        for context in block.contexts:
-            for source in context.all_input_nodes:
-                reaching |= bits[source]
-        before = tuple(
-            other.name
-            for i, other in enumerate(found)
-            if reaching >> i & 1 and other is not block and other.block.dimension == block.block.dimension
-        )
-        if before:
-            heard[block.name] = before
-    return heard
-
-
-def chains(
-    found: tuple[Found, ...], heard: dict[str, str], carried: dict[str, Carried | Unlinkable]
-) -> tuple[tuple[Chain, ...], tuple[Skipped, ...]]:
-    """The forest of chains, and every block that could have been connected and is not, with the reason."""
-    by_name = {block.name: block for block in found}
-    links: dict[str, Link] = {}
-    skipped = []
-    for target, source in heard.items():
-        passed = carried[source]
-        reason = str(passed) if isinstance(passed, Unlinkable) else mismatch(passed, by_name[source], by_name[target])
-        if reason:
-            skipped.append(Skipped(target, f"cannot hear {source}: {reason}"))
-        else:
-            links[target] = Link(source, target)
-    home: dict[str, int] = {}
-    groups: list[list[str]] = []
-    for block in found:
-        link = links.get(block.name)
-        home[block.name] = home[link.source] if link else len(groups)
-        if not link:
-            groups.append([])
-        groups[home[block.name]].append(block.name)
-    made = tuple(
-        Chain(by_name[group[0]].block.dimension, tuple(group), tuple(links[n] for n in group if n in links))
-        for group in groups
-    )
-    return made, tuple(skipped)
-
-
-def mismatch(passed: Carried, source: Found, target: Found) -> str | None:
-    """Why ``passed`` cannot be brought to the size of the target's G, or ``None`` where it can."""
-    if passed.kind == "branches" and len(passed.maps) != len(branch_maps(target)):
-        return f"it has a map for each of its {len(passed.maps)} branches, and this block has no such branches"
-    contexts = [node_value(context) for context in target.contexts]
-    kinds = {value[0].numel() if target.block.dimension == "channel" else value.ndim for value in contexts}
-    if len(kinds) > 1:
+def mismatch(message: Message, target: Found) -> str | None:
+    """Why ``message`` cannot be brought to the size of the target's G, or ``None`` where it can."""
+    if message.kind == "branches" and len(message.maps) != len(branch_maps(target)):
+        return f"it has a map for each of its {len(message.maps)} branches, and this block has no such branches"
+    maps = DIMENSIONS[target.block.dimension]
+    if len({maps.kind(node_value(context)) for context in target.contexts}) > 1:
         return "its extraction yields statistics of different sizes"
-    if target.block.dimension == "channel":
-        return None
-    ours, theirs = target.block.channels, passed.channels
-    if passed.size is None or target.block.size is None or len(passed.size) != len(target.block.size):
-        return f"its map {passed.size} and this one {target.block.size} have different axes"
-    if max(ours, theirs) > _FEW and ours != theirs and 1 not in (ours, theirs):
-        return f"maps of {theirs} and of {ours} channels, which only a layer of their own could match"
-    strips = 1 in (*passed.size, *target.block.size)
-    if strips and passed.size != target.block.size:
-        return f"its map {passed.size} and this one {target.block.size} are strips of different lengths"
-    return None
+    return maps.mismatch((message.channels, message.size), (target.block.channels, target.block.size))
 
 
-_FEW = 4
-"""Up to so many channels a map is a stack of descriptors (CBAM's mean and max), not a feature map."""
-
-
-def carried_by(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> Carried | Unlinkable:
+def message_of(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> Message | Unlinkable:
     """What a block passes on, or why it cannot pass on anything; ``modules``: the traced model's, by path."""
     context, map_ = node_value(found.contexts[0]), node_value(found.map)
     if not isinstance(map_, Tensor) or not isinstance(context, Tensor):
         return Unlinkable("its attention map is not one tensor")
     if not found.bounded:
         return _unbounded(found, map_, context)
-    maps = branch_maps(found)
-    if maps and found.block.dimension == "channel":
-        return Carried("branches", found.block.channels, None, maps=maps)
-    if _same_extent(found, map_, context):
-        channels = found.block.channels
-        return Carried("product", channels, found.block.size)
+    own, branches = DIMENSIONS[found.block.dimension], branch_maps(found)
+    if branches and own.has_branches:
+        return Message("branches", found.block.channels, None, maps=branches)
+    extent = found.block.channels, found.block.size
+    if own.is_like(map_, [node_value(context) for context in found.contexts], extent, found.axis):
+        return Message("product", *extent)
     try:
-        return _Refusion(found, modules, evaluator).carried()
+        return _Refusion(found, modules, evaluator).message()
     except Unlinkable as reason:
         return reason
 
@@ -172,33 +91,11 @@ def branch_maps(found: Found) -> tuple[fx.Node, ...]:
     return tuple(maps) if len(set(maps)) == len(found.fusions) > 1 else ()
 
 
-def _unbounded(found: Found, map_: Tensor, context: Tensor) -> Carried | Unlinkable:
-    if found.block.dimension == "channel" and map_.shape[:1] == context.shape[:1]:
-        return Carried("map", map_[0].numel(), None)
-    if found.block.dimension == "channel":
-        return Unlinkable("its attention map has other axes than its context")
-    shape = _as_map(map_, found.axis)
-    if shape is None:
-        return Unlinkable("its attention map has other axes than its context")
-    return Carried("map", shape[0], shape[1:])
-
-
-def _as_map(map_: Tensor, axis: int | None) -> tuple[int, ...] | None:
-    """(channels, *size) of a map in the layout of its block's G."""
-    if axis is None:
-        return (1, *map_.shape[1:])
-    if map_.ndim < 3:
-        return None
-    return (map_.shape[-1], *map_.shape[1:-1]) if axis == -1 else tuple(map_.shape[1:])
-
-
-def _same_extent(found: Found, map_: Tensor, context: Tensor) -> bool:
-    if found.block.dimension == "channel":
-        return all(map_.shape[:1] == c.shape[:1] and map_.numel() == c.numel() for c in map(node_value, found.contexts))
-    if map_.ndim != context.ndim:
-        return False
-    shape = _as_map(map_, found.axis)
-    return shape is not None and shape[1:] == found.block.size and shape[0] in (1, found.block.channels)
+def _unbounded(found: Found, map_: Tensor, context: Tensor) -> Message | Unlinkable:
+    extent = DIMENSIONS[found.block.dimension].extent_of_map(map_, context, found.axis)
+    return (
+        Unlinkable("its attention map has other axes than its context") if extent is None else Message("map", *extent)
+    )
 
 
 class _Refusion:
@@ -209,7 +106,7 @@ class _Refusion:
         self.modules = modules
         self.evaluator = evaluator
 
-    def carried(self) -> Carried:
+    def message(self) -> Message:
         source = self._source()
         steps = self._steps(source)
         fused = self._fused_output(node_value(source).ndim)
@@ -217,12 +114,10 @@ class _Refusion:
         contexts = [values[c] for c in self.found.contexts]
         if not all(isinstance(v, Tensor) for v in contexts):
             raise Unlinkable("its extraction does not yield a tensor on the fused output")
-        if self.found.block.dimension == "channel":
-            return Carried("fused", contexts[0][0].numel(), None, source, fused, steps)
-        shape = _as_map(contexts[0], self.found.axis)
-        if shape is None:
+        extent = DIMENSIONS[self.found.block.dimension].extent(contexts[0], self.found.axis)
+        if extent is None:
             raise Unlinkable("its extraction yields no map on the fused output")
-        return Carried("fused", shape[0], shape[1:], source, fused, steps)
+        return Message("fused", *extent, source, fused, steps)
 
     def _source(self) -> fx.Node:
         """The tensor that is extracted from, before it was only rearranged."""

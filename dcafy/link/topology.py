@@ -1,44 +1,105 @@
-"""Which blocks hear which: the paper's chain, or every block all earlier ones; and what that costs."""
+"""Who hears whom: a topology chooses among the earlier blocks that reach one; grouping and refusals are the same.
+
+Nothing here needs torch: the command reads the names from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from dcafy.emit.wiring import parameter_count
-from dcafy.errors import UsageError
-from dcafy.link.message import Unlinkable, earlier, mismatch
-from dcafy.plan.blocks import Chain, Cost, Link, Plan, Skipped
-from dcafy.settings import Settings
-from dcafy.survey import Region, Survey
+from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped
+from dcafy.plan.plan import Plan
 
-__all__ = ["DIMENSIONS", "TOPOLOGIES", "cost", "costs", "shaped"]
+if TYPE_CHECKING:
+    from dcafy.link.region import Region
 
-DIMENSIONS = ("all", "channel", "spatial")
-"""What may be connected (paper 4.2): DCA-All, DCA-C, DCA-S."""
+__all__ = ["TOPOLOGIES", "Topology", "grouped", "links_in", "shaped"]
+
+Names = tuple[str, ...]
+Topology = Callable[[Names, Names], Names]
+"""(earlier blocks that reach a block, nearest last; those of them that a plan has it hear) -> those that it hears."""
 
 
-def shaped(plan: Plan, known: Survey, *, dimension: str = "all", topology: str = "chain") -> Plan:
-    """The plan with only one dimension's links, and with the links of a topology.
+def _chain(earlier: Names, planned: Names) -> Names:
+    """The nearest one, as in the paper; a plan that is followed says which."""
+    return planned or earlier[-1:]
 
-    Raises ``UsageError`` for a dimension or a topology that there is not.
+
+def _dense(earlier: Names, planned: Names) -> Names:
+    """All of them (paper section 5)."""
+    return earlier
+
+
+TOPOLOGIES: dict[str, Topology] = {"chain": _chain, "dense": _dense}
+"""Name -> the topology."""
+
+
+def links_in(region: Region, topology: str = "chain", plan: Plan | None = None) -> tuple[list[Link], list[Skipped]]:
+    """The links of a region's blocks, and what was wanted and cannot be heard, with the reason.
+
+    With a ``plan`` only the blocks that hear something in it hear anything, from blocks that stand in it; its own links
+    are kept, and new ones have the settings of their target's.
     """
-    for name, value, choices in (("dimension", dimension, DIMENSIONS), ("topology", topology, tuple(TOPOLOGIES))):
-        if value not in choices:
-            raise UsageError(f"{name}={value!r} is not known. Use one of: {', '.join(choices)}.")
-    return TOPOLOGIES[topology](_only(plan, dimension), known)
+    links, skipped = [], []
+    for target, earlier in region.earlier.items():
+        given = {link.source: link for link in plan.links if link.target == target} if plan else {}
+        if plan is not None and not given:
+            continue
+        kept = earlier if plan is None else tuple(name for name in earlier if _stands_in(plan, name))
+        wanted = TOPOLOGIES[topology](kept, tuple(given))
+        for source in (*wanted, *(name for name in given if name not in wanted)):
+            if source in given:
+                links.append(given[source])
+                continue
+            reason = region.obstacle(source, target)
+            if reason is not None:
+                skipped.append(Skipped(target, f"cannot hear {source}: {reason}"))
+                continue
+            settings = next(iter(given.values()), Link(source, target))
+            links.append(dataclasses.replace(settings, source=source))
+    return links, skipped
 
 
-def costs(plan: Plan, known: Survey, settings: Settings) -> tuple[Cost, ...]:
-    """What each topology would add to the model, with these settings."""
-    return tuple(cost(name, shaped(plan, known, topology=name), known, settings) for name in TOPOLOGIES)
+def _stands_in(plan: Plan, name: str) -> bool:
+    return any(name in chain.blocks for chain in plan.chains)
 
 
-def cost(topology: str, plan: Plan, known: Survey, settings: Settings) -> Cost:
-    """What this plan's links add to the model; ``topology`` is what it is called."""
-    complete = [settings.complete(link) for link in plan.links]
-    parts = [(region, tuple(link for link in complete if link.target in region)) for region in known.regions]
-    return Cost(topology, len(complete), sum(parameter_count(region, links) for region, links in parts))
+def grouped(blocks: Iterable[AttentionBlock], links: Iterable[Link], home: Mapping[str, int]) -> tuple[Chain, ...]:
+    """One chain for each set of blocks that links hold together, blocks in the order data meets them.
+
+    ``home``: a number for each block that stands in a chain; those of one number stay together.
+    """
+    place = dict(home)
+    heard: dict[str, list[Link]] = {}
+    for link in links:
+        heard.setdefault(link.target, []).append(link)
+        joined = {place[link.source], place[link.target]}
+        place = {name: min(joined) if number in joined else number for name, number in place.items()}
+    chains = []
+    for number in sorted(set(place.values())):
+        own = [block for block in blocks if place.get(block.name) == number]
+        names = tuple(block.name for block in own)
+        chains.append(Chain(own[0].dimension, names, tuple(link for name in names for link in heard.get(name, ()))))
+    return tuple(chains)
+
+
+def shaped(plan: Plan, regions: Iterable[Region], *, dimension: str = "all", topology: str = "chain") -> Plan:
+    """The plan with only one dimension's links, and with the links of a topology (``TOPOLOGIES``).
+
+    ``dimension``: ``all``, ``channel`` or ``spatial`` (paper 4.2: DCA-All, DCA-C, DCA-S).
+    """
+    plan = _only(plan, dimension)
+    found = [links_in(region, topology, plan) for region in regions]
+    links = [link for made, _ in found for link in made]
+    skipped = tuple(
+        item for item in dict.fromkeys(item for _, left in found for item in left) if item not in plan.skipped
+    )
+    if set(links) == set(plan.links):
+        return dataclasses.replace(plan, skipped=plan.skipped + skipped)
+    home = {name: number for number, chain in enumerate(plan.chains) for name in chain.blocks}
+    return dataclasses.replace(plan, chains=grouped(plan.blocks, links, home), skipped=plan.skipped + skipped)
 
 
 def _only(plan: Plan, dimension: str) -> Plan:
@@ -51,60 +112,3 @@ def _only(plan: Plan, dimension: str) -> Plan:
     )
     chains = tuple(dataclasses.replace(chain, links=()) if chain in others else chain for chain in plan.chains)
     return dataclasses.replace(plan, chains=chains, skipped=plan.skipped + skipped)
-
-
-def _chain(plan: Plan, known: Survey) -> Plan:
-    """The plan as it is: each block hears the nearest earlier one."""
-    return plan
-
-
-def _dense(plan: Plan, known: Survey) -> Plan:
-    """Each block that hears one hears all earlier ones of its dimension that reach it (paper section 5)."""
-    kept = {name for chain in plan.chains for name in chain.blocks}
-    hearing = {link.target for link in plan.links}
-    links: dict[str, list[Link]] = {link.target: [] for link in plan.links}
-    given = {(link.source, link.target): link for link in plan.links}
-    skipped = []
-    for region in known.regions:
-        reached = earlier(region.recording.graph, region.modules, region.found)
-        for target, sources in reached.items():
-            for source in sources if target in hearing else ():
-                reason = _obstacle(region, source, target)
-                if (source, target) in given or (source in kept and reason is None):
-                    links[target].append(given.get((source, target), _like(plan, source, target)))
-                elif source in kept:
-                    skipped.append(Skipped(target, f"cannot hear {source}: {reason}"))
-    chains = tuple(_grouped(plan, links))
-    new = tuple(item for item in dict.fromkeys(skipped) if item not in plan.skipped)
-    return dataclasses.replace(plan, chains=chains, skipped=plan.skipped + new)
-
-
-def _like(plan: Plan, source: str, target: str) -> Link:
-    """A link with the settings of the target's own one."""
-    own = next(link for link in plan.links if link.target == target)
-    return dataclasses.replace(own, source=source)
-
-
-def _obstacle(region: Region, source: str, target: str) -> str | None:
-    """Why ``target`` cannot hear ``source``, or ``None`` where it can."""
-    passed = region.carried[source]
-    return str(passed) if isinstance(passed, Unlinkable) else mismatch(passed, region[source], region[target])
-
-
-def _grouped(plan: Plan, links: dict[str, list[Link]]) -> list[Chain]:
-    """One chain for each set of blocks that links hold together, blocks in the order data meets them."""
-    home = {name: i for i, chain in enumerate(plan.chains) for name in chain.blocks}
-    for heard in links.values():
-        for link in heard:
-            joined = {home[link.source], home[link.target]}
-            home = {name: min(joined) if place in joined else place for name, place in home.items()}
-    chains = []
-    for place in sorted(set(home.values())):
-        blocks = tuple(block.name for block in plan.blocks if home.get(block.name) == place)
-        own = tuple(link for name in blocks for link in links.get(name, ()))
-        chains.append(Chain(plan.block(blocks[0]).dimension, blocks, own))
-    return chains
-
-
-TOPOLOGIES: dict[str, Callable[[Plan, Survey], Plan]] = {"chain": _chain, "dense": _dense}
-"""Name -> the plan in that topology."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dcafy.analysis.contributions import Contribution
-from dcafy.plan.blocks import AttentionBlock, Link, Plan
-from dcafy.plan.tables import link_matches, printable
+from dcafy.plan.blocks import AttentionBlock, Contents, Contribution, Link
+from dcafy.plan.tables import link_matches
+from dcafy.wording import printable
 
 __all__ = ["COLOURS", "Drawing", "Lane", "draw", "lanes_by_name"]
 
@@ -55,7 +55,7 @@ class Lane:
 
 
 def draw(
-    plan: Plan,
+    plan: Contents,
     *,
     lanes: Sequence[Lane] | None = None,
     contributions: Sequence[Contribution] = (),
@@ -75,7 +75,7 @@ def draw(
     return Drawing(_Sheet(plan, lanes_by_name(plan) if lanes is None else lanes, contributions, shares or {}).svg())
 
 
-def lanes_by_name(plan: Plan) -> tuple[Lane, ...]:
+def lanes_by_name(plan: Contents) -> tuple[Lane, ...]:
     """The blocks by the container they lie in, one component below what all names share; else all in one lane."""
     paths = [block.name.split(".") for block in plan.blocks]
     shared = 0
@@ -94,7 +94,7 @@ class _Sheet:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Contents,
         lanes: Sequence[Lane],
         contributions: Sequence[Contribution],
         shares: Mapping[str, float],

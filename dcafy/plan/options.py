@@ -1,81 +1,111 @@
-"""Options as frozen data: what a command asks for, and what a function takes, written down once.
+"""Every option once, as frozen data: its default, its choices and bounds, and its help.
 
-A configuration is a frozen dataclass whose fields carry their help (:func:`setting`). ``dcafy.cli.configured`` makes
-the command's options from it, so that the two cannot drift apart.
+An option is a field of a frozen dataclass (:func:`setting`). The command's options and their help are made from these
+fields (``dcafy.cli.configured``), so is the signature of :func:`dcafy.convert`; a link's own settings are those of
+:class:`Overrides`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 from dcafy.errors import UsageError
+from dcafy.wording import nearest
 
-__all__ = ["Conversion", "check_choices", "from_mapping", "nearest", "setting"]
+__all__ = ["Conversion", "Init", "Inserting", "Linking", "Overrides", "check", "setting", "takes"]
+
+Init = Literal["identity", "paper"]
+"""How inserted attention starts: as an exact no-op, or in the paper's own form and initialisation."""
 
 
 def setting(
-    default: Any, text: str, *, choices: tuple[str, ...] = (), metavar: str | None = None, short: str | None = None
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    below: float = math.inf,
+    metavar: str | None = None,
+    short: str | None = None,
 ) -> Any:
-    """A field with a default, the help that the command shows, the values that it may have, and a short name."""
-    metadata = {"help": text, "choices": choices, "metavar": metavar, "short": short}
+    """A field with a default, the help that the command shows, the values that it may have, and a short name.
+
+    A number with bounds is at least ``least`` (or more than ``above``) and below ``below``.
+    """
+    bounds = None if least is above is None else (least, above, below)
+    metadata = {"help": text, "choices": choices, "metavar": metavar, "short": short, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """`` Did you mean 'x'?`` for the known name most like ``name``; empty where none is.
+def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = None, *, dashes: bool = True) -> None:
+    """Nothing; ``UsageError`` where a field has a value that is none of its choices, or a number out of bounds.
 
-    >>> nearest("adamv", ("adamw", "sgd"))
-    " Did you mean 'adamw'?"
+    ``tables``: choices of fields that do not say them themselves. ``dashes``: whether messages name the command's
+    option, or the argument in Python.
     """
-    found = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
-
-
-def check_choices(configuration: Any) -> None:
-    """Nothing; ``UsageError`` where a field has a value that is none of its choices."""
     for item in dataclasses.fields(configuration):
-        value, choices = getattr(configuration, item.name), item.metadata.get("choices", ())
-        if choices and value is not None and value not in choices:
-            option = item.name.replace("_", "-")
-            raise UsageError(
-                f"--{option} {value!r} is not known.{nearest(str(value), choices)} Use one of: {', '.join(choices)}."
-            )
+        value, meta = getattr(configuration, item.name), item.metadata
+        option = f"--{item.name.replace('_', '-')}" if dashes else item.name
+        choices = meta["choices"] or (tables or {}).get(item.name, ())
+        if value is not None and choices and value not in choices:
+            asked = f"{option} {value!r}" if dashes else f"{option}={value!r}"
+            known = list(choices)
+            raise UsageError(f"{asked} is not known.{nearest(str(value), known)} Use one of: {', '.join(known)}.")
+        if value is not None and meta["bounds"]:
+            _check_bounds(option, value, *meta["bounds"], whole=str(item.type).startswith("int"))
 
 
-def from_mapping(cls: type[Any], data: Mapping[str, Any]) -> Any:
-    """A configuration from data of the same names; ``UsageError`` for a name or a type that it does not have."""
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    for name, value in data.items():
-        if name not in fields:
-            raise UsageError(f"{name!r} is no option of {cls.__name__}.{nearest(name, list(fields))}")
-        kinds = str(fields[name].type).split(" | ")
-        if not any(_is(value, kind) for kind in kinds):
-            raise UsageError(f"{name} should be {' or '.join(kinds)}, not {value!r}.")
-    return cls(**data)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
-
-
-def _is(value: object, kind: str) -> bool:
-    if kind == "None" or isinstance(value, bool):
-        return value is None or kind == "bool"
-    return isinstance(value, _KINDS[kind])
+def _check_bounds(
+    option: str, value: Any, least: float | None, above: float | None, below: float, *, whole: bool
+) -> None:
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    lowest = -math.inf if least is None else least
+    if is_number and value >= lowest and (above is None or value > above) and value < below:
+        return
+    low = f"above {above:g}" if least is None else f"at least {least:g}"
+    high = "finite" if below == math.inf else f"below {below:g}"
+    kind = "a whole number of " if whole and not isinstance(value, int) else ""
+    raise UsageError(f"{option} must be {kind}{low} and {high}, not {value!r}.")
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """The options of :func:`dcafy.convert` and of the insertion before it."""
+class Overrides:
+    """The options of a conversion that one link may have otherwise; ``None``: as the conversion has it."""
 
-    attention: str | None = setting(
-        None,
-        "Put this attention into the network's residual units first.",
-        choices=("se", "ge", "ge-theta", "sk", "cbam", "bam", "gc", "sge", "eca"),
-    )
+    schema: str | None = None
+    channel_match: str | None = None
+    reduction: int | None = None
+    min_hidden: int | None = None
+    spatial_match: str | None = None
+
+
+@dataclass(frozen=True)
+class Linking:
+    """The options of a conversion that a link may override."""
+
+    schema: str = setting("direct", "How a block's own context and what it hears are joined (paper 3.2).")
+    channel_match: str = setting("fc2", "The layers that match widths (paper 3.3).", choices=("fc1", "fc2"))
+    reduction: int = setting(16, "A block's channels over the hidden width of fc2.", least=1)
+    min_hidden: int = setting(8, "The least hidden width of fc2, in channels.", least=1)
+    spatial_match: str = setting("avg", "What shrinks maps (paper 3.3).", choices=("avg", "max", "conv"))
+
+    def overridden(self, own: Overrides) -> dict[str, Any]:
+        """Every option by its name, with those that ``own`` sets in the place of these."""
+        chosen = {item.name: getattr(own, item.name) for item in dataclasses.fields(Overrides)}
+        return {name: getattr(self, name) if value is None else value for name, value in chosen.items()}
+
+
+@dataclass(frozen=True)
+class Inserting:
+    """The options of the insertion before a conversion."""
+
+    attention: str | None = setting(None, "Put this attention into the network's residual units first.")
     attention_reduction: int = setting(16, "Channels over the width of the inserted attention's bottleneck.")
     where: str = setting(
         "auto",
@@ -85,18 +115,32 @@ class Conversion:
     init: str = setting(
         "identity",
         "How inserted attention starts: identity (an exact no-op) or paper (the paper's own form).",
-        choices=("identity", "paper"),
+        choices=get_args(Init),
     )
-    schema: str = setting(
-        "direct",
-        "How a block's own context and what it hears are joined (paper 3.2).",
-        choices=("direct", "weighted", "softmax"),
-    )
-    channel_match: str = setting("fc2", "The layers that match widths (paper 3.3).", choices=("fc1", "fc2"))
-    reduction: int = setting(16, "A block's channels over the hidden width of fc2.")
-    min_hidden: int = setting(8, "The least hidden width of fc2, in channels.")
-    spatial_match: str = setting("avg", "What shrinks maps (paper 3.3).", choices=("avg", "max", "conv"))
+
+
+@dataclass(frozen=True)
+class Conversion(Linking, Inserting):
+    """The options of :func:`dcafy.convert` and of the insertion before it."""
+
     dimension: str = setting("all", "What is connected (paper 4.2).", choices=("channel", "spatial", "all"))
-    topology: str = setting(
-        "chain", "Who hears whom: each block the one before it, or all before it.", choices=("chain", "dense")
-    )
+    topology: str = setting("chain", "Who hears whom: each block the one before it, or all before it.")
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes(configuration: type[Any]) -> Callable[[Function], Function]:
+    """What gives a function's ``**options`` the names and defaults of a configuration's fields in its signature."""
+
+    def decorated(function: Function) -> Function:
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
+            for item in dataclasses.fields(configuration)
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        return function
+
+    return decorated

@@ -15,49 +15,28 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from dcafy.plan.blocks import AttentionBlock, Chain, Link, Plan
+from dcafy.plan.blocks import AttentionBlock, Chain, Contents, Link
+from dcafy.plan.options import Linking
+from dcafy.wording import counted, printable
 
-__all__ = [
-    "WIDTH",
-    "as_text",
-    "counted",
-    "link_matches",
-    "node_table",
-    "plain",
-    "plain_table",
-    "plan_tables",
-    "printable",
-    "written",
-]
-
-DEFAULT_CHANNEL_MATCH = "fc2"
-DEFAULT_SPATIAL_MATCH = "avg"
-"""What :func:`dcafy.convert` does where nothing else is asked for."""
+__all__ = ["WIDTH", "as_text", "link_matches", "node_table", "plain", "plain_table", "plan_tables", "written"]
 
 WIDTH = 120
 """Columns of a plan as plain text."""
 
 
-def printable(name: str) -> str:
-    """``name`` with everything that could steer a terminal written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-
-
-def link_matches(plan: Plan, link: Link) -> tuple[str | None, str | None]:
+def link_matches(plan: Contents, link: Link) -> tuple[str | None, str | None]:
     """How convert will match channels and sizes on this link; ``None`` where they are equal already.
 
-    Maps of the dimension ``spatial`` with different numbers of channels are broadcast, not matched.
+    Maps that have a size are broadcast over channels, not matched.
     """
-    source, target = plan.block(link.source), plan.block(link.target)
-    channels = target.dimension == "channel" and source.channels != target.channels
-    sizes = target.dimension == "spatial" and source.size != target.size
-    return (
-        (link.channel_match or DEFAULT_CHANNEL_MATCH) if channels else None,
-        (link.spatial_match or DEFAULT_SPATIAL_MATCH) if sizes else None,
-    )
+    source, target, options = plan.block(link.source), plan.block(link.target), Linking().overridden(link)
+    channels = target.size is None and source.channels != target.channels
+    sizes = target.size is not None and source.size != target.size
+    return options["channel_match"] if channels else None, options["spatial_match"] if sizes else None
 
 
-def plan_tables(plan: Plan) -> Iterator[RenderableType]:
+def plan_tables(plan: Contents) -> Iterator[RenderableType]:
     """The plan as rich renderables: a headline, the chains, the islands and what was skipped."""
     yield _headline(plan)
     connected = [chain for chain in plan.chains if chain.links]
@@ -76,7 +55,7 @@ def plan_tables(plan: Plan) -> Iterator[RenderableType]:
         yield _titled("what each topology would add, with convert's defaults", _cost_table(plan))
 
 
-def node_table(plan: Plan) -> RenderableType:
+def node_table(plan: Contents) -> RenderableType:
     """Every node of every block with its role, in the order data meets the blocks.
 
     The names are those of the graph in which everything was entered; they inform and do not address.
@@ -91,12 +70,12 @@ def node_table(plan: Plan) -> RenderableType:
     return _titled("nodes", table)
 
 
-def as_text(plan: Plan, *, nodes: bool = False) -> str:
+def as_text(plan: Contents, *, nodes: bool = False) -> str:
     """The plan as plain text of at most 120 columns, without colour."""
     return plain([*plan_tables(plan), *([node_table(plan)] if nodes else [])], WIDTH)
 
 
-def written(plan: Plan, *, nodes: bool = False, terminal: bool = False) -> str:
+def written(plan: Contents, *, nodes: bool = False, terminal: bool = False) -> str:
     """The plan as the command line prints it.
 
     On a terminal that is its width and its colours; in a file or a pipe every name stays on one line,
@@ -134,7 +113,7 @@ def _natural_width(renderable: RenderableType) -> int:
     return Measurement.get(console, console.options, renderable).maximum
 
 
-def _headline(plan: Plan) -> Text:
+def _headline(plan: Contents) -> Text:
     counts = ", ".join(
         (
             counted(len(plan.blocks), "attention block"),
@@ -146,7 +125,7 @@ def _headline(plan: Plan) -> Text:
     return Text.assemble((_name(plan.model or "model").plain, "bold"), f": {counts}\n")
 
 
-def _block_table(plan: Plan, chains: Sequence[Chain]) -> Table:
+def _block_table(plan: Contents, chains: Sequence[Chain]) -> Table:
     """One row for each block; a block that hears several others has them under one another."""
     table = plain_table("block", "dimension", "channels", "size", "gate", "predecessor", "match")
     table.columns[2].justify = "right"
@@ -168,7 +147,7 @@ def _block_table(plan: Plan, chains: Sequence[Chain]) -> Table:
     return table
 
 
-def _cost_table(plan: Plan) -> Table:
+def _cost_table(plan: Contents) -> Table:
     table = plain_table("topology", "connections", "parameters")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -177,7 +156,7 @@ def _cost_table(plan: Plan) -> Table:
     return table
 
 
-def _match(plan: Plan, target: AttentionBlock, link: Link) -> str:
+def _match(plan: Contents, target: AttentionBlock, link: Link) -> str:
     """What a link does to fit, in one word or two: ``fc2 96 to 144``."""
     source = plan.block(link.source)
     channel, spatial = link_matches(plan, link)
@@ -216,8 +195,3 @@ def _lines(texts: Sequence[Text]) -> Text:
 
 def _name(name: str) -> Text:
     return Text(printable(name))
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 block``, ``2 blocks``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

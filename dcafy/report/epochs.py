@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dcafy.errors import SourceError
-from dcafy.plan.tables import printable
+from dcafy.wording import printable
 
 __all__ = ["LOG", "EpochLog", "read_epochs"]
 

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.analysis.complexity import Complexity, complexity
-from dcafy.analysis.contributions import Contribution, contributions, recorded_plan
+from dcafy.analysis.contributions import contributions, recorded_plan
 from dcafy.analysis.gradcam import GradCam, cams_of
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.usage import Usage, message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
-from dcafy.emit.connect import connected_modules, revert
+from dcafy.converted import revert
+from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
-from dcafy.plan.blocks import Plan
+from dcafy.plan.blocks import Contribution
 from dcafy.plan.drawing import Lane, lanes_by_name
+from dcafy.plan.plan import Plan
 from dcafy.report.epochs import EpochLog
 from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
@@ -99,7 +101,7 @@ class Findings:
 
 def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable[[str], None]) -> Findings:
     """What there is to report of ``model``; ``told`` is called with what is being done, step by step."""
-    connected = any(True for _ in connected_modules(model))
+    connected = is_connected(model)
     other = wanted.against if wanted.against is not None or not connected else revert(model)
     told("finding attention")
     copy = tapped(model, _given(model, pictures)[:2])

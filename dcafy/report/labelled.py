@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dcafy.errors import InputError
 from dcafy.images.data import open_data
+from dcafy.images.options import DataOptions
 from dcafy.images.order import UnreadableImage
 from dcafy.images.preparation import Preparation, Prepared
-from dcafy.plan.tables import printable
-from dcafy.training.config import DataOptions
+from dcafy.wording import printable
 
 __all__ = ["MOST_LABELLED", "Labelled", "labelled"]
 

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from dcafy.analysis.gradcam import missing_extra
 from dcafy.analysis.values import check_images
-from dcafy.emit.connect import connected_modules
+from dcafy.disk import replaced
+from dcafy.emit.dca import connected_modules
+from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation, preparation
 from dcafy.report.epochs import EpochLog
 from dcafy.report.findings import Findings, Wanted, look
 from dcafy.report.labelled import labelled
-from dcafy.report.output import replaced
 from dcafy.report.page import page
 from dcafy.report.pictures import as_pictures, read_pictures
-from dcafy.runs.run import REQUEST, Request, read_request
+from dcafy.runs.request import REQUEST, Request, read_request
 from dcafy.trace.inputs import from_data
-from dcafy.training.config import DataOptions
 
 __all__ = ["make_report", "prepared_for", "run_in"]
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from dcafy.analysis.gradcam import missing_extra
 from dcafy.analysis.values import AttentionValues, common_range
 from dcafy.plan.drawing import draw
-from dcafy.plan.tables import counted, printable
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
 from dcafy.report.findings import MOST_CAMS, Findings
 from dcafy.report.thumbnails import data_uri, overlaid, small
+from dcafy.wording import counted, printable
 
 __all__ = ["Plot", "Seen", "page"]
 

@@ -14,7 +14,7 @@ from dcafy.images.order import UnreadableImage
 from dcafy.images.pictures import opened
 from dcafy.images.preparation import Preparation, Prepared
 from dcafy.plan.blocks import Skipped
-from dcafy.plan.tables import printable
+from dcafy.wording import printable
 
 __all__ = ["SUFFIXES", "Pictures", "as_pictures", "read_pictures"]
 

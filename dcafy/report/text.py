@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dcafy.analysis.values import AttentionValues, common_range
-from dcafy.plan.tables import plain_table, plan_tables, printable
+from dcafy.plan.tables import plain_table, plan_tables
 from dcafy.report.findings import Findings
+from dcafy.wording import printable
 
 __all__ = ["bar", "print_findings", "sparkline"]
 

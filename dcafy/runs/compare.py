@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from dcafy.analysis.complexity import complexity
 from dcafy.analysis.usage import Usage
+from dcafy.disk import replace_file
 from dcafy.errors import Interrupted
 from dcafy.runs.recipes import PURPOSES
-from dcafy.runs.run import Request, Subject, finish, subject, train
+from dcafy.runs.request import Request
+from dcafy.runs.run import Subject, finish, subject, train
 from dcafy.runs.timing import step_times
-from dcafy.training.checkpoint import replace_file
 from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
 

@@ -11,14 +11,15 @@ from torch import nn
 
 from dcafy.errors import UsageError
 from dcafy.images.data import Data, open_data
+from dcafy.images.options import DataOptions
 from dcafy.images.order import Sample, Seeded
 from dcafy.images.preparation import Prepared, augmentation, preparation
-from dcafy.training.config import DataOptions, TrainingConfig
 from dcafy.training.head import reheaded
+from dcafy.training.options import TrainingConfig
 from dcafy.training.tasks import Batch, Classification, Task
 
 if TYPE_CHECKING:
-    from dcafy.runs.run import Request
+    from dcafy.runs.request import Request
 
 __all__ = ["PURPOSES", "Purpose", "Ready"]
 
@@ -120,4 +121,4 @@ PURPOSES: dict[str, Purpose] = {
     "classification": Purpose(open_data, _classifier, Classification, _random_images),
     "detection": Purpose(_open_coco, _detector, _detection, _first_images),
 }
-"""What ``--task`` takes (the names are also in ``dcafy.training.config``, which the command reads without torch)."""
+"""What ``--task`` takes (the names are also in ``dcafy.training.options``, which the command reads without torch)."""

@@ -11,75 +11,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from dcafy.checkpoint import save
-from dcafy.conversion import converted_as
-from dcafy.emit.connect import connected_modules, connections, revert
-from dcafy.errors import CheckpointError, UsageError
+from dcafy.conversion import convert, with_attention
+from dcafy.converted import connections, revert
+from dcafy.disk import replace_file
+from dcafy.emit.dca import is_connected
+from dcafy.errors import UsageError
 from dcafy.images.data import Data
 from dcafy.images.order import seeded
-from dcafy.plan.options import Conversion, from_mapping
-from dcafy.plan.tables import printable
+from dcafy.plan.options import Conversion
 from dcafy.runs.recipes import PURPOSES, Ready
+from dcafy.runs.request import Request
 from dcafy.sources import open_model
-from dcafy.training.checkpoint import replace_file
-from dcafy.training.config import DataOptions, TrainingConfig
 from dcafy.training.history import History
 from dcafy.training.loop import finetune
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
+from dcafy.wording import printable
 
-__all__ = [
-    "REQUEST",
-    "Request",
-    "Subject",
-    "finish",
-    "read_request",
-    "require_empty",
-    "subject",
-    "train",
-    "write_request",
-]
-
-REQUEST = "finetune.json"
-"""The name of the request in the folder of a run."""
-
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Request:
-    """All that decides a run. ``seeds``: how many seeds are compared; 0 where nothing is compared."""
-
-    model: str
-    data: str
-    arch: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    conversion: Conversion = field(default_factory=Conversion)
-    images: DataOptions = field(default_factory=DataOptions)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    seeds: int = 0
-    task: str = "classification"
-
-    def anchored(self) -> Request:
-        """The request with absolute paths, so that it means the same in every folder."""
-        kind, colon, rest = self.data.partition(":")
-        if rest and kind in ("imagefolder", "fashion-mnist"):
-            rest = os.path.abspath(rest)
-        elif rest and kind == "torchvision":
-            name, second, root = rest.partition(":")
-            rest = f"{name}{second}{os.path.abspath(root) if root else ''}"
-        elif rest and kind == "coco":
-            rest = ":".join(os.path.abspath(part) if part else "" for part in rest.split(":"))
-        model = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
-        return dataclasses.replace(self, model=model, data=f"{kind}{colon}{rest}")
+__all__ = ["Subject", "finish", "subject", "train"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +58,7 @@ def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: 
     network = source.model
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
-        if any(True for _ in connected_modules(network)):
+        if is_connected(network):
             if request.conversion != Conversion():
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
@@ -112,20 +66,10 @@ def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: 
             if not connect:
                 network = _without_connections(network, request.model)
         elif connect:
-            network = converted_as(network, request.conversion, example_inputs=ready.example, copy=False)
-        elif request.conversion.attention is not None:
-            from dcafy.attention.insertion import insert
-
-            chosen = request.conversion
-            network = insert(
-                network,
-                str(chosen.attention),
-                reduction=chosen.attention_reduction,
-                where=chosen.where,
-                init=chosen.init,  # type: ignore[arg-type]
-                example_inputs=ready.example,
-                copy=False,
-            )
+            options = dataclasses.asdict(request.conversion)
+            network = convert(network, example_inputs=ready.example, copy=False, **options)
+        else:
+            network = with_attention(network, request.conversion, example_inputs=ready.example, copy=False)
     return Subject(network, data, ready)
 
 
@@ -171,7 +115,7 @@ class _Strict(Listener):
 
 def finish(on: Subject, directory: Path) -> None:
     """Saves the trained network in ``directory``: a connected one as :func:`dcafy.save` does."""
-    if any(True for _ in connected_modules(on.network)):
+    if is_connected(on.network):
         save(on.network, directory)
         return
     from safetensors.torch import save_model
@@ -180,58 +124,3 @@ def finish(on: Subject, directory: Path) -> None:
 
 
 # --- the request on the disk ----------------------------------------------------------------------------
-
-
-def require_empty(directory: Path) -> None:
-    """Nothing where a run may begin: a new or empty folder; ``CheckpointError`` where it holds other things."""
-    try:
-        others = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
-    except OSError as error:
-        raise CheckpointError(
-            f"{printable(str(directory))!r} cannot be a folder for a run: {error.strerror}."
-        ) from error
-    others = [name for name in others if not name.startswith(".")]
-    if others:
-        raise CheckpointError(
-            f"{printable(str(directory))!r} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
-            "empty folder."
-        )
-
-
-def write_request(directory: Path, request: Request) -> None:
-    """Puts the request into the folder of its run."""
-    text = json.dumps({"version": _VERSION, **dataclasses.asdict(request)}, indent=2) + "\n"
-    replace_file(directory / REQUEST, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-_PARTS: dict[str, type[Any]] = {"conversion": Conversion, "images": DataOptions, "training": TrainingConfig}
-
-
-def read_request(directory: Path) -> Request:
-    """The request in the folder of a run; ``CheckpointError`` where there is none or it is damaged.
-
-    A request is data: where it names code to import, the command asks for that name again.
-    """
-    file = directory / REQUEST
-    shown = repr(printable(str(file)))
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{printable(str(directory))!r} has no {REQUEST}, so no run was started in it. Start one: dcafy finetune "
-            f"MODEL --data DATA -o {printable(str(directory))}"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown} is damaged ({printable(str(error)[:100])}). Start the run anew.") from error
-    if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
-        raise CheckpointError(f"{shown} was not written by this version of dcafy finetune.")
-    try:
-        parts = {name: from_mapping(kind, data.pop(name)) for name, kind in _PARTS.items()}
-        expected = {"model": str, "data": str, "arch": (str, type(None)), "settings": dict, "seeds": int, "task": str}
-        if data.keys() != expected.keys() or not all(isinstance(data[k], kind) for k, kind in expected.items()):  # type: ignore[arg-type]
-            raise UsageError("its entries are not those of a request")
-        if data["task"] not in PURPOSES:
-            raise UsageError(f"its task {data['task']!r} is not known")
-        return Request(**data, **parts)
-    except (KeyError, TypeError, AttributeError, UsageError) as error:
-        raise CheckpointError(f"{shown} is damaged: {printable(str(error)[:200])}. Start the run anew.") from error

@@ -10,11 +10,12 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from dcafy.analysis.usage import Usage
-from dcafy.plan.tables import WIDTH, plain, printable
+from dcafy.checkpoint.folder import MARKER
+from dcafy.plan.tables import WIDTH, plain
 from dcafy.runs.compare import Comparison
-from dcafy.sources.files import MARKER
 from dcafy.training.history import History
 from dcafy.training.telling import metrics_in_words
+from dcafy.wording import printable
 
 __all__ = ["of_comparison", "of_history"]
 

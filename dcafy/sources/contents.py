@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dcafy.errors import SourceError
-from dcafy.plan.tables import printable
+from dcafy.wording import printable
 
 __all__ = ["network_or_weights"]
 

@@ -18,16 +18,14 @@ from typing import IO, Any
 import torch
 
 from dcafy.errors import SourceError
-from dcafy.plan.tables import printable
 from dcafy.sources.pickles import COMPUTED, PickleContents, lent_classes, load_pickled, read_pickle
-from dcafy.zoos.factories import one_line, working_folder_importable
+from dcafy.wording import one_line, printable
+from dcafy.zoos.factories import working_folder_importable
 
-__all__ = ["MARKER", "listing", "read_object"]
+__all__ = ["listing", "read_object"]
 
 log = logging.getLogger(__name__)
 
-MARKER = "dcafy.json"
-"""The file that makes a folder one of ``dcafy.save``'s."""
 
 _SAVE_AGAIN = "save model.state_dict() with torch.save or safetensors, and open that with --arch"
 

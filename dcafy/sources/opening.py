@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcafy.checkpoint.folder import MARKER
 from dcafy.errors import SourceError, UsageError
 from dcafy.sources.contents import network_or_weights
-from dcafy.sources.files import MARKER, listing, read_object
+from dcafy.sources.files import listing, read_object
 from dcafy.zoos.factories import is_factory
 from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
 from dcafy.zoos.packages import ZOOS

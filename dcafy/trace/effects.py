@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dcafy.graph.emitted import OWNER
+from dcafy.graph.nodes import OWNER
 
 __all__ = ["State", "changed", "forward_globals", "holds_proxy", "python_state", "watched_globals"]
 

@@ -19,8 +19,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from dcafy.graph.emitted import OWNER
-from dcafy.graph.evaluator import VALUE, node_value
+from dcafy.graph.nodes import OWNER, VALUE, node_value
 from dcafy.graph.ops import alters_argument
 from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.errors import InputError
-from dcafy.graph.evaluator import tensors_in
+from dcafy.graph.nodes import tensors_in
 
 __all__ = ["as_data", "as_inputs", "from_data", "guesses", "probe", "real_inputs"]
 

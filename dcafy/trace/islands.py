@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.graph.copies import data_free_copy, shared_copy
-from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator, tensors_in
-from dcafy.trace.reasons import one_line
+from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator
+from dcafy.graph.nodes import tensors_in
+from dcafy.wording import reason_of
 
 __all__ = ["Observed", "observe"]
 
@@ -37,7 +38,7 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
     try:
         return _run(_without_computing(data_free_copy(module), evaluator), inputs.args, inputs.kwargs)
     except Exception as error:  # any forward may fail on meta tensors in any way
-        reason = one_line(error)
+        reason = reason_of(error)
     if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
         return reason
     from dcafy.trace.inputs import real_inputs
@@ -49,7 +50,7 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
         with torch.random.fork_rng():
             return _run(twin, real_inputs(inputs.real, module), inputs.kwargs)
     except Exception as error:  # as above; the caller tells the user
-        return one_line(error)
+        return reason_of(error)
 
 
 _COSTLY = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)

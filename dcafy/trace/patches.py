@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.graph.evaluator import VALUE, values_of
+from dcafy.graph.nodes import VALUE, values_of
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from dcafy.graph.evaluator import node_value
+from dcafy.graph.nodes import node_value
+from dcafy.graph.paths import joined
 
 if TYPE_CHECKING:
     from dcafy.trace.recorder import Recorder
@@ -155,6 +156,6 @@ class Mode:
         return False
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
-        node = tracer.create_node("get_attr", f"{self._path}.training".lstrip("."), (), {})
+        node = tracer.create_node("get_attr", joined(self._path, "training"), (), {})
         node.meta["value"] = False
         return node

@@ -22,16 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.graph.emitted import OWNER, ConnectedModule
-from dcafy.graph.evaluator import VALUE, Evaluator, node_value, values_of
+from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.evaluator import Evaluator
+from dcafy.graph.nodes import OWNER, VALUE, Remake, as_plain, is_record, node_value, parts, remapped, values_of
 from dcafy.graph.ops import alters_argument
-from dcafy.trace.dictionaries import Remake, as_plain, is_record, parts, remapped
+from dcafy.graph.paths import joined
 from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
 from dcafy.trace.named import Scripted
 from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
-from dcafy.trace.reasons import one_line
 from dcafy.trace.recording import Call, Decision, Recording, check_default, passed_through
+from dcafy.wording import reason_of
 
 __all__ = ["Recorder", "is_layer"]
 
@@ -76,7 +77,7 @@ class _OwnedInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         outer = self._recorder._owner
-        self._recorder._owner = ".".join(part for part in (self._path, str(n.meta.get(OWNER, ""))) if part)
+        self._recorder._owner = joined(self._path, str(n.meta.get(OWNER, "")))
         try:
             return super().run_node(n)
         finally:
@@ -324,7 +325,7 @@ class Recorder(fx.Tracer):
             module.__dict__["training"] = mode
             self._owner = outer
             self._take_back(before, state)
-            self.kept_whole[path] = one_line(error)
+            self.kept_whole[path] = reason_of(error)
             return self._leaf(path, module, args, kwargs)
         finally:
             module.__dict__["training"] = mode

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from dcafy.errors import DcafyError
-from dcafy.graph.evaluator import node_value
+from dcafy.graph.nodes import node_value
 
 __all__ = ["Call", "Decision", "Recording", "check_decision", "check_default", "passed_through"]
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
-from dcafy.graph.evaluator import Evaluator, node_value
+from dcafy.graph.evaluator import Evaluator
+from dcafy.graph.nodes import node_value
 from dcafy.trace.recording import Decision, Recording
 
 __all__ = ["Verdict", "judged"]

@@ -6,30 +6,29 @@ for its ``--help`` without waiting for torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dcafy.fronts import front
 
 if TYPE_CHECKING:
     from dcafy.images.data import Data, open_data
-    from dcafy.runs.compare import Comparison
-    from dcafy.training.config import DataOptions, TrainingConfig
+    from dcafy.images.options import DataOptions
     from dcafy.training.history import ConnectionState, Epoch, History
     from dcafy.training.loop import finetune
+    from dcafy.training.options import TrainingConfig
 
 _HOME = {
-    "Comparison": "compare",
     "ConnectionState": "history",
-    "Data": "data",
-    "DataOptions": "config",
+    "Data": "dcafy.images.data",
+    "DataOptions": "dcafy.images.options",
     "Epoch": "history",
     "History": "history",
-    "TrainingConfig": "config",
+    "TrainingConfig": "options",
     "finetune": "loop",
-    "open_data": "data",
+    "open_data": "dcafy.images.data",
 }
 
 __all__ = [
-    "Comparison",
     "ConnectionState",
     "Data",
     "DataOptions",
@@ -41,7 +40,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'dcafy.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dcafy.training.{_HOME[name]}"), name)
+__getattr__, __dir__ = front(__name__, _HOME)

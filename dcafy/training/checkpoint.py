@@ -5,11 +5,8 @@ Tensors and a JSON header in a safetensors file; nothing is pickled.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcafy.checkpoint.folder import flush
 from dcafy.checkpoint.tensors import facts, fingerprint
+from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
-from dcafy.plan.tables import printable
+from dcafy.wording import printable
 
-__all__ = ["CHECKPOINT", "Checkpoint", "read_checkpoint", "replace_file", "write_checkpoint"]
+__all__ = ["CHECKPOINT", "Checkpoint", "read_checkpoint", "write_checkpoint"]
 
 CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
@@ -69,32 +66,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(memory.data_ptr())
         result[name] = value.clone() if shared else value
     return result
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """``path`` with what ``write(beside)`` writes, all at once; ``CheckpointError`` where the disk refuses."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(beside)
-            umask = os.umask(0)
-            os.umask(umask)
-            beside.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
-            flush(beside)
-            os.replace(beside, path)
-            flush(path.parent)
-            for killed in path.parent.glob(f".{path.name}.{8 * '[0-9a-f]'}"):  # what a run wrote as it was killed
-                killed.unlink(missing_ok=True)
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{printable(str(path))!r} could not be written: {printable(reason)}. What was there before is whole. Make "
-            "room or name another folder, then go on with --resume."
-        ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:

@@ -6,7 +6,9 @@ from types import TracebackType
 
 from torch import nn
 
-from dcafy.emit.connect import connected_modules, freeze_base, stays_in_eval
+from dcafy.converted import freeze_base
+from dcafy.emit.dca import is_connected
+from dcafy.graph.modes import stays_in_eval
 
 __all__ = ["FrozenBase"]
 
@@ -24,7 +26,7 @@ class FrozenBase:
     def __enter__(self) -> None:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.kept = {id(module) for module in self.model.modules() if stays_in_eval(module)}
-        if any(True for _ in connected_modules(self.model)):
+        if is_connected(self.model):
             freeze_base(self.model)
         else:
             self.model.requires_grad_(False)

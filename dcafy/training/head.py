@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.analysis.usage import evaluating
 from dcafy.errors import InputError
+from dcafy.graph.modes import evaluating
+from dcafy.graph.paths import put
 
 __all__ = ["outputs_of", "reheaded"]
 
@@ -54,8 +55,7 @@ def reheaded(model: nn.Module, classes: int, images: Tensor) -> tuple[str, ...]:
         )
     else:
         path = _last_layer(model, present, images)
-        parent, _, name = path.rpartition(".")
-        model.get_submodule(parent)._modules[name] = _like(model.get_submodule(path), classes)
+        put(model, path, _like(model.get_submodule(path), classes))
         changed = (path,)
     if outputs_of(model, images) != classes:
         raise InputError(

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from dcafy.analysis.usage import Usage, evaluating, measured_shares, usage
-from dcafy.emit.connect import connected_modules, connections
+from dcafy.analysis.usage import Usage, measured_shares, usage
+from dcafy.converted import connections
+from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError, TrainingError, UsageError
+from dcafy.graph.modes import evaluating
 from dcafy.images.order import Batches, Seeded, Spread, derived_seed
-from dcafy.survey import require_module
+from dcafy.trace.accepted import require_module
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from dcafy.training.config import TrainingConfig
 from dcafy.training.freezing import FrozenBase
 from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.optimization import optimizer_for, scheduler_for
+from dcafy.training.options import TrainingConfig
 from dcafy.training.signals import Interruption
 from dcafy.training.state import Progress, Standing, captured, restored, unlike_numbers
 from dcafy.training.tasks import Batch, Classification, Task
@@ -130,7 +132,7 @@ class _Run:
         self.config, self.task, self.model = config, task, model
         self.accelerator = accelerator_for(config)
         self.listener = listener if self.accelerator.is_main_process else Silent()
-        self.connected = any(True for _ in connected_modules(model))
+        self.connected = is_connected(model)
         model.to(self.accelerator.device)
         data = Seeded(train, seed=derived_seed(config.seed, 1), transform=getattr(train, "transform_sample", None))
         task.check(model, data[(0, 0)])

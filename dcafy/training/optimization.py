@@ -10,16 +10,17 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dcafy.emit.connect import connected_modules, parameter_groups
+from dcafy.converted import parameter_groups
+from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
-from dcafy.training.config import TrainingConfig
+from dcafy.training.options import TrainingConfig
 
 __all__ = ["groups_of", "optimizer_for", "scheduler_for"]
 
 
 def groups_of(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups of a converted model, or of one that is not; no decay on α, β, norms and biases."""
-    if any(True for _ in connected_modules(model)):
+    if is_connected(model):
         return parameter_groups(
             model, lr=config.base_rate, connection_lr=config.connection_rate, weight_decay=config.decay
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcafy.errors import Interrupted
-from dcafy.plan.tables import printable
+from dcafy.wording import printable
 
 __all__ = ["Interruption", "stopped"]
 

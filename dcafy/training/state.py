@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dcafy.checkpoint.tensors import pack
 from dcafy.errors import CheckpointError
-from dcafy.plan.tables import printable
 from dcafy.training.checkpoint import Checkpoint
-from dcafy.training.config import TrainingConfig
 from dcafy.training.history import Epoch
+from dcafy.training.options import TrainingConfig
+from dcafy.wording import printable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

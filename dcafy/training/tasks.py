@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from dcafy.errors import InputError
 from dcafy.images.order import Sample, seeded
-from dcafy.training.config import TrainingConfig
 from dcafy.training.head import outputs_of
+from dcafy.training.options import TrainingConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

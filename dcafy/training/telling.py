@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dcafy.errors import CheckpointError
-from dcafy.plan.tables import printable
-from dcafy.training.config import TrainingConfig
 from dcafy.training.history import Epoch, History
+from dcafy.training.options import TrainingConfig
+from dcafy.wording import printable
 
 __all__ = ["LOG", "Bars", "JsonLines", "Lines", "Listener", "Several", "Silent", "for_stderr", "metrics_in_words"]
 

@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from dcafy.errors import UsageError
-from dcafy.plan.options import nearest
+from dcafy.wording import nearest, one_line
 
-__all__ = ["call_factory", "factory_takes", "is_factory", "one_line", "working_folder_importable"]
+__all__ = ["call_factory", "factory_takes", "is_factory", "working_folder_importable"]
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +77,6 @@ def working_folder_importable() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, short and on one line."""
-    text = " ".join(str(error).split())
-    return (text[:400] + " ..." if len(text) > 400 else text) or "no message"
 
 
 def _resolved(spec: str) -> Any:

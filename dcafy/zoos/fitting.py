@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dcafy.errors import SourceError, UsageError
-from dcafy.plan.tables import printable
+from dcafy.wording import printable
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
 from dcafy.zoos.specs import Recipe
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dcafy.errors import UsageError
-from dcafy.zoos.factories import one_line
+from dcafy.wording import one_line
 
 __all__ = ["ZOOS", "Zoo", "build_on_meta", "check", "installed_names", "named_elsewhere", "quiet"]
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dcafy.errors import SourceError, UsageError
-from dcafy.zoos.factories import call_factory, factory_takes, is_factory, one_line
+from dcafy.wording import one_line
+from dcafy.zoos.factories import call_factory, factory_takes, is_factory
 from dcafy.zoos.packages import ZOOS, build_on_meta, check, named_elsewhere, quiet
 
 __all__ = ["Recipe", "build_architecture", "parse", "runs_code", "unknown"]

@@ -1,0 +1,83 @@
+"""The attentions that can be inserted, by name; each is imported where it is built, so that the names cost nothing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from dcafy.plan.options import Init
+from dcafy.records import one_of, within
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["ATTENTIONS", "INSERTED", "Attention", "Insertion"]
+
+Build = Callable[[int, int, Init, int], "nn.Module"]
+"""(channels, reduction, init, side of the map) -> the module that attends a map."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention that can be inserted; ``obstacle``: why it cannot start as an exact no-op, empty where it can."""
+
+    build: Build
+    obstacle: str = ""
+
+
+def _of(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"dcafy.attention.{module}"), name)
+
+
+def _reduced(module: str, name: str) -> Build:
+    return lambda channels, reduction, init, side: _of(module, name)(channels, reduction, init=init)
+
+
+def _unreduced(module: str, name: str) -> Build:
+    return lambda channels, reduction, init, side: _of(module, name)(channels, init=init)
+
+
+def _ge_theta(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
+    """As many halvings, up to three, as leave maps of 7x7 to be averaged."""
+    steps = next((steps for steps in (3, 2, 1) if side >> steps >= 7), 0)
+    built: nn.Module = _of("ge", "GETheta")(channels, steps, init=init)
+    return built
+
+
+def _sk(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
+    """Built where the convolution is known that it gives a second branch."""
+    from torch import nn
+
+    built: nn.Module = _of("sk", "SK")(channels, nn.Identity(), reduction)
+    return built
+
+
+ATTENTIONS: dict[str, Attention] = {
+    "se": Attention(_reduced("se", "SE")),
+    "ge": Attention(
+        lambda channels, reduction, init, side: _of("ge", "GEPlain")(), obstacle="nothing in it can be trained"
+    ),
+    "ge-theta": Attention(_ge_theta),
+    "sk": Attention(_sk, obstacle="its maps weigh two branches against one another, and the second one is new"),
+    "cbam": Attention(_reduced("cbam", "CBAM")),
+    "bam": Attention(_reduced("bam", "BAM")),
+    "gc": Attention(_reduced("gc", "GC")),
+    "sge": Attention(_unreduced("sge", "SGE")),
+    "eca": Attention(_unreduced("eca", "ECA")),
+}
+"""Name -> the attention."""
+
+INSERTED = "inserted_attention"
+"""The attribute of a network that says what was inserted into it, in this order."""
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """What one call of :func:`dcafy.insert` did: enough to do it again."""
+
+    attention: Annotated[str, one_of(ATTENTIONS)]
+    reduction: Annotated[int, within(1, 2**16)]
+    where: str
+    init: Init

@@ -1,0 +1,189 @@
+"""What brings a message to the size of G (paper 3.3): one class for each dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dcafy.errors import UsageError
+from dcafy.find.layout import Extent
+from dcafy.plan.blocks import Link
+
+__all__ = ["CHANNEL_MATCHES", "MATCHES", "SPATIAL_MATCHES", "Matching", "channel_match", "known", "spatial_match"]
+
+
+def _fc(inputs: int, outputs: int, **place: Any) -> list[nn.Module]:
+    """FC, LayerNorm, ReLU; a LayerNorm over one channel would replace it by its bias for good."""
+    norm = [nn.LayerNorm(outputs, **place)] if outputs > 1 else []
+    return [nn.Linear(inputs, outputs, **place), *norm, nn.ReLU()]
+
+
+def _fc1(inputs: int, outputs: int, reduction: int, min_hidden: int, **place: Any) -> list[nn.Module]:
+    return _fc(inputs, outputs, **place)
+
+
+def _fc2(inputs: int, outputs: int, reduction: int, min_hidden: int, **place: Any) -> list[nn.Module]:
+    hidden = max(outputs // reduction, min_hidden)
+    return _fc(inputs, hidden, **place) + _fc(hidden, outputs, **place)
+
+
+CHANNEL_MATCHES: dict[str, Callable[..., list[nn.Module]]] = {"fc1": _fc1, "fc2": _fc2}
+"""Name -> the layers that bring a vector of another width to G's (paper 3.3)."""
+
+
+def _avg(ratio: tuple[int, ...], channels: int, **place: Any) -> nn.Module:
+    pools: dict[int, Callable[..., nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+    return pools[len(ratio)](ratio, ratio, ceil_mode=True, count_include_pad=False)
+
+
+def _max(ratio: tuple[int, ...], channels: int, **place: Any) -> nn.Module:
+    pools: dict[int, Callable[..., nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+    return pools[len(ratio)](ratio, ratio, ceil_mode=True)
+
+
+def _conv(ratio: tuple[int, ...], channels: int, **place: Any) -> nn.Module:
+    """The learned alternative that the paper argues against; windows overlap, so that every size is covered."""
+    layers: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    window, padding = tuple(2 * r - 1 for r in ratio), tuple(r - 1 for r in ratio)
+    return layers[len(ratio)](channels, channels, window, stride=ratio, padding=padding, **place)
+
+
+SPATIAL_MATCHES: dict[str, Callable[..., nn.Module]] = {"avg": _avg, "conv": _conv, "max": _max}
+"""Name -> the layer that shrinks a map by a whole ratio (paper 3.3)."""
+
+
+def known(table: dict[str, Any], name: str, option: str) -> Any:
+    if name not in table:
+        raise UsageError(f"{option}={name!r} is not known. Use one of: {', '.join(sorted(table))}.")
+    return table[name]
+
+
+def channel_match(
+    kind: str, inputs: int, outputs: int, *, reduction: int = 16, min_hidden: int = 8, **place: Any
+) -> nn.Module:
+    """The layers that bring ``[N, inputs]`` to ``[N, outputs]``; ``nn.Identity`` where nothing is to be done.
+
+    ``fc1``: Linear, LayerNorm, ReLU. ``fc2``: twice that, through ``max(outputs // reduction, min_hidden)``
+    channels. ``place``: device and dtype.
+
+    >>> [type(layer).__name__ for layer in channel_match("fc1", 8, 16)]
+    ['Linear', 'LayerNorm', 'ReLU']
+    """
+    if inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(
+        *known(CHANNEL_MATCHES, kind, "channel_match")(inputs, outputs, reduction, min_hidden, **place)
+    )
+
+
+def spatial_match(
+    kind: str, size: tuple[int, ...], target: tuple[int, ...], *, channels: int = 1, **place: Any
+) -> nn.Module:
+    """The layer that brings a map of ``size`` near ``target``; ``nn.Identity`` where no whole ratio shrinks it.
+
+    ``avg``: average pooling. ``max``: maximum pooling. ``conv``: a strided convolution of ``channels``. What is left
+    (sizes that do not divide, an earlier map that is the smaller one, another image size) the connection
+    evens out by adaptive average pooling or interpolation.
+    """
+    shrink = known(SPATIAL_MATCHES, kind, "spatial_match")
+    ratio = tuple(max(math.ceil(a / b), 1) for a, b in zip(size, target, strict=True))
+    exact = all(math.ceil(a / r) == b for a, r, b in zip(size, ratio, target, strict=True))
+    if size == target or not exact:
+        return nn.Identity()
+    return nn.Sequential(shrink(ratio, channels, **place))
+
+
+class Matching:
+    """How one dimension brings a message to the size of G."""
+
+    def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
+        """The layers that a link with all its settings takes; ``place``: device and dtype."""
+        raise NotImplementedError
+
+    def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
+        """``match(T̃)`` of a connection, in the shape and dtype of G."""
+        raise NotImplementedError
+
+    def option(self, link: Link) -> str:
+        """The kind of layers that a link with all its settings takes."""
+        raise NotImplementedError
+
+
+class _Channel(Matching):
+    def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
+        assert link.reduction is not None
+        assert link.min_hidden is not None
+        sizes = {"reduction": link.reduction, "min_hidden": link.min_hidden}
+        return channel_match(self.option(link), message[0], own[0], **sizes, **place)
+
+    def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
+        message = T_prev
+        if connection.bounded and G_prev is not None:
+            message = message * _shaped(G_prev, message.shape)
+        if not isinstance(connection.match, nn.Identity):
+            message = connection.match(message.flatten(1))
+        return _shaped(message, G.shape).to(G.dtype)
+
+    def option(self, link: Link) -> str:
+        return str(link.channel_match)
+
+
+class _Spatial(Matching):
+    def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
+        channels = message[0] if message[0] == own[0] else 1
+        return spatial_match(self.option(link), message[1] or (), own[1] or (), channels=channels, **place)
+
+    def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
+        target = _channels_first(G, connection.target_axis)
+        message = _channels_first(T_prev, connection.source_axis)
+        if connection.bounded and G_prev is not None:
+            message = message * _channels_first(G_prev, connection.source_axis)
+        if message.shape[1] not in (1, target.shape[1]):  # maps of one channel broadcast over G's
+            message = message.mean(1, keepdim=True)
+        message = _to_size(connection.match(message), target.shape[2:])
+        return _channels_back(message, connection.target_axis).to(G.dtype)
+
+    def option(self, link: Link) -> str:
+        return str(link.spatial_match)
+
+
+def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
+    """``value.reshape(shape)``; itself where it has that shape: autograd pays for a view as for a product."""
+    return value if value.shape == shape else value.reshape(shape)
+
+
+def _channels_first(value: Tensor, axis: int | None) -> Tensor:
+    """A map as ``[N, k, *size]``."""
+    if axis is None:
+        return value.unsqueeze(1)
+    return value.movedim(-1, 1) if axis == -1 else value
+
+
+def _channels_back(value: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return value.squeeze(1)
+    return value.movedim(1, -1) if axis == -1 else value
+
+
+def _to_size(value: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Average pooling that also handles sizes that do not divide; interpolation where the map has to grow."""
+    if value.shape[2:] == size:
+        return value
+    if all(a >= b for a, b in zip(value.shape[2:], size, strict=True)):
+        pools: dict[int, Callable[..., Tensor]] = {
+            1: F.adaptive_avg_pool1d,
+            2: F.adaptive_avg_pool2d,
+            3: F.adaptive_avg_pool3d,
+        }
+        return pools[len(size)](value, size)
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    return F.interpolate(value, size=size, mode=mode, align_corners=False)
+
+
+MATCHES: dict[str, Matching] = {"channel": _Channel(), "spatial": _Spatial()}
+"""Dimension -> its matching."""

@@ -1,0 +1,38 @@
+"""Paths of modules: their parts, joined and taken apart, and what stands at one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["free_name", "holder", "joined", "put"]
+
+
+def joined(*parts: str) -> str:
+    """The parts as one path; empty ones are left out, as the root's own path is empty.
+
+    >>> joined("", "layer1", "0.se")
+    'layer1.0.se'
+    """
+    return ".".join(part for part in parts if part)
+
+
+def holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the one at ``path``, and the name it has there."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """``model`` with ``module`` in the place of what stands at ``path``; ``module`` itself for the root."""
+    if not path:
+        return module
+    parent, name = holder(model, path)
+    parent._modules[name] = module
+    return model
+
+
+def free_name(parent: nn.Module, name: str) -> str:
+    """``name``, changed where ``parent`` has something else under it (a block may be called ``alpha``)."""
+    while hasattr(parent, name):
+        name += "_"
+    return name

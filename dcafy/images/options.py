@@ -1,0 +1,34 @@
+"""Where images come from and how they are shown, as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcafy.plan.options import check, setting
+
+__all__ = ["DataOptions"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the images come from and how they are shown to the network."""
+
+    val_fraction: float = setting(
+        0.2, "The part of the images to validate on, where the data has no part of its own.", above=0, below=1
+    )
+    image_size: int | None = setting(
+        None,
+        "Side of the images in pixels. [default: what the weights were trained with, else the network's own]",
+        least=1,
+    )
+    augment: str = setting(
+        "auto",
+        "How training images are varied: none, shift (by an eighth), standard (random resized crop and flip, as in "
+        "paper 4.1), trivial (standard and TrivialAugment); auto is shift for digits and fashion, else standard.",
+        choices=("auto", "none", "shift", "standard", "trivial"),
+    )
+    download: bool = setting(False, "Fetch a torchvision data set that is not there.")
+    strict: bool = setting(False, "Stop at an image that cannot be read. [default: name, count and skip it]")
+
+    def __post_init__(self) -> None:
+        check(self)

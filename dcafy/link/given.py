@@ -1,0 +1,45 @@
+"""A user's plan, held against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dcafy.errors import PlanError
+from dcafy.link.region import Region
+from dcafy.plan.plan import Plan
+
+__all__ = ["checked"]
+
+
+def checked(plan: Plan, found: Plan, regions: Sequence[Region]) -> Plan:
+    """``plan``, which the user gave, held against what was ``found``; ``PlanError`` says where it does not fit."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"plan must be a dcafy.Plan, not {type(plan).__name__}: take the one that "
+            "dcafy.inspect(model) gives, or read a dict with dcafy.Plan.from_dict."
+        )
+    names = [block.name for block in found.blocks]
+    for link in plan.links:
+        for name in (link.source, link.target):
+            if name not in names:
+                raise PlanError(
+                    f"The plan links {name!r}, which is no attention block of this model. "
+                    f"Its blocks are: {', '.join(names) or 'none'}. Make the plan with dcafy.inspect(model)."
+                )
+        if names.index(link.source) >= names.index(link.target):
+            raise PlanError(f"The plan links {link.source!r} to {link.target!r}, which data meets before it.")
+        if not any(link.source in region and link.target in region for region in regions):
+            raise PlanError(f"{link.source!r} and {link.target!r} lie in different islands, which share no graph.")
+    for name in dict.fromkeys(name for link in plan.links for name in (link.source, link.target)):
+        ours, theirs = found.block(name), next((b for b in plan.blocks if b.name == name), None)
+        for fact in ("dimension", "channels", "gate", "fusion_kind") if theirs else ():
+            if getattr(theirs, fact) != getattr(ours, fact):
+                raise PlanError(
+                    f"The plan was made for another network: its block {name!r} has {fact} {getattr(theirs, fact)!r}, "
+                    f"this model's {getattr(ours, fact)!r}. Make the plan with dcafy.inspect(model)."
+                )
+    heard = [(link.source, link.target) for link in plan.links]
+    twice = next((pair for pair in heard if heard.count(pair) > 1), None)
+    if twice:
+        raise PlanError(f"The plan links {twice[0]!r} to {twice[1]!r} more than once.")
+    return plan

@@ -1,0 +1,119 @@
+"""A plan: what may be done with what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dcafy.errors import PlanError
+from dcafy.plan.blocks import Chain, Contents, Link, Skipped
+from dcafy.records import Format, OtherVersion, Unknown, Wrong, read, written
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+__all__ = ["Plan"]
+
+FORMAT = Format("schema_version", 1)
+"""The version of a plan as JSON."""
+
+
+@dataclass(frozen=True)
+class Plan(Contents):
+    """What was found in a network and what will be connected: immutable, printable, serialisable.
+
+    ``blocks``     every attention block, in the order data meets them
+    ``chains``     a forest: each block stands in exactly one chain, alone where nothing links to it
+    ``skipped``    what was seen and will not be connected, with reasons
+    ``islands``    paths of the submodules that were traced on their own (empty: the root was traced)
+    ``model``      the model's name or class, for the reader
+    ``costs``      what each topology would add, as far as it was asked for
+    """
+
+    def without(self, *names: str) -> Plan:
+        """The plan with these blocks left unconnected; their successors hear their predecessors.
+
+        >>> import dcafy, torchvision
+        >>> plan = dcafy.inspect(torchvision.models.mobilenet_v3_small())
+        >>> shorter = plan.without(plan.blocks[1].name)
+        >>> len(plan.links) - len(shorter.links)
+        1
+        """
+        dropped = {self.block(name).name for name in names}
+        chains = tuple(_bridge(chain, dropped) for chain in self.chains)
+        chains = tuple(chain for chain in chains if chain.blocks)
+        left_out = tuple(Skipped(b.name, "left out with Plan.without") for b in self.blocks if b.name in dropped)
+        return dataclasses.replace(self, chains=chains, skipped=self.skipped + left_out)
+
+    def replace_link(self, source: str, target: str, **settings: Any) -> Plan:
+        """The plan with other settings on one link (``schema``, ``channel_match``, ``reduction``, ...)."""
+        if not any((link.source, link.target) == (source, target) for link in self.links):
+            raise PlanError(f"The plan has no link from {source!r} to {target!r}.")
+        chains = tuple(
+            dataclasses.replace(
+                chain,
+                links=tuple(
+                    dataclasses.replace(link, **settings) if (link.source, link.target) == (source, target) else link
+                    for link in chain.links
+                ),
+            )
+            for chain in self.chains
+        )
+        return dataclasses.replace(self, chains=chains)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data; ``Plan.from_dict`` gives the same plan back."""
+        return FORMAT.stamped(written(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that ``to_dict`` described; ``PlanError`` where the data is not a plan."""
+        try:
+            plan: Plan = read(cls, FORMAT.opened(data))
+        except OtherVersion as error:
+            raise PlanError(
+                f"This plan has {FORMAT.key} {error.version!r}; this dcafy reads {FORMAT.version}. "
+                "Make the plan again with dcafy.inspect, or install the dcafy that wrote it."
+            ) from error
+        except (Wrong, Unknown, AttributeError) as error:
+            raise PlanError(f"This is not a plan written by Plan.to_dict: {error}.") from error
+        return plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from dcafy.plan.tables import plan_tables
+
+        yield from plan_tables(self)
+
+    def _repr_svg_(self) -> str:
+        from dcafy.plan.drawing import draw
+
+        return draw(self).svg
+
+    def __str__(self) -> str:
+        from dcafy.plan.tables import as_text
+
+        return as_text(self)
+
+
+def _bridge(chain: Chain, dropped: set[str]) -> Chain:
+    """The chain without the dropped blocks: who heard a dropped block hears what that block heard."""
+    heard: dict[str, list[str]] = {}
+    for link in chain.links:
+        heard.setdefault(link.target, []).append(link.source)
+
+    def sources(name: str) -> Iterator[str]:
+        for source in heard.get(name, ()):
+            if source in dropped:
+                yield from sources(source)
+            else:
+                yield source
+
+    kept = {(link.source, link.target): link for link in chain.links}
+    links = []
+    for target in dict.fromkeys(link.target for link in chain.links):
+        if target in dropped:
+            continue
+        links += [kept.get((s, target), Link(s, target)) for s in dict.fromkeys(sources(target))]
+    return Chain(chain.dimension, tuple(b for b in chain.blocks if b not in dropped), tuple(links))

@@ -1,0 +1,72 @@
+"""What a run trains on, where it is kept and how it begins, as frozen data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcafy.plan.options import check, setting
+from dcafy.training.options import TrainingConfig
+
+__all__ = ["TASKS", "RunOptions", "with_defaults_of"]
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "classification": {},
+    "detection": {"optimizer": "sgd", "schedule": "multistep", "epochs": 12, "batch_size": 16},
+}
+"""What a network can be trained for -> the defaults that are others for it."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run trains on, where it is kept, and how it begins."""
+
+    data: str | None = setting(
+        None,
+        "The images: imagefolder:PATH (with train/ and val/, or one folder for each class), torchvision:NAME:ROOT such "
+        "as torchvision:CIFAR10:data, digits, or fashion-mnist[:PATH]. With --task detection: "
+        "coco:IMAGES:ANNOTATIONS.json, or coco:IMAGES:TRAIN.json:VAL_IMAGES:VAL.json.",
+        metavar="DATA",
+    )
+    task: str = setting(
+        "classification",
+        "What the network is trained for. Detectors are measured by average precision, and have other defaults: sgd, "
+        "12 epochs, 16 images in a batch, --schedule multistep, a learning rate of 0.01 for 16 images (in proportion).",
+        choices=tuple(TASKS),
+    )
+    output: Path | None = setting(None, "The folder of the run.", metavar="DIR", short="-o")
+    resume: bool = setting(
+        False, "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over."
+    )
+    compare: bool = setting(
+        False, "Train the unconnected network as well, with the same seeds and budget, and compare."
+    )
+    seeds: int = setting(1, "How many seeds are compared.", least=1)
+    json_log: Path | None = setting(
+        None, "Also write every step and epoch here, one JSON object a line.", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+_DETECTION_RATE = 0.01 / 16
+"""RetinaNet's learning rate for each image of a batch: 0.01 with 16 (Lin et al., 2017, arXiv 1708.02002, 4.1)."""
+
+
+def with_defaults_of(task: str, config: TrainingConfig, given: Iterable[str]) -> TrainingConfig:
+    """``config`` with the defaults of ``task`` for everything that was not given.
+
+    >>> chosen = with_defaults_of("detection", TrainingConfig(batch_size=4), ["batch_size"])
+    >>> chosen.optimizer, chosen.schedule, chosen.lr
+    ('sgd', 'multistep', 0.0025)
+    """
+    kept = set(given)
+    config = dataclasses.replace(config, **{name: value for name, value in TASKS[task].items() if name not in kept})
+    if task == "detection" and config.lr is None and config.optimizer == "sgd":
+        config = dataclasses.replace(config, lr=_DETECTION_RATE * config.batch_size)
+    return config

@@ -1,0 +1,110 @@
+"""What a run was asked for, as the file in its folder says it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from dcafy.disk import replace_file
+from dcafy.errors import CheckpointError, UsageError
+from dcafy.images.options import DataOptions
+from dcafy.plan.options import Conversion
+from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
+from dcafy.runs.options import TASKS
+from dcafy.training.options import TrainingConfig
+from dcafy.wording import printable
+
+__all__ = ["REQUEST", "Request", "read_request", "require_empty", "write_request"]
+
+
+REQUEST = "finetune.json"
+"""The name of the request in the folder of a run."""
+
+
+FORMAT = Format("version", 1)
+"""The version of the request on the disk."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that decides a run. ``seeds``: how many seeds are compared; 0 where nothing is compared."""
+
+    model: str
+    data: str
+    arch: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    conversion: Conversion = field(default_factory=Conversion)
+    images: DataOptions = field(default_factory=DataOptions)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seeds: int = 0
+    task: Annotated[str, one_of(TASKS)] = "classification"
+
+    def anchored(self) -> Request:
+        """The request with absolute paths, so that it means the same in every folder."""
+        kind, colon, rest = self.data.partition(":")
+        if rest and kind in ("imagefolder", "fashion-mnist"):
+            rest = os.path.abspath(rest)
+        elif rest and kind == "torchvision":
+            name, second, root = rest.partition(":")
+            rest = f"{name}{second}{os.path.abspath(root) if root else ''}"
+        elif rest and kind == "coco":
+            rest = ":".join(os.path.abspath(part) if part else "" for part in rest.split(":"))
+        model = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
+        return dataclasses.replace(self, model=model, data=f"{kind}{colon}{rest}")
+
+
+def require_empty(directory: Path) -> None:
+    """Nothing where a run may begin: a new or empty folder; ``CheckpointError`` where it holds other things."""
+    try:
+        others = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(str(directory))!r} cannot be a folder for a run: {error.strerror}."
+        ) from error
+    others = [name for name in others if not name.startswith(".")]
+    if others:
+        raise CheckpointError(
+            f"{printable(str(directory))!r} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
+            "empty folder."
+        )
+
+
+def write_request(directory: Path, request: Request) -> None:
+    """Puts the request into the folder of its run."""
+    text = json.dumps(FORMAT.stamped(written(request)), indent=2) + "\n"
+    replace_file(directory / REQUEST, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def read_request(directory: Path) -> Request:
+    """The request in the folder of a run; ``CheckpointError`` where there is none or it is damaged.
+
+    A request is data: where it names code to import, the command asks for that name again.
+    """
+    file = directory / REQUEST
+    shown = repr(printable(str(file)))
+    try:
+        data = parsed(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{printable(str(directory))!r} has no {REQUEST}, so no run was started in it. Start one: dcafy finetune "
+            f"MODEL --data DATA -o {printable(str(directory))}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown} is damaged ({printable(str(error)[:100])}). Start the run anew.") from error
+    try:
+        entries = FORMAT.opened(data if isinstance(data, dict) else {})
+    except OtherVersion as other:
+        raise CheckpointError(f"{shown} was not written by this version of dcafy finetune.") from other
+    try:
+        missing = {item.name for item in dataclasses.fields(Request)} - entries.keys()
+        if missing:
+            raise UsageError(f"it does not say its {sorted(missing)[0]}")
+        request: Request = read(Request, entries)
+    except (Wrong, Unknown, UsageError) as error:
+        raise CheckpointError(f"{shown} is damaged: {printable(str(error)[:200])}. Start the run anew.") from error
+    return request

@@ -1,0 +1,74 @@
+"""What a run is asked to do: the options of ``dcafy finetune`` as frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcafy.plan.options import check, setting
+
+__all__ = ["TrainingConfig"]
+
+
+LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.01}
+WEIGHT_DECAYS = {"adamw": 1e-2, "sgd": 1e-4}
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained: the optimizer, its schedule, the budget, what is kept."""
+
+    epochs: int = setting(10, "How often the training images are gone through.", least=1)
+    batch_size: int = setting(32, "Images in a batch, over all processes together.", least=1)
+    accumulate: int = setting(1, "Batches for one step of the optimizer.", least=1)
+    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum (the paper's).", choices=("adamw", "sgd"))
+    lr: float | None = setting(None, "Learning rate of the base. [default: 0.0005 with adamw, 0.01 with sgd]", least=0)
+    connection_lr: float | None = setting(None, "Learning rate of the connections. [default: 10 times --lr]", least=0)
+    weight_decay: float | None = setting(
+        None, "Not on α, β, norms and biases. [default: 0.01 with adamw, 0.0001 with sgd]", least=0
+    )
+    momentum: float = setting(0.9, "Momentum of sgd.", least=0, below=1)
+    schedule: str = setting(
+        "cosine",
+        "How the rates fall: cosine, to 0; step, by 10 every --step-epochs (paper 4.1); multistep, by 10 at 2/3 and "
+        "again at 11/12 of the run (usual for detectors); constant.",
+        choices=("cosine", "step", "multistep", "constant"),
+    )
+    step_epochs: int = setting(30, "Epochs between two steps of the schedule.", least=1)
+    warmup_epochs: float = setting(0.0, "Epochs over which the rates rise from 0.", least=0)
+    label_smoothing: float = setting(0.0, "The part of each label that is spread over all classes.", least=0, below=1)
+    mixup: float = setting(0.0, "Strength (alpha) of mixup; 0 is none.", least=0)
+    cutmix: float = setting(
+        0.0, "Strength (alpha) of CutMix; 0 is none. With both, each batch gets one of them.", least=0
+    )
+    ema: float = setting(
+        0.0, "Decay of an average of the weights, such as 0.999, which is then evaluated and kept.", least=0, below=1
+    )
+    clip_norm: float = setting(0.0, "The largest norm of all gradients together; 0 is no limit.", least=0)
+    precision: str = setting("no", "Mixed precision.", choices=("no", "bf16", "fp16"))
+    freeze_base: bool = setting(False, "Train the connections only (and a new classifier, where there is one).")
+    freeze_base_epochs: int = setting(0, "Epochs at the start in which the connections train alone.", least=0)
+    seed: int = setting(0, "Decides the new weights, the order of the images, augmentation and dropout.", least=0)
+    workers: int = setting(0, "Processes that read images, for each training process; 0 reads them in it.", least=0)
+    checkpoint_steps: int = setting(0, "Steps between two checkpoints. [default: one after each epoch]", least=0)
+    usage_images: int = setting(
+        2048, "Validation images on which each connection is cut at the end; 0 is none.", least=0
+    )
+    cpu: bool = setting(False, "Train on the CPU also where there is a GPU.")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def base_rate(self) -> float:
+        """The learning rate of the base."""
+        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def connection_rate(self) -> float:
+        """The learning rate of everything under ``dca``."""
+        return 10 * self.base_rate if self.connection_lr is None else self.connection_lr
+
+    @property
+    def decay(self) -> float:
+        """The weight decay of what has one."""
+        return WEIGHT_DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay

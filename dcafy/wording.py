@@ -1,0 +1,55 @@
+"""How messages write names, counts, reasons, and the nearest right word."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+import traceback
+from pathlib import PurePath
+
+__all__ = ["counted", "few", "nearest", "one_line", "printable", "reason_of"]
+
+
+def printable(name: str) -> str:
+    """``name`` with everything that could steer a terminal written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """`` Did you mean 'x'?`` for the known name most like ``name``; empty where none is.
+
+    >>> nearest("adamv", ("adamw", "sgd"))
+    " Did you mean 'adamw'?"
+    """
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def few(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, short and on one line."""
+    text = " ".join(str(error).split())
+    return (text[:400] + " ..." if len(text) > 400 else text) or "no message"
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: what went wrong, and in which line of the user's code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
+    text = textwrap.shorten(str(error), 160, placeholder=" ...")
+    where = f" ({PurePath(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{type(error).__name__}: {text or 'no message'}{where}"
+
+
+def _is_machinery(filename: str) -> bool:
+    path = filename.replace("\\", "/")
+    return any(part in path for part in ("/torch/", "/dcafy/trace/", "/dcafy/graph/")) or path.startswith("<")
