@@ -1,7 +1,22 @@
 """Model surgery for convolutional attention: connect the attention blocks of a trained network.
 
-The names are resolved when they are first used (PEP 562), so that ``import dcafy`` costs nothing
-and ``dcafy --help`` does not wait for torch.
+The packages, in the order in which a network passes them::
+
+    zoos, sources        what the user names          ->  a network
+    trace                a network                    ->  a recording (in the terms of graph)
+    find                 a recording                  ->  its attention blocks
+    link                 blocks                       ->  a plan of who hears whom, and what
+    emit                 a plan                       ->  the connected network
+    attention            a network without attention  ->  one with it
+    checkpoint           a connected network         <->  a folder
+    images, training     a network and data           ->  a better network
+    detection, runs      the same for boxes; a training as a folder
+    analysis, report     what its attention does, as data and on a page
+    cli                  all of it on the command line
+
+``survey`` takes trace, find and link in one go, ``conversion`` the whole path; ``plan`` has the words, ``converted``
+what a user does with the result. Names are resolved when they are first used, so that ``dcafy --help`` does not wait
+for torch.
 """
 
 from __future__ import annotations

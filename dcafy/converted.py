@@ -10,7 +10,7 @@ from dcafy.emit.connection import Connection
 from dcafy.emit.dca import Connections, connected_modules
 from dcafy.errors import InputError
 from dcafy.graph.copies import own_copy
-from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.modes import keep_in_eval
 
 __all__ = ["connections", "freeze_base", "parameter_groups", "revert"]
@@ -75,7 +75,7 @@ def revert(model: nn.Module) -> nn.Module:
     _require_connected(model)
     twin = own_copy(model)
     for _, module, _ in list(connected_modules(twin)):
-        assert isinstance(module, ConnectedModule)
+        assert isinstance(module, EmittedModule)
         module.graph = _disconnected(module.graph)
         del module._modules["dca"]
     return twin

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import textwrap
 import traceback
-from pathlib import PurePath
+import warnings
+from pathlib import Path, PurePath
 
 __all__ = ["counted", "few", "nearest", "one_line", "printable", "reason_of"]
 
@@ -28,6 +30,17 @@ def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
     """
     found = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def warn(message: str) -> None:
+    """Warns the user, at the line of his own code that called into the package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_PACKAGE = Path(__file__).parent
 
 
 def few(names: list[str]) -> str:

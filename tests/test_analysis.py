@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from trained import seeded
 
 import dcafy
-from dcafy.analysis import AttentionValues, Lane, attention_values, contributions, grad_cam
+from dcafy.analysis import AttentionValues, Lane, attention_values, contributions, draw, grad_cam
 from dcafy.analysis.tapped import tapped
 from dcafy.errors import InputError, NoAttentionError, UsageError
-from dcafy.plan import drawing as draw
 from dcafy.plan.drawing import lanes_by_name
 
 SIZE = 64

@@ -17,11 +17,12 @@ from training_data import CLASSES, SIZE, network
 
 import dcafy
 from dcafy.errors import InputError, UsageError
-from dcafy.images.data import open_data, read_idx, split
+from dcafy.images.data import read_idx, split
 from dcafy.images.options import DataOptions
 from dcafy.images.order import UnreadableImage, seeded
 from dcafy.images.pictures import opened, with_channels
 from dcafy.images.preparation import Prepared, preparation
+from dcafy.images.sources import open_data
 from dcafy.training.head import outputs_of, reheaded
 
 OPTIONS = DataOptions(val_fraction=0.25)

@@ -73,7 +73,7 @@ def test_the_message_share_is_that_of_the_two_terms(attention, topology):
     )
     moved(model).eval()
     heard: dict[Connection, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    message = Connection.message
+    message = Connection.matched
 
     def noting(self, G, *passed):
         result = message(self, G, *passed)
@@ -81,13 +81,13 @@ def test_the_message_share_is_that_of_the_two_terms(attention, topology):
         return result
 
     data = [images for images, _ in batches()]
-    Connection.message = noting
+    Connection.matched = noting
     try:
         with torch.no_grad():
             for images in data:
                 model(images)
     finally:
-        Connection.message = message
+        Connection.matched = message
     found = message_shares(model, data)
     own = dcafy.connections(model)
     assert list(found) == list(own)

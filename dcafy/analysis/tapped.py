@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from dcafy.analysis.stages import Stage, stages
 from dcafy.find.roles import Found
 from dcafy.graph.copies import shared_copy
-from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.paths import put
 from dcafy.link.region import Region
 from dcafy.plan.blocks import AttentionBlock, Skipped
@@ -140,8 +140,8 @@ class _Taps:
             reader.replace_input_with(image, call)
         return tap
 
-    def module(self) -> ConnectedModule:
+    def module(self) -> EmittedModule:
         """The host as a graph with its taps."""
         self.graph.lint()
         self.taps.eval()
-        return ConnectedModule(self.host, self.graph, class_name=type(self.host).__name__)
+        return EmittedModule(self.host, self.graph, class_name=type(self.host).__name__)

@@ -24,7 +24,7 @@ from dcafy.attention.units import Kernel, Unit, units
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError, UsageError
 from dcafy.graph.copies import own_copy, shared_copy
-from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.nodes import OWNER
 from dcafy.graph.paths import free_name, joined
 from dcafy.plan.options import Init
@@ -98,7 +98,7 @@ def _check(attention: str, reduction: int, init: str) -> None:
         )
 
 
-def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init: Init) -> ConnectedModule:
+def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init: Init) -> EmittedModule:
     """``host`` (the module that ``unit`` describes) as a graph with its attention in it."""
     reads: tuple[fx.Node, ...]
     if attention == "sk":
@@ -123,7 +123,7 @@ def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init:
     for node in folded.graph.nodes:
         node.meta = {OWNER: node.meta.get(OWNER, "")}
     host.add_module(name, module.to(dtype=_dtype(host)).train(host.training))
-    return ConnectedModule(host, folded.graph, class_name=type(host).__name__)
+    return EmittedModule(host, folded.graph, class_name=type(host).__name__)
 
 
 def _folded(unit: Unit, needed: tuple[fx.Node, ...]) -> Folded:

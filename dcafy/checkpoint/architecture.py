@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,8 @@ from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import difference
 from dcafy.emit.dca import Recipe, connected_modules
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
-from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.emitted import EmittedModule
+from dcafy.records import read, written
 from dcafy.trace.inputs import from_data
 from dcafy.wording import printable
 from dcafy.zoos import specs
@@ -90,7 +92,7 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
     return model
 
 
-def _recipe(how: Built) -> specs.Recipe:
+def _recipe(how: Built) -> specs.Blueprint:
     for name, value in how.arguments.items():
         allowed = type(value) in _ARGUMENTS.get(name, ())
         if not allowed or (isinstance(value, tuple) and any(type(item) is not int for item in value)):
@@ -224,22 +226,18 @@ def _torchvision_names(home: str, size: int) -> list[str]:
 
 
 def _zoo_network(how: Built, inputs: Any) -> _Network | None:
-    """What a zoo builds that way; kept, because a training program saves after every epoch."""
-    key = repr((how, inputs))
-    if key not in _known:
-        try:
-            network = _network(_network_of(how, inputs, on_meta=True))
-        except Exception as error:  # a builder may fail in any way; the network then goes without a name
-            log.debug("%s could not be built for comparison: %s", how.name, error)
-            network = None
-        if len(_known) >= _MOST_KNOWN:
-            _known.pop(next(iter(_known)))
-        _known[key] = network
-    return _known[key]
+    """What a zoo builds that way."""
+    return _described_network(json.dumps([written(how), inputs]))
 
 
-_known: dict[str, _Network | None] = {}
-_MOST_KNOWN = 32
+@functools.lru_cache(maxsize=32)  # a training program saves after every epoch
+def _described_network(described: str) -> _Network | None:
+    how, inputs = json.loads(described)
+    try:
+        return _network(_network_of(read(Built, how), inputs, on_meta=True))
+    except Exception as error:  # a builder may fail in any way; the network then goes without a name
+        log.debug("%s could not be built for comparison: %s", how["name"], error)
+        return None
 
 
 _SAME = {"timm.layers.linear.Linear": "torch.nn.modules.linear.Linear"}
@@ -259,7 +257,7 @@ def _network(model: nn.Module) -> _Network:
 
 def _module(module: nn.Module) -> _Module:
     cls = type(module)
-    is_graph = isinstance(module, ConnectedModule)
+    is_graph = isinstance(module, EmittedModule)
     kind = module.__dict__.get("_converted_from") if is_graph else f"{cls.__module__}.{cls.__qualname__}"
     kind = _SAME.get(str(kind), str(kind))
     plain = {name: _plain(value) for name, value in vars(module).items() if name not in _machinery(is_graph)}
@@ -275,7 +273,7 @@ def _module(module: nn.Module) -> _Module:
 @functools.cache
 def _machinery(is_graph: bool) -> frozenset[str]:
     """Attributes that belong to torch's own classes and not to a network."""
-    empty = ConnectedModule(nn.Module(), fx.Graph()) if is_graph else nn.Module()
+    empty = EmittedModule(nn.Module(), fx.Graph()) if is_graph else nn.Module()
     return frozenset(vars(empty))
 
 

@@ -17,6 +17,7 @@ from dcafy import records
 from dcafy.attention.kinds import Insertion
 from dcafy.errors import CheckpointError, PlanError
 from dcafy.plan.options import Linking
+from dcafy.plan.plan import FORMAT as PLAN
 from dcafy.plan.plan import Plan
 from dcafy.records import Format, OtherVersion, ReadBy, Unknown, Wrong, matching, one_of, parsed, short, within, written
 from dcafy.trace.inputs import from_data
@@ -95,10 +96,14 @@ def _plan(value: Any, where: str) -> Plan:
     """A plan with nothing in it that is not a plan's, and with numbers that layers can be made of."""
     if not isinstance(value, dict):
         raise Wrong(where, "an object", value)
+    known = [item.name for item in dataclasses.fields(Plan)]
+    for name in value.keys() - {PLAN.key, *known}:
+        raise Unknown(where, name, known)
     try:
         plan = Plan.from_dict(value)
     except PlanError as error:
-        raise Wrong(where, f"a plan ({short(error)})", "this") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Wrong | Unknown) else error
+        raise Wrong(where, f"a plan ({short(cause)})", "this") from error
     for link in plan.links:
         set_ = {name: item for name, item in dataclasses.asdict(link).items() if item is not None}
         _sized(set_, f"{where}.chains.links")

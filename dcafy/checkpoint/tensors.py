@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcafy.checkpoint.description import Facts
 from dcafy.errors import CheckpointError, InputError
 from dcafy.wording import printable
-from dcafy.zoos.fitting import Difference
+from dcafy.zoos.fitting import Misfit
 
 __all__ = ["Packed", "difference", "dtype_named", "facts", "fingerprint", "is_connection", "pack", "put"]
 
@@ -152,9 +152,9 @@ def fingerprint(tensors: Mapping[str, Facts]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def difference(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> Difference:
+def difference(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> Misfit:
     """Where ``given`` departs from what a network expects: keys and shapes, without any leniency."""
-    return Difference(
+    return Misfit(
         missing=tuple(key for key in expected if key not in given),
         unexpected=tuple(key for key in given if key not in expected),
         shapes={k: (given[k], expected[k]) for k in given if k in expected and given[k] != expected[k]},

@@ -4,7 +4,12 @@ They read the command line and nothing more: what a command works with is import
 ``dcafy --help`` does not wait for torch.
 """
 
-from dcafy.cli import convert, finetune, inspect, report  # importing a command registers it
+import importlib
+import pkgutil
+
 from dcafy.cli.app import app, main
 
-__all__ = ["app", "convert", "finetune", "inspect", "main", "report"]
+__all__ = ["app", "main"]
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)  # a command registers itself

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["report_command"]
 
-STEPS = 11
-"""What a report of two networks tells while it is made, from opening the network to the page."""
-
 
 @app.command("report")
 def report_command(
@@ -114,16 +111,12 @@ def _described(findings: Findings) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, which goes on by one step whenever it is told what is being done."""
+    """A line on stderr that says what is being done, and for how long."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=STEPS)
-
-        def told(what: str) -> None:
-            progress.update(bar, description=what, advance=1)
-
-        yield told
+        task = progress.add_task("", total=None)
+        yield lambda what: progress.update(task, description=what)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import fx, nn
@@ -17,7 +16,7 @@ from torch import fx, nn
 from dcafy.emit.dca import Connections, Recipe
 from dcafy.emit.wiring import Wire, wires
 from dcafy.find.roles import Found
-from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.nodes import OWNER
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import joined
@@ -25,11 +24,12 @@ from dcafy.link.message import Message
 from dcafy.link.region import Region
 from dcafy.plan.blocks import Link
 from dcafy.trace.fold import Folded
+from dcafy.wording import warn
 
 __all__ = ["connect"]
 
 
-def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Recipe) -> ConnectedModule:
+def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Recipe) -> EmittedModule:
     """``host`` (a copy of the module that ``region`` describes) as a graph with these links connected.
 
     ``links`` have all their settings. Raises ``PlanError`` for a link that no connection can make.
@@ -58,7 +58,7 @@ def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Re
     host.add_module("dca", dca)
     dca.bypassed_hooks = tuple(path for path in folded.entered if _has_hooks(host.get_submodule(path)))
     _report_bypassed_hooks(dca)
-    return ConnectedModule(host, passes.graph, class_name=type(host).__name__)
+    return EmittedModule(host, passes.graph, class_name=type(host).__name__)
 
 
 def _place(name: str, host: nn.Module) -> dict[str, Any]:
@@ -97,8 +97,7 @@ class _Connecting:
             context = target.contexts[i]
             passed: tuple[fx.Node | None, ...] = ()
             for link in links:
-                heard = self._passed(self.region[link.source], i, context)
-                passed += heard if len(links) == 1 else (*heard, None)[:2]
+                passed += self._passed(self.region[link.source], i, context)
             own = self.image[context]
             readers = [user for user in own.users if self._transforms(user, target)]
             with self.graph.inserting_after(own):
@@ -109,17 +108,17 @@ class _Connecting:
     def _transforms(self, user: fx.Node, target: Found) -> bool:
         return not target.between.isdisjoint(self.inside.get(user, ()))
 
-    def _passed(self, source: Found, i: int, reader: fx.Node) -> tuple[fx.Node, ...]:
-        """(T, G) or (T,) of the earlier block, or its extraction on the fused output."""
+    def _passed(self, source: Found, i: int, reader: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """(T, G) of the earlier block; (T, ``None``), or its extraction on the fused output in the place of T."""
         message = self.region.messages[source.name]
         assert isinstance(message, Message)
         nearest = min(i, len(source.contexts) - 1)
         if message.kind == "branches":
             return (self._readable(message.maps[i], reader), self._readable(source.contexts[i], reader))
         if message.kind == "fused":
-            return (self._extract_again(source, message)[nearest],)
+            return (self._extract_again(source, message)[nearest], None)
         if message.kind == "map":
-            return (self._readable(source.map, reader),)
+            return (self._readable(source.map, reader), None)
         return (self._readable(source.map, reader), self._readable(source.contexts[nearest], reader))
 
     def _readable(self, node: fx.Node, reader: fx.Node) -> fx.Node:
@@ -179,11 +178,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _report_bypassed_hooks(dca: Connections) -> None:
     if dca.bypassed_hooks:
-        warnings.warn(
+        warn(
             f"The connected model computes inside these modules without calling them, so hooks on them no longer "
-            f"fire: {', '.join(dca.bypassed_hooks)}. Hook one of their submodules, or the module around them.",
-            stacklevel=5,
+            f"fire: {', '.join(dca.bypassed_hooks)}. Hook one of their submodules, or the module around them."
         )
-
-
-# -- what a user does with the result -------------------------------------------------------------------

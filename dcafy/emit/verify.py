@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from dcafy.errors import InputError, VerificationError
 from dcafy.graph.nodes import tensors_in
 from dcafy.graph.paths import joined
 from dcafy.trace.inputs import real_inputs
-from dcafy.wording import reason_of
+from dcafy.wording import reason_of, warn
 
 __all__ = ["tell_drift", "verify_outputs"]
 
@@ -60,7 +59,7 @@ def tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tupl
         drifts = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in pairs if a.is_floating_point()]
         drift, largest = max(drifts)
         message += f": by up to {drift:.3g} on the example, where the largest output is {largest:.3g}"
-    warnings.warn(f"{message}. Train before you use it.", stacklevel=3)
+    warn(f"{message}. Train before you use it.")
 
 
 def _output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

@@ -20,10 +20,10 @@ from torch.fx.node import map_aggregate
 
 from dcafy.graph.nodes import OWNER
 
-__all__ = ["ConnectedModule"]
+__all__ = ["EmittedModule"]
 
 
-class ConnectedModule(fx.GraphModule):
+class EmittedModule(fx.GraphModule):
     """What :func:`dcafy.convert` returns; see the module's docstring."""
 
     def __init__(self, host: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
@@ -46,19 +46,19 @@ class ConnectedModule(fx.GraphModule):
             warnings.filterwarnings("ignore", message="Node .* target .* of .* does not reference")
             return super().recompile()
 
-    def train(self, mode: bool = True, *args: Any, **kwargs: Any) -> ConnectedModule:
+    def train(self, mode: bool = True, *args: Any, **kwargs: Any) -> EmittedModule:
         """Sets the mode as the network's own class does it: many keep their batch norms in eval here."""
         nn.Module.train(self, mode) if self._own is None else self._own.train(mode, *args, **kwargs)
         return self
 
-    def eval(self) -> ConnectedModule:
+    def eval(self) -> EmittedModule:
         """Sets the mode to eval, as :meth:`train` does."""
         nn.Module.eval(self) if self._own is None else self._own.eval()
         return self
 
     def _take_modes_of(self, host: nn.Module) -> None:
         for name in ("train", "eval"):
-            if not isinstance(host, ConnectedModule) and getattr(type(host), name) is not getattr(nn.Module, name):
+            if not isinstance(host, EmittedModule) and getattr(type(host), name) is not getattr(nn.Module, name):
                 self.__dict__["_mode_class"] = type(host)
             patched = host.__dict__.get(name)
             if isinstance(patched, types.MethodType) and patched.__self__ is host:
@@ -80,7 +80,7 @@ class ConnectedModule(fx.GraphModule):
     def _state(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code")}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ConnectedModule:
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmittedModule:
         twin = _empty(type(self).__name__)
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self._state(), memo))
@@ -107,11 +107,11 @@ _GRAPH_STATE = (
 """What belongs to a ``GraphModule`` itself and not to the network in it."""
 
 
-def _empty(class_name: str) -> ConnectedModule:
-    return ConnectedModule(nn.Module(), fx.Graph(), class_name)
+def _empty(class_name: str) -> EmittedModule:
+    return EmittedModule(nn.Module(), fx.Graph(), class_name)
 
 
-def _rebuild(class_name: str, rows: list[Any], state: dict[str, Any]) -> ConnectedModule:
+def _rebuild(class_name: str, rows: list[Any], state: dict[str, Any]) -> EmittedModule:
     module = _empty(class_name)
     module.__dict__.update(state)
     module.graph = _graph_from(rows)

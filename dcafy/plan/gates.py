@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["GATES", "Gate"]
+__all__ = ["GATES", "GateKind"]
 
 
 @dataclass(frozen=True)
-class Gate:
+class GateKind:
     """What bounds an attention map T.
 
     ``operations``  plain names of the functions, methods and layers that do it, as :func:`dcafy.graph.ops.op_name` has
@@ -23,15 +23,15 @@ class Gate:
     strict: bool = True
 
 
-GATES: dict[str, Gate] = {
+GATES: dict[str, GateKind] = {
     gate.name: gate
     for gate in (
-        Gate("sigmoid", "sigmoid Sigmoid expit"),
-        Gate("hard_sigmoid", "hardsigmoid Hardsigmoid hard_sigmoid"),
-        Gate("softmax", "softmax Softmax Softmax2d softmin Softmin sparsemax"),
-        Gate("tanh", "tanh Tanh"),
-        Gate("clamp", "hardtanh Hardtanh clamp clip relu6 ReLU6 clamp_max", strict=False),
-        Gate("none", bounded=False, strict=False),
+        GateKind("sigmoid", "sigmoid Sigmoid expit"),
+        GateKind("hard_sigmoid", "hardsigmoid Hardsigmoid hard_sigmoid"),
+        GateKind("softmax", "softmax Softmax Softmax2d softmin Softmin sparsemax"),
+        GateKind("tanh", "tanh Tanh"),
+        GateKind("clamp", "hardtanh Hardtanh clamp clip relu6 ReLU6 clamp_max", strict=False),
+        GateKind("none", bounded=False, strict=False),
     )
 }
 """Name -> the gate; ``none`` is that of a map which nothing bounds."""

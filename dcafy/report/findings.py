@@ -26,6 +26,7 @@ from dcafy.plan.plan import Plan
 from dcafy.report.epochs import EpochLog
 from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
+from dcafy.version import __version__
 
 __all__ = ["Drift", "Findings", "Side", "Wanted", "look"]
 
@@ -217,8 +218,6 @@ def _drift(original: Any, connected: Any) -> Drift | None:
 
 
 def _versions() -> dict[str, str]:
-    from dcafy import __version__
-
     found = {"dcafy": __version__, "python": platform.python_version()}
     for name in ("torch", "torchvision", "timm", "captum", "matplotlib"):
         try:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dcafy.errors import InputError
-from dcafy.images.data import open_data
 from dcafy.images.options import DataOptions
 from dcafy.images.order import UnreadableImage
 from dcafy.images.preparation import Preparation, Prepared
+from dcafy.images.sources import open_data
 from dcafy.wording import printable
 
 __all__ = ["MOST_LABELLED", "Labelled", "labelled"]
@@ -31,7 +31,7 @@ class Labelled:
 def labelled(spec: str, how: Preparation, options: DataOptions, *, batch_size: int = 32) -> Labelled:
     """Up to 512 validation images of ``--data``, evenly spread over them, in batches.
 
-    Images that cannot be read are left out. Raises what :func:`dcafy.images.data.open_data` raises.
+    Images that cannot be read are left out. Raises what :func:`dcafy.images.sources.open_data` raises.
     """
     data = open_data(spec, options)
     source = data.val

@@ -24,7 +24,7 @@ from dcafy.runs.timing import step_times
 from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
 
-__all__ = ["COMPARISON", "Comparison", "Difference", "Side", "compare", "paired_difference"]
+__all__ = ["COMPARISON", "Comparison", "Contender", "Difference", "compare", "paired_difference"]
 
 COMPARISON = "compare.json"
 """The name of the comparison in the folder of a run."""
@@ -74,7 +74,7 @@ def paired_difference(one: Sequence[float], other: Sequence[float]) -> Differenc
 
 
 @dataclass(frozen=True)
-class Side:
+class Contender:
     """One of the two networks: its metrics for each seed, its size, and the median seconds of a training step."""
 
     metrics: tuple[dict[str, float], ...]
@@ -88,8 +88,8 @@ class Comparison:
     """Both sides, the paired differences (connected minus original), and how the connections are used, by seed."""
 
     seeds: tuple[int, ...]
-    original: Side
-    connected: Side
+    original: Contender
+    connected: Contender
     differences: dict[str, Difference]
     usage: tuple[Usage | None, ...]
 
@@ -148,7 +148,9 @@ def compare(
     return comparison
 
 
-def _sides(request: Request, first: dict[str, Subject], metrics: dict[str, list[dict[str, float]]]) -> dict[str, Side]:
+def _sides(
+    request: Request, first: dict[str, Subject], metrics: dict[str, list[dict[str, float]]]
+) -> dict[str, Contender]:
     purpose = PURPOSES[request.task]
     task = purpose.task(request.training)
     models = {side: on.network for side, on in first.items()}
@@ -165,5 +167,5 @@ def _sides(request: Request, first: dict[str, Subject], metrics: dict[str, list[
     sides = {}
     for side, model in models.items():
         size = complexity(model, images)
-        sides[side] = Side(tuple(metrics[side]), size.parameters, size.gflops, statistics.median(times[side]))
+        sides[side] = Contender(tuple(metrics[side]), size.parameters, size.gflops, statistics.median(times[side]))
     return sides

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcafy.images.sources import forms
 from dcafy.plan.options import check, setting
 from dcafy.training.options import TrainingConfig
 
@@ -27,8 +28,7 @@ class RunOptions:
 
     data: str | None = setting(
         None,
-        "The images: imagefolder:PATH (with train/ and val/, or one folder for each class), torchvision:NAME:ROOT such "
-        "as torchvision:CIFAR10:data, digits, or fashion-mnist[:PATH]. With --task detection: "
+        f"The images: {forms(explained=True)}. With --task detection: "
         "coco:IMAGES:ANNOTATIONS.json, or coco:IMAGES:TRAIN.json:VAL_IMAGES:VAL.json.",
         metavar="DATA",
     )

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from dcafy.errors import UsageError
-from dcafy.images.data import Data, open_data
+from dcafy.images.data import Data
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Sample, Seeded
 from dcafy.images.preparation import Prepared, augmentation, preparation
+from dcafy.images.sources import open_data
 from dcafy.training.head import reheaded
 from dcafy.training.options import TrainingConfig
 from dcafy.training.tasks import Batch, Classification, Task

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.images.options import DataOptions
+from dcafy.images.sources import anchored
 from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
 from dcafy.runs.options import TASKS
@@ -46,16 +47,8 @@ class Request:
 
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""
-        kind, colon, rest = self.data.partition(":")
-        if rest and kind in ("imagefolder", "fashion-mnist"):
-            rest = os.path.abspath(rest)
-        elif rest and kind == "torchvision":
-            name, second, root = rest.partition(":")
-            rest = f"{name}{second}{os.path.abspath(root) if root else ''}"
-        elif rest and kind == "coco":
-            rest = ":".join(os.path.abspath(part) if part else "" for part in rest.split(":"))
         model = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
-        return dataclasses.replace(self, model=model, data=f"{kind}{colon}{rest}")
+        return dataclasses.replace(self, model=model, data=anchored(self.data))
 
 
 def require_empty(directory: Path) -> None:

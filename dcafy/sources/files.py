@@ -31,7 +31,7 @@ _SAVE_AGAIN = "save model.state_dict() with torch.save or safetensors, and open 
 
 
 @dataclass(frozen=True)
-class Request:
+class NamedFile:
     """A file to open, and what the user said about it.
 
     ``spec`` and ``arch`` are what the user wrote, for the messages; ``trust`` says that the file may run code.
@@ -59,16 +59,16 @@ def read_object(path: Path, spec: str, arch: str | None, trust: bool) -> Any:
     ``SourceError`` says in one line why a file cannot be opened. No code of the file's choosing runs
     unless ``trust`` is set.
     """
-    request = Request(path, spec, arch, trust)
+    named = NamedFile(path, spec, arch, trust)
     if not path.is_file():
-        raise request.error("is not a regular file.")
+        raise named.error("is not a regular file.")
     try:
         with path.open("rb") as file:
-            opener = _opener(request, file)
+            opener = _opener(named, file)
             file.seek(0)
-            return opener(request, file)
+            return opener(named, file)
     except OSError as error:
-        raise request.error(f"could not be read ({one_line(error)}).") from error
+        raise named.error(f"could not be read ({one_line(error)}).") from error
 
 
 def listing(folder: Path) -> str:
@@ -102,14 +102,14 @@ _LONGEST_HEADER = 100_000_000
 """Bytes that the header of a safetensors file may have, by that format's definition."""
 
 
-def _opener(request: Request, file: IO[bytes]) -> Callable[[Request, IO[bytes]], Any]:
+def _opener(named: NamedFile, file: IO[bytes]) -> Callable[[NamedFile, IO[bytes]], Any]:
     """The function that opens this kind of file."""
     head = file.read(512)
     if not head:
-        raise request.error("is an empty file.")
+        raise named.error("is an empty file.")
     for offset, magic, meaning in _STRANGERS:
         if head[offset : offset + len(magic)] == magic:
-            raise request.error(meaning)
+            raise named.error(meaning)
     if head.startswith(b"PK"):
         return _open_zip
     if head[257:262] == b"ustar":
@@ -118,21 +118,21 @@ def _opener(request: Request, file: IO[bytes]) -> Callable[[Request, IO[bytes]],
         return _open_safetensors
     if head.startswith(pickle.PROTO):
         return _open_legacy
-    if request.path.suffix.lower() == ".onnx":
-        raise request.error("is an ONNX model: dcafy needs the PyTorch network that it was exported from.")
-    raise request.error(
+    if named.path.suffix.lower() == ".onnx":
+        raise named.error("is an ONNX model: dcafy needs the PyTorch network that it was exported from.")
+    raise named.error(
         "is not a model file that dcafy knows: it starts neither like a safetensors file nor like one of torch.save."
     )
 
 
-def _open_safetensors(request: Request, file: IO[bytes]) -> dict[str, torch.Tensor]:
+def _open_safetensors(named: NamedFile, file: IO[bytes]) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(str(request.path))
+        return load_file(str(named.path))
     except (SafetensorError, KeyError, ValueError) as error:
-        raise request.error(f"is a truncated or damaged safetensors file ({one_line(error)}).") from error
+        raise named.error(f"is a truncated or damaged safetensors file ({one_line(error)}).") from error
 
 
 _ARCHIVES: tuple[tuple[str, str], ...] = (
@@ -153,71 +153,71 @@ _ARCHIVES: tuple[tuple[str, str], ...] = (
 """A record by which an archive is known, and what to say about it."""
 
 
-def _open_zip(request: Request, file: IO[bytes]) -> Any:
+def _open_zip(named: NamedFile, file: IO[bytes]) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
             records = {name.partition("/")[2] or name for name in archive.namelist()}
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise request.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
+        raise named.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
     for record, meaning in _ARCHIVES:
         if record in records:
-            raise request.error(meaning)
+            raise named.error(meaning)
     if "data.pkl" not in records:
-        raise request.error("is a zip archive that torch.save did not write.")
-    if request.trust:
-        return _trusted(request)
+        raise named.error("is a zip archive that torch.save did not write.")
+    if named.trust:
+        return _trusted(named)
     try:
         # torch's own reader and not zipfile's: what is judged must be the very bytes that will be loaded.
-        pickled = torch._C.PyTorchFileReader(str(request.path)).get_record("data.pkl")
+        pickled = torch._C.PyTorchFileReader(str(named.path)).get_record("data.pkl")
     except RuntimeError as error:
-        raise request.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
-    contents = _read(request, io.BytesIO(pickled), pickles=1)
-    return _guarded(request, file, contents)
+        raise named.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
+    contents = _read(named, io.BytesIO(pickled), pickles=1)
+    return _guarded(named, file, contents)
 
 
 _PICKLES_IN_A_LEGACY_FILE = 5
 """Magic number, protocol, system, the object, the keys of its storages; raw numbers follow."""
 
 
-def _open_legacy(request: Request, file: IO[bytes]) -> Any:
+def _open_legacy(named: NamedFile, file: IO[bytes]) -> Any:
     """A file as torch.save wrote them before PyTorch 1.6: pickles one after the other."""
     try:
         first = [argument for _, argument, _ in itertools.islice(pickletools.genops(file), 4)]
     except (ValueError, LookupError) as error:
-        raise request.error(f"is truncated or damaged ({one_line(error)}).") from error
+        raise named.error(f"is truncated or damaged ({one_line(error)}).") from error
     if torch.serialization.MAGIC_NUMBER not in first:
-        raise request.error("is a Python pickle that torch.save did not write: " + _SAVE_AGAIN + ".")
-    if request.trust:
-        return _trusted(request)
+        raise named.error("is a Python pickle that torch.save did not write: " + _SAVE_AGAIN + ".")
+    if named.trust:
+        return _trusted(named)
     file.seek(0)
-    contents = _read(request, file, pickles=_PICKLES_IN_A_LEGACY_FILE)
+    contents = _read(named, file, pickles=_PICKLES_IN_A_LEGACY_FILE)
     classes, wanted = lent_classes(contents)
     # There, a network's classes came wrapped together with their source code, which torch only unwraps unsafely.
     if classes and set(wanted) <= {COMPUTED}:
-        raise request.error(
+        raise named.error(
             "is a whole network in the format from before PyTorch 1.6, which can only be opened by running what it "
-            f"says. Instead {_SAVE_AGAIN}; or, if you trust where it comes from, accept the risk: {request.accepting}"
+            f"says. Instead {_SAVE_AGAIN}; or, if you trust where it comes from, accept the risk: {named.accepting}"
         )
-    return _guarded(request, file, contents)
+    return _guarded(named, file, contents)
 
 
-def _open_tar(request: Request, file: IO[bytes]) -> Any:
-    if request.trust:
-        return _trusted(request)
-    raise request.error(
+def _open_tar(named: NamedFile, file: IO[bytes]) -> Any:
+    if named.trust:
+        return _trusted(named)
+    raise named.error(
         "is a tar archive. If torch.save wrote it (before PyTorch 0.1.10), it can only be opened by running what it "
-        f"says; if you trust where it comes from, accept the risk: {request.accepting}"
+        f"says; if you trust where it comes from, accept the risk: {named.accepting}"
     )
 
 
 # --- opening pickles --------------------------------------------------------------------------------
 
 
-def _read(request: Request, stream: IO[bytes], pickles: int) -> PickleContents:
+def _read(named: NamedFile, stream: IO[bytes], pickles: int) -> PickleContents:
     try:
         parts = [read_pickle(stream) for _ in range(pickles)]
     except (ValueError, LookupError, UnicodeError, TypeError) as error:
-        raise request.error(f"is truncated or damaged ({one_line(error)}).") from error
+        raise named.error(f"is truncated or damaged ({one_line(error)}).") from error
     return PickleContents(
         frozenset().union(*(part.names for part in parts)),
         frozenset().union(*(part.calls for part in parts)),
@@ -225,16 +225,16 @@ def _read(request: Request, stream: IO[bytes], pickles: int) -> PickleContents:
     )
 
 
-def _guarded(request: Request, file: IO[bytes], contents: PickleContents) -> Any:
+def _guarded(named: NamedFile, file: IO[bytes], contents: PickleContents) -> Any:
     """What the file holds, opened without running code of its choosing; ``SourceError`` where that cannot be."""
     classes, wanted = lent_classes(contents)
     if wanted:
         shown = ", ".join(printable(name) for name in wanted[:12])
         more = f" and {len(wanted) - 12} more" if len(wanted) > 12 else ""
-        raise request.error(
+        raise named.error(
             f"is a pickle that wants {shown}{more}. Opening it would run code that the file chooses; dcafy opens "
             "only tensors and the network classes of torch.nn, torchvision and timm. Better, "
-            f"{_SAVE_AGAIN}. If you trust where the file comes from, accept the risk: {request.accepting}"
+            f"{_SAVE_AGAIN}. If you trust where the file comes from, accept the risk: {named.accepting}"
         )
     file.seek(0)
     try:
@@ -245,20 +245,20 @@ def _guarded(request: Request, file: IO[bytes], contents: PickleContents) -> Any
             if (contents.protocol > 2)
             else ""
         )
-        raise request.error(
+        raise named.error(
             f"could not be opened without running code, it may be damaged ({type(error).__name__}: "
-            f"{_first_sentence(error)}).{hint} If you trust where it comes from, accept the risk: {request.accepting}"
+            f"{_first_sentence(error)}).{hint} If you trust where it comes from, accept the risk: {named.accepting}"
         ) from error
 
 
-def _trusted(request: Request) -> Any:
-    log.warning("opening %s with --trust-pickle: this runs code that the file chooses", request.spec)
+def _trusted(named: NamedFile) -> Any:
+    log.warning("opening %s with --trust-pickle: this runs code that the file chooses", named.spec)
     try:
         with working_folder_importable(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(request.path, map_location="cpu", weights_only=False)
+            return torch.load(named.path, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as error:
-        raise request.error(
+        raise named.error(
             f"could not be unpickled ({type(error).__name__}: {one_line(error)}). Its classes must be importable: "
             "run from the folder that holds their code."
         ) from error

@@ -18,7 +18,7 @@ from dcafy.sources.files import listing, read_object
 from dcafy.zoos.factories import is_factory
 from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
 from dcafy.zoos.packages import ZOOS
-from dcafy.zoos.specs import Recipe, parse, unknown
+from dcafy.zoos.specs import Blueprint, parse, unknown
 
 __all__ = ["Source", "open_model"]
 
@@ -82,7 +82,7 @@ def _named(spec: str, arch: str | None, settings: dict[str, Any], on_meta: bool)
     return _source(spec, recipe, recipe.build(on_meta=on_meta and recipe.weights is None))
 
 
-def _source(spec: str, recipe: Recipe, model: nn.Module) -> Source:
+def _source(spec: str, recipe: Blueprint, model: nn.Module) -> Source:
     """The source, with an architecture only where that gives the same network again."""
     plain = recipe.without_weights()
     # Weights can bring settings along: another image size, another number of classes.

@@ -200,8 +200,11 @@ def read_pickle(stream: IO[bytes]) -> PickleContents:
     ``ValueError`` or ``LookupError`` where it is not a pickle, or a damaged one.
     """
     reader = _Reader()
-    for opcode, argument, _ in pickletools.genops(stream):
-        reader.step(opcode, argument)
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            reader.step(opcode, argument)
+    except MemoryError as error:  # a count of bytes that nobody has
+        raise ValueError("it says that it holds more than there is") from error
     return PickleContents(frozenset(reader.names), frozenset(reader.calls), reader.protocol)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.graph.emitted import ConnectedModule
+from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import OWNER, VALUE, Remake, as_plain, is_record, node_value, parts, remapped, values_of
 from dcafy.graph.ops import alters_argument
@@ -67,7 +67,7 @@ def is_layer(module: nn.Module) -> bool:
 class _OwnedInterpreter(fx.Interpreter):
     """Replays a connected graph under a recorder, which gets the owner that each node was emitted with."""
 
-    def __init__(self, module: ConnectedModule, recorder: Recorder, path: str) -> None:
+    def __init__(self, module: EmittedModule, recorder: Recorder, path: str) -> None:
         super().__init__(module, garbage_collect_values=False)
         self._recorder = recorder
         self._path = path
@@ -173,7 +173,7 @@ class Recorder(fx.Tracer):
         if given or by_name:
             raise TypeError(f"the example has {len(given) + len(by_name)} more inputs than the model's forward takes")
         forward = self.root.forward
-        if isinstance(self.root, ConnectedModule):
+        if isinstance(self.root, EmittedModule):
             forward = self._interpreted("", self.root)
         return (lambda root, *values: forward(*values, **named)), [self.root, *args]
 
@@ -283,11 +283,11 @@ class Recorder(fx.Tracer):
             return forward(*args, **kwargs)
         if is_layer(m) or path in self._opaque or getattr(m, "is_connection", False):
             return self._leaf(path, m, args, kwargs)
-        if isinstance(m, ConnectedModule):
+        if isinstance(m, EmittedModule):
             forward = self._interpreted(path, m)
         return self._enter(path, m, forward, args, kwargs)
 
-    def _interpreted(self, path: str, module: ConnectedModule) -> Callable[..., Any]:
+    def _interpreted(self, path: str, module: EmittedModule) -> Callable[..., Any]:
         """The forward of a graph that dcafy emitted, node by node, each with its owner in the original."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:

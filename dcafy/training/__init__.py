@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from dcafy.fronts import front
 
 if TYPE_CHECKING:
-    from dcafy.images.data import Data, open_data
+    from dcafy.images.data import Data
     from dcafy.images.options import DataOptions
+    from dcafy.images.sources import open_data
     from dcafy.training.history import ConnectionState, Epoch, History
     from dcafy.training.loop import finetune
     from dcafy.training.options import TrainingConfig
@@ -25,7 +26,7 @@ _HOME = {
     "History": "history",
     "TrainingConfig": "options",
     "finetune": "loop",
-    "open_data": "dcafy.images.data",
+    "open_data": "dcafy.images.sources",
 }
 
 __all__ = [

@@ -19,6 +19,7 @@ from torch import Tensor
 from dcafy.checkpoint.tensors import facts, fingerprint
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
+from dcafy.records import Format, OtherVersion
 from dcafy.wording import printable
 
 __all__ = ["CHECKPOINT", "Checkpoint", "read_checkpoint", "write_checkpoint"]
@@ -27,7 +28,7 @@ CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
 
 _KIND = "dcafy training checkpoint"
-_VERSION = 2
+_FORMAT = Format("version", 2)
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
     header = {
         "kind": _KIND,
-        "version": _VERSION,
         "sha256": _sha256(tensors, checkpoint.facts),
         "facts": checkpoint.facts,
     }
-    replace_file(path, lambda beside: save_file(_apart(tensors), beside, metadata={"dcafy": json.dumps(header)}))
+    replace_file(
+        path, lambda beside: save_file(_apart(tensors), beside, metadata={"dcafy": json.dumps(_FORMAT.stamped(header))})
+    )
 
 
 def _sha256(tensors: Mapping[str, Tensor], plain: Any) -> str:
@@ -84,8 +86,10 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         ) from error
     if not isinstance(header, dict) or header.get("kind") != _KIND:
         raise CheckpointError(f"{shown} is no checkpoint of a dcafy run. Name the folder of one.")
-    if header.get("version") != _VERSION:
-        raise CheckpointError(f"{shown} was written by another version of dcafy. Go on with that version.")
+    try:
+        header = _FORMAT.opened(header)
+    except OtherVersion as other:
+        raise CheckpointError(f"{shown} was written by another version of dcafy. Go on with that version.") from other
     if header.get("sha256") != _sha256(tensors, header.get("facts")):
         raise CheckpointError(f"{shown} is damaged: its content is not what was written. Copy it again, or remove it.")
     if not isinstance(header.get("facts"), dict):

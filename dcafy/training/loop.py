@@ -283,11 +283,11 @@ class _Run:
             self.interruption.stop(int(signal), None if self.file is None else self.file.parent)
 
     def _end_epoch(self) -> None:
-        metrics = self._evaluate()
+        metrics, shares = self._evaluate()
         if not math.isfinite(metrics.get("loss", 0.0)):
             self.progress.broken = True  # which the look round at the end of the epoch tells, before it saves
         self._share_skipped()
-        shares, own = metrics.pop("", {}), connections(self._shown()) if self.connected else {}
+        own = connections(self._shown()) if self.connected else {}
         loss, accuracy = self.progress.means(self.accelerator)
         states = {
             name: ConnectionState(c.alpha.item(), c.beta.item(), c.contribution(), shares[name])
@@ -315,8 +315,8 @@ class _Run:
         return self.model if self.average is None else self.average.module
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, Any]:
-        """The metrics, of the average where there is one; under ``""`` the message shares."""
+    def _evaluate(self) -> tuple[dict[str, float], Mapping[str, float]]:
+        """The metrics and the message shares, of the average where there is one."""
         model = self._shown()
         meter = self.task.meter()
         shares: Mapping[str, float] = {}
@@ -330,7 +330,7 @@ class _Run:
                     shares = found()
                 else:
                     meter.update(model, batch)
-        return {**meter.result(self.accelerator), "": shares}
+        return meter.result(self.accelerator), shares
 
     def _skip(self, batch: Batch) -> None:
         for name in batch.unreadable:

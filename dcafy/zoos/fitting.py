@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dcafy.errors import SourceError, UsageError
 from dcafy.wording import printable
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
-from dcafy.zoos.specs import Recipe
+from dcafy.zoos.specs import Blueprint
 
 __all__ = ["architectures_that_fit", "load_into", "same_shape"]
 
@@ -30,7 +30,7 @@ _TOLERATED = 4
 
 
 @dataclass(frozen=True)
-class Difference:
+class Misfit:
     """Where a state dict departs from what a network expects.
 
     ``shapes``  key -> (shape in the state dict, shape in the network)
@@ -70,7 +70,7 @@ def same_shape(one: nn.Module, other: nn.Module) -> bool:
     return _shapes(one.state_dict()) == _shapes(other.state_dict()) and plain(one) == plain(other)
 
 
-def load_into(recipe: Recipe, state: Mapping[str, torch.Tensor], spec: str) -> tuple[nn.Module, Recipe]:
+def load_into(recipe: Blueprint, state: Mapping[str, torch.Tensor], spec: str) -> tuple[nn.Module, Blueprint]:
     """The recipe's network with these weights in it, and the recipe that it took.
 
     Where nothing but the number of classes differs, the network is built with that number.
@@ -85,7 +85,7 @@ def load_into(recipe: Recipe, state: Mapping[str, torch.Tensor], spec: str) -> t
             candidate = headed.build()
             if not _difference(_shapes(fitted), _shapes(candidate.state_dict())):
                 log.info("%s has %d classes: %s is built with that many", spec, differs.classes, recipe.spec)
-                model, recipe, differs = candidate, headed, Difference((), (), {})
+                model, recipe, differs = candidate, headed, Misfit((), (), {})
     if differs:
         raise SourceError(
             f"The weights in {spec!r} do not fit {recipe.spec!r}: {differs}. Leave --arch out to see which "
@@ -111,7 +111,7 @@ def architectures_that_fit(state: Mapping[str, torch.Tensor]) -> list[str]:
     with torch.random.fork_rng(devices=[]), quiet(), _progress(len(candidates)) as advance:
         for prefix, name in candidates:
             advance()
-            if _fits(Recipe(prefix, name), shapes):
+            if _fits(Blueprint(prefix, name), shapes):
                 found.append(f"{prefix}:{name}")
     return found
 
@@ -131,7 +131,7 @@ class _Different(Exception):
     """An architecture that is being built has turned out to be another one."""
 
 
-def _fits(recipe: Recipe, shapes: Shapes) -> bool:
+def _fits(recipe: Blueprint, shapes: Shapes) -> bool:
     model = _built_unless_different(recipe, shapes)
     if model is None:
         return False
@@ -144,7 +144,7 @@ def _fits(recipe: Recipe, shapes: Shapes) -> bool:
     return headed is not None and not _difference(given, _shapes(headed.state_dict()))
 
 
-def _built_unless_different(recipe: Recipe, shapes: Shapes) -> nn.Module | None:
+def _built_unless_different(recipe: Blueprint, shapes: Shapes) -> nn.Module | None:
     """The network on the meta device, or ``None`` as soon as its parameters cannot be those of ``shapes``."""
     known = set(shapes.values())
     # Some networks make parameters that they throw away again, hence not the exact number.
@@ -205,8 +205,8 @@ def _aligned(state: Mapping[str, T], expected: Shapes) -> Mapping[str, T]:
     return state
 
 
-def _difference(given: Shapes, expected: Shapes) -> Difference:
-    return Difference(
+def _difference(given: Shapes, expected: Shapes) -> Misfit:
+    return Misfit(
         # Batch norms of networks saved before PyTorch 0.4.1 did not count; loading them starts at zero.
         missing=tuple(k for k in expected if k not in given and not k.endswith("num_batches_tracked")),
         unexpected=tuple(k for k in given if k not in expected),

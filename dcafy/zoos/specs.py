@@ -15,14 +15,14 @@ from dcafy.wording import one_line
 from dcafy.zoos.factories import call_factory, factory_takes, is_factory
 from dcafy.zoos.packages import ZOOS, build_on_meta, check, named_elsewhere, quiet
 
-__all__ = ["Recipe", "build_architecture", "parse", "runs_code", "unknown"]
+__all__ = ["Blueprint", "build_architecture", "parse", "runs_code", "unknown"]
 
 _OURS = {"checkpoint_path", "pretrained", "weights", "weights_backbone"}
 """Arguments of the zoos that say which weights to load: the spec says that."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Blueprint:
     """How a network is built: a spec that was understood, and the arguments for it.
 
     ``zoo``      the package it is from; ``None`` for the user's own factory
@@ -41,11 +41,11 @@ class Recipe:
         start = self.name if self.zoo is None else f"{self.zoo}:{self.name}"
         return start if self.weights is None else f"{start}@{self.weights}"
 
-    def without_weights(self) -> Recipe | None:
+    def without_weights(self) -> Blueprint | None:
         """The same network, untrained; ``None`` where only running the user's code can build it."""
         return None if self.zoo is None else dataclasses.replace(self, weights=None)
 
-    def with_settings(self, **more: Any) -> Recipe:
+    def with_settings(self, **more: Any) -> Blueprint:
         """The recipe with these arguments added."""
         return dataclasses.replace(self, settings={**self.settings, **more})
 
@@ -87,7 +87,7 @@ class Recipe:
         return None
 
 
-def parse(spec: str, settings: Mapping[str, Any]) -> Recipe:
+def parse(spec: str, settings: Mapping[str, Any]) -> Blueprint:
     """The recipe that a spec stands for; ``UsageError`` where there is no such network."""
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in ZOOS:
@@ -97,9 +97,9 @@ def parse(spec: str, settings: Mapping[str, Any]) -> Recipe:
             raise UsageError(
                 f"{argument} is not for --set: weights are chosen in the name, as in {prefix}:{name}@DEFAULT."
             )
-        return Recipe(prefix, name, weights if at else None, dict(settings))
+        return Blueprint(prefix, name, weights if at else None, dict(settings))
     if runs_code(spec):
-        return Recipe(None, spec, None, dict(settings))
+        return Blueprint(None, spec, None, dict(settings))
     raise unknown(spec)
 
 
