@@ -12,12 +12,11 @@ from typing import Annotated, Literal
 
 from dcafy.errors import PlanError
 from dcafy.plan.gates import GATES
-from dcafy.plan.options import Overrides
+from dcafy.plan.options import Dimension, Overrides
 from dcafy.records import one_of
 
 __all__ = ["AttentionBlock", "Chain", "Contents", "Contribution", "Cost", "Dimension", "FusionKind", "Link", "Skipped"]
 
-Dimension = Literal["channel", "spatial"]
 FusionKind = Literal["mul", "add"]
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import get_args
 
 from dcafy.plan.blocks import AttentionBlock, Contents, Contribution, Link
+from dcafy.plan.options import Dimension
 from dcafy.plan.tables import link_matches
 from dcafy.wording import printable
 
 __all__ = ["COLOURS", "Drawing", "Lane", "draw", "lanes_by_name"]
 
-COLOURS: dict[str, str] = {"channel": "#0072B2", "spatial": "#D55E00"}
+COLOURS: dict[str, str] = dict(zip(get_args(Dimension), ("#0072B2", "#D55E00", "#009E73"), strict=False))
 """Okabe and Ito's blue and vermilion, which colour-blind people tell apart; on white and on black alike."""
 
 WIDTH, LARGEST = 440, 540

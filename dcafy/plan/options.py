@@ -17,7 +17,10 @@ from typing import Any, Literal, TypeVar, get_args
 from dcafy.errors import UsageError
 from dcafy.wording import nearest
 
-__all__ = ["Conversion", "Init", "Inserting", "Linking", "Overrides", "check", "setting", "takes"]
+__all__ = ["Conversion", "Dimension", "Init", "Inserting", "Linking", "Overrides", "check", "setting", "takes"]
+
+Dimension = Literal["channel", "spatial"]
+"""What attention maps vary over."""
 
 Init = Literal["identity", "paper"]
 """How inserted attention starts: as an exact no-op, or in the paper's own form and initialisation."""
@@ -123,7 +126,7 @@ class Inserting:
 class Conversion(Linking, Inserting):
     """The options of :func:`dcafy.convert` and of the insertion before it."""
 
-    dimension: str = setting("all", "What is connected (paper 4.2).", choices=("channel", "spatial", "all"))
+    dimension: str = setting("all", "What is connected (paper 4.2).", choices=(*get_args(Dimension), "all"))
     topology: str = setting("chain", "Who hears whom: each block the one before it, or all before it.")
 
 

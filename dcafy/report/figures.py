@@ -28,7 +28,7 @@ __all__ = ["SIDES", "epoch_plot", "histogram_plot", "share_plot"]
 SIDES = ("#E69F00", "#009E73")
 """Okabe and Ito's orange for the original and green for the connected network; one is filled, one is drawn."""
 
-MARKERS = {"channel": "o", "spatial": "D"}
+MARKERS = dict(zip(COLOURS, "oDs", strict=False))
 
 _INK = "#010203"
 """Stands for the page's own text colour, which matplotlib cannot know: light or dark mode chooses it."""
