@@ -29,7 +29,7 @@ def _chain(earlier: Names, planned: Names) -> Names:
 
 def _dense(earlier: Names, planned: Names) -> Names:
     """All of them (paper section 5)."""
-    return earlier
+    return tuple(dict.fromkeys((*earlier, *planned)))
 
 
 TOPOLOGIES: dict[str, Topology] = {"chain": _chain, "dense": _dense}
@@ -39,8 +39,8 @@ TOPOLOGIES: dict[str, Topology] = {"chain": _chain, "dense": _dense}
 def links_in(region: Region, topology: str = "chain", plan: Plan | None = None) -> tuple[list[Link], list[Skipped]]:
     """The links of a region's blocks, and what was wanted and cannot be heard, with the reason.
 
-    With a ``plan`` only the blocks that hear something in it hear anything, from blocks that stand in it; its own links
-    are kept, and new ones have the settings of their target's.
+    With a ``plan`` only the blocks that hear something in it hear anything, from blocks that stand in it; links that it
+    has are its own, and new ones have the settings of their target's.
     """
     links, skipped = [], []
     for target, earlier in region.earlier.items():
@@ -48,8 +48,7 @@ def links_in(region: Region, topology: str = "chain", plan: Plan | None = None) 
         if plan is not None and not given:
             continue
         kept = earlier if plan is None else tuple(name for name in earlier if _stands_in(plan, name))
-        wanted = TOPOLOGIES[topology](kept, tuple(given))
-        for source in (*wanted, *(name for name in given if name not in wanted)):
+        for source in TOPOLOGIES[topology](kept, tuple(given)):
             if source in given:
                 links.append(given[source])
                 continue
