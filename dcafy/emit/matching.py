@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,28 +98,24 @@ def spatial_match(
     return nn.Sequential(shrink(ratio, channels, **place))
 
 
-class Matching:
-    """How one dimension brings a message to the size of G."""
+class Matching(Protocol):
+    """How one dimension brings a message to the size of G; ``option``: which of a link's settings says how."""
+
+    option: str
 
     def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
         """The layers that a link with all its settings takes; ``place``: device and dtype."""
-        raise NotImplementedError
 
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         """``match(T̃)`` of a connection, in the shape and dtype of G."""
-        raise NotImplementedError
-
-    def option(self, link: Link) -> str:
-        """The kind of layers that a link with all its settings takes."""
-        raise NotImplementedError
 
 
-class _Channel(Matching):
+class _Channel:
+    option = "channel_match"
+
     def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
-        assert link.reduction is not None
-        assert link.min_hidden is not None
-        sizes = {"reduction": link.reduction, "min_hidden": link.min_hidden}
-        return channel_match(self.option(link), message[0], own[0], **sizes, **place)
+        sizes: dict[str, Any] = {"reduction": link.reduction, "min_hidden": link.min_hidden}
+        return channel_match(str(link.channel_match), message[0], own[0], **sizes, **place)
 
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         message = T_prev
@@ -129,14 +125,13 @@ class _Channel(Matching):
             message = connection.match(message.flatten(1))
         return _shaped(message, G.shape).to(G.dtype)
 
-    def option(self, link: Link) -> str:
-        return str(link.channel_match)
 
+class _Spatial:
+    option = "spatial_match"
 
-class _Spatial(Matching):
     def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
         channels = message[0] if message[0] == own[0] else 1
-        return spatial_match(self.option(link), message[1] or (), own[1] or (), channels=channels, **place)
+        return spatial_match(str(link.spatial_match), message[1] or (), own[1] or (), channels=channels, **place)
 
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         target = _channels_first(G, connection.target_axis)
@@ -147,9 +142,6 @@ class _Spatial(Matching):
             message = message.mean(1, keepdim=True)
         message = _to_size(connection.match(message), target.shape[2:])
         return _channels_back(message, connection.target_axis).to(G.dtype)
-
-    def option(self, link: Link) -> str:
-        return str(link.spatial_match)
 
 
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:

@@ -96,7 +96,7 @@ def _connection(region: Region, link: Link, place: dict[str, Any], matches: dict
     source, target, message = region[link.source], region[link.target], message_for(region, link)
     matching = MATCHES[target.block.dimension]
     extent, own = (message.channels, message.size), (target.block.channels, target.block.size)
-    key = (matching.option(link), link.reduction, link.min_hidden, extent)
+    key = (getattr(link, matching.option), link.reduction, link.min_hidden, extent)
     if key not in matches:
         matches[key] = matching.layers(link, extent, own, place)
     return Connection(

@@ -50,13 +50,9 @@ class Maps:
         """Whether T ⊙ G has a meaning."""
         raise NotImplementedError
 
-    def kind(self, context: Tensor) -> int:
-        """What has to be equal in all extraction outputs of a block that hears."""
+    def mismatch(self, theirs: Extent, contexts: Sequence[Tensor], ours: Extent) -> str | None:
+        """Why a message of ``theirs`` cannot be brought to these extraction outputs; ``None`` where it can."""
         raise NotImplementedError
-
-    def mismatch(self, theirs: Extent, ours: Extent) -> str | None:
-        """Why a message of ``theirs`` cannot be brought to ``ours``; ``None`` where it can."""
-        return None
 
 
 class _ChannelMaps(Maps):
@@ -73,8 +69,8 @@ class _ChannelMaps(Maps):
     def is_like(self, map_: Tensor, contexts: Sequence[Tensor], own: Extent, axis: int | None) -> bool:
         return all(map_.shape[:1] == c.shape[:1] and map_.numel() == c.numel() for c in contexts)
 
-    def kind(self, context: Tensor) -> int:
-        return context[0].numel()
+    def mismatch(self, theirs: Extent, contexts: Sequence[Tensor], ours: Extent) -> str | None:
+        return _UNLIKE if len({context[0].numel() for context in contexts}) > 1 else None
 
 
 class _SpatialMaps(Maps):
@@ -92,10 +88,9 @@ class _SpatialMaps(Maps):
         found = self.extent(map_, axis) if map_.ndim == contexts[0].ndim else None
         return found is not None and found[1] == own[1] and found[0] in (1, own[0])
 
-    def kind(self, context: Tensor) -> int:
-        return context.ndim
-
-    def mismatch(self, theirs: Extent, ours: Extent) -> str | None:
+    def mismatch(self, theirs: Extent, contexts: Sequence[Tensor], ours: Extent) -> str | None:
+        if len({context.ndim for context in contexts}) > 1:
+            return _UNLIKE
         (channels, size), (own_channels, own_size) = theirs, ours
         if size is None or own_size is None or len(size) != len(own_size):
             return f"its map {size} and this one {own_size} have different axes"
@@ -105,6 +100,8 @@ class _SpatialMaps(Maps):
             return f"its map {size} and this one {own_size} are strips of different lengths"
         return None
 
+
+_UNLIKE = "its extraction yields statistics of different sizes"
 
 _FEW = 4
 """Up to so many channels a map is a stack of descriptors (CBAM's mean and max), not a feature map."""

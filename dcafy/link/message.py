@@ -50,10 +50,9 @@ def mismatch(message: Message, target: Found) -> str | None:
     """Why ``message`` cannot be brought to the size of the target's G, or ``None`` where it can."""
     if message.kind == "branches" and len(message.maps) != len(branch_maps(target)):
         return f"it has a map for each of its {len(message.maps)} branches, and this block has no such branches"
-    maps = DIMENSIONS[target.block.dimension]
-    if len({maps.kind(node_value(context)) for context in target.contexts}) > 1:
-        return "its extraction yields statistics of different sizes"
-    return maps.mismatch((message.channels, message.size), (target.block.channels, target.block.size))
+    extents = (message.channels, message.size), (target.block.channels, target.block.size)
+    contexts = [node_value(context) for context in target.contexts]
+    return DIMENSIONS[target.block.dimension].mismatch(extents[0], contexts, extents[1])
 
 
 def message_of(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> Message | Unlinkable:

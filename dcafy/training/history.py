@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcafy.analysis.usage import Usage
+from dcafy.records import read
 
 __all__ = ["ConnectionState", "Epoch", "History"]
 
@@ -46,9 +47,8 @@ class Epoch:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Epoch:
         """The epoch that ``to_dict`` described."""
-        fields = {item.name: data[item.name] for item in dataclasses.fields(cls)}
-        fields["connections"] = {name: ConnectionState(**row) for name, row in fields["connections"].items()}
-        return cls(**fields)
+        epoch: Epoch = read(cls, {name: value for name, value in data.items() if name != "event"}, whole=True)
+        return epoch
 
 
 @dataclass(frozen=True)
