@@ -1,4 +1,4 @@
-"""How plans are shown. The golden files are written anew by ``pytest --rewrite-golden tests/test_tables.py``."""
+"""How plans are shown. The golden files are written anew by ``pytest --rewrite-golden tests/plan/test_tables.py``."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from dcafy.runs.request import Request
 from dcafy.training.options import TrainingConfig
 from dcafy.training.telling import Listener
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FACTORY = "finetune_factory:network"
 FACTORY_CODE = "from training_data import network\n"
 QUICK = ["--data", "digits", "--image-size", "16", "--batch-size", "64", "--cpu", "--usage-images", "64"]
