@@ -14,9 +14,10 @@ from typing import Any
 import networks
 import pytest
 import torch
+from subjects import case, subject
 from torch import Tensor, nn
 from trained import seeded
-from zoo import BY_NAME, Network, channel_chain, one_chain, timm_network, torchvision_network
+from zoo import Network, channel_chain, one_chain
 
 import dcafy
 
@@ -110,16 +111,16 @@ class HookedChain:
 
 
 TORCHVISION_SE = Sites("avgpool", before=False, shows="scale_activation")
-CASES = (
-    (torchvision_network("mobilenet_v3_small", "SqueezeExcitation"), TORCHVISION_SE),
-    (torchvision_network("regnet_y_400mf", "SqueezeExcitation"), TORCHVISION_SE),
-    (timm_network("legacy_seresnet18", "SEModule"), Sites("fc1", before=True, shows="sigmoid")),
-    (timm_network("seresnet18", "SEModule"), Sites("fc1", before=True, shows="gate")),
-    (timm_network("skresnet18", "SelectiveKernelAttn"), Sites("fc_reduce", before=True, shows="..", carry=pooled)),
-    (timm_network("resnest14d", "SplitAttn"), Sites("fc1", before=True, shows="", carry=pooled)),
-    (BY_NAME["se_linear"], Sites("excite.0", before=True, shows="excite.3")),
-    (BY_NAME["global_context_add"], Sites("transform.0", before=True, shows="transform.3", carry=unbounded)),
-)
+SITES = {
+    "torchvision:mobilenet_v3_small": TORCHVISION_SE,
+    "torchvision:regnet_y_400mf": TORCHVISION_SE,
+    "timm:legacy_seresnet18": Sites("fc1", before=True, shows="sigmoid"),
+    "timm:seresnet18": Sites("fc1", before=True, shows="gate"),
+    "timm:skresnet18": Sites("fc_reduce", before=True, shows="..", carry=pooled),
+    "timm:resnest14d": Sites("fc1", before=True, shows="", carry=pooled),
+    "se_linear": Sites("excite.0", before=True, shows="excite.3"),
+    "global_context_add": Sites("transform.0", before=True, shows="transform.3", carry=unbounded),
+}
 
 
 @dataclass
@@ -146,13 +147,12 @@ def as_trained(converted: torch.fx.GraphModule) -> Settings:
     return settings
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[case[0].name for case in CASES])
+@pytest.fixture(scope="module", params=[case(name) for name in SITES])
 def connected(request: pytest.FixtureRequest) -> Connected:
-    network, sites = request.param
-    original = network.trained()
-    converted = dcafy.convert(original, example_inputs=network.images()).double().eval()
-    original = original.double().eval()
-    chain = HookedChain(original, network.expected(original).channel, as_trained(converted), sites)
+    name: str = request.param
+    network = subject(name).network
+    original, converted = (one.double() for one in subject(name).pair())
+    chain = HookedChain(original, network.expected(original).channel, as_trained(converted), SITES[name])
     return Connected(network, original, converted, chain)
 
 
@@ -263,12 +263,11 @@ class HookedCBAM:
         self.spatial = torch.sigmoid(output) * self.contexts.pop()
 
 
+@pytest.mark.xdist_group("cbam")
 def test_channel_and_spatial_attention_together() -> None:
     """CBAM in float64: two chains at once, two extraction outputs under one map, maps that shrink on the way."""
-    network = BY_NAME["cbam"]
-    original = network.trained()
-    converted = dcafy.convert(original, example_inputs=network.images()).double().eval()
-    original = original.double()
+    network = subject("cbam").network
+    original, converted = (one.double() for one in subject("cbam").pair())
     settings = as_trained(converted)
     assert len(settings) == 6
     images = network.images(3, seed=25).double()

@@ -7,7 +7,6 @@ are moved away from their start, so that losing them shows.
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import pickle
 import types
@@ -19,17 +18,15 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import two_processes
+from outputs import evaluate
+from subjects import cases, subject
 from torch import Tensor, nn
 from trained import seeded
-from zoo import BY_NAME, HAND_WRITTEN_NETWORKS, Network, both_chains, hand_written, in_blocks
+from zoo import BY_NAME, HAND_WRITTEN_NETWORKS, SMALL_CBAM, Network
 
 import dcafy
 
-NETWORK: Network = hand_written(
-    "cbam",
-    functools.partial(networks.with_attention, networks.CBAM, (16, 16, 24)),
-    both_chains(in_blocks("attention.channel", 3), in_blocks("attention.spatial", 3)),
-)
+NETWORK = SMALL_CBAM
 
 
 def moved(converted: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -41,13 +38,18 @@ def moved(converted: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return converted
 
 
+def base() -> nn.Module:
+    """The network before it was connected, trained-like and in eval mode."""
+    return subject(NETWORK.name).pair()[0]
+
+
+def at_the_start() -> torch.fx.GraphModule:
+    """The network just after it was connected, in eval mode."""
+    return subject(NETWORK.name).pair()[1]
+
+
 def connected(network: Network = NETWORK) -> torch.fx.GraphModule:
-    return moved(dcafy.convert(network.trained(), example_inputs=network.images())).eval()
-
-
-def evaluate(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(images)
+    return moved(subject(network.name).pair()[1])
 
 
 def assert_same_model(one: nn.Module, other: nn.Module) -> None:
@@ -108,7 +110,7 @@ def model() -> torch.fx.GraphModule:
 def test_the_connections_count(model: torch.fx.GraphModule) -> None:
     """What the other tests stand on: this network differs from the one it was made of."""
     output = evaluate(model, NETWORK.images())
-    assert (output - evaluate(NETWORK.trained(), NETWORK.images())).abs().max() > 1e-3
+    assert (output - evaluate(base(), NETWORK.images())).abs().max() > 1e-3
 
 
 def test_deepcopy(model: torch.fx.GraphModule) -> None:
@@ -143,8 +145,9 @@ def test_pickled_copy_of_a_copy(model: torch.fx.GraphModule) -> None:
     assert evaluate(dcafy.revert(again), NETWORK.images()).isfinite().all()
 
 
-@pytest.mark.parametrize("network", HAND_WRITTEN_NETWORKS, ids=lambda network: network.name)
-def test_every_kind_of_attention_can_be_copied(network: Network, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", cases(HAND_WRITTEN_NETWORKS))
+def test_every_kind_of_attention_can_be_copied(name: str, tmp_path: Path) -> None:
+    network = BY_NAME[name]
     model = connected(network)
     assert_same_model(model, copy.deepcopy(model))
     assert_same_model(model, pickle.loads(pickle.dumps(model)))
@@ -179,7 +182,7 @@ def test_a_train_method_of_the_instance() -> None:
         self.stem.eval()
         return self
 
-    original = NETWORK.trained()
+    original = base()
     original.train = types.MethodType(train, original)
     converted = dcafy.convert(original.train(), example_inputs=NETWORK.images())
     assert converted.eval() is converted
@@ -189,7 +192,7 @@ def test_a_train_method_of_the_instance() -> None:
 
 
 def test_state_dict(model: torch.fx.GraphModule) -> None:
-    fresh = dcafy.convert(NETWORK.trained(), example_inputs=NETWORK.images()).eval()
+    fresh = at_the_start()
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert_same_model(model, fresh)
 
@@ -198,15 +201,15 @@ def test_save_and_load(model: torch.fx.GraphModule, tmp_path: Path) -> None:
     dcafy.save(model, tmp_path / "all")
     assert_same_model(model, dcafy.load(tmp_path / "all", model=NETWORK.build().eval()))
     dcafy.save(model, tmp_path / "connections", base=False)
-    loaded = dcafy.load(tmp_path / "connections", model=NETWORK.trained())
+    loaded = dcafy.load(tmp_path / "connections", model=base())
     assert_same_model(model, loaded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     """``.half()`` and its like: everything is of that dtype, and the identity at the start holds there too."""
-    original = NETWORK.trained().to(dtype)
-    converted = dcafy.convert(NETWORK.trained(), example_inputs=NETWORK.images()).eval().to(dtype)
+    original = base().to(dtype)
+    converted = at_the_start().to(dtype)
     images = NETWORK.images().to(dtype)
     assert torch.equal(evaluate(original, images), evaluate(converted, images))
     output = evaluate(moved(converted), images)
@@ -218,7 +221,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_converted_in_another_dtype() -> None:
     """A model that is bf16 already: the connections are made in it."""
-    original = NETWORK.trained().to(torch.bfloat16)
+    original = base().to(torch.bfloat16)
     converted = dcafy.convert(original, example_inputs=NETWORK.images().to(torch.bfloat16)).eval()
     assert {parameter.dtype for parameter in converted.parameters()} == {torch.bfloat16}
     images = NETWORK.images(3).to(torch.bfloat16)
@@ -231,7 +234,7 @@ def test_channels_last(model: torch.fx.GraphModule) -> None:
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     output = evaluate(last, images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    original = NETWORK.trained().to(memory_format=torch.channels_last)
+    original = base().to(memory_format=torch.channels_last)
     start = dcafy.convert(original, example_inputs=images).eval()
     images = images.to(memory_format=torch.channels_last)
     assert torch.equal(evaluate(original, images), evaluate(start, images))
@@ -259,8 +262,7 @@ def test_autocast(model: torch.fx.GraphModule) -> None:
 
 
 def test_autocast_is_the_identity_at_the_start() -> None:
-    original = NETWORK.trained()
-    converted = dcafy.convert(original, example_inputs=NETWORK.images()).eval()
+    original, converted = base(), at_the_start()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(evaluate(original, NETWORK.images()), evaluate(converted, NETWORK.images()))
 
@@ -343,12 +345,12 @@ def test_revert(model: torch.fx.GraphModule) -> None:
     """The base as it is now, without connections."""
     with torch.no_grad():
         model.head.weight.mul_(2.0)
-    expected = NETWORK.trained()
+    expected = base()
     with torch.no_grad():
         expected.head.weight.mul_(2.0)
-    base = dcafy.revert(model)
-    assert list(base.state_dict()) == list(expected.state_dict())
-    assert torch.equal(evaluate(base.eval(), NETWORK.images()), evaluate(expected, NETWORK.images()))
+    reverted = dcafy.revert(model)
+    assert list(reverted.state_dict()) == list(expected.state_dict())
+    assert torch.equal(evaluate(reverted.eval(), NETWORK.images()), evaluate(expected, NETWORK.images()))
     assert dcafy.connections(model)
 
 
