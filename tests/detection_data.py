@@ -48,19 +48,6 @@ def altered(file: Path, **changes: Any) -> Path:
     return beside
 
 
-def train(rank: int, folder: str) -> None:
-    """A training in one of two processes; leaves its weights and metrics in ``folder``."""
-    import os
-
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    history, model = trained(folder)
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    torch.save({"state": state, "metrics": dict(history.metrics)}, f"{folder}/rank{rank}.pt")
-
-
 def trained(folder: str) -> tuple[Any, nn.Module]:
     """One epoch on the set in ``folder``."""
     from dcafy.detection import Boxes, Detection, open_coco

@@ -16,8 +16,6 @@ from pathlib import Path
 import networks
 import pytest
 import torch
-import torch.multiprocessing as mp
-import two_processes
 from outputs import evaluate
 from subjects import cases, subject
 from torch import Tensor, nn
@@ -265,19 +263,6 @@ def test_autocast_is_the_identity_at_the_start() -> None:
     original, converted = base(), at_the_start()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(evaluate(original, NETWORK.images()), evaluate(converted, NETWORK.images()))
-
-
-@pytest.mark.slow
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    """Two gloo processes, ``find_unused_parameters=False``: it trains, and both end with the same weights."""
-    mp.spawn(two_processes.train, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    start = dict(two_processes.connected().named_parameters())
-    assert list(first) == list(start)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-    moved_names = [name for name, value in first.items() if not torch.equal(value, start[name])]
-    assert {name for name in start if name.startswith("dca.")} <= set(moved_names)
 
 
 @pytest.mark.slow

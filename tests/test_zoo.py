@@ -111,8 +111,14 @@ def examined(spec: str, stage: str, classes: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
+QUICK = {"timm:test_byobnet", "timm:test_maxvit", "timm:test_nfnet", "timm:lcnet_050"}
+"""Those of ``CONVERTED`` that plain ``pytest`` runs."""
+
+
 @pytest.mark.zoo_quick
-@pytest.mark.parametrize("spec", CONVERTED)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(spec, marks=[] if spec in QUICK else pytest.mark.slow) for spec in CONVERTED]
+)
 def test_a_network_of_the_zoos_converts(spec: str) -> None:
     row = examined(spec, "full", CONVERTED[spec])
     assert row["links"] > 0

@@ -614,6 +614,7 @@ for number in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
 def test_killed_process(saved: dict[bool, Path], tmp_path: Path) -> None:
     """SIGKILL at every step: the old model up to one of them, the new one from there on."""

@@ -161,6 +161,7 @@ def test_json(command):
     assert {link["spatial_match"] for link in document["chains"][0]["links"]} == {None}
 
 
+@pytest.mark.slow
 def test_the_document_is_a_plan_that_converts():
     with process("inspect", SMALL, "--json") as running:
         plan = Plan.from_dict(json.loads(running.communicate()[0]))
@@ -355,7 +356,7 @@ def test_interrupted(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
-@pytest.mark.parametrize("options", [["--json"], ["--nodes"]])
+@pytest.mark.parametrize("options", [["--json"], pytest.param(["--nodes"], marks=pytest.mark.slow)])
 def test_nobody_reads_the_output(options, here):
     with process("inspect", "cli_factories:noisy", "--set", "depth=3", *options) as running:
         running.stdout.close()
@@ -366,6 +367,7 @@ def test_nobody_reads_the_output(options, here):
     assert "BrokenPipe" not in err
 
 
+@pytest.mark.slow
 def test_a_process_exits_with_the_code(here):
     for arguments, code in ((["inspect", "missing.pt"], 4), (["inspect", "cli_factories:Plain", "--json"], 3)):
         with process(*arguments) as running:

@@ -213,6 +213,7 @@ def test_a_segmenter_on_a_connected_resnet() -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_save_load_and_revert(tmp_path: Any) -> None:
     with seeded(0):
         model = moved(dcafy.insert(small_retinanet(), "se"))
@@ -294,6 +295,7 @@ def stages(model: nn.Module, images: Tensor) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_connected_classifier_becomes_the_backbone(tmp_path: Any) -> None:
     dcafy.save(classifier(), tmp_path / "run")  # what dcafy finetune leaves
     trained = dcafy.load(tmp_path / "run", model=dcafy.insert(small_body(frozen=False), "se", init="paper")).eval()
