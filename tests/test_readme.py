@@ -143,6 +143,14 @@ def test_continuous_integration_runs_the_readme_command() -> None:
     assert 'step "$test_command"' in script
 
 
+def test_two_tiers_leave_out_whole_zoos_only(pytestconfig: pytest.Config) -> None:
+    """What the README's command leaves out is ``slow and not zoo``, which ``.ci/run`` runs next, and ``zoo``."""
+    options = pytestconfig.getini("addopts")
+    assert options[options.index("-m") + 1] == "not slow and not zoo"
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert script.count("pytest -m 'slow and not zoo'") == 1
+
+
 def test_named_files_exist() -> None:
     text = README.read_text(encoding="utf-8")
     linked = re.findall(r"\]\(([^)#:]+)\)", text)
