@@ -11,12 +11,11 @@ import copy
 import pytest
 import torch
 from networks import SEDropout, with_attention
-from outputs import evaluate
 from subjects import Subject, cases
 from subjects import subject as subject_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from trained import seeded
+from trained import evaluate, seeded
 from zoo import HAND_WRITTEN_NETWORKS, NETWORKS, Network
 
 import dcafy

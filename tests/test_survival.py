@@ -16,24 +16,14 @@ from pathlib import Path
 import networks
 import pytest
 import torch
-from outputs import evaluate
 from subjects import cases, subject
 from torch import Tensor, nn
-from trained import seeded
+from trained import evaluate, moved, seeded
 from zoo import BY_NAME, HAND_WRITTEN_NETWORKS, SMALL_CBAM, Network
 
 import dcafy
 
 NETWORK = SMALL_CBAM
-
-
-def moved(converted: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The model with connections as they are some way into training."""
-    with seeded(31), torch.no_grad():
-        for connection in dcafy.connections(converted).values():
-            for parameter in connection.parameters():
-                parameter.add_(torch.rand_like(parameter), alpha=0.3)
-    return converted
 
 
 def base() -> nn.Module:
@@ -46,7 +36,8 @@ def at_the_start() -> torch.fx.GraphModule:
     return subject(NETWORK.name).pair()[1]
 
 
-def connected(network: Network = NETWORK) -> torch.fx.GraphModule:
+def under_way(network: Network = NETWORK) -> torch.fx.GraphModule:
+    """The network some way into training."""
     return moved(subject(network.name).pair()[1])
 
 
@@ -102,7 +93,7 @@ def modes(model: nn.Module) -> dict[str, bool]:
 
 @pytest.fixture
 def model() -> torch.fx.GraphModule:
-    return connected()
+    return under_way()
 
 
 def test_the_connections_count(model: torch.fx.GraphModule) -> None:
@@ -146,7 +137,7 @@ def test_pickled_copy_of_a_copy(model: torch.fx.GraphModule) -> None:
 @pytest.mark.parametrize("name", cases(HAND_WRITTEN_NETWORKS))
 def test_every_kind_of_attention_can_be_copied(name: str, tmp_path: Path) -> None:
     network = BY_NAME[name]
-    model = connected(network)
+    model = under_way(network)
     assert_same_model(model, copy.deepcopy(model))
     assert_same_model(model, pickle.loads(pickle.dumps(model)))
     dcafy.save(model, tmp_path / "saved")
@@ -281,7 +272,7 @@ def test_compile(model: torch.fx.GraphModule) -> None:
 @pytest.mark.parametrize("network", [NETWORK, BY_NAME["se_shared"]], ids=["cbam", "names-with-a-mark"])
 def test_export(network: Network) -> None:
     """``torch.export`` with a batch size that stays open; also of connections whose block has ``#2`` in its name."""
-    model = connected(network)
+    model = under_way(network)
     program = torch.export.export(model, (network.images(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for batch in (2, 7):
         images = network.images(batch)
@@ -313,8 +304,8 @@ def test_meta_device() -> None:
     converted = dcafy.convert(empty, verify=False)
     assert all(parameter.is_meta for parameter in converted.parameters())
     filled = converted.to_empty(device="cpu")
-    filled.load_state_dict(connected().state_dict(), strict=True)
-    assert torch.equal(evaluate(filled.eval(), NETWORK.images()), evaluate(connected(), NETWORK.images()))
+    filled.load_state_dict(under_way().state_dict(), strict=True)
+    assert torch.equal(evaluate(filled.eval(), NETWORK.images()), evaluate(under_way(), NETWORK.images()))
 
 
 def test_new_head(model: torch.fx.GraphModule) -> None:

@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 from detection_data import trained as trained_detector
 from networks import CBAM, with_attention
-from outputs import images
 from torch.nn.parallel import DistributedDataParallel
-from trained import seeded, trained_like
+from trained import images, trained, with_betas
 from training_data import Stripes
 from training_data import connected as connected_classifier
 
@@ -170,20 +169,15 @@ def detector() -> None:
 # --- without the loop -----------------------------------------------------------------------------------
 
 
-def moved() -> torch.fx.GraphModule:
+def connected_network() -> torch.fx.GraphModule:
     """A small network with both kinds of attention, its connections moved away from the start."""
-    with seeded(0):
-        model = trained_like(with_attention(CBAM, (16, 16, 24)), images(4, seed=1))
-    converted = dcafy.convert(model, example_inputs=images(4, seed=2))
-    with torch.no_grad():
-        for connection in dcafy.connections(converted).values():
-            connection.beta.fill_(0.3)
-    return converted
+    model = trained(lambda: with_attention(CBAM, (16, 16, 24)), images(4, seed=1))
+    return with_betas(dcafy.convert(model, example_inputs=images(4, seed=2)), 0.3)
 
 
 def distributed_data_parallel() -> None:
     """Three steps of each process on its own images."""
-    model = moved().train()
+    model = connected_network().train()
     dist.init_process_group("gloo")
     parallel = DistributedDataParallel(model, find_unused_parameters=False)
     optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)

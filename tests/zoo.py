@@ -13,7 +13,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
-from trained import seeded, trained_like
+from trained import seeded, trained
 
 Names = tuple[str, ...]
 Links = tuple[tuple[str, str], ...]
@@ -53,9 +53,7 @@ class Network:
 
     def trained(self) -> nn.Module:
         """A new network with trained-like values; the same one at every call."""
-        with seeded(0):
-            model = self.build()
-        return trained_like(model, self.images(8))
+        return trained(self.build, self.images(8))
 
 
 def pairs(names: Names) -> Links:

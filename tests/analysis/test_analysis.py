@@ -13,10 +13,9 @@ import timm
 import torch
 import torchvision
 from captum.attr import LayerGradCam
-from outputs import images
 from subjects import case, subject
 from torch import Tensor, nn
-from trained import seeded
+from trained import images, seeded, with_betas
 
 import dcafy
 from dcafy.analysis import AttentionValues, attention_values, contributions, grad_cam
@@ -33,14 +32,6 @@ def lively(model: nn.Module) -> nn.Module:
                 module.running_var.uniform_(0.3, 0.8)
                 module.weight.uniform_(0.7, 1.4)
     return model.eval()
-
-
-def with_betas(model: nn.Module, value: float = 0.7) -> nn.Module:
-    moved = copy.deepcopy(model)
-    with torch.no_grad():
-        for connection in dcafy.connections(moved).values():
-            connection.beta.fill_(value)
-    return moved
 
 
 SE_NETWORKS = {
@@ -87,7 +78,7 @@ def test_values_are_those_of_the_gates(name: str) -> None:
     # One image after the other, they are the same to a rounding: kernels differ with the size of the batch.
     for block, gates in zip(attention_values(model, given, batch_size=1), wanted, strict=True):
         torch.testing.assert_close(block.values.flatten(1), gates.flatten(1), rtol=1e-2, atol=1e-3)
-    moved = with_betas(connected)
+    moved = with_betas(copy.deepcopy(connected), 0.7)
     found = attention_values(moved, given)
     assert not same_values(found, wanted)
     if name.startswith("torchvision:"):  # timm's gates are functions in modules of its own, which are entered
@@ -220,7 +211,7 @@ def test_grad_cam_is_the_librarys(name: str) -> None:
         for stage in cams.stages:
             assert torch.equal(stage.maps, by_captum(model, stage.name, given, cams.targets)), stage.name
         assert cams.stages[-1].maps.max() > 0
-    moved = grad_cam(with_betas(connected), given, target=cams.targets)
+    moved = grad_cam(with_betas(copy.deepcopy(connected), 0.7), given, target=cams.targets)
     assert not all(torch.equal(a.maps, b.maps) for a, b in zip(moved.stages[1:-1], cams.stages[1:-1], strict=True))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import logging
 import os
 import resource
 import signal
@@ -21,7 +20,6 @@ from torch import nn
 import dcafy
 import dcafy.conversion  # the module, which the tests replace a function of
 from dcafy import errors
-from dcafy.cli import main
 from dcafy.cli.app import exit_code
 from dcafy.cli.options import example_input, settings_given
 from dcafy.plan.blocks import Dimension, FusionKind
@@ -66,21 +64,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command in this process: arguments -> exit code, stdout, stderr."""
-    log = logging.getLogger("dcafy")
-    before = log.handlers, log.propagate, log.level
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dcafy", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    yield run
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
+def command(dcafy_command):
+    return dcafy_command
 
 
 def process(*arguments, **options):

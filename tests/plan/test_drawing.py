@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import networks
 import timm
 import torchvision
-from outputs import images
 from torch import nn
+from trained import images
 
 import dcafy
 from dcafy.analysis import Lane, contributions, draw

@@ -137,7 +137,7 @@ def test_a_detector(ended: Ended, tmp_path: Path) -> None:
 def test_distributed_data_parallel(ended: Ended) -> None:
     """Two gloo processes, ``find_unused_parameters=False``: it trains, and both end with the same weights."""
     first, second = ended.of("distributed_data_parallel")
-    start = dict(two_processes.moved().named_parameters())
+    start = dict(two_processes.connected_network().named_parameters())
     assert list(first) == list(start)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
