@@ -11,9 +11,9 @@ from trained import with_betas
 from training_data import CLASSES, SIZE, Stripes, connected, network
 
 import dcafy
+from dcafy import Connection
 from dcafy.analysis.complexity import complexity
 from dcafy.analysis.usage import message_shares
-from dcafy.emit.connection import Connection
 from dcafy.errors import InputError
 
 

@@ -19,12 +19,11 @@ from torch import nn
 
 import dcafy
 import dcafy.conversion  # the module, which the tests replace a function of
-from dcafy import errors
+from dcafy import Plan, errors
 from dcafy.cli.app import exit_code
 from dcafy.cli.options import example_input, settings_given
 from dcafy.plan.blocks import Dimension, FusionKind
 from dcafy.plan.gates import GATES
-from dcafy.plan.plan import Plan
 from dcafy.zoos import fitting
 
 SMALL = "torchvision:mobilenet_v3_small"

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from trained import images, seeded, trained
 
 import dcafy
+from dcafy import Connection
 from dcafy.conversion import appraise
-from dcafy.emit.connection import Connection, JoinedConnection
+from dcafy.emit.connection import JoinedConnection
 from dcafy.emit.matching import channel_match, spatial_match
 from dcafy.errors import PlanError, UsageError
 

@@ -458,10 +458,9 @@ def test_a_full_disk_leaves_no_half_report(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_preparation_is_that_of_the_run(tmp_path: Path) -> None:
-    from dcafy.images.options import DataOptions
     from dcafy.plan.options import Conversion
-    from dcafy.runs.request import Request, write_request
-    from dcafy.training.options import TrainingConfig
+    from dcafy.runs import Request, write_request
+    from dcafy.training import DataOptions, TrainingConfig
 
     request = Request(SMALL, "digits", None, {}, Conversion(), DataOptions(image_size=96), TrainingConfig(), 0)
     write_request(tmp_path, request)
