@@ -62,7 +62,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(
+    scope="module",
+    params=["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow), "hand_written"],
+)
 def network(request: pytest.FixtureRequest) -> nn.Module:
     with seeded(0):
         model = NETWORKS[request.param]()

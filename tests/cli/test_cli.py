@@ -339,8 +339,9 @@ def test_interrupted(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
-@pytest.mark.parametrize("options", [["--json"], pytest.param(["--nodes"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [["--json"], ["--nodes"]])
 def test_nobody_reads_the_output(options, here):
     with process("inspect", "cli_factories:noisy", "--set", "depth=3", *options) as running:
         running.stdout.close()
@@ -361,6 +362,7 @@ def test_a_process_exits_with_the_code(here):
         assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only(here):
     with process("inspect", "cli_factories:noisy", env={"PYTHONIOENCODING": "ascii"}) as running:
         out, err = running.communicate(timeout=120)

@@ -142,7 +142,7 @@ def test_every_detector_converts_or_says_why_not(name: str) -> None:
 # --- what has to hold -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["se", "gc", "cbam"])
+@pytest.mark.parametrize("attention", ["se", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gc", "cbam"))])
 def test_a_retinanet_with_a_connected_backbone(attention: str) -> None:
     with seeded(0):
         model = moved(dcafy.insert(small_retinanet(), attention, init="paper"))
@@ -189,7 +189,7 @@ def test_frozen_batch_norms_stay_frozen_and_frozen_layers_keep_their_meaning() -
     assert any("layer4" in name for name in changed)
 
 
-@pytest.mark.parametrize("returned", [(1, 2), (2, 3, 4)])
+@pytest.mark.parametrize("returned", [(1, 2), pytest.param((2, 3, 4), marks=pytest.mark.slow)])
 def test_returned_layers_are_kept(returned: tuple[int, ...]) -> None:
     model = small_retinanet(returned=returned)
     converted = dcafy.convert(dcafy.insert(model, "se"), verify=False)
@@ -200,6 +200,7 @@ def test_returned_layers_are_kept(returned: tuple[int, ...]) -> None:
     assert len(dcafy.connections(converted)) == (2 if returned == (1, 2) else 4)
 
 
+@pytest.mark.slow
 def test_a_segmenter_on_a_connected_resnet() -> None:
     with seeded(0):
         plain = segmentation.deeplabv3_resnet50(**{**UNTRAINED, "aux_loss": True})
@@ -230,9 +231,10 @@ def test_save_load_and_revert(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found(reverted, images), found(model, images), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("ssdlite320_mobilenet_v3_large", None), pytest.param("retinanet_resnet50_fpn", "se", marks=pytest.mark.slow)],
+    [("ssdlite320_mobilenet_v3_large", None), ("retinanet_resnet50_fpn", "se")],
 )
 def test_a_detector_of_torchvision_with_a_new_head_is_loaded_by_itself(
     name: str, attention: str | None, tmp_path: Any
@@ -248,6 +250,7 @@ def test_a_detector_of_torchvision_with_a_new_head_is_loaded_by_itself(
     assert all(torch.equal(a, b) for a, b in zip(found(loaded, images), found(converted, images), strict=True))
 
 
+@pytest.mark.slow
 def test_a_report_of_a_detector(tmp_path: Any) -> None:
     for package in ("matplotlib", "jinja2", "captum"):
         pytest.importorskip(package)

@@ -347,6 +347,7 @@ def test_a_run_reports_average_precision(command: Run, shapes: Path) -> None:
     assert not (shapes / "strict").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(
     command: Run, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

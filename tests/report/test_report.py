@@ -258,6 +258,7 @@ def test_command_writes_a_page(command: Run, tmp_path: Path, folder: Path, conne
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_command_takes_the_original(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
     output = tmp_path / "report.html"
     code, _, _ = command(connected, "--against", SMALL, "--images", folder, "-o", output, "--image-size", 64)

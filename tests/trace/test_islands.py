@@ -61,7 +61,7 @@ def moved_by_beta(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [pytest.param("fasterrcnn", marks=pytest.mark.slow), "ssdlite"])
 def test_detectors(name: str) -> None:
     model = with_statistics(DETECTORS[name]())
     converted = dcafy.convert(model)
