@@ -148,7 +148,7 @@ def as_trained(converted: torch.fx.GraphModule) -> Settings:
 
 
 @pytest.fixture(scope="module", params=[case(name) for name in SITES])
-def connected(request: pytest.FixtureRequest) -> Connected:
+def hooked(request: pytest.FixtureRequest) -> Connected:
     name: str = request.param
     network = subject(name).network
     original, converted = (one.double() for one in subject(name).pair())
@@ -157,45 +157,45 @@ def connected(request: pytest.FixtureRequest) -> Connected:
 
 
 @pytest.mark.parametrize(("batch", "size"), [(2, None), (3, 96)], ids=["example", "other-size"])
-def test_outputs_are_those_of_hooks_on_the_original(connected: Connected, batch: int, size: int | None) -> None:
-    images = connected.network.images(batch, size, seed=22).double()
-    assert set(connected.chain.settings) == set(connected.chain.blocks[1:])
+def test_outputs_are_those_of_hooks_on_the_original(hooked: Connected, batch: int, size: int | None) -> None:
+    images = hooked.network.images(batch, size, seed=22).double()
+    assert set(hooked.chain.settings) == set(hooked.chain.blocks[1:])
     with torch.no_grad():
-        plain = connected.original(images)
-        with connected.chain:
-            expected = connected.chain.model(images)
-        assert torch.equal(connected.original(images), plain), "the hooks are still there"
-        output = connected.converted(images)
+        plain = hooked.original(images)
+        with hooked.chain:
+            expected = hooked.chain.model(images)
+        assert torch.equal(hooked.original(images), plain), "the hooks are still there"
+        output = hooked.converted(images)
     scale = expected.abs().max()
     assert (expected - plain).abs().max() > 1e-4 * scale, "the connections do nothing: nothing is shown"
     assert (output - expected).abs().max() <= 1e-9 * scale
 
 
-def test_gradients_are_those_of_hooks_on_the_original(connected: Connected) -> None:
-    images = connected.network.images(2, seed=23).double()
-    with connected.chain:
-        connected.chain.model(images).square().sum().backward()
-    connected.converted(images).square().sum().backward()
-    result = dict(connected.converted.named_parameters())
-    largest = max(float(p.grad.abs().max()) for p in connected.original.parameters() if p.grad is not None)
-    for name, parameter in connected.original.named_parameters():
+def test_gradients_are_those_of_hooks_on_the_original(hooked: Connected) -> None:
+    images = hooked.network.images(2, seed=23).double()
+    with hooked.chain:
+        hooked.chain.model(images).square().sum().backward()
+    hooked.converted(images).square().sum().backward()
+    result = dict(hooked.converted.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in hooked.original.parameters() if p.grad is not None)
+    for name, parameter in hooked.original.named_parameters():
         torch.testing.assert_close(result[name].grad, parameter.grad, rtol=1e-7, atol=1e-9 * largest, msg=name)
 
 
 @pytest.mark.parametrize("wrong", [gated, unbounded])
-def test_the_oracle_notices_a_wrong_wire(connected: Connected, wrong: Carry) -> None:
+def test_the_oracle_notices_a_wrong_wire(hooked: Connected, wrong: Carry) -> None:
     """What the comparison is worth: with another T̃ the outputs are far from the converted model's."""
-    sites = connected.chain.sites
+    sites = hooked.chain.sites
     if sites.carry is wrong or sites.carry is pooled:
         wrong = context_alone
-    images = connected.network.images(2, seed=24).double()
+    images = hooked.network.images(2, seed=24).double()
     chain = HookedChain(
-        connected.original, connected.chain.blocks, connected.chain.settings, dataclasses.replace(sites, carry=wrong)
+        hooked.original, hooked.chain.blocks, hooked.chain.settings, dataclasses.replace(sites, carry=wrong)
     )
     with torch.no_grad(), chain:
         expected = chain.model(images)
     with torch.no_grad():
-        output = connected.converted(images)
+        output = hooked.converted(images)
     assert (output - expected).abs().max() > 1e-6 * output.abs().max()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detection_data import trained as trained_detector
+from detection_data import trained_detector
 from networks import CBAM, with_attention
 from torch.nn.parallel import DistributedDataParallel
 from trained import images, trained, with_betas

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import two_processes
-from detection_data import trained as trained_detector
+from detection_data import trained_detector
 
 from dcafy.detection import write_shapes
 
