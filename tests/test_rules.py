@@ -16,7 +16,7 @@ from subjects import subject as subject_of
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from trained import evaluate, seeded
-from zoo import HAND_WRITTEN_NETWORKS, NETWORKS, Network
+from zoo import BY_NAME, HAND_WRITTEN_NETWORKS, LIBRARY_NETWORKS, NETWORKS, QUICK, Network
 
 import dcafy
 
@@ -29,6 +29,13 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 def own_parameters(converted: nn.Module) -> dict[str, nn.Parameter]:
     """The connections' parameters."""
     return {name: p for name, p in converted.named_parameters() if "dca" in name.split(".")}
+
+
+def test_the_quick_networks_are_there() -> None:
+    """Every rule is shown on hand-written networks and on four of libraries by plain ``pytest``, too."""
+    assert BY_NAME.keys() >= QUICK
+    assert {network.name for network in HAND_WRITTEN_NETWORKS} < QUICK
+    assert len({network.name for network in LIBRARY_NETWORKS} & QUICK) == 4
 
 
 # What is found -----------------------------------------------------------------------------------

@@ -130,6 +130,11 @@ def tiered(specs: Iterable[str], slow: Container[str]) -> list[Any]:
     return [pytest.param(spec, marks=pytest.mark.slow if spec in slow else []) for spec in specs]
 
 
+def test_the_tiers_name_networks_that_are_there() -> None:
+    assert CONVERTED.keys() > QUICK
+    assert INSPECTED.keys() > SLOW
+
+
 @pytest.mark.zoo_quick
 @pytest.mark.parametrize("spec", tiered(CONVERTED, CONVERTED.keys() - QUICK))
 def test_a_network_of_the_zoos_converts(spec: str) -> None:
