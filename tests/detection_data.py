@@ -1,4 +1,4 @@
-"""A tiny detector and a damaged set of boxes; in a module that other processes import quickly."""
+"""A tiny detector, pictures, and a damaged set of boxes; in a module that other processes import quickly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
 from trained import seeded
 
 import dcafy
@@ -36,6 +38,26 @@ def retinanet(num_classes: int = 3) -> nn.Module:
         )  # fmt: skip
 
 
+def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
+    """Pictures of these heights and widths; the same ones at every call."""
+    with seeded(1):
+        return [torch.rand(3, *size) for size in sizes]
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Statistics of batch norms that have seen data, also of frozen ones, and attention that does something."""
+    with seeded(0), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
+                module.running_mean.normal_(0, 0.05)
+                module.running_var.uniform_(0.4, 0.9)
+                module.weight.uniform_(0.5, 0.9)
+        for name, parameter in model.named_parameters():
+            if any(part in ("se", "gc", "cbam") for part in name.split(".")):
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
 def altered(file: Path, **changes: Any) -> Path:
     """The annotations with changes: ``boxes`` (index -> box) and other entries at the top; in a file beside."""
     content = json.loads(file.read_text())
@@ -48,20 +70,7 @@ def altered(file: Path, **changes: Any) -> Path:
     return beside
 
 
-def train(rank: int, folder: str) -> None:
-    """A training in one of two processes; leaves its weights and metrics in ``folder``."""
-    import os
-
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    history, model = trained(folder)
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    torch.save({"state": state, "metrics": dict(history.metrics)}, f"{folder}/rank{rank}.pt")
-
-
-def trained(folder: str) -> tuple[Any, nn.Module]:
+def trained_detector(folder: str) -> tuple[Any, nn.Module]:
     """One epoch on the set in ``folder``."""
     from dcafy.detection import Boxes, Detection, open_coco
     from dcafy.training import DataOptions, TrainingConfig, finetune

@@ -14,9 +14,10 @@ from typing import Any
 import networks
 import pytest
 import torch
+from subjects import case, subject
 from torch import Tensor, nn
 from trained import seeded
-from zoo import BY_NAME, Network, channel_chain, one_chain, timm_network, torchvision_network
+from zoo import Network, channel_chain, one_chain
 
 import dcafy
 
@@ -110,16 +111,16 @@ class HookedChain:
 
 
 TORCHVISION_SE = Sites("avgpool", before=False, shows="scale_activation")
-CASES = (
-    (torchvision_network("mobilenet_v3_small", "SqueezeExcitation"), TORCHVISION_SE),
-    (torchvision_network("regnet_y_400mf", "SqueezeExcitation"), TORCHVISION_SE),
-    (timm_network("legacy_seresnet18", "SEModule"), Sites("fc1", before=True, shows="sigmoid")),
-    (timm_network("seresnet18", "SEModule"), Sites("fc1", before=True, shows="gate")),
-    (timm_network("skresnet18", "SelectiveKernelAttn"), Sites("fc_reduce", before=True, shows="..", carry=pooled)),
-    (timm_network("resnest14d", "SplitAttn"), Sites("fc1", before=True, shows="", carry=pooled)),
-    (BY_NAME["se_linear"], Sites("excite.0", before=True, shows="excite.3")),
-    (BY_NAME["global_context_add"], Sites("transform.0", before=True, shows="transform.3", carry=unbounded)),
-)
+SITES = {
+    "torchvision:mobilenet_v3_small": TORCHVISION_SE,
+    "torchvision:regnet_y_400mf": TORCHVISION_SE,
+    "timm:legacy_seresnet18": Sites("fc1", before=True, shows="sigmoid"),
+    "timm:seresnet18": Sites("fc1", before=True, shows="gate"),
+    "timm:skresnet18": Sites("fc_reduce", before=True, shows="..", carry=pooled),
+    "timm:resnest14d": Sites("fc1", before=True, shows="", carry=pooled),
+    "se_linear": Sites("excite.0", before=True, shows="excite.3"),
+    "global_context_add": Sites("transform.0", before=True, shows="transform.3", carry=unbounded),
+}
 
 
 @dataclass
@@ -146,56 +147,55 @@ def as_trained(converted: torch.fx.GraphModule) -> Settings:
     return settings
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[case[0].name for case in CASES])
-def connected(request: pytest.FixtureRequest) -> Connected:
-    network, sites = request.param
-    original = network.trained()
-    converted = dcafy.convert(original, example_inputs=network.images()).double().eval()
-    original = original.double().eval()
-    chain = HookedChain(original, network.expected(original).channel, as_trained(converted), sites)
+@pytest.fixture(scope="module", params=[case(name) for name in SITES])
+def hooked(request: pytest.FixtureRequest) -> Connected:
+    name: str = request.param
+    network = subject(name).network
+    original, converted = (one.double() for one in subject(name).pair())
+    chain = HookedChain(original, network.expected(original).channel, as_trained(converted), SITES[name])
     return Connected(network, original, converted, chain)
 
 
 @pytest.mark.parametrize(("batch", "size"), [(2, None), (3, 96)], ids=["example", "other-size"])
-def test_outputs_are_those_of_hooks_on_the_original(connected: Connected, batch: int, size: int | None) -> None:
-    images = connected.network.images(batch, size, seed=22).double()
-    assert set(connected.chain.settings) == set(connected.chain.blocks[1:])
+def test_outputs_are_those_of_hooks_on_the_original(hooked: Connected, batch: int, size: int | None) -> None:
+    images = hooked.network.images(batch, size, seed=22).double()
+    assert set(hooked.chain.settings) == set(hooked.chain.blocks[1:])
     with torch.no_grad():
-        plain = connected.original(images)
-        with connected.chain:
-            expected = connected.chain.model(images)
-        assert torch.equal(connected.original(images), plain), "the hooks are still there"
-        output = connected.converted(images)
+        plain = hooked.original(images)
+        with hooked.chain:
+            expected = hooked.chain.model(images)
+        assert torch.equal(hooked.original(images), plain), "the hooks are still there"
+        output = hooked.converted(images)
     scale = expected.abs().max()
     assert (expected - plain).abs().max() > 1e-4 * scale, "the connections do nothing: nothing is shown"
     assert (output - expected).abs().max() <= 1e-9 * scale
 
 
-def test_gradients_are_those_of_hooks_on_the_original(connected: Connected) -> None:
-    images = connected.network.images(2, seed=23).double()
-    with connected.chain:
-        connected.chain.model(images).square().sum().backward()
-    connected.converted(images).square().sum().backward()
-    result = dict(connected.converted.named_parameters())
-    largest = max(float(p.grad.abs().max()) for p in connected.original.parameters() if p.grad is not None)
-    for name, parameter in connected.original.named_parameters():
+def test_gradients_are_those_of_hooks_on_the_original(hooked: Connected) -> None:
+    images = hooked.network.images(2, seed=23).double()
+    with hooked.chain:
+        hooked.chain.model(images).square().sum().backward()
+    hooked.converted(images).square().sum().backward()
+    result = dict(hooked.converted.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in hooked.original.parameters() if p.grad is not None)
+    for name, parameter in hooked.original.named_parameters():
         torch.testing.assert_close(result[name].grad, parameter.grad, rtol=1e-7, atol=1e-9 * largest, msg=name)
 
 
 @pytest.mark.parametrize("wrong", [gated, unbounded])
-def test_the_oracle_notices_a_wrong_wire(connected: Connected, wrong: Carry) -> None:
+def test_the_oracle_notices_a_wrong_wire(hooked: Connected, wrong: Carry) -> None:
     """What the comparison is worth: with another T̃ the outputs are far from the converted model's."""
-    sites = connected.chain.sites
+    sites = hooked.chain.sites
     if sites.carry is wrong or sites.carry is pooled:
         wrong = context_alone
-    images = connected.network.images(2, seed=24).double()
+    images = hooked.network.images(2, seed=24).double()
     chain = HookedChain(
-        connected.original, connected.chain.blocks, connected.chain.settings, dataclasses.replace(sites, carry=wrong)
+        hooked.original, hooked.chain.blocks, hooked.chain.settings, dataclasses.replace(sites, carry=wrong)
     )
     with torch.no_grad(), chain:
         expected = chain.model(images)
     with torch.no_grad():
-        output = connected.converted(images)
+        output = hooked.converted(images)
     assert (output - expected).abs().max() > 1e-6 * output.abs().max()
 
 
@@ -263,12 +263,11 @@ class HookedCBAM:
         self.spatial = torch.sigmoid(output) * self.contexts.pop()
 
 
+@pytest.mark.xdist_group("cbam")
 def test_channel_and_spatial_attention_together() -> None:
     """CBAM in float64: two chains at once, two extraction outputs under one map, maps that shrink on the way."""
-    network = BY_NAME["cbam"]
-    original = network.trained()
-    converted = dcafy.convert(original, example_inputs=network.images()).double().eval()
-    original = original.double()
+    network = subject("cbam").network
+    original, converted = (one.double() for one in subject("cbam").pair())
     settings = as_trained(converted)
     assert len(settings) == 6
     images = network.images(3, seed=25).double()

@@ -87,7 +87,14 @@ def test_every_row_is_there() -> None:
     assert [key(row) for row in paper_tables.ROWS] == list(PARAMETERS)
 
 
-@pytest.mark.parametrize("row", paper_tables.ROWS, ids=lambda row: "-".join(key(row)).replace(" ", "_"))
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=pytest.mark.slow if row.base in ("ResNet101", "ResNet152") else [])
+        for row in paper_tables.ROWS
+    ],
+    ids=lambda row: "-".join(key(row)).replace(" ", "_"),
+)
 def test_row(row: paper_tables.Row) -> None:
     model = row.build()
     assert paper_tables.parameters(model) == PARAMETERS[key(row)]

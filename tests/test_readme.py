@@ -77,17 +77,30 @@ def test_every_block_has_a_language_that_is_checked() -> None:
     assert README.read_text(encoding="utf-8").count("```") == 2 * len(README_BLOCKS)
 
 
-def test_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def run_blocks(languages: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's blocks of these languages, in its order, in one folder."""
+    monkeypatch.chdir(folder)
     script = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", script)  # where pickle looks for the README's classes
     for block in README_BLOCKS:
+        if block.language not in languages:
+            continue
         if block.language == "python":
             # The empty lines before it give tracebacks the README's own line numbers.
             exec(compile("\n" * (block.line - 1) + block.text, README, "exec"), script.__dict__)
         elif block.language == "console":
             for command in commands(block.text):
                 prints_what_is_shown(command, block.line)
+
+
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_blocks({"python"}, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them: each command, too, in a process of its own."""
+    run_blocks(SHOWN, tmp_path, monkeypatch)
 
 
 def prints_what_is_shown(command: Command, line: int) -> None:
@@ -128,6 +141,14 @@ def test_continuous_integration_runs_the_readme_command() -> None:
     )
     assert found.stdout.splitlines() == [SETUP[1]]
     assert 'step "$test_command"' in script
+
+
+def test_two_tiers_leave_out_whole_zoos_only(pytestconfig: pytest.Config) -> None:
+    """What the README's command leaves out is ``slow and not zoo``, which ``.ci/run`` runs next, and ``zoo``."""
+    options = pytestconfig.getini("addopts")
+    assert options[options.index("-m") + 1] == "not slow and not zoo"
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert script.count("pytest -m 'slow and not zoo'") == 1
 
 
 def test_named_files_exist() -> None:

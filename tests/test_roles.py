@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
-from zoo import BY_NAME, plan_of
+from subjects import case, subject
+from zoo import NETWORKS
 
 import dcafy
 
@@ -233,6 +234,11 @@ TABLE: dict[str, dict[str, Callable[[str], Roles]]] = {
         "trunk_output.block1.block1-0.f.se": torchvision_se(),
         "trunk_output.block2.block2-0.f.se": torchvision_se(),
     },
+    "torchvision:small_maxvit": {
+        "blocks.0.layers.0.layers.MBconv.layers.squeeze_excitation": torchvision_se(),
+        "blocks.0.layers.1.layers.MBconv.layers.squeeze_excitation": torchvision_se(),
+        "blocks.3.layers.0.layers.MBconv.layers.squeeze_excitation": torchvision_se(),
+    },
     "torchvision:maxvit_t": {
         "blocks.0.layers.0.layers.MBconv.layers.squeeze_excitation": torchvision_se(),
         "blocks.0.layers.1.layers.MBconv.layers.squeeze_excitation": torchvision_se(),
@@ -281,11 +287,7 @@ TABLE: dict[str, dict[str, Callable[[str], Roles]]] = {
 }
 """Network -> block -> roles. A block is read off its source; what stands here was not taken from a plan."""
 
-ROWS = [
-    pytest.param(network, block, id=f"{network}-{block}", marks=pytest.mark.xdist_group(network))
-    for network, blocks in TABLE.items()
-    for block in blocks
-]
+ROWS = [case(network, block, id=f"{network}-{block}") for network, blocks in TABLE.items() for block in blocks]
 
 
 def fits(nodes: Sequence[str], steps: Sequence[Step]) -> bool:
@@ -301,7 +303,7 @@ def fits(nodes: Sequence[str], steps: Sequence[Step]) -> bool:
 
 @pytest.mark.parametrize(("network", "name"), ROWS)
 def test_roles_are_those_of_the_source(network: str, name: str) -> None:
-    block = plan_of(network).block(name)
+    block = subject(network).plan.block(name)
     roles = TABLE[network][name](name)
     assert fits(block.extraction, roles.extraction), block.extraction
     assert fits(block.transformation, roles.transformation), block.transformation
@@ -313,7 +315,7 @@ def test_roles_are_those_of_the_source(network: str, name: str) -> None:
 @pytest.mark.parametrize(("network", "name"), ROWS)
 def test_no_row_fits_with_two_roles_exchanged(network: str, name: str) -> None:
     """What the comparison is worth: the table refuses a block whose roles are mixed up or incomplete."""
-    block = plan_of(network).block(name)
+    block = subject(network).plan.block(name)
     roles = TABLE[network][name](name)
     assert not fits(block.transformation, roles.extraction)
     assert not fits(block.extraction, roles.transformation)
@@ -324,13 +326,13 @@ def test_no_row_fits_with_two_roles_exchanged(network: str, name: str) -> None:
 
 
 def test_every_network_has_a_row() -> None:
-    assert set(TABLE) == set(BY_NAME)
+    assert set(TABLE) == {network.name for network in NETWORKS}
 
 
-@pytest.mark.parametrize("network", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TABLE])
+@pytest.mark.parametrize("network", [case(name) for name in TABLE])
 def test_sizes_and_channels(network: str) -> None:
     """Channel blocks carry vectors, spatial blocks maps of few channels."""
-    blocks: tuple[dcafy.AttentionBlock, ...] = plan_of(network).blocks
+    blocks: tuple[dcafy.AttentionBlock, ...] = subject(network).plan.blocks
     for block in blocks:
         assert block.channels >= 1
         if block.dimension == "channel":
@@ -343,10 +345,14 @@ def test_sizes_and_channels(network: str) -> None:
 
 
 def test_channels_are_those_of_the_model() -> None:
-    blocks = {block.name: block for block in plan_of("cbam").blocks}
+    blocks = {block.name: block for block in subject("cbam").plan.blocks}
     rows = {"channel": (16, 16, 24, 32), "spatial": (2, 2, 2, 2)}
     for half, channels in rows.items():
         assert tuple(blocks[f"blocks.{i}.attention.{half}"].channels for i in range(4)) == channels
     assert [blocks[f"blocks.{i}.attention.spatial"].size for i in range(4)] == [(32, 32), (32, 32), (16, 16), (16, 16)]
-    assert tuple(block.channels for block in plan_of("se_nhwc").blocks) == (16, 16, 24, 32)
-    assert tuple(block.channels for block in plan_of("torchvision:mobilenet_v3_large").blocks)[:3] == (72, 120, 120)
+    assert tuple(block.channels for block in subject("se_nhwc").plan.blocks) == (16, 16, 24, 32)
+
+
+@pytest.mark.parametrize("network", [case("torchvision:mobilenet_v3_large")])
+def test_channels_are_those_of_a_library_model(network: str) -> None:
+    assert tuple(block.channels for block in subject(network).plan.blocks)[:3] == (72, 120, 120)

@@ -1,94 +1,41 @@
 """The rules of a conversion, on networks of the field and on hand-written ones.
 
 Every network has trained-like values (``trained.py``) and, before it is converted, modes that differ per module,
-a frozen stem and a gradient that was left over: what users bring.
+a frozen stem and a gradient that was left over (``subjects.py``): what users bring.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-from dataclasses import dataclass
 
 import pytest
 import torch
 from networks import SEDropout, with_attention
-from snapshot import differences, snapshot
-from torch import Tensor, nn
+from subjects import Subject, cases
+from subjects import subject as subject_of
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from trained import seeded
-from zoo import HAND_WRITTEN_NETWORKS, NETWORKS, Network
+from trained import evaluate, seeded
+from zoo import BY_NAME, HAND_WRITTEN_NETWORKS, LIBRARY_NETWORKS, NETWORKS, QUICK, Network
 
 import dcafy
 
-CASES = [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in NETWORKS]
-SMALL_CASES = [pytest.param(case, id=case.name) for case in HAND_WRITTEN_NETWORKS]
 
-
-@dataclass
-class Subject:
-    """One network, its conversion, and what was noted around the conversion."""
-
-    network: Network
-    model: nn.Module
-
-    @functools.cached_property
-    def example(self) -> Tensor:
-        return self.network.images()
-
-    @functools.cached_property
-    def plan(self) -> dcafy.Plan:
-        return dcafy.inspect(self.model, example_inputs=self.example)
-
-    @functools.cached_property
-    def touched(self) -> list[str]:
-        """What ``inspect`` and ``convert`` changed in the source."""
-        before = snapshot(self.model)
-        _ = self.plan, self.converted
-        return differences(before, snapshot(self.model))
-
-    @functools.cached_property
-    def modes(self) -> dict[str, bool]:
-        """The mode of each module, as the user left it."""
-        return {path: module.training for path, module in self.model.named_modules()}
-
-    @functools.cached_property
-    def converted(self) -> torch.fx.GraphModule:
-        return dcafy.convert(self.model, example_inputs=self.example)
-
-    def in_eval(self) -> tuple[nn.Module, torch.fx.GraphModule]:
-        """Copies of the original and the converted network, in eval mode."""
-        return copy.deepcopy(self.model).eval(), copy.deepcopy(self.converted).eval()
-
-
-def left_by_user(model: nn.Module) -> nn.Module:
-    """The model with modes that differ per module, a frozen first parameter and one old gradient."""
-    model.train()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    for norm in norms[::2]:
-        norm.eval()
-    first, second = list(model.parameters())[:2]
-    first.requires_grad_(False)
-    second.grad = torch.ones_like(second)
-    return model
-
-
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=cases(NETWORKS))
 def subject(request: pytest.FixtureRequest) -> Subject:
-    network: Network = request.param
-    subject = Subject(network, left_by_user(network.trained()))
-    _ = subject.modes
-    return subject
-
-
-def evaluate(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(images)
+    return subject_of(request.param)
 
 
 def own_parameters(converted: nn.Module) -> dict[str, nn.Parameter]:
     """The connections' parameters."""
     return {name: p for name, p in converted.named_parameters() if "dca" in name.split(".")}
+
+
+def test_the_quick_networks_are_there() -> None:
+    """Every rule is shown on hand-written networks and on four of libraries by plain ``pytest``, too."""
+    assert BY_NAME.keys() >= QUICK
+    assert {network.name for network in HAND_WRITTEN_NETWORKS} < QUICK
+    assert len({network.name for network in LIBRARY_NETWORKS} & QUICK) == 4
 
 
 # What is found -----------------------------------------------------------------------------------
@@ -220,6 +167,8 @@ def test_without_copy_the_tensors_are_the_same(subject: Subject) -> None:
 
 
 def test_the_source_is_untouched(subject: Subject) -> None:
+    assert subject.plan.links
+    assert dcafy.connections(subject.converted)
     assert subject.touched == []
 
 
@@ -288,14 +237,14 @@ def test_dropout_follows_the_module_that_holds_it() -> None:
             assert torch.equal(output, evaluate(converted, network.images())), path
 
 
-@pytest.mark.parametrize("network", SMALL_CASES)
-def test_the_base_learns_as_the_source_does(network: Network) -> None:
+@pytest.mark.parametrize("name", cases(HAND_WRITTEN_NETWORKS))
+def test_the_base_learns_as_the_source_does(name: str) -> None:
     """Gradients of the original parameters are those of the source, as far as rounding allows."""
-    model = network.trained().train()
-    converted = dcafy.convert(model, example_inputs=network.images())
+    images = subject_of(name).network.images(4)
+    model, converted = (one.train() for one in subject_of(name).pair())
     for one in (model, converted):
         with seeded(5):
-            one(network.images(4)).square().mean().backward()
+            one(images).square().mean().backward()
     result = dict(converted.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(result[name].grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

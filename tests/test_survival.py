@@ -7,7 +7,6 @@ are moved away from their start, so that losing them shows.
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import pickle
 import types
@@ -17,37 +16,29 @@ from pathlib import Path
 import networks
 import pytest
 import torch
-import torch.multiprocessing as mp
-import two_processes
+from subjects import cases, subject
 from torch import Tensor, nn
-from trained import seeded
-from zoo import BY_NAME, HAND_WRITTEN_NETWORKS, Network, both_chains, hand_written, in_blocks
+from trained import evaluate, moved, seeded
+from zoo import BY_NAME, HAND_WRITTEN_NETWORKS, SMALL_CBAM, Network
 
 import dcafy
 
-NETWORK: Network = hand_written(
-    "cbam",
-    functools.partial(networks.with_attention, networks.CBAM, (16, 16, 24)),
-    both_chains(in_blocks("attention.channel", 3), in_blocks("attention.spatial", 3)),
-)
+NETWORK = SMALL_CBAM
 
 
-def moved(converted: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The model with connections as they are some way into training."""
-    with seeded(31), torch.no_grad():
-        for connection in dcafy.connections(converted).values():
-            for parameter in connection.parameters():
-                parameter.add_(torch.rand_like(parameter), alpha=0.3)
-    return converted
+def base() -> nn.Module:
+    """The network before it was connected, trained-like and in eval mode."""
+    return subject(NETWORK.name).pair()[0]
 
 
-def connected(network: Network = NETWORK) -> torch.fx.GraphModule:
-    return moved(dcafy.convert(network.trained(), example_inputs=network.images())).eval()
+def at_the_start() -> torch.fx.GraphModule:
+    """The network just after it was connected, in eval mode."""
+    return subject(NETWORK.name).pair()[1]
 
 
-def evaluate(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(images)
+def under_way(network: Network = NETWORK) -> torch.fx.GraphModule:
+    """The network some way into training."""
+    return moved(subject(network.name).pair()[1])
 
 
 def assert_same_model(one: nn.Module, other: nn.Module) -> None:
@@ -102,13 +93,13 @@ def modes(model: nn.Module) -> dict[str, bool]:
 
 @pytest.fixture
 def model() -> torch.fx.GraphModule:
-    return connected()
+    return under_way()
 
 
 def test_the_connections_count(model: torch.fx.GraphModule) -> None:
     """What the other tests stand on: this network differs from the one it was made of."""
     output = evaluate(model, NETWORK.images())
-    assert (output - evaluate(NETWORK.trained(), NETWORK.images())).abs().max() > 1e-3
+    assert (output - evaluate(base(), NETWORK.images())).abs().max() > 1e-3
 
 
 def test_deepcopy(model: torch.fx.GraphModule) -> None:
@@ -143,9 +134,10 @@ def test_pickled_copy_of_a_copy(model: torch.fx.GraphModule) -> None:
     assert evaluate(dcafy.revert(again), NETWORK.images()).isfinite().all()
 
 
-@pytest.mark.parametrize("network", HAND_WRITTEN_NETWORKS, ids=lambda network: network.name)
-def test_every_kind_of_attention_can_be_copied(network: Network, tmp_path: Path) -> None:
-    model = connected(network)
+@pytest.mark.parametrize("name", cases(HAND_WRITTEN_NETWORKS))
+def test_every_kind_of_attention_can_be_copied(name: str, tmp_path: Path) -> None:
+    network = BY_NAME[name]
+    model = under_way(network)
     assert_same_model(model, copy.deepcopy(model))
     assert_same_model(model, pickle.loads(pickle.dumps(model)))
     dcafy.save(model, tmp_path / "saved")
@@ -179,7 +171,7 @@ def test_a_train_method_of_the_instance() -> None:
         self.stem.eval()
         return self
 
-    original = NETWORK.trained()
+    original = base()
     original.train = types.MethodType(train, original)
     converted = dcafy.convert(original.train(), example_inputs=NETWORK.images())
     assert converted.eval() is converted
@@ -189,7 +181,7 @@ def test_a_train_method_of_the_instance() -> None:
 
 
 def test_state_dict(model: torch.fx.GraphModule) -> None:
-    fresh = dcafy.convert(NETWORK.trained(), example_inputs=NETWORK.images()).eval()
+    fresh = at_the_start()
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert_same_model(model, fresh)
 
@@ -198,15 +190,15 @@ def test_save_and_load(model: torch.fx.GraphModule, tmp_path: Path) -> None:
     dcafy.save(model, tmp_path / "all")
     assert_same_model(model, dcafy.load(tmp_path / "all", model=NETWORK.build().eval()))
     dcafy.save(model, tmp_path / "connections", base=False)
-    loaded = dcafy.load(tmp_path / "connections", model=NETWORK.trained())
+    loaded = dcafy.load(tmp_path / "connections", model=base())
     assert_same_model(model, loaded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     """``.half()`` and its like: everything is of that dtype, and the identity at the start holds there too."""
-    original = NETWORK.trained().to(dtype)
-    converted = dcafy.convert(NETWORK.trained(), example_inputs=NETWORK.images()).eval().to(dtype)
+    original = base().to(dtype)
+    converted = at_the_start().to(dtype)
     images = NETWORK.images().to(dtype)
     assert torch.equal(evaluate(original, images), evaluate(converted, images))
     output = evaluate(moved(converted), images)
@@ -218,7 +210,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 def test_converted_in_another_dtype() -> None:
     """A model that is bf16 already: the connections are made in it."""
-    original = NETWORK.trained().to(torch.bfloat16)
+    original = base().to(torch.bfloat16)
     converted = dcafy.convert(original, example_inputs=NETWORK.images().to(torch.bfloat16)).eval()
     assert {parameter.dtype for parameter in converted.parameters()} == {torch.bfloat16}
     images = NETWORK.images(3).to(torch.bfloat16)
@@ -231,7 +223,7 @@ def test_channels_last(model: torch.fx.GraphModule) -> None:
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     output = evaluate(last, images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    original = NETWORK.trained().to(memory_format=torch.channels_last)
+    original = base().to(memory_format=torch.channels_last)
     start = dcafy.convert(original, example_inputs=images).eval()
     images = images.to(memory_format=torch.channels_last)
     assert torch.equal(evaluate(original, images), evaluate(start, images))
@@ -259,23 +251,9 @@ def test_autocast(model: torch.fx.GraphModule) -> None:
 
 
 def test_autocast_is_the_identity_at_the_start() -> None:
-    original = NETWORK.trained()
-    converted = dcafy.convert(original, example_inputs=NETWORK.images()).eval()
+    original, converted = base(), at_the_start()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(evaluate(original, NETWORK.images()), evaluate(converted, NETWORK.images()))
-
-
-@pytest.mark.slow
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    """Two gloo processes, ``find_unused_parameters=False``: it trains, and both end with the same weights."""
-    mp.spawn(two_processes.train, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    start = dict(two_processes.connected().named_parameters())
-    assert list(first) == list(start)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-    moved_names = [name for name, value in first.items() if not torch.equal(value, start[name])]
-    assert {name for name in start if name.startswith("dca.")} <= set(moved_names)
 
 
 @pytest.mark.slow
@@ -294,7 +272,7 @@ def test_compile(model: torch.fx.GraphModule) -> None:
 @pytest.mark.parametrize("network", [NETWORK, BY_NAME["se_shared"]], ids=["cbam", "names-with-a-mark"])
 def test_export(network: Network) -> None:
     """``torch.export`` with a batch size that stays open; also of connections whose block has ``#2`` in its name."""
-    model = connected(network)
+    model = under_way(network)
     program = torch.export.export(model, (network.images(3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for batch in (2, 7):
         images = network.images(batch)
@@ -326,8 +304,8 @@ def test_meta_device() -> None:
     converted = dcafy.convert(empty, verify=False)
     assert all(parameter.is_meta for parameter in converted.parameters())
     filled = converted.to_empty(device="cpu")
-    filled.load_state_dict(connected().state_dict(), strict=True)
-    assert torch.equal(evaluate(filled.eval(), NETWORK.images()), evaluate(connected(), NETWORK.images()))
+    filled.load_state_dict(under_way().state_dict(), strict=True)
+    assert torch.equal(evaluate(filled.eval(), NETWORK.images()), evaluate(under_way(), NETWORK.images()))
 
 
 def test_new_head(model: torch.fx.GraphModule) -> None:
@@ -343,12 +321,12 @@ def test_revert(model: torch.fx.GraphModule) -> None:
     """The base as it is now, without connections."""
     with torch.no_grad():
         model.head.weight.mul_(2.0)
-    expected = NETWORK.trained()
+    expected = base()
     with torch.no_grad():
         expected.head.weight.mul_(2.0)
-    base = dcafy.revert(model)
-    assert list(base.state_dict()) == list(expected.state_dict())
-    assert torch.equal(evaluate(base.eval(), NETWORK.images()), evaluate(expected, NETWORK.images()))
+    reverted = dcafy.revert(model)
+    assert list(reverted.state_dict()) == list(expected.state_dict())
+    assert torch.equal(evaluate(reverted.eval(), NETWORK.images()), evaluate(expected, NETWORK.images()))
     assert dcafy.connections(model)
 
 

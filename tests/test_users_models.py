@@ -17,25 +17,14 @@ import torchvision
 from networks import with_attention
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from trained import seeded, trained_like
+from trained import evaluate, images, seeded, trained
 
 import dcafy
 from dcafy.errors import VerificationError
 
 
-def images(batch: int = 2, size: int = 64, seed: int = 1) -> Tensor:
-    with seeded(seed):
-        return torch.randn(batch, 3, size, size)
-
-
 def se_network() -> networks.Classifier:
-    with seeded(0):
-        return trained_like(with_attention(networks.SELinear), images(8))
-
-
-def evaluate(model: nn.Module, *inputs: object) -> object:
-    with torch.no_grad():
-        return model(*inputs)
+    return trained(lambda: with_attention(networks.SELinear))
 
 
 # Hooks -------------------------------------------------------------------------------------------

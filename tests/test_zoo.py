@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+from collections.abc import Container, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,8 +112,31 @@ def examined(spec: str, stage: str, classes: tuple[str, ...]) -> dict[str, Any]:
     return row
 
 
+QUICK = {"timm:test_byobnet", "timm:test_maxvit", "timm:test_nfnet", "timm:lcnet_050"}
+"""Those of ``CONVERTED`` that plain ``pytest`` runs."""
+
+SLOW = {
+    "timm:cs3sedarknet_xdw",
+    "timm:efficientnet_cc_b0_4e",
+    "timm:fbnetv3_b",
+    "timm:haloregnetz_b",
+    "timm:resnest50d",
+    "timm:tresnet_m",
+}
+"""Those of ``INSPECTED`` that it leaves out."""
+
+
+def tiered(specs: Iterable[str], slow: Container[str]) -> list[Any]:
+    return [pytest.param(spec, marks=pytest.mark.slow if spec in slow else []) for spec in specs]
+
+
+def test_the_tiers_name_networks_that_are_there() -> None:
+    assert CONVERTED.keys() > QUICK
+    assert INSPECTED.keys() > SLOW
+
+
 @pytest.mark.zoo_quick
-@pytest.mark.parametrize("spec", CONVERTED)
+@pytest.mark.parametrize("spec", tiered(CONVERTED, CONVERTED.keys() - QUICK))
 def test_a_network_of_the_zoos_converts(spec: str) -> None:
     row = examined(spec, "full", CONVERTED[spec])
     assert row["links"] > 0
@@ -123,7 +147,7 @@ def test_a_network_of_the_zoos_converts(spec: str) -> None:
 
 
 @pytest.mark.zoo_quick
-@pytest.mark.parametrize("spec", INSPECTED)
+@pytest.mark.parametrize("spec", tiered(INSPECTED, SLOW))
 def test_attention_is_found_without_weights(spec: str) -> None:
     row = examined(spec, "inspect", INSPECTED[spec])
     assert row["links"] == len(row["blocks"]) - 1

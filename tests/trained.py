@@ -1,4 +1,4 @@
-"""Trained-like values for freshly built networks.
+"""Trained-like values for freshly built networks, and what such networks are asked.
 
 A fresh network hides mistakes: batch norms that never saw a batch, gains that start at zero (timm zero-initialises
 the last norm of a block, ConvNeXt its layer scale), biases at zero. Surgery on such a network looks like an identity
@@ -8,12 +8,14 @@ whatever it does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+import dcafy
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -26,6 +28,18 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def images(batch: int = 2, size: int = 64, seed: int = 1) -> torch.Tensor:
+    """Random images that differ in brightness, so that pooled contexts differ too; the same ones at every call."""
+    with seeded(seed):
+        return torch.randn(batch, 3, size, size) + 0.5 * torch.randn(batch, 3, 1, 1)
+
+
+def evaluate(model: nn.Module, *inputs: object) -> Any:
+    """The output without gradients, in the mode that the model is in."""
+    with torch.no_grad():
+        return model(*inputs)
 
 
 def trained_like(network: Network, images: torch.Tensor, seed: int = 0) -> Network:
@@ -47,6 +61,35 @@ def trained_like(network: Network, images: torch.Tensor, seed: int = 0) -> Netwo
     for module, training in modes:
         module.training = training
     return network.eval()
+
+
+def trained(build: Callable[[], Network], given: torch.Tensor | None = None) -> Network:
+    """A new network with trained-like values; the same one at every call."""
+    with seeded(0):
+        return trained_like(build(), images(8) if given is None else given)
+
+
+def connected(model: nn.Module, example: torch.Tensor | None = None, **options: Any) -> Any:
+    """The network with connections as they are some way into training."""
+    example = images() if example is None else example
+    return moved(dcafy.convert(model, example_inputs=example, verify=False, **options))
+
+
+def moved(converted: Any) -> Any:
+    """The converted model with connections as they are some way into training."""
+    with seeded(31), torch.no_grad():
+        for connection in dcafy.connections(converted).values():
+            for parameter in connection.parameters():
+                parameter.add_(torch.rand_like(parameter), alpha=0.3)
+    return converted
+
+
+def with_betas(converted: Any, value: float, step: float = 0.0) -> Any:
+    """The converted model with this β in its first connection, and ``step`` more in each that follows."""
+    with torch.no_grad():
+        for number, connection in enumerate(dcafy.connections(converted).values()):
+            connection.beta.fill_(value + step * number)
+    return converted
 
 
 def _move(parameter: torch.Tensor, *, is_norm: bool, is_bias: bool) -> None:

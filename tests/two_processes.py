@@ -1,43 +1,217 @@
-"""A training run in two processes, in a module that imports little: each process imports it anew."""
+"""What two processes do together, as ``torchrun`` starts them: each imports this anew, so it imports little.
+
+``torchrun ... two_processes.py FOLDER PORT...`` goes through :data:`SCENARIOS` in their order, each in a folder of its
+name and with a port of its own, on which its processes meet. What came of it lies in that folder, for the tests in
+``training/test_two_processes.py``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from detection_data import trained_detector
 from networks import CBAM, with_attention
 from torch.nn.parallel import DistributedDataParallel
-from trained import seeded, trained_like
+from trained import images, trained, with_betas
+from training_data import Stripes
+from training_data import connected as connected_classifier
 
 import dcafy
+from dcafy.images.order import UnreadableImage
+from dcafy.training import TrainingConfig, finetune
+
+FACTORY = "finetune_factory:network"
+FACTORY_CODE = "from training_data import network\n"
+DIGITS = ["--data", "digits", "--image-size", "16", "--batch-size", "64", "--cpu", "--usage-images", "64"]
 
 
-def images(seed: int, batch: int = 4, size: int = 64) -> torch.Tensor:
-    with seeded(seed):
-        return torch.randn(batch, 3, size, size)
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
-def connected() -> torch.fx.GraphModule:
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, printed: str) -> int:
+    """The exit code of ``python -m dcafy finetune`` in this process; what it prints on stdout goes to a file."""
+    before = sys.argv
+    sys.argv = ["dcafy", "finetune", *arguments]
+    try:
+        with open(f"{printed}{rank()}.txt", "w") as out, contextlib.redirect_stdout(out):
+            runpy.run_module("dcafy", run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def the_command() -> None:
+    if rank() == 0:
+        Path("finetune_factory.py").write_text(FACTORY_CODE)
+    sys.path.insert(0, os.getcwd())
+    assert command(FACTORY, *DIGITS, "--epochs", "1", "-o", "run", printed="first") == 0
+
+
+def the_command_again() -> None:
+    os.chdir("../the_command")
+    assert command(FACTORY, "-o", "run", "--resume", printed="resumed") == 0
+
+
+# --- the loop -------------------------------------------------------------------------------------------
+
+
+class Holed(Stripes):
+    """Stripes of which two cannot be read; in the process of rank ``failing`` reading ends for good on the way."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        super().__init__()
+        self.failing = failing
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index in (3, 19):
+            raise UnreadableImage(f"image {index}")
+        if self.failing == rank() and index % 8 == 7:
+            raise RuntimeError("this process fails")
+        return super().__getitem__(index)
+
+
+def in_batches(*, norm: bool = False, failing: int | None = None) -> None:
+    config = TrainingConfig(epochs=2, batch_size=8, seed=3, cpu=True, usage_images=0, optimizer="sgd", lr=0.05)
+    model = connected_classifier(norm)
+    history = finetune(model, Holed(failing), Stripes(21), config, directory=".")
+    assert sorted(history.skipped) == ["image 19", "image 3"]
+    torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"rank{rank()}.pt")
+
+
+def with_batch_norm() -> None:
+    in_batches(norm=True)
+
+
+def one_fails() -> None:
+    Path(f"begun{rank()}.txt").write_text(str(time.time()))
+    in_batches(failing=1)
+
+
+class CutOff(Stripes):
+    read = 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.read += 1
+        if self.read > 40:
+            raise ZeroDivisionError("cut off in the second epoch")
+        return super().__getitem__(index)
+
+
+@contextlib.contextmanager
+def sharding() -> Iterator[None]:
+    """Accelerate asks for FSDP with several accelerators only; torch does it on CPUs as well."""
+    import accelerate
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    class InShards(accelerate.Accelerator):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+            AcceleratorState._shared_state["fsdp_plugin"] = plugin
+            for state in (AcceleratorState, PartialState):
+                state._shared_state["distributed_type"] = DistributedType.FSDP
+
+    whole = accelerate.Accelerator
+    accelerate.Accelerator = InShards
+    try:
+        yield
+    finally:
+        accelerate.Accelerator = whole
+
+
+def in_whole_networks(*, cut_off: bool = False) -> None:
+    """With a base that is frozen at first and an average; where it is cut off, it goes on."""
+    config = TrainingConfig(
+        epochs=3, batch_size=8, seed=3, cpu=True, usage_images=21, lr=1e-3, connection_lr=0.01,
+        clip_norm=1.0, ema=0.8, freeze_base_epochs=1, checkpoint_steps=3,
+    )  # fmt: skip
+    if cut_off:
+        try:
+            finetune(connected_classifier(), CutOff(), Stripes(21), config, directory=".")
+            raise SystemExit("it was not cut off")
+        except ZeroDivisionError:
+            pass
+    model = connected_classifier()
+    history = finetune(model, Stripes(), Stripes(21), config, directory=".", resume=True)
+    assert not any("DTensor" in type(p.data).__name__ for p in model.parameters())
+    assert history.usage.images == 21
+    torch.save((model.state_dict(), history.epochs[-1].metrics), f"rank{dist.get_rank()}.pt")
+
+
+def in_shards() -> None:
+    with sharding():
+        in_whole_networks(cut_off=True)
+
+
+def detector() -> None:
+    """On the shapes that lie in the folder already."""
+    history, model = trained_detector(".")
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    torch.save({"state": state, "metrics": dict(history.metrics)}, f"rank{rank()}.pt")
+
+
+# --- without the loop -----------------------------------------------------------------------------------
+
+
+def connected_network() -> torch.fx.GraphModule:
     """A small network with both kinds of attention, its connections moved away from the start."""
-    with seeded(0):
-        model = trained_like(with_attention(CBAM, (16, 16, 24)), images(seed=1))
-    converted = dcafy.convert(model, example_inputs=images(seed=2))
-    with torch.no_grad():
-        for connection in dcafy.connections(converted).values():
-            connection.beta.fill_(0.3)
-    return converted
+    model = trained(lambda: with_attention(CBAM, (16, 16, 24)), images(4, seed=1))
+    return with_betas(dcafy.convert(model, example_inputs=images(4, seed=2)), 0.3)
 
 
-def train(rank: int, folder: str) -> None:
-    """Three steps of one of the two processes on its own images; leaves its parameters in ``folder``."""
-    torch.set_num_threads(1)
-    model = connected().train()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def distributed_data_parallel() -> None:
+    """Three steps of each process on its own images."""
+    model = connected_network().train()
+    dist.init_process_group("gloo")
     parallel = DistributedDataParallel(model, find_unused_parameters=False)
     optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
     for step in range(3):
         optimizer.zero_grad()
-        parallel(images(seed=100 + 2 * step + rank)).square().mean().backward()
+        parallel(images(4, seed=100 + 2 * step + rank())).square().mean().backward()
         assert all(parameter.grad is not None for parameter in parallel.parameters())
         optimizer.step()
-    torch.save({name: p.detach() for name, p in parallel.module.named_parameters()}, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    torch.save({name: p.detach() for name, p in parallel.module.named_parameters()}, f"rank{rank()}.pt")
+
+
+SCENARIOS: tuple[Callable[[], None], ...] = (
+    the_command,
+    the_command_again,
+    in_batches,
+    with_batch_norm,
+    in_whole_networks,
+    in_shards,
+    detector,
+    distributed_data_parallel,
+    one_fails,  # the last one: nothing comes after it
+)
+
+
+def main(folder: str, *ports: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it remembers the group of the scenario before
+    for scenario, port in zip(SCENARIOS, ports, strict=True):
+        os.environ["MASTER_PORT"] = port
+        os.chdir(Path(folder) / scenario.__name__)
+        scenario()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

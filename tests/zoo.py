@@ -13,9 +13,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
-from trained import seeded, trained_like
-
-import dcafy
+from trained import seeded, trained
 
 Names = tuple[str, ...]
 Links = tuple[tuple[str, str], ...]
@@ -55,9 +53,7 @@ class Network:
 
     def trained(self) -> nn.Module:
         """A new network with trained-like values; the same one at every call."""
-        with seeded(0):
-            model = self.build()
-        return trained_like(model, self.images(8))
+        return trained(self.build, self.images(8))
 
 
 def pairs(names: Names) -> Links:
@@ -100,7 +96,23 @@ def timm_network(name: str, *classes: str, image: int = 128, other: int | None =
 
 DROPS = {"drop_rate": 0.2, "drop_path_rate": 0.2}
 
+
+def small_maxvit() -> nn.Module:
+    """What ``maxvit_t`` is made of, at a fraction of its cost: blocks of two layers and of one, windows and grids."""
+    return torchvision.models.MaxVit(
+        input_size=(128, 128),
+        stem_channels=16,
+        partition_size=4,
+        block_channels=[16, 16, 24, 32],
+        block_layers=[2, 1, 1, 1],
+        head_dim=8,
+        stochastic_depth_prob=0.2,
+        num_classes=10,
+    )
+
+
 LIBRARY_NETWORKS = (
+    Network("torchvision:small_maxvit", small_maxvit, one_chain("SqueezeExcitation"), image=128, other=None),
     torchvision_network("efficientnet_b0", "SqueezeExcitation"),
     torchvision_network("efficientnet_v2_s", "SqueezeExcitation"),
     torchvision_network("mobilenet_v3_large", "SqueezeExcitation"),
@@ -175,11 +187,30 @@ HAND_WRITTEN_NETWORKS = (
 )
 
 NETWORKS = LIBRARY_NETWORKS + HAND_WRITTEN_NETWORKS
-BY_NAME = {network.name: network for network in NETWORKS}
+"""Those that every rule is shown on, and whose roles were read off their sources."""
 
+SMALL_CBAM = hand_written(
+    "cbam of three blocks",
+    functools.partial(networks.with_attention, networks.CBAM, (16, 16, 24)),
+    both_chains(in_blocks("attention.channel", 3), in_blocks("attention.spatial", 3)),
+)
 
-@functools.cache
-def plan_of(name: str) -> dcafy.Plan:
-    """The plan of one of :data:`NETWORKS`, made once."""
-    network = BY_NAME[name]
-    return dcafy.inspect(network.build().eval(), example_inputs=network.images())
+OTHERS = (
+    torchvision_network("mobilenet_v3_small", "SqueezeExcitation"),
+    timm_network("seresnet18", "SEModule"),
+    timm_network("seresnext26d_32x4d", "SEModule"),
+    timm_network("mobilenetv3_small_100", "SqueezeExcite"),
+    SMALL_CBAM,
+)
+"""Those of single tests."""
+
+BY_NAME = {network.name: network for network in NETWORKS + OTHERS}
+
+QUICK = {
+    "torchvision:small_maxvit",
+    "torchvision:regnet_y_400mf",
+    "timm:legacy_seresnet18",
+    "timm:skresnet18",
+    *(network.name for network in (*HAND_WRITTEN_NETWORKS, SMALL_CBAM)),
+}
+"""Those whose tests plain ``pytest`` runs; those of the others are ``slow``."""

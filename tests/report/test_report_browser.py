@@ -81,8 +81,15 @@ class Visit:
 SIZES = {"phone": {"width": 375, "height": 700}, "desk": {"width": 1280, "height": 900}}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        ("phone", "light"),
+        ("desk", "dark"),
+        pytest.param("phone", "dark", marks=pytest.mark.slow),
+        pytest.param("desk", "light", marks=pytest.mark.slow),
+    ],
+)
 def test_page_is_whole_quiet_and_fits(browser: Any, report: Path, size: str, scheme: str) -> None:
     visit = Visit(browser, report, viewport=SIZES[size], color_scheme=scheme)
     page = visit.page

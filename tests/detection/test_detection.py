@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from detection_data import pictures, with_statistics
 from torch import Tensor, nn
 from torchvision.models import detection, get_model_builder, list_models, resnet, segmentation
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -32,30 +33,11 @@ SMALL: dict[str, Any] = {"min_size": 64, "max_size": 96}
 FEW: dict[str, Any] = {"rpn_post_nms_top_n_test": 20, "rpn_post_nms_top_n_train": 20, "box_detections_per_img": 10}
 
 
-def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
-    with seeded(1):
-        return [torch.rand(3, *size) for size in sizes]
-
-
 def targets(count: int) -> list[dict[str, Tensor]]:
     masks = torch.zeros(1, 90, 90, dtype=torch.uint8)
     masks[:, 8:50, 8:40] = 1
     box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 50.0]]), "labels": torch.tensor([1]), "masks": masks}
     return [dict(box) for _ in range(count)]
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """Statistics of batch norms that have seen data, also of frozen ones, and attention that does something."""
-    with seeded(0), torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d):
-                module.running_mean.normal_(0, 0.05)
-                module.running_var.uniform_(0.4, 0.9)
-                module.weight.uniform_(0.5, 0.9)
-        for name, parameter in model.named_parameters():
-            if any(part in ("se", "gc", "cbam") for part in name.split(".")):
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model.eval()
 
 
 def small_body(frozen: bool = True) -> resnet.ResNet:
@@ -114,7 +96,7 @@ def built(name: str) -> nn.Module:
         **(FEW if "rcnn" in name else {}),
     }
     with seeded(0):
-        return moved(get_model_builder(name)(**settings))
+        return with_statistics(get_model_builder(name)(**settings))
 
 
 def test_the_table_has_every_detector() -> None:
@@ -142,10 +124,10 @@ def test_every_detector_converts_or_says_why_not(name: str) -> None:
 # --- what has to hold -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["se", "gc", "cbam"])
+@pytest.mark.parametrize("attention", ["se", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gc", "cbam"))])
 def test_a_retinanet_with_a_connected_backbone(attention: str) -> None:
     with seeded(0):
-        model = moved(dcafy.insert(small_retinanet(), attention, init="paper"))
+        model = with_statistics(dcafy.insert(small_retinanet(), attention, init="paper"))
     converted = dcafy.convert(model)
     assert dcafy.inspect(model).islands == ("backbone",)
     assert converted.anchor_generator.sizes == model.anchor_generator.sizes
@@ -170,7 +152,7 @@ def test_a_retinanet_with_a_connected_backbone(attention: str) -> None:
 
 
 def test_frozen_batch_norms_stay_frozen_and_frozen_layers_keep_their_meaning() -> None:
-    model = moved(small_retinanet(trainable=2))
+    model = with_statistics(small_retinanet(trainable=2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any("layer2" in name or "conv1" in name.split(".")[2:3] for name in trained)
@@ -189,7 +171,7 @@ def test_frozen_batch_norms_stay_frozen_and_frozen_layers_keep_their_meaning() -
     assert any("layer4" in name for name in changed)
 
 
-@pytest.mark.parametrize("returned", [(1, 2), (2, 3, 4)])
+@pytest.mark.parametrize("returned", [(1, 2), pytest.param((2, 3, 4), marks=pytest.mark.slow)])
 def test_returned_layers_are_kept(returned: tuple[int, ...]) -> None:
     model = small_retinanet(returned=returned)
     converted = dcafy.convert(dcafy.insert(model, "se"), verify=False)
@@ -200,10 +182,11 @@ def test_returned_layers_are_kept(returned: tuple[int, ...]) -> None:
     assert len(dcafy.connections(converted)) == (2 if returned == (1, 2) else 4)
 
 
+@pytest.mark.slow
 def test_a_segmenter_on_a_connected_resnet() -> None:
     with seeded(0):
         plain = segmentation.deeplabv3_resnet50(**{**UNTRAINED, "aux_loss": True})
-        model = moved(dcafy.insert(plain, "gc", where="backbone.*", init="paper"))
+        model = with_statistics(dcafy.insert(plain, "gc", where="backbone.*", init="paper"))
     converted = dcafy.convert(model, verify=False)
     assert len(dcafy.connections(converted)) == 15
     images = torch.stack(pictures((64, 80)))
@@ -213,9 +196,10 @@ def test_a_segmenter_on_a_connected_resnet() -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_save_load_and_revert(tmp_path: Any) -> None:
     with seeded(0):
-        model = moved(dcafy.insert(small_retinanet(), "se"))
+        model = with_statistics(dcafy.insert(small_retinanet(), "se"))
     converted = dcafy.convert(model, verify=False)
     with torch.no_grad():
         for connection in dcafy.connections(converted).values():
@@ -229,9 +213,10 @@ def test_save_load_and_revert(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found(reverted, images), found(model, images), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("ssdlite320_mobilenet_v3_large", None), pytest.param("retinanet_resnet50_fpn", "se", marks=pytest.mark.slow)],
+    [("ssdlite320_mobilenet_v3_large", None), ("retinanet_resnet50_fpn", "se")],
 )
 def test_a_detector_of_torchvision_with_a_new_head_is_loaded_by_itself(
     name: str, attention: str | None, tmp_path: Any
@@ -247,6 +232,7 @@ def test_a_detector_of_torchvision_with_a_new_head_is_loaded_by_itself(
     assert all(torch.equal(a, b) for a, b in zip(found(loaded, images), found(converted, images), strict=True))
 
 
+@pytest.mark.slow
 def test_a_report_of_a_detector(tmp_path: Any) -> None:
     for package in ("matplotlib", "jinja2", "captum"):
         pytest.importorskip(package)
@@ -267,7 +253,7 @@ def test_a_report_of_a_detector(tmp_path: Any) -> None:
 def classifier(frozen: bool = False) -> nn.Module:
     """A connected SE classifier whose values are none that a fresh network has."""
     with seeded(5):
-        model = moved(dcafy.insert(small_body(frozen), "se", init="paper"))
+        model = with_statistics(dcafy.insert(small_body(frozen), "se", init="paper"))
         converted = dcafy.convert(model, example_inputs=torch.rand(2, 3, 64, 64), verify=False)
         with torch.no_grad():
             for connection in dcafy.connections(converted).values():
@@ -294,6 +280,7 @@ def stages(model: nn.Module, images: Tensor) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_connected_classifier_becomes_the_backbone(tmp_path: Any) -> None:
     dcafy.save(classifier(), tmp_path / "run")  # what dcafy finetune leaves
     trained = dcafy.load(tmp_path / "run", model=dcafy.insert(small_body(frozen=False), "se", init="paper")).eval()
@@ -320,7 +307,7 @@ def test_what_lies_in_frozen_layers_of_the_detector_is_not_trained() -> None:
 
 
 def test_an_unconnected_classifier_becomes_the_backbone() -> None:
-    plain = moved(small_body(frozen=False))
+    plain = with_statistics(small_body(frozen=False))
     detector = with_backbone(small_retinanet(), plain)
     assert torch.equal(detector.backbone.body.layer3[0].conv2.weight, plain.layer3[0].conv2.weight)
     assert not any("dca" in key for key in detector.state_dict())
@@ -381,7 +368,7 @@ def test_convert_finds_the_backbone_of_a_cascade() -> None:
     with seeded(0):
         layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
         backbone = BackboneWithFPN(small_body(), layers, [512, 1024, 2048], 16)
-        model = moved(dcafy.insert(Cascade(backbone), "se", init="paper"))
+        model = with_statistics(dcafy.insert(Cascade(backbone), "se", init="paper"))
     converted = dcafy.convert(model)
     assert type(converted) is Cascade
     assert dcafy.inspect(model).islands == ("backbone",)

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import stat
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import torchvision
 from safetensors.torch import load_file
 from snapshot import differences, snapshot
 from torch import Tensor, nn
-from trained import seeded, trained_like
+from trained import connected, evaluate, images, moved, seeded, trained
 
 import dcafy
 from dcafy.checkpoint.architecture import recognised
@@ -33,25 +34,7 @@ from dcafy.emit.dca import Recipe
 from dcafy.errors import CheckpointError, InputError
 from dcafy.zoos import specs
 
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
-def trained(build: Callable[[], nn.Module], images: Tensor = IMAGES) -> nn.Module:
-    with seeded(0):
-        return trained_like(build(), images.repeat(2, 1, 1, 1))
-
-
-def moved(converted: nn.Module) -> Any:
-    """The model with connections as they are some way into training."""
-    with seeded(31), torch.no_grad():
-        for connection in dcafy.connections(converted).values():
-            for parameter in connection.parameters():
-                parameter.add_(torch.rand_like(parameter), alpha=0.3)
-    return converted
-
-
-def connected(model: nn.Module, images: Tensor = IMAGES, **options: Any) -> Any:
-    return moved(dcafy.convert(model, example_inputs=images, verify=False, **options))
+IMAGES = images()
 
 
 @functools.cache
@@ -64,8 +47,14 @@ def se_model() -> nn.Module:
     return copy.deepcopy(se_original())
 
 
+@functools.cache
+def _se_connected() -> Any:
+    return connected(se_original())
+
+
 def se_connected(**options: Any) -> Any:
-    return connected(se_model(), **options)
+    """The same network, converted."""
+    return connected(se_model(), **options) if options else copy.deepcopy(_se_connected())
 
 
 @functools.cache
@@ -80,11 +69,6 @@ def mobilenet() -> Any:
 
 def untrained() -> nn.Module:
     return networks.with_attention(networks.SELinear)
-
-
-def evaluate(model: nn.Module, images: Tensor) -> Any:
-    with torch.no_grad():
-        return model(images)
 
 
 def assert_same(one: nn.Module, other: nn.Module, images: Tensor = IMAGES) -> None:
@@ -185,6 +169,14 @@ def test_options(options: dict[str, str], tmp_path: Path) -> None:
     assert_same(dca, dcafy.load(tmp_path, networks.with_attention(networks.CBAM)))
 
 
+@pytest.fixture(scope="session")
+def resnet_with_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved folder; who changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("resnet_with_attention")
+    dcafy.save(connected(torchvision.models.resnet18().eval(), attention="se"), folder)
+    return folder
+
+
 def test_inserted_attention(tmp_path: Path) -> None:
     dca = connected(torchvision.models.resnet18().eval(), attention="se")
     dcafy.save(dca, tmp_path)
@@ -203,8 +195,8 @@ def test_attention_inserted_twice_and_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value"), [("attention", "os.system"), ("init", "random"), ("reduction", 0), ("where", 3)]
 )
-def test_an_insertion_that_is_none(tmp_path: Path, entry: str, value: object) -> None:
-    dcafy.save(connected(torchvision.models.resnet18().eval(), attention="se"), tmp_path)
+def test_an_insertion_that_is_none(resnet_with_attention: Path, tmp_path: Path, entry: str, value: object) -> None:
+    shutil.copytree(resnet_with_attention, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "dcafy.json"
     description = json.loads(file.read_text())
     description["model"]["insertions"][0][entry] = value
@@ -286,7 +278,7 @@ def test_saved_again(tmp_path: Path) -> None:
 
 
 def test_random_state_is_left_alone(tmp_path: Path) -> None:
-    dca = connected(torchvision.models.mobilenet_v3_small(), torch.rand(2, 3, 64, 64))
+    dca = mobilenet()
     before = torch.get_rng_state()
     dcafy.save(dca, tmp_path)
     dcafy.load(tmp_path)
@@ -324,7 +316,7 @@ def test_torchvision_with_a_new_head(tmp_path: Path) -> None:
 
 def test_a_copy_has_the_name_too(tmp_path: Path) -> None:
     """As an exponential moving average is saved."""
-    dca = connected(torchvision.models.mobilenet_v3_small().eval())
+    dca = mobilenet()
     for number, twin in enumerate((copy.deepcopy(dca), pickle.loads(pickle.dumps(dca)))):
         dcafy.save(twin, tmp_path / str(number))
         assert_same(dca, dcafy.load(tmp_path / str(number)))

@@ -23,14 +23,14 @@ from networks import SELinear, with_attention
 from safetensors.torch import load_file, save_file
 from snapshot import differences, snapshot
 from torch import Tensor, nn
-from trained import seeded
+from trained import images, seeded, with_betas
 
 import dcafy
 from dcafy.checkpoint.description import Description
 from dcafy.checkpoint.folder import Folder
 from dcafy.errors import CheckpointError
 
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+IMAGES = images()
 
 
 def network() -> nn.Module:
@@ -39,13 +39,9 @@ def network() -> nn.Module:
 
 
 @functools.cache
-def connected(beta: float) -> torch.fx.GraphModule:
+def with_beta(beta: float) -> torch.fx.GraphModule:
     """A converted network; β tells one from another."""
-    dca = dcafy.convert(network(), example_inputs=IMAGES, verify=False)
-    with torch.no_grad():
-        for connection in dcafy.connections(dca).values():
-            connection.beta.fill_(beta)
-    return dca
+    return with_betas(dcafy.convert(network(), example_inputs=IMAGES, verify=False), beta)
 
 
 def beta_of(folder: Path) -> float:
@@ -58,16 +54,16 @@ def beta_of(folder: Path) -> float:
 def beta_in(folder: Path) -> float:
     """The β in the folder's files, of which every byte is checked; a hundred times faster than loading."""
     description, tensors = Folder(folder).read()
-    assert tensors.keys() == connected(0.5).state_dict().keys() or not description.weights.with_base
+    assert tensors.keys() == with_beta(0.5).state_dict().keys() or not description.weights.with_base
     (beta,) = {value.item() for key, value in tensors.items() if key.endswith(".beta")}
     return beta
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     folders = {base: tmp_path_factory.mktemp("saved") for base in (True, False)}
     for base, folder in folders.items():
-        dcafy.save(connected(0.5), folder, base=base)
+        dcafy.save(with_beta(0.5), folder, base=base)
     return folders
 
 
@@ -263,7 +259,7 @@ def test_damaged_tensors(name: str, base: bool, folder: Path, part: Path) -> Non
 
 
 def test_the_file_of_another_model(folder: Path, tmp_path: Path) -> None:
-    dcafy.save(connected(0.25), tmp_path / "other")
+    dcafy.save(with_beta(0.25), tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", folder / "model.safetensors")
     assert "other tensors than dcafy.json describes" in refused(folder, network())
 
@@ -377,7 +373,7 @@ def test_nothing_is_unpickled_or_fetched(
         monkeypatch.setattr(owner, name, never)
     monkeypatch.setattr(socket.socket, "connect", never)
     assert beta_of(folder) == beta_of(part) == 0.5
-    dcafy.save(connected(0.125), tmp_path / "new")
+    dcafy.save(with_beta(0.125), tmp_path / "new")
     assert beta_of(tmp_path / "new") == 0.125
 
 
@@ -406,7 +402,7 @@ def test_options_that_came_later(folder: Path) -> None:
 
 
 def test_folders_that_are_not_replaced(tmp_path: Path) -> None:
-    dca = connected(0.5)
+    dca = with_beta(0.5)
     (tmp_path / "file").write_text("kept")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/model.safetensors").write_text("kept")
@@ -424,18 +420,18 @@ def test_folders_that_are_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nobody may write")
 def test_unwritable() -> None:
     with pytest.raises(CheckpointError, match="/proc/dcafy' could not be written"):
-        dcafy.save(connected(0.5), "/proc/dcafy")
+        dcafy.save(with_beta(0.5), "/proc/dcafy")
 
 
 def test_hidden_files_and_parents(tmp_path: Path) -> None:
     place = tmp_path / "a/b"
     place.mkdir(parents=True)
     (place / ".gitignore").write_text("kept")
-    dcafy.save(connected(0.5), place)
-    dcafy.save(connected(0.25), str(place / "below/it"))
+    dcafy.save(with_beta(0.5), place)
+    dcafy.save(with_beta(0.25), str(place / "below/it"))
     assert beta_of(place) == 0.5
     assert beta_of(place / "below/it") == 0.25
-    dcafy.save(connected(0.125), place)
+    dcafy.save(with_beta(0.125), place)
     assert beta_of(place) == 0.125
     assert (place / ".gitignore").read_text() == "kept"
     assert beta_of(place / "below/it") == 0.25
@@ -443,7 +439,7 @@ def test_hidden_files_and_parents(tmp_path: Path) -> None:
 
 def test_a_damaged_folder_is_replaced(folder: Path) -> None:
     (folder / "dcafy.json").write_text("{")
-    dcafy.save(connected(0.25), folder)
+    dcafy.save(with_beta(0.25), folder)
     assert beta_of(folder) == 0.25
 
 
@@ -494,7 +490,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool) -> list[s
 @pytest.mark.parametrize("base", [True, False], ids=["same file", "other file"])
 def test_killed_at_every_change(base: bool, after: bool, saved: dict[bool, Path], tmp_path: Path) -> None:
     """The old model or the new one, whole; the next save leaves no trace of the killed one."""
-    new, newer = connected(0.25), connected(0.125)
+    new, newer = with_beta(0.25), with_beta(0.125)
     outcomes = []
     for number in range(100):
         place = Path(shutil.copytree(saved[True], tmp_path / str(number)))
@@ -530,12 +526,12 @@ def test_the_first_save_killed(after: bool, tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, number, after)
             with contextlib.suppress(Killed):
-                dcafy.save(connected(0.25), place)
+                dcafy.save(with_beta(0.25), place)
         if (place / "dcafy.json").exists():
             assert beta_in(place) == 0.25
         else:
             refused(place, None)
-        dcafy.save(connected(0.125), place)
+        dcafy.save(with_beta(0.125), place)
         assert sorted(os.listdir(place)) == ["dcafy.json", "model.safetensors"]
         assert beta_in(place) == 0.125
 
@@ -553,7 +549,7 @@ def test_a_save_that_fails_leaves_no_trace(error: BaseException, folder: Path, m
     monkeypatch.setattr(module, "save_file", fail)
     expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as raised:
-        dcafy.save(connected(0.25), folder)
+        dcafy.save(with_beta(0.25), folder)
     assert expected is KeyboardInterrupt or "could not be written: No space left" in str(raised.value)
     assert sorted(os.listdir(folder)) == ["dcafy.json", "model.safetensors"]
     assert beta_in(folder) == 0.5
@@ -574,11 +570,11 @@ def test_the_same_model_over_itself_killed(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, "save_file", half)
     with pytest.raises(Killed):
-        dcafy.save(connected(0.5), folder)
+        dcafy.save(with_beta(0.5), folder)
     assert any(name.startswith(".dcafy-") for name in os.listdir(folder)), "nothing was half written"
     assert beta_in(folder) == 0.5
     monkeypatch.undo()
-    dcafy.save(connected(0.5), folder)
+    dcafy.save(with_beta(0.5), folder)
     assert sorted(os.listdir(folder)) == ["dcafy.json", "model.safetensors"]
     assert beta_in(folder) == 0.5
 
@@ -601,7 +597,7 @@ def kill_at(number):
     for owner, name in ((module.os, "replace"), (module.os, "fsync"), (module, "save_file"), (module.shutil, "rmtree")):
         wrap(owner, name)
 
-dca = tests.connected(0.25)
+dca = tests.with_beta(0.25)
 for number in map(int, sys.argv[2:]):
     place = sys.argv[1] + "/" + str(number)
     shutil.copytree(sys.argv[1] + "/saved", place)
@@ -614,6 +610,7 @@ for number in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
 def test_killed_process(saved: dict[bool, Path], tmp_path: Path) -> None:
     """SIGKILL at every step: the old model up to one of them, the new one from there on."""
@@ -631,25 +628,25 @@ def test_killed_process(saved: dict[bool, Path], tmp_path: Path) -> None:
     assert {outcomes.index(0.25) < killed, outcomes[0] == 0.5} == {True}
     for number in numbers:
         place = tmp_path / str(number)
-        dcafy.save(connected(0.125), place)
+        dcafy.save(with_beta(0.125), place)
         assert sorted(os.listdir(place)) == ["dcafy.json", "model.safetensors"]
         assert beta_in(place) == 0.125
 
 
 def test_others_that_save_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another model, and then the first one again: what was read in between fits neither text."""
-    dcafy.save(connected(0.5), tmp_path)
+    dcafy.save(with_beta(0.5), tmp_path)
     tensors, calls = Folder._tensors, []
 
     def disturbed(folder: Folder, description: Description) -> dict[str, Tensor]:
         calls.append(description)
         if len(calls) > 1:
             return tensors(folder, description)
-        dcafy.save(connected(0.25), tmp_path)
+        dcafy.save(with_beta(0.25), tmp_path)
         try:
             return tensors(folder, description)
         finally:
-            dcafy.save(connected(0.5), tmp_path)
+            dcafy.save(with_beta(0.5), tmp_path)
 
     monkeypatch.setattr(Folder, "_tensors", disturbed)
     assert beta_in(tmp_path) == 0.5
@@ -658,7 +655,7 @@ def test_others_that_save_while_it_is_read(tmp_path: Path, monkeypatch: pytest.M
 
 def test_many_at_once(tmp_path: Path) -> None:
     """Several savers and a reader: whoever comes last, the folder holds one whole model at every moment."""
-    models = {beta: connected(beta) for beta in (0.5, 0.25)}
+    models = {beta: with_beta(beta) for beta in (0.5, 0.25)}
     place = tmp_path / "model"
     dcafy.save(models[0.5], place)
     failures: list[BaseException] = []

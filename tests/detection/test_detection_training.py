@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detection_data import altered, retinanet, train, trained
+from detection_data import altered, retinanet
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -349,6 +347,7 @@ def test_a_run_reports_average_precision(command: Run, shapes: Path) -> None:
     assert not (shapes / "strict").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(
     command: Run, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +375,7 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_detectors(command: Run, shapes: Path) -> None:
     code, out, err = command(MODEL, *QUICK, "--epochs", 1, "--compare", "--seeds", 2, "-o", "run")
     assert code == 0, err
@@ -417,22 +417,6 @@ def test_keypoints_are_refused_and_masks_trained_on(command: Run, shapes: Path) 
     code, _, err = command("torchvision:maskrcnn_resnet50_fpn", *QUICK, "--data", f"coco:images:{file}", "-o", "masks")
     assert code != 0
     assert "have no segmentation" in err
-
-
-def test_two_processes(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without batch norm two processes do what one does, and both measure all images."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.multiprocessing.spawn(train, args=(str(shapes),), nprocs=2)
-    ranks = [torch.load(shapes / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert ranks[0]["metrics"] == ranks[1]["metrics"]
-    for key, value in ranks[0]["state"].items():
-        assert torch.equal(value, ranks[1]["state"][key])
-    assert "WORLD_SIZE" not in os.environ
-    history, _ = trained(str(shapes))
-    assert history.metrics["images"] == ranks[0]["metrics"]["images"]
 
 
 def test_one_class_of_dataset_serves_the_loop(shapes: Path) -> None:

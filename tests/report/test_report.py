@@ -258,6 +258,7 @@ def test_command_writes_a_page(command: Run, tmp_path: Path, folder: Path, conne
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_command_takes_the_original(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
     output = tmp_path / "report.html"
     code, _, _ = command(connected, "--against", SMALL, "--images", folder, "-o", output, "--image-size", 64)
@@ -458,10 +459,9 @@ def test_a_full_disk_leaves_no_half_report(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_preparation_is_that_of_the_run(tmp_path: Path) -> None:
-    from dcafy.images.options import DataOptions
     from dcafy.plan.options import Conversion
-    from dcafy.runs.request import Request, write_request
-    from dcafy.training.options import TrainingConfig
+    from dcafy.runs import Request, write_request
+    from dcafy.training import DataOptions, TrainingConfig
 
     request = Request(SMALL, "digits", None, {}, Conversion(), DataOptions(image_size=96), TrainingConfig(), 0)
     write_request(tmp_path, request)

@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import CBAM, SCSE, Classifier, SELinear, with_attention
 from torch import Tensor, nn
-from trained import seeded, trained_like
+from trained import images, seeded, trained
 
 import dcafy
+from dcafy import Connection
 from dcafy.conversion import appraise
-from dcafy.emit.connection import Connection, JoinedConnection
+from dcafy.emit.connection import JoinedConnection
 from dcafy.emit.matching import channel_match, spatial_match
 from dcafy.errors import PlanError, UsageError
 
@@ -235,22 +236,15 @@ def test_joined(schema: str) -> None:
 WIDTHS = (16, 16, 24, 32)
 
 
-def images(batch: int = 2, size: int = 48, seed: int = 1) -> Tensor:
-    with seeded(seed):
-        return torch.randn(batch, 3, size, size) + 0.5 * torch.randn(batch, 3, 1, 1)
-
-
-def trained(attention: Callable[[int], nn.Module]) -> Classifier:
-    with seeded(0):
-        model = with_attention(attention, WIDTHS)
-    return trained_like(model, images(8))
+def network(attention: Callable[[int], nn.Module]) -> Classifier:
+    return trained(lambda: with_attention(attention, WIDTHS), images(8, 48))
 
 
 def quietly(model: nn.Module, **options: Any) -> torch.fx.GraphModule:
     # With weights of its own for each run, a + b would come near 0 in one of thirty, where dcafy bounds the quotient.
     with warnings.catch_warnings(), seeded(1):
         warnings.filterwarnings("ignore", message="The schema 'softmax' is not the identity")
-        return dcafy.convert(model, example_inputs=images(), **options)
+        return dcafy.convert(model, example_inputs=images(size=48), **options)
 
 
 def restated(model: Classifier, connections: dict[str, Any], sources: dict[int, list[int]], x: Tensor) -> Tensor:
@@ -281,7 +275,7 @@ DENSE = {i: list(range(i)) for i in range(1, len(WIDTHS))}
 @pytest.mark.parametrize("schema", SCHEMAS)
 @pytest.mark.parametrize(("topology", "sources"), [("chain", CHAIN), ("dense", DENSE)])
 def test_whole_network(schema: str, topology: str, sources: dict[int, list[int]]) -> None:
-    model = trained(SELinear)
+    model = network(SELinear)
     converted = quietly(model, schema=schema, topology=topology).double().eval()
     model = model.double().eval()
     connections = dcafy.connections(converted)
@@ -312,11 +306,11 @@ def test_rules(
     attention: Callable[[int], nn.Module], dimension: str, topology: str, schema: str, channel: str, spatial: str
 ) -> None:
     """Identity, liveness, keys, survival and the way back, for every combination."""
-    model = trained(attention)
+    model = network(attention)
     converted = quietly(
         model, dimension=dimension, topology=topology, schema=schema, channel_match=channel, spatial_match=spatial
     )
-    for x in (images(), images(3, 40, seed=2)):
+    for x in (images(size=48), images(3, 40, seed=2)):
         with torch.no_grad():
             assert torch.equal(model(x), converted(x))
     blocks = len(WIDTHS)
@@ -324,19 +318,19 @@ def test_rules(
     connections = dcafy.connections(converted)
     assert len(connections) == per_dimension * (2 if dimension == "all" else 1)
     assert all(c.dimension == dimension for c in connections.values()) or dimension == "all"
-    output = converted(images()).detach()
+    output = converted(images(size=48)).detach()
     for name, connection in connections.items():
         with torch.no_grad():
             connection.beta.fill_(0.5)
-            moved = converted(images())
+            moved = converted(images(size=48))
             assert moved.isfinite().all()
             assert not torch.equal(moved, output), f"the beta of {name} does nothing"
             connection.beta.zero_()
     source = model.state_dict()
     assert list(source) == [key for key in converted.state_dict() if not key.startswith("dca.")]
     for twin in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
-        assert torch.equal(twin(images()), output)
-    assert torch.equal(dcafy.revert(converted)(images()), output)
+        assert torch.equal(twin(images(size=48)), output)
+    assert torch.equal(dcafy.revert(converted)(images(size=48)), output)
     assert_learns(converted)
 
 
@@ -349,7 +343,7 @@ def assert_learns(converted: nn.Module) -> None:
     for _ in range(2):
         optimizer.zero_grad()
         with seeded(6):
-            (converted(images(4)) - target).square().mean().backward()
+            (converted(images(4, 48)) - target).square().mean().backward()
         assert [name for name, p in own.items() if p.grad is None] == []
         optimizer.step()
     assert [name for name, p in own.items() if not p.grad.any()] == []  # type: ignore[union-attr]
@@ -358,7 +352,7 @@ def assert_learns(converted: nn.Module) -> None:
 
 @pytest.mark.parametrize("dimension", ["channel", "spatial"])
 def test_what_is_left_out_by_dimension_is_listed(dimension: str) -> None:
-    plan = dcafy.convert(trained(CBAM), example_inputs=images(), dimension=dimension).dca.recipe.plan
+    plan = dcafy.convert(network(CBAM), example_inputs=images(size=48), dimension=dimension).dca.recipe.plan
     assert {plan.block(link.target).dimension for link in plan.links} == {dimension}
     skipped = [item for item in plan.skipped if "was asked for" in item.reason]
     assert len(skipped) == len(WIDTHS) - 1
@@ -366,47 +360,47 @@ def test_what_is_left_out_by_dimension_is_listed(dimension: str) -> None:
 
 
 def test_softmax_tells_its_drift() -> None:
-    model = trained(SELinear)
+    model = network(SELinear)
     with pytest.warns(UserWarning, match="'softmax' is not the identity") as caught:
-        converted = dcafy.convert(model, example_inputs=images(), schema="softmax")
+        converted = dcafy.convert(model, example_inputs=images(size=48), schema="softmax")
     with torch.no_grad():
-        drift = float((model(images()) - converted(images())).abs().max())
+        drift = float((model(images(size=48)) - converted(images(size=48))).abs().max())
     assert drift > 0
     assert f"by up to {drift:.3g} on the example" in str(caught[0].message)
 
 
 def test_one_link_with_a_schema_of_its_own() -> None:
-    model = trained(SELinear)
-    plan = dcafy.inspect(model, example_inputs=images())
+    model = network(SELinear)
+    plan = dcafy.inspect(model, example_inputs=images(size=48))
     second, third = plan.links[1:3]
     plan = plan.replace_link(second.source, second.target, schema="weighted", channel_match="fc1")
-    converted = dcafy.convert(model, example_inputs=images(), plan=plan)
+    converted = dcafy.convert(model, example_inputs=images(size=48), plan=plan)
     connections = dcafy.connections(converted)
     assert [connections[link.target].schema for link in (second, third)] == ["weighted", "direct"]
     assert [len(connections[link.target].match) for link in (second, third)] == [3, 6]
     plan = plan.replace_link(third.source, third.target, schema="softmax")
     with pytest.warns(UserWarning, match="'softmax' is not the identity"):
-        dcafy.convert(model, example_inputs=images(), plan=plan)
+        dcafy.convert(model, example_inputs=images(size=48), plan=plan)
 
 
 def test_links_into_one_block_share_a_schema() -> None:
-    model = trained(SELinear)
-    plan = dcafy.convert(model, example_inputs=images(), topology="dense").dca.recipe.plan
+    model = network(SELinear)
+    plan = dcafy.convert(model, example_inputs=images(size=48), topology="dense").dca.recipe.plan
     link = plan.links[-1]
     with pytest.raises(PlanError, match="need the same one"):
         dcafy.convert(
-            model, example_inputs=images(), plan=plan.replace_link(link.source, link.target, schema="weighted")
+            model, example_inputs=images(size=48), plan=plan.replace_link(link.source, link.target, schema="weighted")
         )
-    again = dcafy.convert(model, example_inputs=images(), plan=plan)
+    again = dcafy.convert(model, example_inputs=images(size=48), plan=plan)
     assert list(dcafy.connections(again)) == list(
-        dcafy.connections(dcafy.convert(model, example_inputs=images(), plan=plan))
+        dcafy.connections(dcafy.convert(model, example_inputs=images(size=48), plan=plan))
     )
     shorter = plan.without("blocks.1.attention")
     assert [(link.source[7], link.target[7]) for link in shorter.links] == [("0", "2"), ("0", "3"), ("2", "3")]
 
 
 def test_dense_shares_one_matcher_per_earlier_width() -> None:
-    converted = dcafy.convert(trained(SELinear), example_inputs=images(), topology="dense")
+    converted = dcafy.convert(network(SELinear), example_inputs=images(size=48), topology="dense")
     connections = dcafy.connections(converted)
     last = [connections[f"blocks.3.attention<-blocks.{i}.attention"] for i in range(3)]
     assert last[0].match is last[1].match
@@ -416,15 +410,15 @@ def test_dense_shares_one_matcher_per_earlier_width() -> None:
 
 
 def test_costs_are_those_of_the_conversion() -> None:
-    model = trained(CBAM)
-    costs = {cost.topology: cost for cost in appraise(model, example_inputs=images()).costs}
+    model = network(CBAM)
+    costs = {cost.topology: cost for cost in appraise(model, example_inputs=images(size=48)).costs}
     base = sum(p.numel() for p in model.parameters())
     for topology, cost in costs.items():
-        converted = dcafy.convert(model, example_inputs=images(), topology=topology)
+        converted = dcafy.convert(model, example_inputs=images(size=48), topology=topology)
         assert cost.connections == len(dcafy.connections(converted))
         assert cost.parameters == sum(p.numel() for p in converted.parameters()) - base
     assert costs["dense"].parameters > costs["chain"].parameters
-    plan = appraise(model, example_inputs=images())
+    plan = appraise(model, example_inputs=images(size=48))
     assert dcafy.Plan.from_dict(plan.to_dict()) == plan
     assert f"{costs['dense'].parameters:,}" in str(plan)
 
@@ -441,4 +435,4 @@ def test_costs_are_those_of_the_conversion() -> None:
 )
 def test_unknown_options(option: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{option}='{value}'"):
-        dcafy.convert(trained(SELinear), example_inputs=images(), **{option: value})
+        dcafy.convert(network(SELinear), example_inputs=images(size=48), **{option: value})

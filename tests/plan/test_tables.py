@@ -1,4 +1,4 @@
-"""How plans are shown. The golden files are written anew by ``pytest --rewrite-golden tests/test_tables.py``."""
+"""How plans are shown. The golden files are written anew by ``pytest --rewrite-golden tests/plan/test_tables.py``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 import dcafy
-from dcafy.plan.blocks import AttentionBlock, Chain, Cost, Link, Skipped
-from dcafy.plan.plan import Plan
+from dcafy import AttentionBlock, Chain, Link, Plan, Skipped
+from dcafy.plan.blocks import Cost
 from dcafy.plan.tables import (
     as_text,
     link_matches,

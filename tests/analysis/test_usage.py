@@ -7,12 +7,13 @@ import torch
 from networks import CBAM, SELinear, with_attention
 from torch import nn
 from torch.nn import functional as F
+from trained import with_betas
 from training_data import CLASSES, SIZE, Stripes, connected, network
 
 import dcafy
+from dcafy import Connection
 from dcafy.analysis.complexity import complexity
 from dcafy.analysis.usage import message_shares
-from dcafy.emit.connection import Connection
 from dcafy.errors import InputError
 
 
@@ -23,13 +24,6 @@ def batches(length: int = 24, size: int = 8) -> list[tuple[torch.Tensor, torch.T
     return list(zip(images.split(size), labels.split(size), strict=True))
 
 
-def moved(model: nn.Module, beta: float = 0.4) -> nn.Module:
-    with torch.no_grad():
-        for number, connection in enumerate(dcafy.connections(model).values()):
-            connection.beta.fill_(beta + 0.1 * number)
-    return model
-
-
 @torch.no_grad()
 def scores(model: nn.Module, data) -> tuple[float, float]:
     outputs = torch.cat([model(images) for images, _ in data])
@@ -38,7 +32,7 @@ def scores(model: nn.Module, data) -> tuple[float, float]:
 
 
 def test_cutting_is_what_setting_beta_to_zero_does():
-    model, data = moved(connected()).eval(), batches()
+    model, data = with_betas(connected(), 0.4, 0.1).eval(), batches()
     found = dcafy.usage(model, data)
     loss, accuracy = scores(model, data)
     assert found.images == 24
@@ -57,7 +51,7 @@ def test_cutting_is_what_setting_beta_to_zero_does():
         assert row.loss_change != 0
         assert row.accuracy_change == pytest.approx(cut_accuracy - accuracy)
         assert row.beta == before.item()
-    moved(model, 0.0)
+    with_betas(model, 0.0, 0.1)
     with torch.no_grad():
         for connection in own.values():
             connection.beta.zero_()
@@ -71,7 +65,7 @@ def test_the_message_share_is_that_of_the_two_terms(attention, topology):
     model = dcafy.convert(
         with_attention(attention, (8, 8, 12)), example_inputs=torch.zeros(2, 3, SIZE, SIZE), topology=topology
     )
-    moved(model).eval()
+    with_betas(model, 0.4, 0.1).eval()
     heard: dict[Connection, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     message = Connection.matched
 
@@ -111,7 +105,7 @@ def test_a_fresh_connection_says_nothing_and_the_model_is_left_alone():
 
 
 def test_images_labelled_minus_one_do_not_count():
-    model, data = moved(connected()), batches()
+    model, data = with_betas(connected(), 0.4, 0.1), batches()
     hidden = [(images, torch.where(torch.arange(len(labels)) < 2, -1, labels)) for images, labels in data]
     kept = [(images[2:], labels[2:]) for images, labels in data]
     assert dcafy.usage(model, hidden).loss == pytest.approx(dcafy.usage(model, kept).loss)

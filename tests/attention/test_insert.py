@@ -15,7 +15,7 @@ import torchvision
 from networks import conv_norm
 from snapshot import differences, snapshot
 from torch import Tensor, nn
-from trained import seeded, trained_like
+from trained import images, seeded, trained_like
 
 import dcafy
 from dcafy.attention import ATTENTIONS
@@ -23,11 +23,6 @@ from dcafy.errors import InputError, UsageError
 
 STARTING = [name for name, attention in ATTENTIONS.items() if not attention.obstacle]
 FROM_THE_PAPER = [name for name, attention in ATTENTIONS.items() if attention.obstacle]
-
-
-def images(batch: int = 2, size: int = 64, seed: int = 1) -> Tensor:
-    with seeded(seed):
-        return torch.randn(batch, 3, size, size) + 0.5 * torch.randn(batch, 3, 1, 1)
 
 
 def small_mobilenet() -> nn.Module:
@@ -67,7 +62,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(
+    scope="module",
+    params=["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow), "hand_written"],
+)
 def network(request: pytest.FixtureRequest) -> nn.Module:
     with seeded(0):
         model = NETWORKS[request.param]()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from typing import Any
 
@@ -14,21 +13,14 @@ import timm
 import torch
 import torchvision
 from captum.attr import LayerGradCam
+from subjects import case, subject
 from torch import Tensor, nn
-from trained import seeded
+from trained import images, seeded, with_betas
 
 import dcafy
-from dcafy.analysis import AttentionValues, Lane, attention_values, contributions, draw, grad_cam
+from dcafy.analysis import AttentionValues, attention_values, contributions, grad_cam
 from dcafy.analysis.tapped import tapped
 from dcafy.errors import InputError, NoAttentionError, UsageError
-from dcafy.plan.drawing import lanes_by_name
-
-SIZE = 64
-
-
-def images(count: int = 3) -> Tensor:
-    with seeded(7):
-        return torch.rand(count, 3, SIZE, SIZE)
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -42,22 +34,14 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def with_betas(model: nn.Module, value: float = 0.7) -> nn.Module:
-    moved = copy.deepcopy(model)
-    with torch.no_grad():
-        for connection in dcafy.connections(moved).values():
-            connection.beta.fill_(value)
-    return moved
-
-
-SE_NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    # network -> how it is built, the class of its attention, the gate in it
-    "torchvision mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, "SqueezeExcitation", "scale_activation"),
-    "torchvision efficientnet_b0": (torchvision.models.efficientnet_b0, "SqueezeExcitation", "scale_activation"),
-    "torchvision regnet_y_400mf": (torchvision.models.regnet_y_400mf, "SqueezeExcitation", "scale_activation"),
-    "timm seresnext26d_32x4d": (lambda: timm.create_model("seresnext26d_32x4d"), "SEModule", "gate"),
-    "timm legacy_seresnet18": (lambda: timm.create_model("legacy_seresnet18"), "SEModule", "sigmoid"),
-    "timm mobilenetv3_small_100": (lambda: timm.create_model("mobilenetv3_small_100"), "SqueezeExcite", "gate"),
+SE_NETWORKS = {
+    # network -> the class of its attention, the gate in it
+    "torchvision:mobilenet_v3_small": ("SqueezeExcitation", "scale_activation"),
+    "torchvision:efficientnet_b0": ("SqueezeExcitation", "scale_activation"),
+    "torchvision:regnet_y_400mf": ("SqueezeExcitation", "scale_activation"),
+    "timm:seresnext26d_32x4d": ("SEModule", "gate"),
+    "timm:legacy_seresnet18": ("SEModule", "sigmoid"),
+    "timm:mobilenetv3_small_100": ("SqueezeExcite", "gate"),
 }
 
 
@@ -83,23 +67,21 @@ def same_values(found: tuple[AttentionValues, ...], wanted: list[Tensor]) -> boo
     return all(torch.equal(block.values.flatten(1), gate.flatten(1)) for block, gate in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("name", SE_NETWORKS)
+@pytest.mark.parametrize("name", [case(name) for name in SE_NETWORKS])
 def test_values_are_those_of_the_gates(name: str) -> None:
-    build, kind, gate = SE_NETWORKS[name]
-    with seeded(0):
-        model = lively(build())
-    given = images()
+    kind, gate = SE_NETWORKS[name]
+    model, connected = subject(name).pair()
+    given = images(3)
     wanted = gates_by_hooks(model, kind, gate, given)
-    connected = dcafy.convert(model, example_inputs=given)
     for network in (model, connected, dcafy.revert(connected)):
         assert same_values(attention_values(network, given), wanted)
     # One image after the other, they are the same to a rounding: kernels differ with the size of the batch.
     for block, gates in zip(attention_values(model, given, batch_size=1), wanted, strict=True):
         torch.testing.assert_close(block.values.flatten(1), gates.flatten(1), rtol=1e-2, atol=1e-3)
-    moved = with_betas(connected)
+    moved = with_betas(copy.deepcopy(connected), 0.7)
     found = attention_values(moved, given)
     assert not same_values(found, wanted)
-    if name.startswith("torchvision"):  # timm's gates are functions in modules of its own, which are entered
+    if name.startswith("torchvision:"):  # timm's gates are functions in modules of its own, which are entered
         assert same_values(found, gates_by_hooks(moved, kind, gate, given, like=model))
 
 
@@ -112,7 +94,7 @@ def test_values_of_gates_that_are_no_modules() -> None:
         for module in model.modules():
             if isinstance(module, gate):  # it yields x · T: T is told by dividing
                 module.register_forward_hook(lambda _m, i, out, kind=kind: seen[kind].append(out / i[0]))
-    given = images()
+    given = images(3)
     with torch.no_grad():
         model(given)
     bare = copy.deepcopy(model)
@@ -129,12 +111,12 @@ def test_values_of_gates_that_are_no_modules() -> None:
 
 def test_looking_changes_nothing() -> None:
     with seeded(0):
-        connected = dcafy.convert(torchvision.models.mobilenet_v3_small(), example_inputs=images()).train()
+        connected = dcafy.convert(torchvision.models.mobilenet_v3_small(), example_inputs=images(3)).train()
     before = {name: value.clone() for name, value in connected.state_dict().items()}
     modes = [module.training for module in connected.modules()]
     paths = [path for path, _ in connected.named_modules()]
-    attention_values(connected, images())
-    grad_cam(connected, images())
+    attention_values(connected, images(3))
+    grad_cam(connected, images(3))
     assert [path for path, _ in connected.named_modules()] == paths
     assert [module.training for module in connected.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in connected.state_dict().items())
@@ -176,11 +158,11 @@ class Moody(nn.Module):
 
 def test_a_map_that_cannot_be_read_is_told() -> None:
     alone = nn.Sequential(nn.Conv2d(3, 8, 3), Moody(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert [block.name for block in dcafy.inspect(alone, example_inputs=images()).blocks] == ["1"]
-    seen = tapped(alone, images())
+    assert [block.name for block in dcafy.inspect(alone, example_inputs=images(3)).blocks] == ["1"]
+    seen = tapped(alone, images(3))
     assert seen.maps == {}
     assert [(row.name, "another path in training" in row.reason) for row in seen.unread] == [("1", True)]
-    assert attention_values(alone, images()) == ()
+    assert attention_values(alone, images(3)) == ()
 
 
 # -- stages ----------------------------------------------------------------------------------------------
@@ -216,13 +198,12 @@ def by_captum(model: nn.Module, stage: str, given: Tensor, targets: Tensor) -> T
 
 
 @pytest.mark.parametrize(
-    "name", ["torchvision mobilenet_v3_small", "timm legacy_seresnet18", "timm seresnext26d_32x4d"]
+    "name",
+    [case(name) for name in ("torchvision:mobilenet_v3_small", "timm:legacy_seresnet18", "timm:seresnext26d_32x4d")],
 )
 def test_grad_cam_is_the_librarys(name: str) -> None:
-    with seeded(0):
-        model = lively(SE_NETWORKS[name][0]())
-    given = images()
-    connected = dcafy.convert(model, example_inputs=given)
+    model, connected = subject(name).pair()
+    given = images(3)
     for network in (model, connected, dcafy.revert(connected)):
         cams = grad_cam(network, given)
         assert torch.equal(cams.targets, model(given).argmax(1))
@@ -230,14 +211,14 @@ def test_grad_cam_is_the_librarys(name: str) -> None:
         for stage in cams.stages:
             assert torch.equal(stage.maps, by_captum(model, stage.name, given, cams.targets)), stage.name
         assert cams.stages[-1].maps.max() > 0
-    moved = grad_cam(with_betas(connected), given, target=cams.targets)
+    moved = grad_cam(with_betas(copy.deepcopy(connected), 0.7), given, target=cams.targets)
     assert not all(torch.equal(a.maps, b.maps) for a, b in zip(moved.stages[1:-1], cams.stages[1:-1], strict=True))
 
 
 def test_target_and_stages_are_what_was_asked_for() -> None:
     with seeded(0):
         model = lively(torchvision.models.resnet18())  # no attention: its stages are to be named
-    given = images()
+    given = images(3)
     cams = grad_cam(model, given, target=5, stages=("layer3",))
     assert cams.targets.tolist() == [5, 5, 5]
     assert torch.equal(cams.stages[0].maps, by_captum(model, "layer3", given, torch.full((3,), 5)))
@@ -267,7 +248,7 @@ class Undecided(nn.Module):
 def test_islands_are_looked_into() -> None:
     with seeded(0):
         model = lively(Undecided(torchvision.models.mobilenet_v3_small(num_classes=4)))
-    given = images()
+    given = images(3)
     wanted = gates_by_hooks(model, "SqueezeExcitation", "scale_activation", given)
     connected = dcafy.convert(model, example_inputs=given)
     assert dcafy.inspect(model, example_inputs=given).islands == ("inner",)
@@ -282,7 +263,7 @@ def test_islands_are_looked_into() -> None:
 def test_grad_cam_needs_a_classifier() -> None:
     model = nn.Sequential(networks.with_attention(networks.SELinear), nn.Unflatten(1, (-1, 1)))
     with pytest.raises(InputError, match=r"\[N, classes\]"):
-        grad_cam(model, images())
+        grad_cam(model, images(3))
 
 
 def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,84 +300,3 @@ def test_contributions_name_source_and_target_in_every_topology(topology: str) -
         links = {(link.source, link.target) for link in connected.dca.recipe.plan.links}
         assert {(row.source, row.target) for row in rows} == links
         assert len({row.name for row in rows}) == len(rows) >= len(links)
-
-
-# -- the drawing -----------------------------------------------------------------------------------------
-
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def groups(svg: str, kind: str) -> list[ElementTree.Element]:
-    return [group for group in ElementTree.fromstring(svg).iter(f"{SVG}g") if group.get("class") == kind]
-
-
-def test_drawing_has_every_block_and_connection() -> None:
-    connected = dcafy.convert(dcafy.insert(torchvision.models.resnet18(), "cbam"), verify=False)
-    rows = contributions(connected)
-    shares = {row.name: i / len(rows) for i, row in enumerate(rows)}
-    plan = connected.dca.recipe.plan
-    svg = draw(plan, contributions=rows, shares=shares).svg
-    assert len(groups(svg, "block")) == len(plan.blocks) == 16
-    arcs = {group.get("data-tip", "").partition("\n")[0]: group for group in groups(svg, "arc")}
-    assert set(arcs) == {f"{link.source} → {link.target}" for link in plan.links}
-    widths = [
-        float(next(p for p in arcs[f"{r.source} → {r.target}"] if p.get("class") == "line").get("stroke-width", "0"))
-        for r in rows
-    ]
-    assert widths == sorted(widths)
-    assert widths[0] < widths[-1]
-    for row in rows:
-        tip = arcs[f"{row.source} → {row.target}"].get("data-tip", "")
-        assert f"α {row.alpha:.4g}, β {row.beta:.4g}" in tip
-        assert f"{row.parameters:,} parameters" in tip
-        assert f"message share {shares[row.name]:.1%}" in tip
-    # layer1 -> layer2: 64 to 128 channels, 56x56 to 28x28
-    marks = {kind: sum(bool(g.findall(f"{SVG}{tag}")) for g in arcs.values()) for kind, tag in MARKS.items()}
-    assert marks == {"channels": 3, "sizes": 3}
-
-
-MARKS = {"channels": "rect", "sizes": "polygon"}
-
-
-def test_drawing_of_a_plan_in_a_notebook() -> None:
-    plan = dcafy.inspect(timm.create_model("efficientnet_b0"))
-    svg = plan._repr_svg_()
-    assert len(groups(svg, "lane")) == 7  # blocks.0 to blocks.6
-    assert len(groups(svg, "arc")) == 15
-    assert draw(plan)._repr_svg_() == svg == str(draw(plan))
-
-
-def test_lanes_by_name_are_few() -> None:
-    plan = dcafy.inspect(torchvision.models.mobilenet_v3_large())
-    assert [lane.title for lane in lanes_by_name(plan)] == [f"features.{i}" for i in (4, 5, 6, 11, 12, 13, 14, 15)]
-    plan = dcafy.inspect(torchvision.models.mobilenet_v3_small())  # nine blocks in nine containers
-    assert lanes_by_name(plan) == (Lane("features", tuple(block.name for block in plan.blocks)),)
-
-
-def test_drawing_escapes_names() -> None:
-    class Named(nn.Sequential):
-        pass
-
-    model = Named()
-    hostile = '<script>alert("1")</script>&\x1b[31m'
-    model.add_module("stem", networks.conv_norm(3, 16))
-    model.add_module(hostile, nn.Sequential(networks.SELinear(16), networks.SELinear(16), networks.SELinear(16)))
-    svg = draw(dcafy.inspect(model, example_inputs=images())).svg
-    assert "<script" not in svg
-    assert "\x1b" not in svg
-    assert len(groups(svg, "block")) == 3
-
-
-def test_drawing_of_a_hundred_blocks_keeps_its_width() -> None:
-    block = dcafy.inspect(timm.create_model("efficientnet_b0")).blocks[0]
-    import dataclasses
-
-    blocks = tuple(dataclasses.replace(block, name=f"stage.{i}.{'x' * 80}") for i in range(100))
-    plan = dcafy.Plan(blocks, (dcafy.Chain("channel", tuple(b.name for b in blocks)),))
-    root = ElementTree.fromstring(draw(plan).svg)
-    _, _, width, height = map(float, root.get("viewBox", "").split())
-    assert width == 440
-    assert height > 100 * 24
-    texts = [text for group in groups(draw(plan).svg, "block") for text in group.iter(f"{SVG}text")]
-    assert len(texts) == 100
-    assert all(len(text.text or "") < 55 for text in texts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import logging
 import os
 import resource
 import signal
@@ -20,13 +19,11 @@ from torch import nn
 
 import dcafy
 import dcafy.conversion  # the module, which the tests replace a function of
-from dcafy import errors
-from dcafy.cli import main
+from dcafy import Plan, errors
 from dcafy.cli.app import exit_code
 from dcafy.cli.options import example_input, settings_given
 from dcafy.plan.blocks import Dimension, FusionKind
 from dcafy.plan.gates import GATES
-from dcafy.plan.plan import Plan
 from dcafy.zoos import fitting
 
 SMALL = "torchvision:mobilenet_v3_small"
@@ -66,21 +63,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command in this process: arguments -> exit code, stdout, stderr."""
-    log = logging.getLogger("dcafy")
-    before = log.handlers, log.propagate, log.level
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dcafy", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    yield run
-    log.handlers, log.propagate = before[:2]
-    log.setLevel(before[2])
+def command(dcafy_command):
+    return dcafy_command
 
 
 def process(*arguments, **options):
@@ -161,6 +145,7 @@ def test_json(command):
     assert {link["spatial_match"] for link in document["chains"][0]["links"]} == {None}
 
 
+@pytest.mark.slow
 def test_the_document_is_a_plan_that_converts():
     with process("inspect", SMALL, "--json") as running:
         plan = Plan.from_dict(json.loads(running.communicate()[0]))
@@ -354,6 +339,7 @@ def test_interrupted(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
 @pytest.mark.parametrize("options", [["--json"], ["--nodes"]])
 def test_nobody_reads_the_output(options, here):
@@ -366,6 +352,7 @@ def test_nobody_reads_the_output(options, here):
     assert "BrokenPipe" not in err
 
 
+@pytest.mark.slow
 def test_a_process_exits_with_the_code(here):
     for arguments, code in ((["inspect", "missing.pt"], 4), (["inspect", "cli_factories:Plain", "--json"], 3)):
         with process(*arguments) as running:
@@ -375,6 +362,7 @@ def test_a_process_exits_with_the_code(here):
         assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only(here):
     with process("inspect", "cli_factories:noisy", env={"PYTHONIOENCODING": "ascii"}) as running:
         out, err = running.communicate(timeout=120)

@@ -19,18 +19,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from two_processes import DIGITS as QUICK
+from two_processes import FACTORY, FACTORY_CODE
 
 import dcafy
-from dcafy.images.options import DataOptions
-from dcafy.runs.compare import compare, paired_difference
-from dcafy.runs.request import Request
-from dcafy.training.options import TrainingConfig
+from dcafy.runs import Request, compare
+from dcafy.runs.compare import paired_difference
+from dcafy.training import DataOptions, TrainingConfig
 from dcafy.training.telling import Listener
 
-TESTS = Path(__file__).parent
-FACTORY = "finetune_factory:network"
-FACTORY_CODE = "from training_data import network\n"
-QUICK = ["--data", "digits", "--image-size", "16", "--batch-size", "64", "--cpu", "--usage-images", "64"]
+TESTS = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -246,174 +244,6 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-# --- several processes --------------------------------------------------------------------------------------
-
-
-def torchrun(folder: Path, port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return subprocess.run(
-        [sys.executable, *launch, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-PARALLEL = """
-import sys, torch
-from training_data import Stripes, connected
-from dcafy.training import TrainingConfig, finetune
-from dcafy.images.order import UnreadableImage
-where, norm, fails = sys.argv[1], sys.argv[2] == "norm", "fails" in sys.argv
-config = TrainingConfig(epochs=2, batch_size=8, seed=3, cpu=True, usage_images=0, optimizer="sgd", lr=0.05)
-model = connected(norm)
-rank = int(__import__("os").environ.get("RANK", 0))
-class Failing(Stripes):
-    def __getitem__(self, index):
-        if index in (3, 19):
-            raise UnreadableImage(f"image {index}")
-        if fails and rank == 1 and index % 8 == 7:
-            raise RuntimeError("this process fails")
-        return super().__getitem__(index)
-history = finetune(model, Failing(), Stripes(21), config, directory=where)
-assert sorted(history.skipped) == ["image 19", "image 3"]
-torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"{where}/rank{rank}.pt")
-"""
-
-
-def parallel(folder: Path, name: str, *arguments: str, processes: int) -> list[tuple[dict[str, torch.Tensor], dict]]:
-    (folder / "parallel.py").write_text(PARALLEL)
-    (folder / name).mkdir()
-    if processes == 2:
-        run = torchrun(folder, free_port(), "parallel.py", name, *arguments)
-    else:
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-        run = subprocess.run(
-            [sys.executable, "parallel.py", name, *arguments],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert run.returncode == 0, run.stderr
-    return [torch.load(folder / name / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does_with_the_same_batches(tmp_path: Path) -> None:
-    (alone, alone_metrics), *_ = parallel(tmp_path, "one", "plain", processes=1)
-    (first, metrics), (second, _) = parallel(tmp_path, "two", "plain", processes=2)
-    for name, value in alone.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
-    assert metrics["images"] == alone_metrics["images"] == 21
-    assert metrics["loss"] == pytest.approx(alone_metrics["loss"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_with_batch_norm_end_alike(tmp_path: Path) -> None:
-    (first, _), (second, _) = parallel(tmp_path, "two", "norm", processes=2)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-SHARDED = """
-import sys, accelerate, torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from training_data import Stripes, connected
-from dcafy.training import TrainingConfig, finetune
-
-class InShards(accelerate.Accelerator):
-    # Accelerate asks for FSDP with several accelerators only; torch does it on CPUs as well.
-    def __init__(self, **options):
-        super().__init__(**options)
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        AcceleratorState._shared_state["fsdp_plugin"] = plugin
-        for state in (AcceleratorState, PartialState):
-            state._shared_state["distributed_type"] = DistributedType.FSDP
-
-class CutOff(Stripes):
-    read = 0
-    def __getitem__(self, index):
-        self.read += 1
-        if self.read > 40:
-            raise ZeroDivisionError("cut off in the second epoch")
-        return super().__getitem__(index)
-
-where, *how = sys.argv[1:]
-config = TrainingConfig(epochs=3, batch_size=8, seed=3, cpu=True, usage_images=21, lr=1e-3, connection_lr=0.01,
-                        clip_norm=1.0, ema=0.8, freeze_base_epochs=1, checkpoint_steps=3)
-if "sharded" in how:
-    accelerate.Accelerator = InShards
-if "cut" in how:
-    try:
-        finetune(connected(), CutOff(), Stripes(21), config, directory=where)
-        raise SystemExit("it was not cut off")
-    except ZeroDivisionError:
-        pass
-model = connected()
-history = finetune(model, Stripes(), Stripes(21), config, directory=where, resume=True)
-assert not any("DTensor" in type(p.data).__name__ for p in model.parameters())
-rank = torch.distributed.get_rank()
-assert history.usage.images == 21
-torch.save((model.state_dict(), history.epochs[-1].metrics), f"{where}/rank{rank}.pt")
-"""
-
-
-@pytest.mark.slow
-def test_shards_do_what_whole_networks_do(tmp_path: Path) -> None:
-    """Under FSDP, with a base that is frozen at first, an average, and cut off on the way."""
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    for name, *how in (("whole",), ("shards", "sharded", "cut")):
-        (tmp_path / name).mkdir()
-        run = torchrun(tmp_path, free_port(), "sharded.py", name, *how)
-        assert run.returncode == 0, run.stderr
-
-    def end(name: str, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        return torch.load(tmp_path / name / f"rank{rank}.pt", weights_only=True)
-
-    (whole, metrics), (shards, metrics_of_shards), (other, _) = end("whole", 0), end("shards", 0), end("shards", 1)
-    for key, value in whole.items():
-        assert torch.equal(shards[key], other[key]), key
-        torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=1e-5)
-    assert metrics_of_shards["loss"] == pytest.approx(metrics["loss"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_when_one_process_fails_the_other_does_not_wait(tmp_path: Path) -> None:
-    (tmp_path / "parallel.py").write_text(PARALLEL)
-    (tmp_path / "fails").mkdir()
-    start = time.monotonic()
-    run = torchrun(tmp_path, free_port(), "parallel.py", "fails", "plain", "fails")
-    assert run.returncode != 0
-    assert "this process fails" in run.stderr
-    assert time.monotonic() - start < 120
-
-
-@pytest.mark.slow
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
-    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
-    run = torchrun(tmp_path, free_port(), "-m", "dcafy", "finetune", FACTORY, *QUICK, "--epochs", "1", "-o", "run")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("validation after 1 epochs") == 1
-    assert (tmp_path / "run/dcafy.json").exists()
-    resumed = torchrun(tmp_path, free_port(), "-m", "dcafy", "finetune", FACTORY, "-o", "run", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-
-
 # --- did it help? -------------------------------------------------------------------------------------------
 
 
@@ -444,6 +274,7 @@ def test_a_comparison(command: Run, tmp_path: Path) -> None:
 UNMOVED = ("--epochs", 1, "--lr", 0, "--connection-lr", 0, "--weight-decay", 0)
 
 
+@pytest.mark.slow
 def test_both_sides_begin_with_the_same_weights_of_a_network_without_any(command: Run, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     options = ("--attention", "se", "--attention-reduction", 4, *QUICK, *UNMOVED, "--compare", "--seeds", 2)
@@ -460,6 +291,7 @@ def test_both_sides_begin_with_the_same_weights_of_a_network_without_any(command
     assert any(not torch.equal(value, kept[1, "original"][key]) for key, value in kept[0, "original"].items())
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_connected_is_compared_with_what_it_was_before(command: Run, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     dcafy.save(dcafy.convert(timm_network("test_byobnet")), tmp_path / "connected")

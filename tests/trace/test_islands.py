@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from detection_data import pictures, with_statistics
 from torch import Tensor, nn
 from torchvision.models import detection, segmentation
 from trained import seeded
@@ -23,11 +24,6 @@ def boxes(count: int) -> list[dict[str, Tensor]]:
     return [{"boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1])} for _ in range(count)]
 
 
-def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
-    with seeded(1):
-        return [torch.rand(3, *size) for size in sizes]
-
-
 DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "fasterrcnn": lambda: detection.fasterrcnn_mobilenet_v3_large_fpn(min_size=96, max_size=128, **SMALL),
     "ssdlite": lambda: detection.ssdlite320_mobilenet_v3_large(**SMALL),
@@ -36,17 +32,6 @@ SEGMENTERS: dict[str, Callable[[], nn.Module]] = {
     "deeplabv3": lambda: segmentation.deeplabv3_mobilenet_v3_large(aux_loss=True, **SMALL),
     "lraspp": lambda: segmentation.lraspp_mobilenet_v3_large(**SMALL),
 }
-
-
-def with_statistics(model: nn.Module) -> nn.Module:
-    """Batch norms that have seen data, so that attention does something."""
-    with seeded(0), torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.05)
-                module.running_var.uniform_(0.3, 0.8)
-                module.weight.uniform_(0.7, 1.3)
-    return model.eval()
 
 
 def moved_by_beta(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]) -> None:
@@ -61,7 +46,7 @@ def moved_by_beta(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [pytest.param("fasterrcnn", marks=pytest.mark.slow), "ssdlite"])
 def test_detectors(name: str) -> None:
     model = with_statistics(DETECTORS[name]())
     converted = dcafy.convert(model)
