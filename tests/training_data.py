@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from networks import Classifier, SELinear, with_attention
 from torch import nn
@@ -23,6 +26,11 @@ class WithoutDropout(Classifier):
 
 def network(norm: bool = True, classes: int = CLASSES) -> nn.Module:
     """Three SE blocks; without ``norm`` nothing in it depends on who else is in the batch."""
+    return copy.deepcopy(_network(norm, classes))
+
+
+@functools.cache
+def _network(norm: bool, classes: int) -> nn.Module:
     with seeded(0):
         model = with_attention(SELinear, (8, 8, 12))
     if not norm:
@@ -42,6 +50,11 @@ def network(norm: bool = True, classes: int = CLASSES) -> nn.Module:
 
 
 def connected(norm: bool = True) -> torch.fx.GraphModule:
+    return copy.deepcopy(_connected(norm))
+
+
+@functools.cache
+def _connected(norm: bool) -> torch.fx.GraphModule:
     with seeded(2):
         return dcafy.convert(network(norm), example_inputs=torch.zeros(2, 3, SIZE, SIZE))
 

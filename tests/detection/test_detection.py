@@ -320,6 +320,7 @@ def test_a_classifier_of_another_architecture_is_refused() -> None:
         with_backbone(dcafy.convert(dcafy.insert(small_retinanet(), "se"), verify=False), classifier())
 
 
+@pytest.mark.slow
 def test_the_recipe_with_frozen_batch_norms_of_torchvision() -> None:
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, trainable_layers=3, returned_layers=[2, 3, 4],

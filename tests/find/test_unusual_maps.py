@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from networks import BAM, SELinear, conv_norm
 from torch import Tensor, nn
-from trained import seeded, trained_like
+from trained import seeded, trained, trained_like
 
 import dcafy
 
@@ -267,12 +267,14 @@ def test_unusual_maps(name: str, shrinking: bool) -> None:
 
 @pytest.mark.parametrize("written", [Written, WrittenThroughSlices])
 def test_attention_behind_a_tensor_that_is_written_into(written: type[Written]) -> None:
-    model = trained_like(Stages(written, (16, 24, 32), (1, 2, 2)), IMAGES).eval()
+    model = trained(lambda: Stages(written, (16, 24, 32), (1, 2, 2)), IMAGES)
     plan = dcafy.inspect(model, example_inputs=IMAGES)
     assert [(link.source, link.target) for link in plan.links] == [
         (f"attention.{i}.attention", f"attention.{i + 1}.attention") for i in range(2)
     ]
-    same_and_alive(model, dcafy.convert(model, example_inputs=IMAGES).eval())
+    with seeded(0):  # in one of many networks a narrow matching layer yields zeros alone
+        converted = dcafy.convert(model, example_inputs=IMAGES).eval()
+    same_and_alive(model, converted)
 
 
 @pytest.mark.parametrize("attention", [Frames, Shuffled])

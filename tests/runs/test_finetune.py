@@ -73,6 +73,7 @@ def test_a_run_leaves_a_model_a_log_and_a_request(command: Run, tmp_path: Path) 
     assert all(connection.beta.item() != 0 for connection in dcafy.connections(loaded).values())
 
 
+@pytest.mark.slow
 def test_a_zoo_network_with_inserted_attention_and_a_new_head_is_loaded_by_itself(command: Run) -> None:
     pytest.importorskip("timm")
     code, _, _ = command("timm:test_resnet", "--attention", "se", *QUICK, "--epochs", 1, "-o", "run")

@@ -107,6 +107,7 @@ def test_segmenters(name: str) -> None:
     assert all(c.beta.grad is not None and c.beta.grad.item() != 0 for c in dcafy.connections(converted).values())
 
 
+@pytest.mark.slow
 def test_save_load_and_revert_through_an_island(tmp_path: Any) -> None:
     model = with_statistics(DETECTORS["fasterrcnn"]())
     converted = dcafy.convert(model, verify=False)

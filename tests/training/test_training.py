@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -102,21 +103,26 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@functools.cache
+def unbroken_end(way):
+    """The weights and the epochs of a run that nothing stopped."""
+    model = connected()
+    history = finetune(model, TRAIN, VAL, config(**WAYS[way], checkpoint_steps=2))
+    return weights(model), [dataclasses.replace(epoch, seconds=0) for epoch in history.epochs]
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.xdist_group(f"cut off {way}")) for way in WAYS])
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(way, step, tmp_path):
     options = config(**WAYS[way], checkpoint_steps=2)
-    unbroken = connected()
-    whole = finetune(unbroken, TRAIN, VAL, options)
     with pytest.raises(KeyboardInterrupt):
         finetune(connected(), TRAIN, VAL, options, directory=tmp_path, listener=StopAfter(step))
     assert (tmp_path / CHECKPOINT).exists()
     resumed = connected()
     history = finetune(resumed, TRAIN, VAL, options, directory=tmp_path, resume=True)
-    assert same(weights(resumed), weights(unbroken))
-    assert [dataclasses.replace(epoch, seconds=0) for epoch in history.epochs] == [
-        dataclasses.replace(epoch, seconds=0) for epoch in whole.epochs
-    ]
+    end, epochs = unbroken_end(way)
+    assert same(weights(resumed), end)
+    assert [dataclasses.replace(epoch, seconds=0) for epoch in history.epochs] == epochs
 
 
 def test_dropout_goes_on_where_it_was(tmp_path):
