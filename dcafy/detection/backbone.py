@@ -49,7 +49,7 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     inserted: tuple[Insertion, ...] = getattr(classifier, INSERTED, ())
     for done in inserted:
         where = place.ours + ("*" if done.where == "auto" else done.where.removeprefix(place.theirs))
-        made = insert(made, done.attention, reduction=done.reduction, where=where, init=done.init, copy=False)
+        made = insert(made, **{**dataclasses.asdict(done), "where": where}, copy=False)
     recipe = next((dca.recipe for _, _, dca in connected_modules(classifier)), None)
     if recipe is not None:
         made = convert(made, plan=_moved(recipe.plan, inspect(made), place), copy=False, verify=False)
