@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.errors import InputError
-from dcafy.plan.blocks import AttentionBlock, Dimension
+from dcafy.plan.blocks import Dimension
 
 __all__ = ["AttentionValues", "Histogram", "attention_values", "check_images", "common_range", "values_of"]
 
@@ -92,11 +92,8 @@ def values_of(copy: Tapped, images: Tensor, *, batch_size: int = 8) -> tuple[Att
                 if tap.seen is not None:
                     seen[name].append(tap.seen.cpu())
                     tap.seen = None
-    return tuple(_values(copy.block(name), torch.cat(parts)) for name, parts in seen.items() if parts)
-
-
-def _values(block: AttentionBlock, values: Tensor) -> AttentionValues:
-    return AttentionValues(block.name, block.dimension, block.bounded, values)
+    blocks = [(copy.plan.block(name), torch.cat(parts)) for name, parts in seen.items() if parts]
+    return tuple(AttentionValues(block.name, block.dimension, block.bounded, values) for block, values in blocks)
 
 
 def common_range(values: tuple[AttentionValues, ...]) -> tuple[float, float]:

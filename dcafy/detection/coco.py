@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dcafy.errors import InputError, UsageError
+from dcafy.errors import InputError, UsageError, needing
 from dcafy.images.data import Data, split
 from dcafy.images.options import DataOptions
 from dcafy.images.order import UnreadableImage
@@ -179,9 +179,10 @@ def _content(root: Path, file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise InputError(f"There is no file {str(file)!r} with annotations. --data is {_FORM}.")
     try:
-        from torchvision.datasets import CocoDetection
+        # pycocotools tells how long it took
+        with needing("Training detectors", "detection", "pycocotools"), contextlib.redirect_stdout(io.StringIO()):
+            from torchvision.datasets import CocoDetection
 
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took
             content: Any = CocoDetection(str(root), str(file)).coco.dataset
         needed = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox"),
                   "categories": ("id", "name")}  # fmt: skip
@@ -189,8 +190,6 @@ def _content(root: Path, file: Path) -> Mapping[str, Any]:
             for row in content[part]:
                 for name in names:
                     row[name]
-    except ImportError as error:
-        raise UsageError("Training detectors needs pycocotools: pip install -e '.[detection]'.") from error
     except KeyError as error:
         raise InputError(
             f"{file} is no file of annotations in COCO's format: it has no {error}. Export it anew."

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dcafy.errors import SourceError
+from dcafy.training.telling import LOG
 from dcafy.wording import printable
 
-__all__ = ["LOG", "EpochLog", "read_epochs"]
-
-LOG = "log.jsonl"
-"""The log's name in a folder that ``dcafy finetune`` wrote."""
+__all__ = ["EpochLog", "read_epochs"]
 
 
 @dataclass(frozen=True)

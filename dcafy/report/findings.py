@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -143,8 +144,6 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
 
 def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Plan:
     """The plan that the model was converted with, else the one that it would be converted with."""
-    import dataclasses
-
     plan = recorded_plan(model) if connected else copy.plan
     return dataclasses.replace(plan, model=title, skipped=plan.skipped + copy.unread)
 

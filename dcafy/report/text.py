@@ -73,15 +73,9 @@ def _connections(findings: Findings) -> Table:
     table = plain_table("connection", "α", "β", "contribution", "", "message share", "")
     for row in findings.contributions:
         share = findings.shares.get(row.name, 0.0)
-        numbers = (
-            f"{row.alpha:.4f}",
-            f"{row.beta:+.4f}",
-            f"{row.ratio:.1%}",
-            bar(row.ratio),
-            f"{share:.1%}",
-            bar(share),
-        )
-        table.add_row(*map(Text, (printable(row.name), *numbers)))
+        weights, shares = (f"{row.alpha:.4f}", f"{row.beta:+.4f}"), (row.ratio, share)
+        bars = (text for value in shares for text in (f"{value:.1%}", bar(value)))
+        table.add_row(*map(Text, (printable(row.name), *weights, *bars)))
     return table
 
 
@@ -89,7 +83,6 @@ def _cuts(findings: Findings) -> Table:
     table = plain_table("cut", "loss", "accuracy")
     found = findings.usage
     assert found is not None
-    rows = [(row.name, row.loss_change, row.accuracy_change) for row in found.connections]
-    for name, loss, accuracy in [*rows, ("all of them", found.loss_change, found.accuracy_change)]:
+    for name, loss, accuracy in found.changes("all of them"):
         table.add_row(*map(Text, (printable(name), f"{loss:+.4f}", f"{100 * accuracy:+.2f} points")))
     return table

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from dcafy.analysis.usage import Usage, measured_shares, usage
 from dcafy.converted import connections
 from dcafy.emit.dca import is_connected
-from dcafy.errors import InputError, TrainingError, UsageError
+from dcafy.errors import InputError, TrainingError, UsageError, needing
 from dcafy.graph.modes import evaluating
 from dcafy.images.order import Batches, Seeded, Spread, derived_seed
 from dcafy.trace.accepted import require_module
@@ -91,12 +91,10 @@ def finetune(
 
 def accelerator_for(config: TrainingConfig) -> Accelerator:
     """Accelerate as ``config`` asks for it; one batch is split between all processes."""
-    try:
+    with needing("Training", "train", "Hugging Face Accelerate"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise UsageError("Training needs Hugging Face Accelerate: pip install -e '.[train]'.") from error
     # They live as long as the process, and would refuse a second training with another precision, or in shards.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
