@@ -15,6 +15,7 @@ from dcafy.conversion import convert, inspect
 from dcafy.converted import connections
 from dcafy.emit.dca import connected_modules, is_connected
 from dcafy.errors import InputError
+from dcafy.graph.paths import above
 from dcafy.plan.plan import Plan
 
 __all__ = ["with_backbone"]
@@ -127,9 +128,8 @@ def _freeze(made: nn.Module, detector: nn.Module) -> None:
     trained = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
 
     def frozen(path: str) -> bool:
-        while path:
-            path = path.rpartition(".")[0]
-            around = [flag for name, flag in trained.items() if name.startswith(f"{path}.")]
+        for outer in above(path):
+            around = [flag for name, flag in trained.items() if name.startswith(f"{outer}.")]
             if around:
                 return not any(around)
         return False

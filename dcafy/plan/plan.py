@@ -49,16 +49,12 @@ class Plan(Contents):
 
     def replace_link(self, source: str, target: str, **settings: Any) -> Plan:
         """The plan with other settings on one link (``schema``, ``channel_match``, ``reduction``, ...)."""
-        if not any((link.source, link.target) == (source, target) for link in self.links):
+        link = next((link for link in self.links if (link.source, link.target) == (source, target)), None)
+        if link is None:
             raise PlanError(f"The plan has no link from {source!r} to {target!r}.")
+        new = dataclasses.replace(link, **settings)
         chains = tuple(
-            dataclasses.replace(
-                chain,
-                links=tuple(
-                    dataclasses.replace(link, **settings) if (link.source, link.target) == (source, target) else link
-                    for link in chain.links
-                ),
-            )
+            dataclasses.replace(chain, links=tuple(new if one is link else one for one in chain.links))
             for chain in self.chains
         )
         return dataclasses.replace(self, chains=chains)

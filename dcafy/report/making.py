@@ -99,9 +99,7 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
     if run is not None:
         return preparation(model, run.arch or run.model, image_size or run.images.image_size)
     recipe = next((dca.recipe for _, _, dca in connected_modules(model)), None)
-    if recipe is not None and recipe.model is not None:
-        spec = recipe.model
-    elif image_size is None and recipe is not None and recipe.inputs is not None:
+    if image_size is None and recipe is not None and recipe.model is None and recipe.inputs is not None:
         first = from_data(recipe.inputs)[0]
         image_size = first.shape[-1] if isinstance(first, Tensor) and first.ndim == 4 else None
     return preparation(model, spec, image_size)

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from dcafy.analysis.values import AttentionValues, common_range
+from dcafy.analysis.values import AttentionValues, common_axes
 from dcafy.errors import needing
 from dcafy.plan.drawing import draw
 from dcafy.report.downloads import Download, download
@@ -116,11 +116,9 @@ def _histograms(findings: Findings) -> Iterator[Plot]:
         names = list(dict.fromkeys(name for side in sides for name in side))
         if not names:
             continue
-        everything = tuple(block for side in sides for block in side.values())
-        low, high = common_range(everything)
-        top = max(max(block.histogram(low, high).shares) for block in everything)
+        axes = common_axes(tuple(block for side in sides for block in side.values()))
         for name in names:
-            yield _histogram(findings, name, [side.get(name) for side in sides], (low, high, top))
+            yield _histogram(findings, name, [side.get(name) for side in sides], axes)
 
 
 def _histogram(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dcafy.analysis.values import AttentionValues, common_range
+from dcafy.analysis.values import common_axes
 from dcafy.plan.tables import plain_table, plan_tables
 from dcafy.report.findings import Findings
 from dcafy.wording import printable
@@ -53,20 +53,16 @@ def bar(share: float) -> str:
 
 def _values(findings: Findings) -> Table:
     everything = tuple(block for side in findings.sides for block in side.values)
-    low, high = common_range(everything)
-    top = max(max(block.histogram(low, high, BINS).shares) for block in everything)
+    low, high, top = common_axes(everything, BINS)
     table = plain_table("block", "network", f"{low:.3g} to {high:.3g}", "spread", "near 0.5")
     sides = [(side.title, {block.name: block for block in side.values}) for side in findings.sides]
     for name in dict.fromkeys(block.name for block in everything):
         for title, values in sides:
             if name in values:
-                table.add_row(*map(Text, (printable(name), printable(title), *_row(values[name], low, high, top))))
+                line = sparkline(values[name].histogram(low, high, BINS).shares, top)
+                numbers = (f"{values[name].spread:.3f}", f"{values[name].near_half:.1%}")
+                table.add_row(*map(Text, (printable(name), printable(title), line, *numbers)))
     return table
-
-
-def _row(block: AttentionValues, low: float, high: float, top: float) -> tuple[str, str, str]:
-    line = sparkline(block.histogram(low, high, BINS).shares, top)
-    return line, f"{block.spread:.3f}", f"{block.near_half:.1%}"
 
 
 def _connections(findings: Findings) -> Table:

@@ -15,6 +15,7 @@ from dcafy.checkpoint.folder import MARKER
 from dcafy.errors import SourceError, UsageError
 from dcafy.sources.contents import network_or_weights
 from dcafy.sources.files import listing, read_object
+from dcafy.wording import few
 from dcafy.zoos.factories import is_factory
 from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
 from dcafy.zoos.packages import ZOOS
@@ -135,8 +136,8 @@ def _needs_architecture(spec: str, state: Mapping[str, torch.Tensor]) -> SourceE
             f"{start}No architecture of torchvision or timm that is installed here has these keys and shapes. Say "
             "which network they are for: --arch package.module:factory, with --set key=value for its arguments."
         )
-    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-    return SourceError(f"{start}Their keys and shapes fit: {shown}. Say which one it is, such as --arch {found[0]}.")
+    fit = few(found, 8)
+    return SourceError(f"{start}Their keys and shapes fit: {fit}. Say which one it is, such as --arch {found[0]}.")
 
 
 def _missing(spec: str) -> SourceError | UsageError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dcafy.errors import SourceError, UsageError
-from dcafy.wording import printable
+from dcafy.wording import few, printable
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
 from dcafy.zoos.specs import Blueprint
 
@@ -46,7 +46,8 @@ class Misfit:
     def __str__(self) -> str:
         resized = [f"{key} ({_size(here)} instead of {_size(there)})" for key, (here, there) in self.shapes.items()]
         kinds = {"missing": self.missing, "not expected": self.unexpected, "of another shape": resized}
-        return "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys)
+        shown = {kind: [printable(key) for key in keys] for kind, keys in kinds.items() if keys}
+        return "; ".join(f"{len(keys)} {kind}: {few(keys, 4)}" for kind, keys in shown.items())
 
     @property
     def classes(self) -> int | None:
@@ -223,8 +224,3 @@ def _leniently(given: Shapes, expected: Shapes) -> Misfit:
 
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "one number"
-
-
-def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join(printable(key) for key in keys[:4])
-    return shown + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
