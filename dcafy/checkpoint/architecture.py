@@ -27,6 +27,7 @@ from torch import fx, nn
 from dcafy.attention.insertion import insert
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.description import Built
+from dcafy.checkpoint.tensors import is_connection
 from dcafy.emit.dca import Recipe, connected_modules
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
 from dcafy.graph.emitted import EmittedModule
@@ -242,7 +243,7 @@ def _network(model: nn.Module) -> _Network:
         if id(module) not in connections
     }
     state = shapes_of(model.state_dict())
-    return _Network(modules, {key: shape for key, shape in state.items() if "dca" not in key.split(".")})
+    return _Network(modules, {key: shape for key, shape in state.items() if not is_connection(key)})
 
 
 def _module(module: nn.Module) -> _Module:

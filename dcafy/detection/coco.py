@@ -139,15 +139,15 @@ def open_coco(spec: str, options: DataOptions) -> Data:
     if val is train:
         chosen, rest_of = split([0] * len(shown), options.val_fraction)
         shown, held_out = [held_out[i] for i in chosen], [held_out[i] for i in rest_of]
-    for ids, known, what, more in ((shown, train, "training", "lower"), (held_out, val, "validation", "raise")):
-        if not any(not box.crowd for i in ids for box in known.boxes.get(i, ())):
+    made = CocoImages(train, shown, crowds=False), CocoImages(val, held_out, crowds=True)
+    for part, what, more in zip(made, ("training", "validation"), ("lower", "raise"), strict=True):
+        if all(box.crowd for box in objects(part)):
             raise InputError(
-                f"None of the {len(ids)} {what} images of {spec!r} has a box. Add annotations, or {more} "
+                f"None of the {len(part)} {what} images of {spec!r} has a box. Add annotations, or {more} "
                 "--val-fraction."
             )
     names = tuple(train.categories[category] for category in sorted(train.categories))
-    parts_of = CocoImages(train, shown, crowds=False), CocoImages(val, held_out, crowds=True)
-    return Data(spec, *parts_of, names, amiss=amiss)
+    return Data(spec, *made, names, amiss=amiss)
 
 
 def _annotations(root: Path, file: Path) -> _Annotations:

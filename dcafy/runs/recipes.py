@@ -110,4 +110,4 @@ PURPOSES: dict[str, Purpose] = {
     "classification": Purpose(open_data, _classifier, Classification, _random_images),
     "detection": Purpose(open_coco, _detector, Detection, _first_images),
 }
-"""What ``--task`` takes (the names are also in ``dcafy.training.options``, which the command reads without torch)."""
+"""What ``--task`` takes (the names are also in ``dcafy.runs.options``, which the command reads without torch)."""

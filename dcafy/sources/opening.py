@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dcafy.checkpoint.folder import MARKER
+from dcafy.checkpoint.tensors import is_connection
 from dcafy.errors import SourceError, UsageError
 from dcafy.sources.contents import network_or_weights
 from dcafy.sources.files import listing, read_object
@@ -125,7 +126,7 @@ def _file(path: Path, spec: str, arch: str | None, settings: dict[str, Any], tru
 
 def _needs_architecture(spec: str, state: Mapping[str, torch.Tensor]) -> SourceError:
     start = f"{spec!r} holds weights only ({len(state)} tensors), not the network they belong to. "
-    if any("dca" in key.split(".") for key in state):
+    if any(is_connection(key) for key in state):
         return SourceError(
             f"{start}They are those of a converted model: name the folder that dcafy.save wrote (with its {MARKER}), "
             "not the file in it."
