@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcafy.analysis.values import AttentionValues, common_axes
 from dcafy.errors import needing
+from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import draw
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
@@ -95,12 +96,10 @@ def _percent(value: float, digits: int = 1) -> str:
 
 def _chain_data(findings: Findings) -> Download:
     lane = {name: lane.title for lane in findings.lanes for name in lane.blocks}
-    heard: dict[str, list[str]] = {}
-    for link in findings.plan.links:
-        heard.setdefault(link.target, []).append(link.source)
+    heard = hearing(findings.plan.links)
     rows = [
         (b.name, lane.get(b.name, ""), b.dimension, b.channels, "x".join(map(str, b.size or ())), b.gate,
-         " ".join(heard.get(b.name, ())))
+         " ".join(link.source for link in heard.get(b.name, ())))
         for b in findings.plan.blocks
     ]  # fmt: skip
     return download("chains", ("block", "stage", "dimension", "channels", "size", "gate", "hears"), rows)
