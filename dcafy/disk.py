@@ -64,18 +64,14 @@ def replaced(path: Path) -> Iterator[Callable[[str], None]]:
     if path.is_dir():
         raise UsageError(f"-o {printable(str(path))!r} is a folder. Name a file in it, such as report.html.")
     beside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}")
-    try:
+    with _unless_refused(path):
         file = beside.open("w", encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
     def write(text: str) -> None:
-        try:
+        with _unless_refused(path):
             with file:
                 file.write(text)
             os.replace(beside, path)
-        except OSError as error:
-            raise _unwritable(path, error) from error
 
     try:
         yield write
@@ -84,8 +80,12 @@ def replaced(path: Path) -> Iterator[Callable[[str], None]]:
         beside.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> UsageError:
-    return UsageError(
-        f"-o {printable(str(path))!r} cannot be written: {error.strerror or error}. Name a file in a folder "
-        "that is there and that you may write to."
-    )
+@contextlib.contextmanager
+def _unless_refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"-o {printable(str(path))!r} cannot be written: {error.strerror or error}. Name a file in a folder "
+            "that is there and that you may write to."
+        ) from error

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 __all__ = ["counted", "few", "nearest", "one_line", "printable", "reason_of"]
@@ -43,10 +44,10 @@ def warn(message: str) -> None:
 _PACKAGE = Path(__file__).parent
 
 
-def few(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def one_line(error: BaseException) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.values import check_images
-from dcafy.errors import InputError, NoAttentionError, UsageError
+from dcafy.errors import InputError, NoAttentionError, UsageError, needing
 
-__all__ = ["GradCam", "StageMaps", "cams_of", "grad_cam", "missing_extra"]
+__all__ = ["GradCam", "StageMaps", "cams_of", "grad_cam"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ def cams_of(
     copy: Tapped, images: Tensor, *, target: int | Tensor | None = None, stages: Sequence[str] | None = None
 ) -> GradCam:
     """:func:`grad_cam` of a tapped copy."""
-    try:
+    with needing("Grad-CAM", "report"):
         from captum.attr import LayerGradCam
-    except ModuleNotFoundError as error:
-        raise missing_extra("Grad-CAM", error) from error
     chosen = tuple(copy.points) if stages is None else tuple(stages)
     if not chosen:
         raise NoAttentionError(
@@ -81,11 +79,6 @@ def cams_of(
             maps = LayerGradCam(copy.model, point).attribute(inputs, target=targets, relu_attributions=True)
         made.append(StageMaps(name, maps.detach()[:, 0]))
     return GradCam(targets.cpu(), tuple(made))
-
-
-def missing_extra(what: str, error: ModuleNotFoundError) -> UsageError:
-    """The error where a library of the extra ``report`` is not installed."""
-    return UsageError(f"{what} needs {error.name}, which is not installed: pip install -e '.[report]'")
 
 
 def _point(copy: Tapped, name: str) -> nn.Module:

@@ -7,13 +7,14 @@ told by the paths that the graph's nodes carry, and not by their calls: a connec
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
 from dcafy.graph.nodes import OWNER, node_value
-from dcafy.graph.paths import joined
+from dcafy.graph.paths import above, joined
 from dcafy.link.region import Region
 
 __all__ = ["Stage", "stages"]
@@ -65,19 +66,15 @@ class _Spans:
             if node.op == "call_module" and getattr(modules[str(node.target)], "is_connection", False)
         }
         self.spans: dict[str, list[fx.Node]] = {}
-        self.children: dict[str, list[str]] = {}
+        self.children: dict[str, dict[str, None]] = {}
         for node in region.recording.graph.nodes:
             if node.op in ("placeholder", "output", "get_attr") or node in self.connections:
                 continue
             path = self.home[node]
             self.spans.setdefault(path, []).append(node)
-            while path:
-                outer = path.rpartition(".")[0]
-                family = self.children.setdefault(outer, [])
-                if path not in family:
-                    family.append(path)
+            for inner, outer in itertools.pairwise((path, *above(path))):
+                self.children.setdefault(outer, {})[inner] = None
                 self.spans.setdefault(outer, []).append(node)
-                path = outer
 
     def units(self, path: str) -> Iterator[tuple[str, fx.Node]]:
         """The outermost modules inside ``path`` that shrink maps at most once, each with its feature map."""

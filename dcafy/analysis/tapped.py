@@ -22,9 +22,9 @@ from dcafy.analysis.stages import Stage, stages
 from dcafy.find.roles import Found
 from dcafy.graph.copies import shared_copy
 from dcafy.graph.emitted import EmittedModule
-from dcafy.graph.paths import put
+from dcafy.graph.paths import free_name, put
 from dcafy.link.region import Region
-from dcafy.plan.blocks import AttentionBlock, Skipped
+from dcafy.plan.blocks import Skipped
 from dcafy.plan.plan import Plan
 from dcafy.survey import survey
 from dcafy.trace.fold import CannotEnter, Folded, fold
@@ -67,10 +67,6 @@ class Tapped:
     points: dict[str, nn.Module]
     unread: tuple[Skipped, ...]
 
-    def block(self, name: str) -> AttentionBlock:
-        """The block of that name."""
-        return self.plan.block(name)
-
 
 def tapped(model: nn.Module, example_inputs: Any = None) -> Tapped:
     """A copy of ``model`` to look into, which shares its parameters; the model itself is not changed.
@@ -103,16 +99,12 @@ def _readable(found: tuple[Found, ...], region: Region, unread: list[Skipped]) -
     try:
         return found, fold(region.recording, {block.map for block in found})
     except CannotEnter as reason:
-        kept = tuple(block for block in found if not _enters(reason.path, block, region))
+        entered = [call.nodes for call in region.recording.calls if call.path == reason.path]
+        kept = tuple(block for block in found if not any(block.map in nodes for nodes in entered))
         if kept == found:
             raise
         unread += [Skipped(b.name, f"its map cannot be read: {reason.reason}") for b in found if b not in kept]
     return _readable(kept, region, unread)
-
-
-def _enters(path: str, found: Found, region: Region) -> bool:
-    """Whether the map of a block lies in the call of the module at ``path``."""
-    return any(call.path == path and found.map in call.nodes for call in region.recording.calls)
 
 
 class _Taps:
@@ -122,9 +114,7 @@ class _Taps:
         self.host = host
         self.graph = folded.graph
         self.image = folded.image
-        self.name = "taps"
-        while hasattr(host, self.name):
-            self.name += "_"
+        self.name = free_name(host, "taps")
         self.taps = nn.ModuleList()
         host.add_module(self.name, self.taps)
 

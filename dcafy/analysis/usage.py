@@ -57,6 +57,11 @@ class Usage:
     loss_change: float
     accuracy_change: float
 
+    def changes(self, all_: str) -> list[tuple[str, float, float]]:
+        """(name, loss change, accuracy change) of every connection, and of all at once under the name ``all_``."""
+        rows = [(row.name, row.loss_change, row.accuracy_change) for row in self.connections]
+        return [*rows, (all_, self.loss_change, self.accuracy_change)]
+
 
 @torch.no_grad()
 def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> Usage:

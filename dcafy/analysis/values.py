@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.errors import InputError
-from dcafy.plan.blocks import AttentionBlock, Dimension
+from dcafy.plan.blocks import Dimension
 
-__all__ = ["AttentionValues", "Histogram", "attention_values", "check_images", "common_range", "values_of"]
+__all__ = ["AttentionValues", "Histogram", "attention_values", "check_images", "common_axes", "values_of"]
 
 NEAR = 0.05
 """How far from 0.5 an attention value may be to be near it."""
@@ -92,20 +92,20 @@ def values_of(copy: Tapped, images: Tensor, *, batch_size: int = 8) -> tuple[Att
                 if tap.seen is not None:
                     seen[name].append(tap.seen.cpu())
                     tap.seen = None
-    return tuple(_values(copy.block(name), torch.cat(parts)) for name, parts in seen.items() if parts)
+    blocks = [(copy.plan.block(name), torch.cat(parts)) for name, parts in seen.items() if parts]
+    return tuple(AttentionValues(block.name, block.dimension, block.bounded, values) for block, values in blocks)
 
 
-def _values(block: AttentionBlock, values: Tensor) -> AttentionValues:
-    return AttentionValues(block.name, block.dimension, block.bounded, values)
-
-
-def common_range(values: tuple[AttentionValues, ...]) -> tuple[float, float]:
-    """The range of one set of axes for all these blocks: 0 to 1, or further where values lie further."""
+def common_axes(values: tuple[AttentionValues, ...], bins: int = 40) -> tuple[float, float, float]:
+    """One set of axes for the histograms of all these blocks: from 0 to 1, or further where values lie further; and the
+    largest share in a bin.
+    """
     low = min((float(block.values.min()) for block in values), default=0.0)
     high = max((float(block.values.max()) for block in values), default=1.0)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise InputError("The attention values are not finite. Look at the images, and at the model's weights.")
-    return min(low, 0.0), max(high, 1.0)
+    low, high = min(low, 0.0), max(high, 1.0)
+    return low, high, max(max(block.histogram(low, high, bins).shares) for block in values)
 
 
 def check_images(images: Tensor) -> None:

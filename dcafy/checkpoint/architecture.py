@@ -13,20 +13,21 @@ import functools
 import importlib
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dcafy.attention.insertion import insert
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.description import Built
-from dcafy.checkpoint.tensors import difference
+from dcafy.checkpoint.tensors import is_connection
 from dcafy.emit.dca import Recipe, connected_modules
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
 from dcafy.graph.emitted import EmittedModule
@@ -34,13 +35,12 @@ from dcafy.records import read, written
 from dcafy.trace.inputs import from_data
 from dcafy.wording import printable
 from dcafy.zoos import specs
+from dcafy.zoos.fitting import Shapes, difference, shapes_of
 from dcafy.zoos.packages import ZOOS
 
-__all__ = ["Shapes", "built", "recognised"]
+__all__ = ["built", "recognised"]
 
 log = logging.getLogger(__name__)
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "num_classes": (int,),
@@ -65,7 +65,7 @@ def built(how: Built, expected: Shapes, inputs: Any = None) -> nn.Module:
     name that is not registered, an argument that may not be given, and a network with other keys or shapes.
     """
     try:
-        differs = difference(expected, _shapes_of(_network_of(how, inputs, on_meta=True)))
+        differs = difference(expected, shapes_of(_network_of(how, inputs, on_meta=True).state_dict()))
         if differs:
             raise CheckpointError(
                 f"the tensors in the folder do not fit the {printable(how.name)} that is built here: {differs}. "
@@ -81,14 +81,13 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
     model = _recipe(how).build(on_meta=on_meta)
     example = None if inputs is None else from_data(inputs)
     with torch.random.fork_rng(devices=[]):
-        for insertion in how.insertions:
-            name, *options = dataclasses.asdict(insertion).items()
-            try:
-                model = insert(model, name[1], **dict(options), example_inputs=example, copy=False)
-            except TracingError:
-                if not on_meta:
-                    raise
-                return _network_of(how, inputs, on_meta=False)  # detectors look at their boxes, so they need data
+        try:
+            for insertion in how.insertions:
+                model = insert(model, **dataclasses.asdict(insertion), example_inputs=example, copy=False)
+        except TracingError:
+            if not on_meta:
+                raise
+            return _network_of(how, inputs, on_meta=False)  # detectors look at their boxes, so they need data
     return model
 
 
@@ -103,10 +102,6 @@ def _recipe(how: Built) -> specs.Blueprint:
     if prefix not in ZOOS or "@" in name:
         raise UsageError(f"{printable(how.name[:80])!r} is not a torchvision: or timm: name.")
     return specs.parse(how.name, how.arguments)
-
-
-def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 # --- recognising ----------------------------------------------------------------------------------------
@@ -204,12 +199,8 @@ def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Bu
     if home.startswith("torchvision.models."):
         # Segmenters come with a second classifier for training, or without.
         arguments = {"aux_loss": True} if "aux_classifier" in ours.modules else {}
-        names = _torchvision_names(home, sum(map(_size, ours.shapes.values())))
+        names = _torchvision_names(home, sum(map(math.prod, ours.shapes.values())))
         yield from (Built(f"torchvision:{name}", arguments) for name in names)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _torchvision_names(home: str, size: int) -> list[str]:
@@ -251,8 +242,8 @@ def _network(model: nn.Module) -> _Network:
         for path, module in model.named_modules(remove_duplicate=False)
         if id(module) not in connections
     }
-    state = _shapes_of(model)
-    return _Network(modules, {key: shape for key, shape in state.items() if "dca" not in key.split(".")})
+    state = shapes_of(model.state_dict())
+    return _Network(modules, {key: shape for key, shape in state.items() if not is_connection(key)})
 
 
 def _module(module: nn.Module) -> _Module:

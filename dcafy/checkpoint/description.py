@@ -35,6 +35,7 @@ __all__ = [
     "described",
     "installed_versions",
     "read",
+    "versions_of",
 ]
 
 
@@ -222,12 +223,18 @@ class Description:
 
 def installed_versions(model: Built | None) -> dict[str, str]:
     """The versions of dcafy, torch, and the package that builds ``model``, that are installed here."""
-    versions = {"dcafy": __version__, "torch": str(torch.__version__)}
-    zoo = model.name.partition(":")[0] if model else None
-    if zoo in ("torchvision", "timm"):
+    zoo = model.name.partition(":")[0] if model else ""
+    zoos = (zoo,) if zoo in ("torchvision", "timm") else ()
+    return {"dcafy": __version__, "torch": str(torch.__version__), **versions_of(*zoos)}
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """The versions of those of these packages that are installed here."""
+    found = {}
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[zoo] = importlib.metadata.version(zoo)
-    return versions
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def described(description: Description) -> str:

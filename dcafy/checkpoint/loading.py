@@ -15,13 +15,14 @@ from dcafy.checkpoint.architecture import built
 from dcafy.checkpoint.description import Description, Facts, installed_versions
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import restore
-from dcafy.checkpoint.tensors import difference, dtype_named, facts, fingerprint, is_connection, put
+from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connection, put
 from dcafy.conversion import convert
 from dcafy.emit.dca import connected_modules, is_connected
 from dcafy.errors import CheckpointError, DcafyError, InputError
 from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import from_data
 from dcafy.wording import printable
+from dcafy.zoos.fitting import difference
 
 __all__ = ["load"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from dcafy.checkpoint.description import Facts
 from dcafy.errors import CheckpointError, InputError
 from dcafy.wording import printable
-from dcafy.zoos.fitting import Misfit
 
-__all__ = ["Packed", "difference", "dtype_named", "facts", "fingerprint", "is_connection", "pack", "put"]
+__all__ = ["Packed", "apart", "dtype_named", "facts", "fingerprint", "is_connection", "pack", "put"]
 
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -62,7 +62,6 @@ def pack(model: nn.Module, kept: Callable[[str], bool]) -> Packed:
     packed = Packed({}, {}, {}, {})
     first: dict[object, str] = {}
     known: dict[object, Facts] = {}
-    written: set[int] = set()
     # Parameters before buffers: what shares memory with a parameter is that parameter again.
     state = sorted(model.state_dict(keep_vars=True).items(), key=lambda item: not isinstance(item[1], nn.Parameter))
     for key, value in state:
@@ -79,12 +78,20 @@ def pack(model: nn.Module, kept: Callable[[str], bool]) -> Packed:
             packed.tied[key] = first[place]
             continue
         first[place] = key
-        # A view of something larger would take all of that with it, and two views would be refused as shared.
-        memory = plain.untyped_storage()
-        alone = memory.nbytes() == plain.nbytes and memory.data_ptr() not in written
-        packed.tensors[key] = plain if alone else plain.clone()
-        written.add(memory.data_ptr())
-    return packed
+        packed.tensors[key] = plain
+    return dataclasses.replace(packed, tensors=apart(packed.tensors))
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each alone in its memory: safetensors refuses two in one, and a view would take all of it along."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        memory = value.untyped_storage()
+        shared = memory.data_ptr() in seen or memory.nbytes() != value.nbytes
+        seen.add(memory.data_ptr())
+        result[name] = value.clone() if shared else value
+    return result
 
 
 def _storable(key: str, value: object) -> Tensor:
@@ -150,15 +157,6 @@ def fingerprint(tensors: Mapping[str, Facts]) -> str:
     """The SHA-256 of a list of tensors: one line for each, key and facts, sorted by key."""
     lines = (f"{key} {tensors[key]}\n" for key in sorted(tensors))
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def difference(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> Misfit:
-    """Where ``given`` departs from what a network expects: keys and shapes, without any leniency."""
-    return Misfit(
-        missing=tuple(key for key in expected if key not in given),
-        unexpected=tuple(key for key in given if key not in expected),
-        shapes={k: (given[k], expected[k]) for k in given if k in expected and given[k] != expected[k]},
-    )
 
 
 # --- putting tensors back -------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def convert_command(
     given, example = settings_given(settings), example_input(input_size)
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.checkpoint import save
+        from dcafy.checkpoint.tensors import is_connection
         from dcafy.conversion import convert
         from dcafy.converted import connections
         from dcafy.sources import open_model
@@ -47,7 +48,7 @@ def convert_command(
         before = sum(parameter.numel() for parameter in network.parameters())
         connected = convert(network, example_inputs=example, verify=verify, **dataclasses.asdict(conversion))
         save(connected, output, base=base)
-    own = sum(p.numel() for name, p in connected.named_parameters() if "dca" in name.split("."))
+    own = sum(p.numel() for name, p in connected.named_parameters() if is_connection(name))
     added = sum(p.numel() for p in connected.parameters()) - before - own
     print(
         f"{len(connections(connected))} connections with {own:,} parameters"

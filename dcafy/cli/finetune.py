@@ -48,7 +48,7 @@ def finetune_command(
         raise errors.UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.runs.request import REQUEST, Request
-        from dcafy.training.parallel import on_main_process
+        from dcafy.training.parallel import is_main_process
 
         if run.resume and (output / REQUEST).exists():
             asked = _known(output, model, given)
@@ -64,7 +64,8 @@ def finetune_command(
             asked = Request(
                 model, run.data, arch, settings_given(settings), conversion, images, training, seeds, run.task
             ).anchored()
-            on_main_process(lambda: _require_free(output))
+            if is_main_process():
+                _require_free(output)
         printed = _run(asked, output, run, trust_pickle)
     print(printed, end="")
 
@@ -145,7 +146,7 @@ def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> s
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, subject, train
     from dcafy.runs.summary import of_comparison, of_history
-    from dcafy.training.parallel import finished, is_main_process, on_main_process
+    from dcafy.training.parallel import finished, is_main_process
     from dcafy.training.telling import JsonLines, Listener, for_stderr
 
     def listeners(title: str = "") -> tuple[Listener, ...]:
@@ -154,11 +155,12 @@ def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> s
 
     try:
         # Whatever is wrong with the network, the data or the log shows here, before there is a run.
-        if run.json_log is not None:
-            on_main_process(JsonLines(run.json_log).require_writable)
+        if run.json_log is not None and is_main_process():
+            JsonLines(run.json_log).require_writable()
         on = subject(asked, seed=asked.training.seed, trust_pickle=trust_pickle)
-        on_main_process(lambda: _tell(on.data.amiss))
-        on_main_process(lambda: write_request(output, asked))
+        if is_main_process():
+            _tell(on.data.amiss)
+            write_request(output, asked)
         if asked.seeds:
             from dcafy.runs.compare import compare
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,13 +55,10 @@ def inspect_command(
 
 def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
     """The plan for the model that ``spec`` names, under that name."""
-    import dataclasses
-
+    from dcafy.conversion import appraise
     from dcafy.sources import open_model
 
     model = open_model(spec, on_meta=True, **how).model
-    from dcafy.conversion import appraise
-
     try:
         plan = appraise(model, example_inputs=example)
     except (errors.TracingError, errors.InputError):

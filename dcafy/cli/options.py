@@ -84,10 +84,9 @@ def example_input(size: str | None) -> torch.Tensor | None:
     """An example input of that size, in a batch of two; ``UsageError`` where it is no size."""
     if size is None:
         return None
-    numbers = (
-        [int(number) for number in size.lower().split("x")] if re.fullmatch(r"\d+(x\d+){2,3}", size.lower()) else []
-    )
-    if not numbers or min(numbers) == 0:
+    is_size = re.fullmatch(r"\d+(x\d+){2,3}", size.lower()) is not None
+    numbers = [int(number) for number in size.lower().split("x")] if is_size else [0]
+    if min(numbers) == 0:
         raise errors.UsageError(
             f"--input-size {size!r} is not channels x height x width, in pixels, such as 3x224x224."
         )

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from dcafy.attention.insertion import insert
 from dcafy.attention.kinds import INSERTED, Insertion
+from dcafy.checkpoint.tensors import is_connection
 from dcafy.conversion import convert, inspect
 from dcafy.converted import connections
 from dcafy.emit.dca import connected_modules, is_connected
 from dcafy.errors import InputError
+from dcafy.graph.paths import above
 from dcafy.plan.plan import Plan
 
 __all__ = ["with_backbone"]
@@ -43,13 +45,13 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     """
     if is_connected(detector):
         raise InputError("The detector is connected already. Pass it as it was built, or take dcafy.revert(detector).")
-    own = {key: value for key, value in classifier.state_dict().items() if "dca" not in key.split(".")}
+    own = {key: value for key, value in classifier.state_dict().items() if not is_connection(key)}
     place = _place(detector, own)
     made = copy.deepcopy(detector)
     inserted: tuple[Insertion, ...] = getattr(classifier, INSERTED, ())
     for done in inserted:
         where = place.ours + ("*" if done.where == "auto" else done.where.removeprefix(place.theirs))
-        made = insert(made, done.attention, reduction=done.reduction, where=where, init=done.init, copy=False)
+        made = insert(made, **{**dataclasses.asdict(done), "where": where}, copy=False)
     recipe = next((dca.recipe for _, _, dca in connected_modules(classifier)), None)
     if recipe is not None:
         made = convert(made, plan=_moved(recipe.plan, inspect(made), place), copy=False, verify=False)
@@ -111,7 +113,7 @@ def _moved(plan: Plan, known: Plan, place: _Place) -> Plan:
 def _take(made: nn.Module, own: dict[str, Tensor], classifier: nn.Module, place: _Place) -> None:
     """Gives ``made`` the values of the classifier, layer by layer and connection by connection."""
     for key, value in made.state_dict().items():
-        if key.startswith(place.ours) and "dca" not in key.split("."):
+        if key.startswith(place.ours) and not is_connection(key):
             theirs = own.get(place.theirs + key.removeprefix(place.ours))
             if theirs is not None and theirs.shape == value.shape:
                 value.copy_(theirs)
@@ -127,15 +129,14 @@ def _freeze(made: nn.Module, detector: nn.Module) -> None:
     trained = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
 
     def frozen(path: str) -> bool:
-        while path:
-            path = path.rpartition(".")[0]
-            around = [flag for name, flag in trained.items() if name.startswith(f"{path}.")]
+        for outer in above(path):
+            around = [flag for name, flag in trained.items() if name.startswith(f"{outer}.")]
             if around:
                 return not any(around)
         return False
 
     for name, parameter in made.named_parameters():
-        if name not in trained and "dca" not in name.split(".") and frozen(name):
+        if name not in trained and not is_connection(name) and frozen(name):
             parameter.requires_grad_(False)
     if is_connected(made):
         for name, connection in connections(made).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from dcafy.detection.coco import CocoImages, objects
 from dcafy.errors import InputError
 from dcafy.graph.paths import holder, put
 from dcafy.images.data import Data
+from dcafy.training.head import widened
 
 __all__ = ["classes_of", "labels_for", "needs", "with_classes"]
 
@@ -22,16 +24,14 @@ __all__ = ["classes_of", "labels_for", "needs", "with_classes"]
 class _Head:
     """Where a kind of detector tells classes apart.
 
-    ``counted``    (the detector) -> how many classes it has, the background among them where it has one
-    ``layers``     paths of the layers with some outputs for each class; a path may be a list of them
-    ``attribute``  path of the number that its head keeps
-    ``fresh``      gives a new layer the values that torchvision gives it
+    ``counted``  path of the number of classes that it has, the background among them where it has one
+    ``layers``   paths of the layers with some outputs for each class; a path may be a list of them
+    ``fresh``    gives a new layer the values that torchvision gives it, where those are not the layer's own
     """
 
-    counted: Callable[[Any], int]
+    counted: str
     layers: tuple[str, ...]
-    attribute: str | None
-    fresh: Callable[[Any], None]
+    fresh: Callable[[Any], None] | None = None
 
 
 @torch.no_grad()
@@ -47,42 +47,24 @@ def _without_bias(layer: Any) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _as_it_is(layer: Any) -> None:
-    """The layer's own initial values."""
-
-
-_ONE_STAGE, _LEVELS = "head.classification_head.cls_logits", "head.classification_head.module_list"
-
-_HEADS: dict[str, _Head] = {
-    "roi_heads.box_predictor.cls_score": _Head(
-        lambda model: int(model.roi_heads.box_predictor.cls_score.out_features),
+_HEADS = (
+    _Head(
+        "roi_heads.box_predictor.cls_score.out_features",
         (
             "roi_heads.box_predictor.cls_score",
             "roi_heads.box_predictor.bbox_pred",
             "roi_heads.mask_predictor.mask_fcn_logits",
         ),
-        None,
-        _as_it_is,
     ),
-    _ONE_STAGE: _Head(
-        lambda model: int(model.head.classification_head.num_classes),
-        (_ONE_STAGE,),
-        "head.classification_head.num_classes",
-        _rarely,
-    ),
-    _LEVELS: _Head(
-        lambda model: int(model.head.classification_head.num_columns),
-        (_LEVELS,),
-        "head.classification_head.num_columns",
-        _without_bias,
-    ),
-}
-"""A module that only this kind of detector has -> where it tells classes apart."""
+    _Head("head.classification_head.num_classes", ("head.classification_head.cls_logits",), _rarely),
+    _Head("head.classification_head.num_columns", ("head.classification_head.module_list",), _without_bias),
+)
+"""Only one kind of detector has the first of the layers."""
 
 
 def _head(model: nn.Module) -> _Head:
     modules = dict(model.named_modules())
-    found = next((head for path, head in _HEADS.items() if path in modules), None)
+    found = next((head for head in _HEADS if head.layers[0] in modules), None)
     if found is None:
         raise InputError(
             f"{type(model).__name__} has none of the heads that torchvision's detectors have, so its classes cannot be "
@@ -99,7 +81,11 @@ def classes_of(model: nn.Module) -> int:
     >>> classes_of(detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4))
     4
     """
-    return _head(model).counted(model)
+    return _counted(model, _head(model))
+
+
+def _counted(model: nn.Module, head: _Head) -> int:
+    return int(operator.attrgetter(head.counted)(model))
 
 
 def with_classes(model: nn.Module, classes: int) -> tuple[str, ...]:
@@ -109,20 +95,19 @@ def with_classes(model: nn.Module, classes: int) -> tuple[str, ...]:
     the global generator, in the way torchvision starts them.
     """
     head = _head(model)
-    present = head.counted(model)
+    present = _counted(model, head)
     if present == classes:
         return ()
     modules = dict(model.named_modules())
     changed = []
     for path in (part for layer in head.layers if layer in modules for part in _parts(modules, layer)):
-        old = modules[path]
-        layer = _like(old, classes, present)
-        head.fresh(layer)
+        layer = widened(modules[path], classes, present)
+        if head.fresh is not None:
+            head.fresh(layer)
         put(model, path, layer)
         changed.append(path)
-    if head.attribute is not None:
-        parent, name = holder(model, head.attribute)
-        setattr(parent, name, classes)
+    parent, name = holder(model, head.counted)
+    setattr(parent, name, classes)
     return tuple(changed)
 
 
@@ -135,15 +120,6 @@ def _parts(modules: dict[str, nn.Module], path: str) -> list[str]:
         inside = [p for p, m in modules.items() if f"{p}.".startswith(f"{path}.{name}.") and isinstance(m, nn.Conv2d)]
         found.append(inside[-1])
     return found
-
-
-def _like(old: Any, classes: int, present: int) -> nn.Module:
-    place = {"device": old.weight.device, "dtype": old.weight.dtype}
-    if isinstance(old, nn.Linear):
-        return nn.Linear(old.in_features, old.out_features // present * classes, **place)
-    assert isinstance(old, nn.Conv2d)
-    outputs = old.out_channels // present * classes
-    return nn.Conv2d(old.in_channels, outputs, old.kernel_size, old.stride, old.padding, **place)  # type: ignore[arg-type]
 
 
 def labels_for(model: nn.Module, data: Data) -> int:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dcafy.errors import InputError, UsageError
+from dcafy.errors import InputError, UsageError, needing
 from dcafy.images.data import Data, split
 from dcafy.images.options import DataOptions
 from dcafy.images.order import UnreadableImage
@@ -139,15 +139,15 @@ def open_coco(spec: str, options: DataOptions) -> Data:
     if val is train:
         chosen, rest_of = split([0] * len(shown), options.val_fraction)
         shown, held_out = [held_out[i] for i in chosen], [held_out[i] for i in rest_of]
-    for ids, known, what, more in ((shown, train, "training", "lower"), (held_out, val, "validation", "raise")):
-        if not any(not box.crowd for i in ids for box in known.boxes.get(i, ())):
+    made = CocoImages(train, shown, crowds=False), CocoImages(val, held_out, crowds=True)
+    for part, what, more in zip(made, ("training", "validation"), ("lower", "raise"), strict=True):
+        if all(box.crowd for box in objects(part)):
             raise InputError(
-                f"None of the {len(ids)} {what} images of {spec!r} has a box. Add annotations, or {more} "
+                f"None of the {len(part)} {what} images of {spec!r} has a box. Add annotations, or {more} "
                 "--val-fraction."
             )
     names = tuple(train.categories[category] for category in sorted(train.categories))
-    parts_of = CocoImages(train, shown, crowds=False), CocoImages(val, held_out, crowds=True)
-    return Data(spec, *parts_of, names, amiss=amiss)
+    return Data(spec, *made, names, amiss=amiss)
 
 
 def _annotations(root: Path, file: Path) -> _Annotations:
@@ -179,9 +179,10 @@ def _content(root: Path, file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise InputError(f"There is no file {str(file)!r} with annotations. --data is {_FORM}.")
     try:
-        from torchvision.datasets import CocoDetection
+        # pycocotools tells how long it took
+        with needing("Training detectors", "detection", "pycocotools"), contextlib.redirect_stdout(io.StringIO()):
+            from torchvision.datasets import CocoDetection
 
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells how long it took
             content: Any = CocoDetection(str(root), str(file)).coco.dataset
         needed = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox"),
                   "categories": ("id", "name")}  # fmt: skip
@@ -189,8 +190,6 @@ def _content(root: Path, file: Path) -> Mapping[str, Any]:
             for row in content[part]:
                 for name in names:
                     row[name]
-    except ImportError as error:
-        raise UsageError("Training detectors needs pycocotools: pip install -e '.[detection]'.") from error
     except KeyError as error:
         raise InputError(
             f"{file} is no file of annotations in COCO's format: it has no {error}. Export it anew."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.errors import InputError, UsageError
+from dcafy.errors import InputError, UsageError, needing
 from dcafy.graph.modes import evaluating
 from dcafy.images.order import Sample
 from dcafy.training.options import TrainingConfig
@@ -103,15 +103,11 @@ class AveragePrecision:
     """
 
     def __init__(self) -> None:
-        try:
+        with needing("Measuring detectors", "detection", "torchmetrics and pycocotools"):
             from torchmetrics.detection import MeanAveragePrecision
 
             # The processes gather images themselves: some have one twice, to make their batches even.
             self.metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
-        except (ImportError, ModuleNotFoundError) as error:
-            raise UsageError(
-                "Measuring detectors needs torchmetrics and pycocotools: pip install -e '.[detection]'."
-            ) from error
         self.metric.warn_on_many_detections = False  # detectors give more; COCO counts the best 100
         self.seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
 

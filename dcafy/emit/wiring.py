@@ -16,7 +16,7 @@ from dcafy.errors import PlanError, UsageError
 from dcafy.link.message import Message, Unlinkable
 from dcafy.link.region import Region
 from dcafy.link.topology import TOPOLOGIES, shaped
-from dcafy.plan.blocks import Cost, Link
+from dcafy.plan.blocks import Cost, Link, hearing
 from dcafy.plan.options import Linking, check
 from dcafy.plan.plan import Plan
 
@@ -71,10 +71,8 @@ def wires(region: Region, links: tuple[Link, ...], place: dict[str, Any]) -> tup
 
 def _parameter_count(region: Region, links: tuple[Link, ...]) -> int:
     """How many parameters the connections of these links have, which have all their settings."""
-    into: dict[str, list[Link]] = {}
-    for link in links:
-        into.setdefault(link.target, []).append(link)
-    made = [wire.module for group in into.values() for wire in wires(region, tuple(group), {"device": "meta"})]
+    groups = hearing(links).values()
+    made = [wire.module for group in groups for wire in wires(region, tuple(group), {"device": "meta"})]
     return sum(parameter.numel() for module in made for parameter in module.parameters())
 
 

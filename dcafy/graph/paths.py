@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
-__all__ = ["free_name", "holder", "joined", "put"]
+__all__ = ["above", "free_name", "holder", "joined", "put"]
 
 
 def joined(*parts: str) -> str:
@@ -14,6 +16,17 @@ def joined(*parts: str) -> str:
     'layer1.0.se'
     """
     return ".".join(part for part in parts if part)
+
+
+def above(path: str) -> Iterator[str]:
+    """The paths of what the module at ``path`` lies in, the nearest first; the last is the root's.
+
+    >>> list(above("layer1.0.se"))
+    ['layer1.0', 'layer1', '']
+    """
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:

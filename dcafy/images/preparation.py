@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,14 @@ def preparation(model: nn.Module, spec: str, image_size: int | None = None) -> P
     names = [spec, *(dca.recipe.model or "" for _, _, dca in connected_modules(model))]
     named = (_of_torchvision(name) for name in names)
     found = next(filter(None, named), None) or _of_timm(model) or _guessed(model)
-    if found.channels != _channels(model, found.channels):
-        found = _with_other_channels(found, _channels(model, found.channels))
+    channels = _channels(model, found.channels)
+    if found.channels != channels:
+        mean, std = (sum(values) / len(values) for values in (found.mean, found.std))
+        found = dataclasses.replace(found, mean=(mean,) * channels, std=(std,) * channels)
     if image_size is None:
         return found
     ratio = found.resize / min(found.size)
-    resize = round(image_size * ratio)
-    return Preparation((image_size, image_size), resize, found.mean, found.std, found.interpolation)
+    return dataclasses.replace(found, size=(image_size, image_size), resize=round(image_size * ratio))
 
 
 def _of_torchvision(spec: str) -> Preparation | None:
@@ -96,11 +98,6 @@ def _guessed(model: nn.Module) -> Preparation:
 def _channels(model: nn.Module, default: int) -> int:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return default if first is None or first.in_channels not in (1, 3, 4) else first.in_channels
-
-
-def _with_other_channels(known: Preparation, channels: int) -> Preparation:
-    mean, std = (sum(values) / len(values) for values in (known.mean, known.std))
-    return Preparation(known.size, known.resize, (mean,) * channels, (std,) * channels, known.interpolation)
 
 
 class Prepared:

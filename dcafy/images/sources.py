@@ -8,12 +8,12 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcafy.errors import InputError, UsageError
+from dcafy.errors import InputError, UsageError, needing
 from dcafy.images.options import DataOptions
 from dcafy.wording import nearest, printable
 
@@ -160,13 +160,11 @@ def _torchvision(spec: str, rest: str, options: DataOptions) -> Data:
     labels = [_labels(dataset) for dataset in made]
     numbers = sorted({label for part in labels for label in part})
     classes = tuple(str(c) for c in getattr(made[0], "classes", None) or getattr(made[0], "categories", ()) or numbers)
-    parts = [(made[0], labels[0], range(len(made[0])))]
-    if len(made) == 2:
-        parts.append((made[1], labels[1], range(len(made[1]))))
-    else:
-        train, held_out = split(labels[0], options.val_fraction)
-        parts = [(made[0], labels[0], train), (made[0], labels[0], held_out)]  # type: ignore[list-item]
-    return Data(spec, IndexedImages(*parts[0]), IndexedImages(*parts[1]), classes, drawn=name in _DRAWN)
+    places: Sequence[Sequence[int]] = [range(len(part)) for part in labels]
+    if len(made) == 1:
+        made, labels, places = 2 * made, 2 * labels, split(labels[0], options.val_fraction)
+    train, val = map(IndexedImages, made, labels, places)
+    return Data(spec, train, val, classes, drawn=name in _DRAWN)
 
 
 def _labels(dataset: Any) -> list[int]:
@@ -185,10 +183,8 @@ def _labels(dataset: Any) -> list[int]:
 def _digits(spec: str, rest: str, options: DataOptions) -> Data:
     if rest:
         raise UsageError(f"--data {spec!r}: digits ships with scikit-learn and takes no path. Write --data digits.")
-    try:
+    with needing("--data digits", "examples", "scikit-learn"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UsageError("--data digits needs scikit-learn: pip install -e '.[examples]'.") from error
     import numpy as np
 
     from dcafy.images.data import Data, IndexedImages, split
@@ -196,10 +192,8 @@ def _digits(spec: str, rest: str, options: DataOptions) -> Data:
     loaded = load_digits()
     images = (loaded.images * (255 / 16)).round().astype(np.uint8)
     labels = [int(label) for label in loaded.target]
-    train, held_out = split(labels, options.val_fraction)
-    names = tuple(str(number) for number in range(10))
-    parts = [IndexedImages(images, labels, part) for part in (train, held_out)]
-    return Data(spec, parts[0], parts[1], names, drawn=True)
+    train, val = (IndexedImages(images, labels, part) for part in split(labels, options.val_fraction))
+    return Data(spec, train, val, tuple(map(str, range(10))), drawn=True)
 
 
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")

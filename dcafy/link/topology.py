@@ -6,10 +6,10 @@ Nothing here needs torch: the command reads the names from here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped
+from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped, hearing
 from dcafy.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -65,15 +65,14 @@ def _stands_in(plan: Plan, name: str) -> bool:
     return any(name in chain.blocks for chain in plan.chains)
 
 
-def grouped(blocks: Iterable[AttentionBlock], links: Iterable[Link], home: Mapping[str, int]) -> tuple[Chain, ...]:
+def grouped(blocks: Iterable[AttentionBlock], links: Collection[Link], home: Mapping[str, int]) -> tuple[Chain, ...]:
     """One chain for each set of blocks that links hold together, blocks in the order data meets them.
 
     ``home``: a number for each block that stands in a chain; those of one number stay together.
     """
     place = dict(home)
-    heard: dict[str, list[Link]] = {}
+    heard = hearing(links)
     for link in links:
-        heard.setdefault(link.target, []).append(link)
         joined = {place[link.source], place[link.target]}
         place = {name: min(joined) if number in joined else number for name, number in place.items()}
     chains = []

@@ -7,6 +7,7 @@ leaf modules.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,7 +16,18 @@ from dcafy.plan.gates import GATES
 from dcafy.plan.options import Dimension, Overrides
 from dcafy.records import one_of
 
-__all__ = ["AttentionBlock", "Chain", "Contents", "Contribution", "Cost", "Dimension", "FusionKind", "Link", "Skipped"]
+__all__ = [
+    "AttentionBlock",
+    "Chain",
+    "Contents",
+    "Contribution",
+    "Cost",
+    "Dimension",
+    "FusionKind",
+    "Link",
+    "Skipped",
+    "hearing",
+]
 
 FusionKind = Literal["mul", "add"]
 
@@ -62,6 +74,14 @@ class Link(Overrides, _Ends):
 
     A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it.
     """
+
+
+def hearing(links: Iterable[Link]) -> dict[str, list[Link]]:
+    """Block -> the links through which it hears others, in their order."""
+    into: dict[str, list[Link]] = {}
+    for link in links:
+        into.setdefault(link.target, []).append(link)
+    return into
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcafy.errors import PlanError
-from dcafy.plan.blocks import Chain, Contents, Link, Skipped
+from dcafy.plan.blocks import Chain, Contents, Link, Skipped, hearing
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, read, written
 
 if TYPE_CHECKING:
@@ -49,16 +49,12 @@ class Plan(Contents):
 
     def replace_link(self, source: str, target: str, **settings: Any) -> Plan:
         """The plan with other settings on one link (``schema``, ``channel_match``, ``reduction``, ...)."""
-        if not any((link.source, link.target) == (source, target) for link in self.links):
+        link = next((link for link in self.links if (link.source, link.target) == (source, target)), None)
+        if link is None:
             raise PlanError(f"The plan has no link from {source!r} to {target!r}.")
+        new = dataclasses.replace(link, **settings)
         chains = tuple(
-            dataclasses.replace(
-                chain,
-                links=tuple(
-                    dataclasses.replace(link, **settings) if (link.source, link.target) == (source, target) else link
-                    for link in chain.links
-                ),
-            )
+            dataclasses.replace(chain, links=tuple(new if one is link else one for one in chain.links))
             for chain in self.chains
         )
         return dataclasses.replace(self, chains=chains)
@@ -99,21 +95,18 @@ class Plan(Contents):
 
 def _bridge(chain: Chain, dropped: set[str]) -> Chain:
     """The chain without the dropped blocks: who heard a dropped block hears what that block heard."""
-    heard: dict[str, list[str]] = {}
-    for link in chain.links:
-        heard.setdefault(link.target, []).append(link.source)
+    heard = hearing(chain.links)
 
     def sources(name: str) -> Iterator[str]:
-        for source in heard.get(name, ()):
-            if source in dropped:
-                yield from sources(source)
+        for link in heard.get(name, ()):
+            if link.source in dropped:
+                yield from sources(link.source)
             else:
-                yield source
+                yield link.source
 
     kept = {(link.source, link.target): link for link in chain.links}
     links = []
-    for target in dict.fromkeys(link.target for link in chain.links):
-        if target in dropped:
-            continue
-        links += [kept.get((s, target), Link(s, target)) for s in dict.fromkeys(sources(target))]
+    for target in heard:
+        if target not in dropped:
+            links += [kept.get((s, target), Link(s, target)) for s in dict.fromkeys(sources(target))]
     return Chain(chain.dimension, tuple(b for b in chain.blocks if b not in dropped), tuple(links))

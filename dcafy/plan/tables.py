@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from dcafy.plan.blocks import AttentionBlock, Chain, Contents, Link
+from dcafy.plan.blocks import AttentionBlock, Chain, Contents, Link, hearing
 from dcafy.plan.options import Linking
 from dcafy.wording import counted, printable
 
@@ -130,9 +130,7 @@ def _block_table(plan: Contents, chains: Sequence[Chain]) -> Table:
     table = plain_table("block", "dimension", "channels", "size", "gate", "predecessor", "match")
     table.columns[2].justify = "right"
     for chain in chains:
-        heard: dict[str, list[Link]] = {}
-        for link in chain.links:
-            heard.setdefault(link.target, []).append(link)
+        heard = hearing(chain.links)
         for name in chain.blocks:
             block, links = plan.block(name), heard.get(name, [])
             table.add_row(

@@ -5,7 +5,6 @@
 ``pictures``    the user's images; ``epochs`` the log of a fine-tuning
 ``page``        findings -> HTML, with ``figures`` (plots), ``thumbnails`` and ``downloads`` in it
 ``text``        findings -> a terminal
-``output``      a file that is there whole or not at all
 """
 
 from dcafy.report.epochs import EpochLog, read_epochs

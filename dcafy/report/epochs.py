@@ -7,15 +7,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dcafy.errors import SourceError
+from dcafy.records import read
+from dcafy.training.history import ConnectionState
+from dcafy.training.telling import LOG
 from dcafy.wording import printable
 
-__all__ = ["LOG", "EpochLog", "read_epochs"]
-
-LOG = "log.jsonl"
-"""The log's name in a folder that ``dcafy finetune`` wrote."""
+__all__ = ["EpochLog", "read_epochs"]
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,15 @@ def read_epochs(folder: Path) -> EpochLog | None:
     path = folder / LOG
     if not os.path.isfile(path):
         return None
-    rows: dict[int, dict[str, dict[str, float]]] = {}
+    rows: dict[int, dict[str, ConnectionState]] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         for line in filter(None, lines[:-1]):
             event = json.loads(line)
             if event["event"] == "epoch":
-                rows[_number(event["epoch"])] = event["connections"]
+                rows[read(int, event["epoch"], "epoch")] = read(dict[str, ConnectionState], event["connections"])
         made = {key: _series(rows, key) for key in ("contribution", "message_share")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = printable(" ".join(str(error).split())[:120])
         raise SourceError(
             f"{printable(str(path))!r} is no log of dcafy finetune ({reason}). Move it away to report without it."
@@ -52,18 +51,11 @@ def read_epochs(folder: Path) -> EpochLog | None:
     return EpochLog(tuple(sorted(rows)), **made) if rows else None
 
 
-def _series(rows: dict[int, dict[str, dict[str, float]]], key: str) -> dict[str, tuple[float, ...]]:
+def _series(rows: dict[int, dict[str, ConnectionState]], key: str) -> dict[str, tuple[float, ...]]:
     ordered = [rows[epoch] for epoch in sorted(rows)]
-    return {name: tuple(_share(row[name][key]) for row in ordered) for name in (ordered[0] if ordered else ())}
-
-
-def _number(value: Any) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"an epoch is a number, not {value!r}")
-    return value
-
-
-def _share(value: Any) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"a share is a number, not {value!r}")
-    return float(value)
+    series = {
+        name: tuple(float(getattr(row[name], key)) for row in ordered) for name in (ordered[0] if ordered else ())
+    }
+    if not all(math.isfinite(share) for shares in series.values() for share in shares):
+        raise ValueError(f"a {key} is infinite")
+    return series

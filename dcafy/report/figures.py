@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dcafy.analysis.gradcam import missing_extra
 from dcafy.analysis.values import AttentionValues
+from dcafy.errors import needing
 from dcafy.plan.drawing import COLOURS
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ _serial = itertools.count(1)
 @contextmanager
 def _axes(width: float, height: float, label: str) -> Iterator[tuple[Axes, list[str]]]:
     """Axes to draw on, and a list that holds the SVG afterwards; ``label`` is the alternative text."""
-    try:
+    with needing("The report", "report"):
         import matplotlib
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise missing_extra("The report", error) from error
     drawn: list[str] = []
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -148,10 +146,8 @@ def _label(axes: Axes, across: str, up: str) -> None:
 @functools.cache
 def heat_colours() -> Any:
     """256 colours from nothing to much, ``[256, 3]`` of 0 to 255: matplotlib's inferno, even to colour-blind eyes."""
-    try:
+    with needing("The report", "report"):
         import matplotlib
-    except ModuleNotFoundError as error:
-        raise missing_extra("The report", error) from error
     import numpy as np
 
     return (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round()

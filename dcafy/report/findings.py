@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from dcafy.analysis.gradcam import GradCam, cams_of
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.usage import Usage, message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
+from dcafy.checkpoint.description import versions_of
 from dcafy.converted import revert
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
@@ -137,14 +138,16 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         drift=_drift(*scores) if len(scores) == 2 else None,
         epochs=wanted.epochs,
         usage=usage(model, wanted.data.batches) if connected and wanted.data is not None else None,
-        versions=_versions(),
+        versions={
+            "dcafy": __version__,
+            "python": platform.python_version(),
+            **versions_of("torch", "torchvision", "timm", "captum", "matplotlib"),
+        },
     )
 
 
 def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Plan:
     """The plan that the model was converted with, else the one that it would be converted with."""
-    import dataclasses
-
     plan = recorded_plan(model) if connected else copy.plan
     return dataclasses.replace(plan, model=title, skipped=plan.skipped + copy.unread)
 
@@ -215,13 +218,3 @@ def _drift(original: Any, connected: Any) -> Drift | None:
     if not torch.isfinite(original).all() or not torch.isfinite(connected).all():
         raise InputError("A network's outputs are not finite. Look at its weights, and at the images.")
     return Drift(torch.equal(original, connected), float((original - connected).abs().max()), agreeing)
-
-
-def _versions() -> dict[str, str]:
-    found = {"dcafy": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "captum", "matplotlib"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # noqa: PERF203 (an extra that is not installed has no version)
-            continue
-    return found

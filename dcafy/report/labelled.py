@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcafy.errors import InputError
 from dcafy.images.options import DataOptions
-from dcafy.images.order import UnreadableImage
+from dcafy.images.order import Spread, UnreadableImage
 from dcafy.images.preparation import Preparation, Prepared
 from dcafy.images.sources import open_data
 from dcafy.wording import printable
@@ -34,12 +34,11 @@ def labelled(spec: str, how: Preparation, options: DataOptions, *, batch_size: i
     Images that cannot be read are left out. Raises what :func:`dcafy.images.sources.open_data` raises.
     """
     data = open_data(spec, options)
-    source = data.val
+    source = Spread(data.val, MOST_LABELLED)
     prepare = Prepared(how)
-    count = min(len(source), MOST_LABELLED)
     images, labels = [], []
     unread = ""
-    for index in (i * len(source) // count for i in range(count)):
+    for index in range(len(source)):
         try:
             picture, label = source[index]
         except UnreadableImage as error:
@@ -48,7 +47,9 @@ def labelled(spec: str, how: Preparation, options: DataOptions, *, batch_size: i
         images.append(prepare(picture, label)[0])
         labels.append(int(label))
     if not images:
-        raise InputError(f"None of the {count} images of --data {spec!r} can be read; the last: {printable(unread)}")
+        raise InputError(
+            f"None of the {len(source)} images of --data {spec!r} can be read; the last: {printable(unread)}"
+        )
     together = torch.split(torch.stack(images), batch_size)
     batches = list(zip(together, torch.split(torch.tensor(labels), batch_size), strict=True))
     return Labelled(batches, data.classes)

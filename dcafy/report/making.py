@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dcafy.analysis.gradcam import missing_extra
 from dcafy.analysis.values import check_images
 from dcafy.disk import replaced
 from dcafy.emit.dca import connected_modules
+from dcafy.errors import needing
 from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation, preparation
 from dcafy.report.epochs import EpochLog
@@ -69,7 +69,9 @@ def make_report(
     with contextlib.ExitStack() as stack:
         write = None
         if output is not None:
-            _require_extra()
+            with needing("The report", "report"):
+                for name in ("matplotlib", "jinja2", "captum"):
+                    importlib.import_module(name)
             write = stack.enter_context(replaced(output))
         told("images")
         if isinstance(images, Tensor):
@@ -78,15 +80,8 @@ def make_report(
         else:
             pictures = read_pictures(images, how, most=most)
         labels = None if data is None else labelled(data, how, options or DataOptions())
-        wanted = Wanted(
-            title or type(model).__name__,
-            against,
-            target,
-            epochs,
-            labels,
-            looks=write is not None,
-            command=command,
-        )
+        named, looks = title or type(model).__name__, write is not None
+        wanted = Wanted(named, against, target, epochs, labels, looks, command)
         found = look(model, pictures, wanted, told=told)
         if write is not None:
             told("page")
@@ -104,9 +99,7 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
     if run is not None:
         return preparation(model, run.arch or run.model, image_size or run.images.image_size)
     recipe = next((dca.recipe for _, _, dca in connected_modules(model)), None)
-    if recipe is not None and recipe.model is not None:
-        spec = recipe.model
-    elif image_size is None and recipe is not None and recipe.inputs is not None:
+    if image_size is None and recipe is not None and recipe.model is None and recipe.inputs is not None:
         first = from_data(recipe.inputs)[0]
         image_size = first.shape[-1] if isinstance(first, Tensor) and first.ndim == 4 else None
     return preparation(model, spec, image_size)
@@ -115,12 +108,3 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
 def run_in(spec: str) -> Request | None:
     """What the ``dcafy finetune`` run was asked for that lies in the folder ``spec``; ``None`` where none does."""
     return read_request(Path(spec)) if os.path.isfile(os.path.join(spec, REQUEST)) else None
-
-
-def _require_extra() -> None:
-    """Nothing; ``UsageError`` where a library is missing that the page needs."""
-    for name in ("matplotlib", "jinja2", "captum"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:  # noqa: PERF203 (three imports)
-            raise missing_extra("The report", error) from error

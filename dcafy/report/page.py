@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from dcafy.analysis.gradcam import missing_extra
-from dcafy.analysis.values import AttentionValues, common_range
+from dcafy.analysis.values import AttentionValues, common_axes
+from dcafy.errors import needing
+from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import draw
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
@@ -60,11 +62,9 @@ class Seen:
 
 def page(findings: Findings) -> str:
     """The report as HTML; every text in it is escaped, whoever wrote it."""
-    try:
+    with needing("The report", "report"):
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
-    except ModuleNotFoundError as error:
-        raise missing_extra("The report", error) from error
     parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=_percent, drawn=Markup, printable=printable, counted=counted)
@@ -96,12 +96,10 @@ def _percent(value: float, digits: int = 1) -> str:
 
 def _chain_data(findings: Findings) -> Download:
     lane = {name: lane.title for lane in findings.lanes for name in lane.blocks}
-    heard: dict[str, list[str]] = {}
-    for link in findings.plan.links:
-        heard.setdefault(link.target, []).append(link.source)
+    heard = hearing(findings.plan.links)
     rows = [
         (b.name, lane.get(b.name, ""), b.dimension, b.channels, "x".join(map(str, b.size or ())), b.gate,
-         " ".join(heard.get(b.name, ())))
+         " ".join(link.source for link in heard.get(b.name, ())))
         for b in findings.plan.blocks
     ]  # fmt: skip
     return download("chains", ("block", "stage", "dimension", "channels", "size", "gate", "hears"), rows)
@@ -117,11 +115,9 @@ def _histograms(findings: Findings) -> Iterator[Plot]:
         names = list(dict.fromkeys(name for side in sides for name in side))
         if not names:
             continue
-        everything = tuple(block for side in sides for block in side.values())
-        low, high = common_range(everything)
-        top = max(max(block.histogram(low, high).shares) for block in everything)
+        axes = common_axes(tuple(block for side in sides for block in side.values()))
         for name in names:
-            yield _histogram(findings, name, [side.get(name) for side in sides], (low, high, top))
+            yield _histogram(findings, name, [side.get(name) for side in sides], axes)
 
 
 def _histogram(
@@ -247,20 +243,10 @@ def _shares(findings: Findings) -> Iterator[Plot]:
 
 
 def _connection_data(findings: Findings) -> Download:
-    rows = [
-        (
-            r.name,
-            r.source,
-            r.target,
-            r.dimension,
-            r.alpha,
-            r.beta,
-            r.ratio,
-            findings.shares.get(r.name, 0.0),
-            r.parameters,
-        )
-        for r in findings.contributions
-    ]
+    rows = []
+    for made in findings.contributions:
+        *told, parameters = dataclasses.astuple(made)
+        rows.append((*told, findings.shares.get(made.name, 0.0), parameters))
     columns = ("connection", "source", "target", "dimension", "alpha", "beta", "contribution", "message share")
     return download("connections", (*columns, "parameters"), rows)
 
@@ -268,6 +254,4 @@ def _connection_data(findings: Findings) -> Download:
 def _usage_data(findings: Findings) -> Download | None:
     if findings.usage is None:
         return None
-    rows = [(row.name, row.loss_change, row.accuracy_change) for row in findings.usage.connections]
-    rows.append(("all", findings.usage.loss_change, findings.usage.accuracy_change))
-    return download("cut-connections", ("connection", "loss change", "accuracy change"), rows)
+    return download("cut-connections", ("connection", "loss change", "accuracy change"), findings.usage.changes("all"))

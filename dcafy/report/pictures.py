@@ -58,12 +58,13 @@ def read_pictures(folder: Path, how: Preparation, *, most: int) -> Pictures:
     rest = iter(files)
     for path in rest:
         name = printable(str(path.relative_to(folder)))
-        image = _prepared(path, prepare)
-        if isinstance(image, str):
-            skipped.append(Skipped(name, image))
+        try:
+            picture = opened(path)
+        except UnreadableImage as error:
+            skipped.append(Skipped(name, printable(str(error).removeprefix(f"{path}: "))))
             continue
         names.append(name)
-        tensors.append(image)
+        tensors.append(prepare(picture, 0)[0])
         if len(names) == most:
             break
     if not names:
@@ -77,16 +78,6 @@ def read_pictures(folder: Path, how: Preparation, *, most: int) -> Pictures:
 def as_pictures(images: Tensor, how: Preparation) -> Pictures:
     """Images that are prepared already, numbered from 1."""
     return Pictures(tuple(f"image {i + 1}" for i in range(len(images))), images, _shown(images, how))
-
-
-def _prepared(path: Path, prepare: Prepared) -> Tensor | str:
-    """The image as the network wants it, or why it cannot be read."""
-    try:
-        picture = opened(path)
-    except UnreadableImage as error:
-        return printable(str(error).removeprefix(f"{path}: "))
-    image: Tensor = prepare(picture, 0)[0]
-    return image
 
 
 def _shown(images: Tensor, how: Preparation) -> tuple[Image.Image, ...]:

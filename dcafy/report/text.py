@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dcafy.analysis.values import AttentionValues, common_range
+from dcafy.analysis.values import common_axes
 from dcafy.plan.tables import plain_table, plan_tables
 from dcafy.report.findings import Findings
 from dcafy.wording import printable
@@ -53,35 +53,25 @@ def bar(share: float) -> str:
 
 def _values(findings: Findings) -> Table:
     everything = tuple(block for side in findings.sides for block in side.values)
-    low, high = common_range(everything)
-    top = max(max(block.histogram(low, high, BINS).shares) for block in everything)
+    low, high, top = common_axes(everything, BINS)
     table = plain_table("block", "network", f"{low:.3g} to {high:.3g}", "spread", "near 0.5")
     sides = [(side.title, {block.name: block for block in side.values}) for side in findings.sides]
     for name in dict.fromkeys(block.name for block in everything):
         for title, values in sides:
             if name in values:
-                table.add_row(*map(Text, (printable(name), printable(title), *_row(values[name], low, high, top))))
+                line = sparkline(values[name].histogram(low, high, BINS).shares, top)
+                numbers = (f"{values[name].spread:.3f}", f"{values[name].near_half:.1%}")
+                table.add_row(*map(Text, (printable(name), printable(title), line, *numbers)))
     return table
-
-
-def _row(block: AttentionValues, low: float, high: float, top: float) -> tuple[str, str, str]:
-    line = sparkline(block.histogram(low, high, BINS).shares, top)
-    return line, f"{block.spread:.3f}", f"{block.near_half:.1%}"
 
 
 def _connections(findings: Findings) -> Table:
     table = plain_table("connection", "α", "β", "contribution", "", "message share", "")
     for row in findings.contributions:
         share = findings.shares.get(row.name, 0.0)
-        numbers = (
-            f"{row.alpha:.4f}",
-            f"{row.beta:+.4f}",
-            f"{row.ratio:.1%}",
-            bar(row.ratio),
-            f"{share:.1%}",
-            bar(share),
-        )
-        table.add_row(*map(Text, (printable(row.name), *numbers)))
+        weights, shares = (f"{row.alpha:.4f}", f"{row.beta:+.4f}"), (row.ratio, share)
+        bars = (text for value in shares for text in (f"{value:.1%}", bar(value)))
+        table.add_row(*map(Text, (printable(row.name), *weights, *bars)))
     return table
 
 
@@ -89,7 +79,6 @@ def _cuts(findings: Findings) -> Table:
     table = plain_table("cut", "loss", "accuracy")
     found = findings.usage
     assert found is not None
-    rows = [(row.name, row.loss_change, row.accuracy_change) for row in found.connections]
-    for name, loss, accuracy in [*rows, ("all of them", found.loss_change, found.accuracy_change)]:
+    for name, loss, accuracy in found.changes("all of them"):
         table.add_row(*map(Text, (printable(name), f"{loss:+.4f}", f"{100 * accuracy:+.2f} points")))
     return table

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dcafy.detection.classes import labels_for, needs, with_classes
+from dcafy.detection.coco import open_coco
+from dcafy.detection.task import Boxes, Detection
 from dcafy.errors import UsageError
 from dcafy.images.data import Data
 from dcafy.images.options import DataOptions
@@ -85,16 +88,7 @@ def _random_images(ready: Ready, task: Task, size: int) -> Batch:
 # --- detection ------------------------------------------------------------------------------------------
 
 
-def _open_coco(spec: str, options: DataOptions) -> Data:
-    from dcafy.detection.coco import open_coco
-
-    return open_coco(spec, options)
-
-
 def _detector(network: nn.Module, data: Data, request: Request) -> Ready:
-    from dcafy.detection.classes import labels_for, needs, with_classes
-    from dcafy.detection.task import Boxes
-
     if request.images.image_size is not None:
         raise UsageError(
             "--image-size is for classifiers; a detector resizes its images itself. Choose the size where it is built: "
@@ -106,12 +100,6 @@ def _detector(network: nn.Module, data: Data, request: Request) -> Ready:
     return Ready(_Shown(data.train, varied), _Shown(data.val, Boxes()), None, new)
 
 
-def _detection(config: TrainingConfig) -> Task:
-    from dcafy.detection.task import Detection
-
-    return Detection(config)
-
-
 def _first_images(ready: Ready, task: Task, size: int) -> Batch:
     shown = Seeded(ready.train, seed=0, transform=ready.train.transform_sample)
     samples: list[Sample] = [shown[(0, index % len(shown))] for index in range(size)]
@@ -120,6 +108,6 @@ def _first_images(ready: Ready, task: Task, size: int) -> Batch:
 
 PURPOSES: dict[str, Purpose] = {
     "classification": Purpose(open_data, _classifier, Classification, _random_images),
-    "detection": Purpose(_open_coco, _detector, _detection, _first_images),
+    "detection": Purpose(open_coco, _detector, Detection, _first_images),
 }
-"""What ``--task`` takes (the names are also in ``dcafy.training.options``, which the command reads without torch)."""
+"""What ``--task`` takes (the names are also in ``dcafy.runs.options``, which the command reads without torch)."""

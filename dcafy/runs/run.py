@@ -21,7 +21,7 @@ from dcafy.conversion import convert, with_attention
 from dcafy.converted import connections, revert
 from dcafy.disk import replace_file
 from dcafy.emit.dca import is_connected
-from dcafy.errors import UsageError
+from dcafy.errors import InputError, UsageError
 from dcafy.images.data import Data
 from dcafy.images.order import seeded
 from dcafy.plan.options import Conversion
@@ -108,8 +108,6 @@ class _Strict(Listener):
     """Stops at the first image that cannot be read."""
 
     def skipped(self, name: str) -> None:
-        from dcafy.errors import InputError
-
         raise InputError(f"{printable(name)}. It cannot be read, and --strict was given. Repair or remove the file.")
 
 
@@ -121,6 +119,3 @@ def finish(on: Subject, directory: Path) -> None:
     from safetensors.torch import save_model
 
     replace_file(directory / "model.safetensors", lambda beside: save_model(on.network, str(beside)))
-
-
-# --- the request on the disk ----------------------------------------------------------------------------

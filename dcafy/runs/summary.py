@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import statistics
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -66,7 +66,7 @@ def of_comparison(comparison: Comparison) -> str:
     for column in (*measured, "parameters", "GFLOPs", "s/step"):
         table.add_column(column, justify="right")
     for name, side in sides.items():
-        means = [_mean([row[metric] for row in side.metrics]) for metric in measured]
+        means = [statistics.fmean(row[metric] for row in side.metrics) for metric in measured]
         table.add_row(
             name,
             *(f"{mean:.2%}" for mean in means),
@@ -86,7 +86,3 @@ def of_comparison(comparison: Comparison) -> str:
         )
     parts += [used(usage) for usage in comparison.usage[:1] if usage is not None]
     return plain(parts, WIDTH)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

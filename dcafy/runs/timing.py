@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,8 +62,3 @@ def _wait(model: nn.Module) -> None:
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def median_ratio(one: list[float], other: list[float]) -> float:
-    """The median, over rounds, of the seconds of ``one`` over those of ``other`` in the same round."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))

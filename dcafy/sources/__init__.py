@@ -1,9 +1,9 @@
 """From what a user can name to a network: a spec, a file or a folder is opened, safely.
 
-``specs``    ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME[.tag]``, ``package.module:factory``
-``files``    what a file is, told by its first bytes, and what it holds
-``pickles``  which pickles may be opened, and opening them
-``fitting``  a state dict and the architecture it belongs to
+``opening``   the one door
+``files``     what a file is, told by its first bytes, and what it holds
+``pickles``   which pickles may be opened, and opening them
+``contents``  the network or the weights in what was saved
 """
 
 from dcafy.sources.opening import Source, open_model

@@ -19,7 +19,7 @@ import torch
 
 from dcafy.errors import SourceError
 from dcafy.sources.pickles import COMPUTED, PickleContents, lent_classes, load_pickled, read_pickle
-from dcafy.wording import one_line, printable
+from dcafy.wording import few, one_line, printable
 from dcafy.zoos.factories import working_folder_importable
 
 __all__ = ["listing", "read_object"]
@@ -135,19 +135,15 @@ def _open_safetensors(named: NamedFile, file: IO[bytes]) -> dict[str, torch.Tens
         raise named.error(f"is a truncated or damaged safetensors file ({one_line(error)}).") from error
 
 
+_EXPORTED = f"is a .pt2 archive of torch.export, which holds a finished graph and no network to work on: {_SAVE_AGAIN}."
+
 _ARCHIVES: tuple[tuple[str, str], ...] = (
     (
         "constants.pkl",
         f"is a TorchScript archive, which holds a compiled program and no Python network to work on: {_SAVE_AGAIN}.",
     ),
-    (
-        "archive_format",
-        f"is a .pt2 archive of torch.export, which holds a finished graph and no network to work on: {_SAVE_AGAIN}.",
-    ),
-    (
-        "serialized_exported_program.json",
-        f"is a .pt2 archive of torch.export, which holds a finished graph and no network to work on: {_SAVE_AGAIN}.",
-    ),
+    ("archive_format", _EXPORTED),
+    ("serialized_exported_program.json", _EXPORTED),
     (".data/extern_modules", f"is a torch.package archive, which brings its own code: {_SAVE_AGAIN}."),
 )
 """A record by which an archive is known, and what to say about it."""
@@ -229,10 +225,9 @@ def _guarded(named: NamedFile, file: IO[bytes], contents: PickleContents) -> Any
     """What the file holds, opened without running code of its choosing; ``SourceError`` where that cannot be."""
     classes, wanted = lent_classes(contents)
     if wanted:
-        shown = ", ".join(printable(name) for name in wanted[:12])
-        more = f" and {len(wanted) - 12} more" if len(wanted) > 12 else ""
+        asked = few([printable(name) for name in wanted], 12)
         raise named.error(
-            f"is a pickle that wants {shown}{more}. Opening it would run code that the file chooses; dcafy opens "
+            f"is a pickle that wants {asked}. Opening it would run code that the file chooses; dcafy opens "
             "only tensors and the network classes of torch.nn, torchvision and timm. Better, "
             f"{_SAVE_AGAIN}. If you trust where the file comes from, accept the risk: {named.accepting}"
         )
@@ -240,11 +235,8 @@ def _guarded(named: NamedFile, file: IO[bytes], contents: PickleContents) -> Any
     try:
         return load_pickled(file, classes.items())
     except Exception as error:
-        hint = (
-            f" It is written in pickle protocol {contents.protocol}, torch.save's own is 2."
-            if (contents.protocol > 2)
-            else ""
-        )
+        other = f" It is written in pickle protocol {contents.protocol}, torch.save's own is 2."
+        hint = other if contents.protocol > 2 else ""
         raise named.error(
             f"could not be opened without running code, it may be damaged ({type(error).__name__}: "
             f"{_first_sentence(error)}).{hint} If you trust where it comes from, accept the risk: {named.accepting}"

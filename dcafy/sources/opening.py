@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from dcafy.checkpoint.folder import MARKER
+from dcafy.checkpoint.tensors import is_connection
 from dcafy.errors import SourceError, UsageError
 from dcafy.sources.contents import network_or_weights
 from dcafy.sources.files import listing, read_object
+from dcafy.wording import few
 from dcafy.zoos.factories import is_factory
 from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
 from dcafy.zoos.packages import ZOOS
@@ -124,7 +126,7 @@ def _file(path: Path, spec: str, arch: str | None, settings: dict[str, Any], tru
 
 def _needs_architecture(spec: str, state: Mapping[str, torch.Tensor]) -> SourceError:
     start = f"{spec!r} holds weights only ({len(state)} tensors), not the network they belong to. "
-    if any("dca" in key.split(".") for key in state):
+    if any(is_connection(key) for key in state):
         return SourceError(
             f"{start}They are those of a converted model: name the folder that dcafy.save wrote (with its {MARKER}), "
             "not the file in it."
@@ -135,8 +137,8 @@ def _needs_architecture(spec: str, state: Mapping[str, torch.Tensor]) -> SourceE
             f"{start}No architecture of torchvision or timm that is installed here has these keys and shapes. Say "
             "which network they are for: --arch package.module:factory, with --set key=value for its arguments."
         )
-    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-    return SourceError(f"{start}Their keys and shapes fit: {shown}. Say which one it is, such as --arch {found[0]}.")
+    fit = few(found, 8)
+    return SourceError(f"{start}Their keys and shapes fit: {fit}. Say which one it is, such as --arch {found[0]}.")
 
 
 def _missing(spec: str) -> SourceError | UsageError:

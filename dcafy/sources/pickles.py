@@ -98,8 +98,15 @@ class _Reader:
         self.stack.append(_Global(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"))
         self.names.add(self.stack[-1])
 
+    def under(self, arguments: int) -> Any:
+        """What lies under so many arguments, taken from the stack with them."""
+        del self.stack[-arguments:]
+        return self.stack.pop()
+
     def call(self, what: Any) -> None:
+        """Notes that it is called; what comes of that lies on the stack."""
         self.calls.add(str(what) if isinstance(what, _Global) else COMPUTED)
+        self.stack.append(_OTHER)
 
 
 def _global(reader: _Reader, argument: str) -> None:
@@ -116,39 +123,18 @@ def _stack_global(reader: _Reader, argument: None) -> None:
         reader.stack.append(_OTHER)
 
 
-def _extension(reader: _Reader, argument: int) -> None:
-    reader.push_global("copyreg", f"extension {argument}")
-
-
-def _reduce(reader: _Reader, argument: None) -> None:
-    _, function = reader.stack.pop(), reader.stack.pop()
-    reader.call(function)
-    reader.stack.append(_OTHER)
-
-
 def _new(reader: _Reader, argument: None) -> None:
     arguments, cls = reader.stack.pop(), reader.stack.pop()
-    if arguments is not _EMPTY or not isinstance(cls, _Global):
+    if arguments is _EMPTY and isinstance(cls, _Global):
+        reader.stack.append(_OTHER)
+    else:
         reader.call(cls)
-    reader.stack.append(_OTHER)
-
-
-def _new_with_keywords(reader: _Reader, argument: None) -> None:
-    _, _, cls = reader.stack.pop(), reader.stack.pop(), reader.stack.pop()
-    reader.call(cls)
-    reader.stack.append(_OTHER)
 
 
 def _instance(reader: _Reader, argument: str) -> None:
     reader.to_mark()
     _global(reader, argument)
     reader.call(reader.stack.pop())
-    reader.stack.append(_OTHER)
-
-
-def _object(reader: _Reader, argument: None) -> None:
-    reader.call(reader.to_mark()[0])
-    reader.stack.append(_OTHER)
 
 
 def _protocol(reader: _Reader, argument: int) -> None:
@@ -159,37 +145,25 @@ def _put(reader: _Reader, argument: int | str) -> None:
     reader.memo[int(argument)] = reader.stack[-1]
 
 
-def _memoize(reader: _Reader, argument: None) -> None:
-    reader.memo[len(reader.memo)] = reader.stack[-1]
-
-
-def _get(reader: _Reader, argument: int | str) -> None:
-    reader.stack.append(reader.memo[int(argument)])
-
-
 _STEPS: dict[str, Callable[[_Reader, Any], None]] = {
     "PROTO": _protocol,
     "GLOBAL": _global,
     "STACK_GLOBAL": _stack_global,
-    "EXT1": _extension,
-    "EXT2": _extension,
-    "EXT4": _extension,
-    "REDUCE": _reduce,
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), lambda reader, code: reader.push_global("copyreg", f"extension {code}")),
+    "REDUCE": lambda reader, argument: reader.call(reader.under(1)),
     "NEWOBJ": _new,
-    "NEWOBJ_EX": _new_with_keywords,
+    "NEWOBJ_EX": lambda reader, argument: reader.call(reader.under(2)),
     "INST": _instance,
-    "OBJ": _object,
+    "OBJ": lambda reader, argument: reader.call(reader.to_mark()[0]),
     "EMPTY_TUPLE": lambda reader, argument: reader.stack.append(_EMPTY),
     "DUP": lambda reader, argument: reader.stack.append(reader.stack[-1]),
     "POP": lambda reader, argument: cast("None", reader.stack.pop()),
     "POP_MARK": lambda reader, argument: cast("None", reader.to_mark()),
-    "PUT": _put,
-    "BINPUT": _put,
-    "LONG_BINPUT": _put,
-    "MEMOIZE": _memoize,
-    "GET": _get,
-    "BINGET": _get,
-    "LONG_BINGET": _get,
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _put),
+    "MEMOIZE": lambda reader, argument: _put(reader, len(reader.memo)),
+    **dict.fromkeys(
+        ("GET", "BINGET", "LONG_BINGET"), lambda reader, place: reader.stack.append(reader.memo[int(place)])
+    ),
 }
 """The instructions that move globals about; all others are known well enough by their stack effect."""
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dcafy.checkpoint.tensors import facts, fingerprint
+from dcafy.checkpoint.tensors import apart, facts, fingerprint
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
 from dcafy.records import Format, OtherVersion
@@ -42,32 +42,15 @@ class Checkpoint:
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Replaces the file at ``path`` in one step; ``CheckpointError`` where that fails: the old one is whole."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-    header = {
-        "kind": _KIND,
-        "sha256": _sha256(tensors, checkpoint.facts),
-        "facts": checkpoint.facts,
-    }
-    replace_file(
-        path, lambda beside: save_file(_apart(tensors), beside, metadata={"dcafy": json.dumps(_FORMAT.stamped(header))})
-    )
+    header = {"kind": _KIND, "sha256": _sha256(tensors, checkpoint.facts), "facts": checkpoint.facts}
+    metadata = {"dcafy": json.dumps(_FORMAT.stamped(header))}
+    replace_file(path, lambda beside: save_file(apart(tensors), beside, metadata=metadata))
 
 
 def _sha256(tensors: Mapping[str, Tensor], plain: Any) -> str:
     """Of everything that a checkpoint holds."""
     of_tensors = fingerprint({name: facts(value) for name, value in tensors.items()})
     return hashlib.sha256(f"{of_tensors} {json.dumps(plain, sort_keys=True)}".encode()).hexdigest()
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, none sharing memory with another, which safetensors would refuse."""
-    seen: set[int] = set()
-    result = {}
-    for name, value in tensors.items():
-        memory = value.untyped_storage()
-        shared = memory.data_ptr() in seen or memory.nbytes() != value.nbytes
-        seen.add(memory.data_ptr())
-        result[name] = value.clone() if shared else value
-    return result
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:

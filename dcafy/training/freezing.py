@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -10,34 +11,28 @@ from dcafy.converted import freeze_base
 from dcafy.emit.dca import is_connected
 from dcafy.graph.modes import stays_in_eval
 
-__all__ = ["FrozenBase"]
+__all__ = ["frozen_base"]
 
 
-class FrozenBase:
+@contextmanager
+def frozen_base(model: nn.Module, new_layers: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Inside it only connections and ``new_layers`` are trained, and the base's batch norms stay in eval mode.
 
     Afterwards what was trainable before is so again. A model without connections is frozen but for ``new_layers``.
     """
-
-    def __init__(self, model: nn.Module, new_layers: tuple[str, ...] = ()) -> None:
-        self.model = model
-        self.new = [model.get_submodule(path) for path in new_layers]
-
-    def __enter__(self) -> None:
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.kept = {id(module) for module in self.model.modules() if stays_in_eval(module)}
-        if is_connected(self.model):
-            freeze_base(self.model)
-        else:
-            self.model.requires_grad_(False)
-        for layer in self.new:
-            layer.requires_grad_(True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for parameter in self.trained:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = {id(module) for module in model.modules() if stays_in_eval(module)}
+    if is_connected(model):
+        freeze_base(model)
+    else:
+        model.requires_grad_(False)
+    for layer in new_layers:
+        layer.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in trained:
             parameter.requires_grad_(True)
-        for module in self.model.modules():
-            if stays_in_eval(module) and id(module) not in self.kept:
+        for module in model.modules():
+            if stays_in_eval(module) and id(module) not in kept:
                 del module.__dict__["train"]

@@ -11,7 +11,7 @@ from dcafy.errors import InputError
 from dcafy.graph.modes import evaluating
 from dcafy.graph.paths import put
 
-__all__ = ["outputs_of", "reheaded"]
+__all__ = ["outputs_of", "reheaded", "widened"]
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def reheaded(model: nn.Module, classes: int, images: Tensor) -> tuple[str, ...]:
         )
     else:
         path = _last_layer(model, present, images)
-        put(model, path, _like(model.get_submodule(path), classes))
+        put(model, path, widened(model.get_submodule(path), classes))
         changed = (path,)
     if outputs_of(model, images) != classes:
         raise InputError(
@@ -72,7 +72,7 @@ def _last_layer(model: nn.Module, classes: int, images: Tensor) -> str:
         if (isinstance(module, nn.Linear) and module.out_features == classes) or (
             isinstance(module, nn.Conv2d) and module.out_channels == classes and module.kernel_size == (1, 1)
         ):
-            handles.append(module.register_forward_hook(_noting(called, path)))
+            handles.append(module.register_forward_hook(lambda *_, path=path: called.append(path)))
     try:
         outputs_of(model, images)
     finally:
@@ -86,16 +86,15 @@ def _last_layer(model: nn.Module, classes: int, images: Tensor) -> str:
     return called[-1]
 
 
-def _noting(called: list[str], path: str) -> Any:
-    def note(*_: Any) -> None:
-        called.append(path)
+def widened(layer: nn.Module, classes: int, present: int | None = None) -> nn.Module:
+    """A new layer like ``layer``, a linear one or a convolution, for other ``classes``.
 
-    return note
-
-
-def _like(layer: nn.Module, classes: int) -> nn.Module:
-    place: Any = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    if isinstance(layer, nn.Conv2d):
-        return nn.Conv2d(layer.in_channels, classes, 1, bias=layer.bias is not None, **place)
-    assert isinstance(layer, nn.Linear)
-    return nn.Linear(layer.in_features, classes, bias=layer.bias is not None, **place)
+    ``present``: of how many classes ``layer`` is, where it has more outputs than one for each.
+    """
+    also: Any = {"device": layer.weight.device, "dtype": layer.weight.dtype, "bias": layer.bias is not None}
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, layer.out_features // (present or layer.out_features) * classes, **also)
+    assert isinstance(layer, nn.Conv2d)
+    outputs = layer.out_channels // (present or layer.out_channels) * classes
+    window: Any = (layer.kernel_size, layer.stride, layer.padding)
+    return nn.Conv2d(layer.in_channels, outputs, *window, **also)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +18,18 @@ from torch.utils.data import DataLoader
 from dcafy.analysis.usage import Usage, measured_shares, usage
 from dcafy.converted import connections
 from dcafy.emit.dca import is_connected
-from dcafy.errors import InputError, TrainingError, UsageError
+from dcafy.errors import InputError, TrainingError, UsageError, needing
 from dcafy.graph.modes import evaluating
 from dcafy.images.order import Batches, Seeded, Spread, derived_seed
 from dcafy.trace.accepted import require_module
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from dcafy.training.freezing import FrozenBase
+from dcafy.training.freezing import frozen_base
 from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.optimization import optimizer_for, scheduler_for
 from dcafy.training.options import TrainingConfig
-from dcafy.training.signals import Interruption
+from dcafy.training.signals import Interruption, stopped
 from dcafy.training.state import Progress, Standing, captured, restored, unlike_numbers
-from dcafy.training.tasks import Batch, Classification, Task
+from dcafy.training.tasks import Classification, Task
 from dcafy.training.telling import Listener, Silent
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
 
@@ -91,12 +91,10 @@ def finetune(
 
 def accelerator_for(config: TrainingConfig) -> Accelerator:
     """Accelerate as ``config`` asks for it; one batch is split between all processes."""
-    try:
+    with needing("Training", "train", "Hugging Face Accelerate"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise UsageError("Training needs Hugging Face Accelerate: pip install -e '.[train]'.") from error
     # They live as long as the process, and would refuse a second training with another precision, or in shards.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -149,7 +147,7 @@ class _Run:
         if config.ema:
             decayed: Any = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(model, multi_avg_fn=decayed)
-        self.frozen = FrozenBase(model, new_layers)
+        self.new_layers = [model.get_submodule(path) for path in new_layers]
         self.wrapped: Replicated | Sharded | None = None
         self.progress = Progress()
         self.epochs: list[Epoch] = []
@@ -189,8 +187,7 @@ class _Run:
         if self.average is not None:
             _take(self.model, self.average.module)
         self.model.eval()
-        found = self._usage()
-        history = History(tuple(self.epochs), found, tuple(self.skipped))
+        history = History(tuple(self.epochs), self._usage(), tuple(self.skipped))
         self.listener.ends(history)
         return history
 
@@ -201,7 +198,7 @@ class _Run:
         Wrapped anew for each epoch: DDP looks only once at which parameters are trained.
         """
         alone = self.config.freeze_base or self.progress.epoch < self.config.freeze_base_epochs
-        with self.frozen if alone else nullcontext():
+        with frozen_base(self.model, self.new_layers) if alone else nullcontext():
             if not any(parameter.requires_grad for parameter in self.model.parameters()):
                 yield None
                 return
@@ -223,7 +220,7 @@ class _Run:
         model, optimizer = wrapped.model, wrapped.optimizer
         self.order.epoch, self.order.start = self.progress.epoch, self.progress.batch
         for batch in self.train_loader:
-            self._skip(batch)
+            self._skip(batch.unreadable)
             start = time.perf_counter()
             with self.accelerator.accumulate(model):
                 loss, right = self.task.loss(model, batch)
@@ -280,7 +277,7 @@ class _Run:
         if due or signal:
             self._checkpoint()
         if signal:
-            self.interruption.stop(int(signal), None if self.file is None else self.file.parent)
+            raise stopped(int(signal), None if self.file is None else self.file.parent)
 
     def _end_epoch(self) -> None:
         metrics, shares = self._evaluate()
@@ -322,7 +319,7 @@ class _Run:
         shares: Mapping[str, float] = {}
         with evaluating(model), torch.random.fork_rng(devices=[]):
             for number, batch in enumerate(self.val_loader):
-                self._skip(batch)
+                self._skip(batch.unreadable)
                 # Measuring runs every connection twice; a few batches tell how loud it is.
                 if self.connected and number == 0:
                     with measured_shares(model) as found:
@@ -332,8 +329,8 @@ class _Run:
                     meter.update(model, batch)
         return meter.result(self.accelerator), shares
 
-    def _skip(self, batch: Batch) -> None:
-        for name in batch.unreadable:
+    def _skip(self, names: Iterable[str]) -> None:
+        for name in names:
             if name not in self.skipped:
                 self.skipped[name] = None
                 self.listener.skipped(name)
@@ -343,10 +340,7 @@ class _Run:
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            for name in gather_object(list(self.skipped)):
-                if name not in self.skipped:
-                    self.skipped[name] = None
-                    self.listener.skipped(name)
+            self._skip(gather_object(list(self.skipped)))
 
     def _usage(self) -> Usage | None:
         """What cutting connections costs, on images that every process goes through by itself."""

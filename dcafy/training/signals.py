@@ -6,7 +6,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,13 @@ __all__ = ["Interruption", "stopped"]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def stopped(number: int, directory: Path) -> Interrupted:
+def stopped(number: int, directory: Path | None) -> Interrupted:
     """What is raised where a signal stopped the run in ``directory``."""
-    return Interrupted(
-        f"Stopped by {signal.Signals(number).name}; where it stands is saved. Go on with: dcafy finetune "
-        f"{printable(str(directory))} --resume",
-        number,
-    )
+    name = signal.Signals(number).name
+    if directory is None:
+        return Interrupted(f"Stopped by {name}. No folder was named, so nothing was saved.", number)
+    go_on = f"dcafy finetune {printable(str(directory))} --resume"
+    return Interrupted(f"Stopped by {name}; where it stands is saved. Go on with: {go_on}", number)
 
 
 class Interruption:
@@ -54,10 +54,3 @@ class Interruption:
     def signal(self, device: torch.device) -> Tensor:
         """The number of the signal that came, or 0."""
         return torch.tensor(float(self.number), device=device)
-
-    def stop(self, number: int, directory: Path | None) -> NoReturn:
-        """Raises ``Interrupted``."""
-        if directory is None:
-            name = signal.Signals(number).name
-            raise Interrupted(f"Stopped by {name}. No folder was named, so nothing was saved.", number)
-        raise stopped(number, directory)

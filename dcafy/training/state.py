@@ -77,13 +77,9 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """The progress as JSON-ready data."""
-        losses, right, _ = (float(value) for value in self._sums())
-        numbers: dict[str, Any] = {
-            "losses": losses,
-            "right": None if self.right is None else right,
-            "broken": bool(self.broken),
-        }
-        return {**dataclasses.asdict(dataclasses.replace(self, **numbers))}
+        losses, right, _ = map(float, self._sums())
+        known = {"losses": losses, "right": None if self.right is None else right, "broken": bool(self.broken)}
+        return {**vars(self), **known}
 
 
 @dataclass(frozen=True)
@@ -157,8 +153,7 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
             group["lr"] = rate
         if now.accelerator.scaler is not None:
             now.accelerator.scaler.load_state_dict(facts["scaler"])
-        for name, value in facts["progress"].items():
-            setattr(now.progress, name, value)
+        vars(now.progress).update(facts["progress"])
         now.epochs[:] = [Epoch.from_dict(row) for row in facts["epochs"]]
         now.skipped.update(dict.fromkeys(facts["skipped"]))
         rank = now.accelerator.process_index

@@ -56,19 +56,24 @@ class Listener:
 Silent = Listener
 
 
+def _each(event: str) -> Any:
+    """The method of :class:`Several` that tells each of them of this event."""
+
+    def tell(self: Several, *told: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, event)(*told)
+
+    return tell
+
+
 class Several(Listener):
     """Tells every one of them."""
 
     def __init__(self, listeners: Iterable[Listener]) -> None:
         self.listeners = tuple(listeners)
 
-    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
-        for listener in self.listeners:
-            listener.begins(config, steps, done, epochs)
-
-    def resumed(self, epoch: int, step: int) -> None:
-        for listener in self.listeners:
-            listener.resumed(epoch, step)
+    begins, resumed, epoch_ended = _each("begins"), _each("resumed"), _each("epoch_ended")
+    skipped, ends, closes = _each("skipped"), _each("ends"), _each("closes")
 
     def wants(self, step: int) -> bool:
         return any(listener.wants(step) for listener in self.listeners)
@@ -77,22 +82,6 @@ class Several(Listener):
         for listener in self.listeners:
             if listener.wants(step):
                 listener.stepped(step, loss, means, lr)
-
-    def epoch_ended(self, epoch: Epoch) -> None:
-        for listener in self.listeners:
-            listener.epoch_ended(epoch)
-
-    def skipped(self, name: str) -> None:
-        for listener in self.listeners:
-            listener.skipped(name)
-
-    def ends(self, history: History) -> None:
-        for listener in self.listeners:
-            listener.ends(history)
-
-    def closes(self) -> None:
-        for listener in self.listeners:
-            listener.closes()
 
 
 def metrics_in_words(metrics: Mapping[str, float]) -> str:

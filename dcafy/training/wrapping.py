@@ -84,7 +84,7 @@ class Sharded:
             yield
         finally:
             _point(self._plain, self._whole, self.model)
-            _fill(self._plain, self.model, state, _same)
+            _fill(self._plain, self.model, state, lambda value, parameter: value)
 
     def close(self, *, failed: bool) -> None:
         """Gives network and optimizer back, up to date but where a process ``failed``: it would be waited for."""
@@ -163,10 +163,6 @@ def _fill(
     for name, row in state.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {key: change(value, parameter) for key, value in row.items()}
-
-
-def _same(value: Any, parameter: nn.Parameter) -> Any:
-    return value
 
 
 def _shard(value: Any, parameter: nn.Parameter) -> Any:

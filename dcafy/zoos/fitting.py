@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dcafy.errors import SourceError, UsageError
-from dcafy.wording import printable
+from dcafy.wording import few, printable
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
 from dcafy.zoos.specs import Blueprint
 
-__all__ = ["architectures_that_fit", "load_into", "same_shape"]
+__all__ = ["Misfit", "Shapes", "architectures_that_fit", "difference", "load_into", "same_shape", "shapes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class Misfit:
     def __str__(self) -> str:
         resized = [f"{key} ({_size(here)} instead of {_size(there)})" for key, (here, there) in self.shapes.items()]
         kinds = {"missing": self.missing, "not expected": self.unexpected, "of another shape": resized}
-        return "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys)
+        shown = {kind: [printable(key) for key in keys] for kind, keys in kinds.items() if keys}
+        return "; ".join(f"{len(keys)} {kind}: {few(keys, 4)}" for kind, keys in shown.items())
 
     @property
     def classes(self) -> int | None:
@@ -67,7 +68,7 @@ def same_shape(one: nn.Module, other: nn.Module) -> bool:
         kinds = (bool, int, float, str)
         return {k: v for k, v in vars(model).items() if isinstance(v, kinds) and k != "training"}
 
-    return _shapes(one.state_dict()) == _shapes(other.state_dict()) and plain(one) == plain(other)
+    return shapes_of(one.state_dict()) == shapes_of(other.state_dict()) and plain(one) == plain(other)
 
 
 def load_into(recipe: Blueprint, state: Mapping[str, torch.Tensor], spec: str) -> tuple[nn.Module, Blueprint]:
@@ -77,13 +78,13 @@ def load_into(recipe: Blueprint, state: Mapping[str, torch.Tensor], spec: str) -
     ``SourceError`` names every other difference.
     """
     model = recipe.build()
-    fitted = _aligned(state, _shapes(model.state_dict()))
-    differs = _difference(_shapes(fitted), _shapes(model.state_dict()))
+    fitted = _aligned(state, shapes_of(model.state_dict()))
+    differs = _leniently(shapes_of(fitted), shapes_of(model.state_dict()))
     if differs.classes is not None and recipe.takes("num_classes"):
         headed = recipe.with_settings(num_classes=differs.classes)
         with contextlib.suppress(UsageError):
             candidate = headed.build()
-            if not _difference(_shapes(fitted), _shapes(candidate.state_dict())):
+            if not _leniently(shapes_of(fitted), shapes_of(candidate.state_dict())):
                 log.info("%s has %d classes: %s is built with that many", spec, differs.classes, recipe.spec)
                 model, recipe, differs = candidate, headed, Misfit((), (), {})
     if differs:
@@ -104,7 +105,7 @@ def architectures_that_fit(state: Mapping[str, torch.Tensor]) -> list[str]:
     Every architecture is built on the meta device, and given up at the first few parameters whose shape
     the state dict does not have: that takes seconds for more than a thousand of them.
     """
-    shapes = _shapes(state)
+    shapes = shapes_of(state)
     candidates = [(prefix, name) for prefix in ZOOS for name in _comparable(prefix)]
     log.info("comparing keys and shapes with %d architectures", len(candidates))
     found = []
@@ -135,13 +136,13 @@ def _fits(recipe: Blueprint, shapes: Shapes) -> bool:
     model = _built_unless_different(recipe, shapes)
     if model is None:
         return False
-    expected = _shapes(model.state_dict())
+    expected = shapes_of(model.state_dict())
     given = _aligned(shapes, expected)
-    differs = _difference(given, expected)
+    differs = _leniently(given, expected)
     if differs.classes is None:
         return not differs
     headed = _built_unless_different(recipe.with_settings(num_classes=differs.classes), given)
-    return headed is not None and not _difference(given, _shapes(headed.state_dict()))
+    return headed is not None and not _leniently(given, shapes_of(headed.state_dict()))
 
 
 def _built_unless_different(recipe: Blueprint, shapes: Shapes) -> nn.Module | None:
@@ -191,7 +192,8 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape, of the tensors in a state dict."""
     return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
@@ -205,19 +207,20 @@ def _aligned(state: Mapping[str, T], expected: Shapes) -> Mapping[str, T]:
     return state
 
 
-def _difference(given: Shapes, expected: Shapes) -> Misfit:
+def difference(given: Shapes, expected: Shapes) -> Misfit:
+    """Where ``given`` departs from what a network expects: keys and shapes, without any leniency."""
     return Misfit(
-        # Batch norms of networks saved before PyTorch 0.4.1 did not count; loading them starts at zero.
-        missing=tuple(k for k in expected if k not in given and not k.endswith("num_batches_tracked")),
-        unexpected=tuple(k for k in given if k not in expected),
+        missing=tuple(key for key in expected if key not in given),
+        unexpected=tuple(key for key in given if key not in expected),
         shapes={k: (given[k], expected[k]) for k in given if k in expected and given[k] != expected[k]},
     )
 
 
+def _leniently(given: Shapes, expected: Shapes) -> Misfit:
+    # Batch norms of networks saved before PyTorch 0.4.1 did not count; loading them starts at zero.
+    uncounted = {key for key in expected if key not in given and key.endswith("num_batches_tracked")}
+    return difference(given, {key: shape for key, shape in expected.items() if key not in uncounted})
+
+
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "one number"
-
-
-def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join(printable(key) for key in keys[:4])
-    return shown + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

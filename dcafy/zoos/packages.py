@@ -125,10 +125,6 @@ def _models() -> Any:
     return importlib.import_module("torchvision.models")
 
 
-def _torchvision_names() -> list[str]:
-    return list(_models().list_models())
-
-
 def _torchvision_build(name: str, weights: str | None, settings: dict[str, Any]) -> nn.Module:
     models = _models()
     builder = models.get_model_builder(name)
@@ -153,29 +149,22 @@ def _torchvision_check_weights(name: str, weights: str | None) -> None:
 # --- timm -------------------------------------------------------------------------------------------
 
 
-def _timm_names() -> list[str]:
-    import timm
-
-    return list(timm.list_models())
+def _timm() -> Any:
+    return importlib.import_module("timm")
 
 
 def _timm_build(name: str, weights: str | None, settings: dict[str, Any]) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(name, pretrained=weights is not None, **settings)
+    model: nn.Module = _timm().create_model(name, pretrained=weights is not None, **settings)
     return model
 
 
 def _timm_knows(name: str) -> bool:
-    import timm
-
     # is_model also knows the names that timm has renamed since; hub and folder addresses are no names.
-    return re.fullmatch(r"\w[\w.-]*", name) is not None and bool(timm.is_model(name.partition(".")[0]))
+    return re.fullmatch(r"\w[\w.-]*", name) is not None and bool(_timm().is_model(name.partition(".")[0]))
 
 
 def _timm_check_weights(name: str, weights: str | None) -> None:
-    import timm
-
+    timm = _timm()
     architecture, dot, tag = name.partition(".")
     known = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", include_tags=True)]
     offered = ", ".join(filter(None, known)) or "none"
@@ -196,11 +185,18 @@ ZOOS: dict[str, Zoo] = {
     "torchvision": Zoo(
         "torchvision",
         "pip install torchvision",
-        _torchvision_names,
+        lambda: list(_models().list_models()),
         _torchvision_build,
-        lambda name: name in _torchvision_names(),
+        lambda name: name in _models().list_models(),
         _torchvision_check_weights,
     ),
-    "timm": Zoo("timm", "pip install 'dcafy[timm]'", _timm_names, _timm_build, _timm_knows, _timm_check_weights),
+    "timm": Zoo(
+        "timm",
+        "pip install 'dcafy[timm]'",
+        lambda: list(_timm().list_models()),
+        _timm_build,
+        _timm_knows,
+        _timm_check_weights,
+    ),
 }
 """Prefix of a spec -> the package it means."""
