@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dcafy.graph.copies import data_free_copy, shared_copy
 from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator
-from dcafy.graph.nodes import tensors_in
+from dcafy.graph.nodes import mapped_tensors, tensors_in
+from dcafy.trace.inputs import real_inputs
 from dcafy.wording import reason_of
 
 __all__ = ["Observed", "observe"]
@@ -41,8 +42,6 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
         reason = reason_of(error)
     if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
         return reason
-    from dcafy.trace.inputs import real_inputs
-
     try:
         twin = shared_copy(module)
         if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
@@ -96,12 +95,6 @@ def _watched(module: nn.Module, seen: dict[str, Observed]) -> Iterator[None]:
 
 
 def _without_data(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_without_data, value))
-    if isinstance(value, tuple | list):
-        return type(value)(map(_without_data, value))
-    if isinstance(value, dict):
-        return {key: _without_data(item) for key, item in value.items()}
-    return value
+    return mapped_tensors(
+        value, lambda own: torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
+    )

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from dcafy.graph.emitted import ConnectedModule
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import OWNER, VALUE, Remake, as_plain, is_record, node_value, parts, remapped, values_of
+from dcafy.graph.nodes import OWNER, VALUE, Remake, as_plain, is_record, mapped, node_value, parts, values_of
 from dcafy.graph.ops import alters_argument
 from dcafy.graph.paths import joined
 from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
@@ -196,11 +196,11 @@ class Recorder(fx.Tracer):
         if kind is collections.OrderedDict:  # fx would hand it on as a plain dict
             rows = [(key, self.create_arg(item)) for key, item in a.items()]
             node = self.create_node("call_function", collections.OrderedDict, (rows,), {})
-            node.meta[VALUE] = collections.OrderedDict((key, values_of(item)) for key, item in a.items())
+            node.meta[VALUE] = values_of(a)
             return node
         if is_record(a):
             node = self.create_node("call_function", Remake(kind), parts(a, self.create_arg), {})
-            node.meta[VALUE] = remapped(a, values_of)
+            node.meta[VALUE] = values_of(a)
             return node
         if isinstance(a, Tensor):
             return self._tensor(a).node
@@ -339,19 +339,11 @@ class Recorder(fx.Tracer):
         inside = set(_after(before, self.graph))
 
         def mark(value: Any) -> Any:
-            if isinstance(value, ValueProxy):
-                return (
-                    value if value.node in inside else self.create_proxy("call_function", passed_through, (value,), {})
-                )
-            if type(value) in (tuple, list):
-                return type(value)(mark(item) for item in value)
-            if is_record(value):
-                return remapped(value, mark)
-            if type(value) in (dict, collections.OrderedDict):
-                return type(value)((key, mark(item)) for key, item in value.items())
-            return value
+            if type(value) is not ValueProxy or value.node in inside:
+                return value
+            return self.create_proxy("call_function", passed_through, (value,), {})
 
-        return mark(output)
+        return mapped(output, mark)
 
     def _state(self, args: Any, kwargs: Any) -> _State:
         """Where the recording stands before something is called with these arguments."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import node_value
+from dcafy.graph.nodes import mapped_tensors, node_value
 from dcafy.trace.recording import Decision, Recording
 
 __all__ = ["Verdict", "judged"]
@@ -51,7 +51,7 @@ def judged(recording: Recording, evaluator: Evaluator, inputs: Inputs, again: Ca
             continue
         changed |= other_way
         try:
-            other = again((_changed(inputs[0], change), _changed(inputs[1], change)))
+            other = again(mapped_tensors(inputs, change))
         except Exception:  # a network may refuse another size in any way; then nothing else is to be learned
             if change is _other_batch:
                 raise
@@ -180,16 +180,6 @@ def _innermost(paths: dict[str, fx.Node]) -> dict[str, fx.Node]:
         for path, node in paths.items()
         if not any(other != path and f"{other}.".startswith(f"{path}." if path else "") for other in paths)
     }
-
-
-def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_changed(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _changed(item, change) for key, item in value.items()}
-    return value
 
 
 def _other_batch(value: Any) -> Any:
