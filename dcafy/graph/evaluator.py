@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["KEEPS_LAYOUT", "Evaluator"]
+__all__ = ["KEEPS_LAYOUT", "Evaluator", "device_of"]
 
 
 KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
@@ -44,6 +44,11 @@ KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
 """Layers whose output is like their input."""
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter; the CPU where it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 class Evaluator:
     """Runs one operation at a time on meta values, each distinct one once."""
 
@@ -72,7 +77,7 @@ class Evaluator:
 
     def anew(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a module's output, by running it whatever is known of others like it."""
-        if not any(True for _ in module.children()):
+        if next(module.children(), None) is None:
             return self.module(module, args, kwargs)
         with torch.no_grad():
             return module(*args, **kwargs)

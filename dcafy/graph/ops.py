@@ -108,7 +108,7 @@ def has_parameters(module: nn.Module | None) -> bool:
     """Whether the module holds weights (and is more than a parametrised activation)."""
     if module is None or isinstance(module, nn.PReLU):
         return False
-    return any(True for _ in module.parameters()) or isinstance(module, nn.modules.batchnorm._NormBase)
+    return next(module.parameters(), None) is not None or isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 def op_of(node: fx.Node, modules: dict[str, nn.Module]) -> Op:

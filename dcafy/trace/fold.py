@@ -21,9 +21,10 @@ from torch.fx.node import map_arg
 
 from dcafy.graph.nodes import OWNER, VALUE, leaves, node_value
 from dcafy.graph.ops import alters_argument
+from dcafy.graph.paths import outermost
 from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
 
-__all__ = ["CannotEnter", "Folded", "fold", "outermost"]
+__all__ = ["CannotEnter", "Folded", "fold"]
 
 
 class CannotEnter(Exception):
@@ -33,14 +34,6 @@ class CannotEnter(Exception):
         self.reasons = {path: reasons[path] for path in outermost(reasons)}
         self.path, self.reason = next(iter(self.reasons.items()))
         super().__init__(self.reason)
-
-
-def outermost(paths: Iterable[str]) -> tuple[str, ...]:
-    """The modules, by path, that lie inside no other one of them."""
-    known = tuple(dict.fromkeys(paths))
-    if "" in known:
-        return ("",)
-    return tuple(path for path in known if not any(path.startswith(f"{other}.") for other in known))
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dcafy.errors import InputError
+from dcafy.errors import InputError, TracingError
+from dcafy.graph.evaluator import device_of
 from dcafy.graph.nodes import mapped_tensors, tensors_in
 
-__all__ = ["as_data", "as_inputs", "from_data", "guesses", "probe", "real_inputs"]
+__all__ = ["as_data", "as_inputs", "from_data", "guesses", "on_one_of", "probe", "real_inputs"]
+
+R = TypeVar("R")
 
 _SIDES = {1: (16000, 4096, 1024, 256), 2: (224, 256, 299, 320, 384, 512, 128, 96, 64, 32), 3: (112, 64, 224, 32)}
 """Usual lengths, image sides and frame sides, most usual first."""
@@ -75,7 +78,7 @@ def probe(inputs: Any, scale: int = 1) -> Any:
 
 def real_inputs(inputs: Any, model: nn.Module) -> Any:
     """``inputs`` with data (a guess is made of meta tensors), on the model's device, without touching the RNG."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
 
     def fill(value: Tensor) -> Tensor:
@@ -158,6 +161,24 @@ def guesses(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for shape in dict.fromkeys(_shapes(model)):
         yield (torch.empty((2, *shape), dtype=dtype, device="meta"),)
+
+
+def on_one_of(tried: Iterable[tuple[Any, ...]], run: Callable[[tuple[Any, ...]], R], none: str, call: str) -> R:
+    """What ``run`` gives on the first of the inputs on which it raises no ``TracingError``.
+
+    Where there is none, ``TracingError`` says so with ``none``, the ``call`` that would take better inputs, and the
+    first of the errors.
+    """
+    errors = []
+    for inputs in tried:
+        try:
+            return run(inputs)
+        except TracingError as error:  # noqa: PERF203 (a failed guess is the exception that is expected here)
+            errors.append(error)
+    raise TracingError(
+        f"{none}. Pass one that fits, for example {call} example_inputs=torch.rand(2, 3, 224, 224)). "
+        f"The first error was: {errors[0]}"
+    ) from errors[0]
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +14,10 @@ from dcafy.graph.copies import data_free_copy, shared_copy
 from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator
 from dcafy.graph.nodes import mapped_tensors, tensors_in
 from dcafy.trace.inputs import real_inputs
+from dcafy.trace.recording import Observed
 from dcafy.wording import reason_of
 
-__all__ = ["Observed", "observe"]
-
-
-@dataclass(frozen=True)
-class Observed:
-    """The inputs of one call: meta tensors, and where they are known with data (``real``)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    real: tuple[Any, ...] | None = None
+__all__ = ["observe"]
 
 
 def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[str, Observed] | str:

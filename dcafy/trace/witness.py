@@ -12,11 +12,10 @@ from torch.fx.node import map_aggregate, map_arg
 
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import mapped_tensors, node_value
-from dcafy.trace.recording import Decision, Recording
+from dcafy.graph.paths import within
+from dcafy.trace.recording import Decision, Observed, Recording
 
-__all__ = ["Verdict", "judged"]
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["Verdict", "verdict_on"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,9 @@ class Verdict:
     held: tuple[Decision, ...]
 
 
-def judged(recording: Recording, evaluator: Evaluator, inputs: Inputs, again: Callable[[Inputs], Recording]) -> Verdict:
+def verdict_on(
+    recording: Recording, evaluator: Evaluator, inputs: Observed, again: Callable[[Observed], Recording]
+) -> Verdict:
     """Which decisions of a recording are also true at another batch and image size.
 
     Most are about ranks, widths and options. Where one goes another way, the network is recorded ``again`` at the
@@ -51,7 +52,7 @@ def judged(recording: Recording, evaluator: Evaluator, inputs: Inputs, again: Ca
             continue
         changed |= other_way
         try:
-            other = again(mapped_tensors(inputs, change))
+            other = again(Observed(*mapped_tensors((inputs.args, inputs.kwargs), change)))
         except Exception:  # a network may refuse another size in any way; then nothing else is to be learned
             if change is _other_batch:
                 raise
@@ -176,9 +177,7 @@ def _steps(recording: Recording) -> tuple[dict[_Key, list[tuple[Any, fx.Node]]],
 def _innermost(paths: dict[str, fx.Node]) -> dict[str, fx.Node]:
     """Without modules around others: what those do may only follow from what these hand them."""
     return {
-        path: node
-        for path, node in paths.items()
-        if not any(other != path and f"{other}.".startswith(f"{path}." if path else "") for other in paths)
+        path: node for path, node in paths.items() if not any(other != path and within(other, path) for other in paths)
     }
 
 
