@@ -133,7 +133,12 @@ class _Search:
         try:
             recording = recorded(Subject(module, inputs, self.evaluator))
         except (CannotEnter, InputError) as error:  # its submodules may be fine
-            yield from self._calls_inside(path, module, inputs, str(error))
+            inside = observe(module, inputs, self.evaluator)
+            if isinstance(inside, str):
+                raise TracingError(
+                    f"{path or type(module).__name__} could not be traced ({error}) nor run ({inside})."
+                ) from error
+            yield from self._outermost(path, inside)
             return
         adding = {str(node.meta.get(OWNER, "")) for node in recording.graph.nodes if _added(node, recording.modules)}
         for call in recording.calls:
@@ -141,14 +146,6 @@ class _Search:
             yield joined(path, call.path), seen, call.path in adding
         for whole in recording.kept_whole:
             yield from self._outermost(path, {c: o for c, o in recording.observed.items() if c.startswith(f"{whole}.")})
-
-    def _calls_inside(
-        self, path: str, module: nn.Module, inputs: Observed, reason: str
-    ) -> Iterator[tuple[str, Observed, bool]]:
-        inside = observe(module, inputs, self.evaluator)
-        if isinstance(inside, str):
-            raise TracingError(f"{path or type(module).__name__} could not be traced ({reason}) nor run ({inside}).")
-        yield from self._outermost(path, inside)
 
     def _outermost(self, path: str, inside: dict[str, Observed]) -> Iterator[tuple[str, Observed, bool]]:
         """What is called in those called modules that lie in no other one of them."""

@@ -102,14 +102,17 @@ class _Container:
 @functools.lru_cache(maxsize=512)
 def _container(kind: type[Any]) -> _Container | None:
     """How instances of ``kind`` hold others, which its class alone says: a proxy claims to be what it stands for."""
-    if issubclass(kind, tuple):
+    if issubclass(kind, tuple | list):
         made = getattr(kind, "_make", kind)  # a named tuple takes its items one by one
+        made = list if kind.__module__.startswith("torch.fx.") else made  # fx's own lists cannot be appended to
         return _Container(iter, lambda value, change: made([change(item) for item in value]))
-    if issubclass(kind, list):
-        made = list if kind.__module__.startswith("torch.fx.") else kind  # fx's own cannot be appended to
-        return _Container(iter, lambda value, change: made([change(item) for item in value]))
+    if is_record(kind):
+        return _Container(lambda value: value.values(), lambda value, change: Remake(kind)(*parts(value, change)))
     if issubclass(kind, dict):
-        return _Container(lambda value: value.values(), _record if _is_record_class(kind) else _dict)
+        plain = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
+        return _Container(
+            lambda value: value.values(), lambda value, change: plain((k, change(item)) for k, item in value.items())
+        )
     if kind is slice:
         return _Container(
             lambda value: (value.start, value.stop, value.step),
@@ -120,11 +123,6 @@ def _container(kind: type[Any]) -> _Container | None:
     return None
 
 
-def _dict(value: dict[Any, Any], change: Callable[[Any], Any]) -> dict[Any, Any]:
-    made = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
-    return made((key, change(item)) for key, item in value.items())
-
-
 def _dataclass(value: Any, change: Callable[[Any], Any]) -> Any:
     """A copy with its fields changed, and what its class derived from them; no constructor is asked."""
     twin = copy.copy(value)
@@ -133,15 +131,8 @@ def _dataclass(value: Any, change: Callable[[Any], Any]) -> Any:
     return twin
 
 
-# --- dictionaries of a class of their own --------------------------------------------------------------------
-
-
-def is_record(value: Any) -> bool:
-    """Whether ``value`` is a dictionary of a class that has attributes or ways of its own."""
-    return _is_record_class(type(value))
-
-
-def _is_record_class(kind: type[Any]) -> bool:
+def is_record(kind: type[Any]) -> bool:
+    """Whether an instance of ``kind`` is a dictionary of a class that has attributes or ways of its own."""
     plain = (dict, collections.OrderedDict)
     return issubclass(kind, dict) and kind not in plain and not kind.__module__.startswith("torch.fx.")
 
@@ -167,11 +158,6 @@ class Remake:
         return record
 
 
-def _record(record: dict[Any, Any], change: Callable[[Any], Any]) -> Any:
-    """A record of the same class with everything in it changed."""
-    return Remake(type(record))(*parts(record, change))
-
-
 def parts(record: dict[Any, Any], change: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
     """The items and the attributes of a record, changed: what :class:`Remake` takes."""
     items = [(key, change(item)) for key, item in dict.items(record)]
@@ -180,4 +166,4 @@ def parts(record: dict[Any, Any], change: Callable[[Any], Any]) -> tuple[list[An
 
 def as_plain(value: Any) -> Any:
     """``value``, with what it has under its keys as a plain dictionary where it is a record."""
-    return dict(dict.items(value)) if is_record(value) else value
+    return dict(dict.items(value)) if is_record(type(value)) else value

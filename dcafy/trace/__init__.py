@@ -20,7 +20,7 @@ from dcafy.graph.evaluator import Evaluator
 from dcafy.trace.fold import CannotEnter
 from dcafy.trace.recorder import Recorder
 from dcafy.trace.recording import Observed, Recording
-from dcafy.trace.witness import verdict_on
+from dcafy.trace.witness import held
 from dcafy.wording import reason_of
 
 __all__ = ["Subject", "judged", "recorded"]
@@ -55,17 +55,15 @@ def judged(subject: Subject, recording: Recording) -> Recording:
     Raises ``CannotEnter`` where a forward computes with the size of the example.
     """
     with _reasons_told():
-        verdict = verdict_on(recording, subject.evaluator, subject.inputs, subject.recording)
-    if verdict.baked:
-        raise CannotEnter(verdict.baked)
-    return dataclasses.replace(recording, held=verdict.held)
+        decisions = held(recording, subject.evaluator, subject.inputs, subject.recording)
+    return dataclasses.replace(recording, held=decisions)
 
 
 @contextlib.contextmanager
 def _reasons_told() -> Iterator[None]:
     try:
         yield
-    except InputError:
+    except (InputError, CannotEnter):
         raise
     except Exception as error:  # a user's forward may fail in any way, at another size, too; the reason is told
         raise CannotEnter({"": reason_of(error)}) from error

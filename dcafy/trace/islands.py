@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
     It is run without data where that works, else on the example (detectors look at scores and boxes). On a
     guessed example its values mean nothing, and no time is spent on computing them.
     """
-    reason = "no inputs are known"
     try:
         return _run(_without_computing(data_free_copy(module), evaluator), inputs.args, inputs.kwargs)
     except Exception as error:  # any forward may fail on meta tensors in any way
@@ -63,26 +61,16 @@ def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Observed]:
     seen: dict[str, Observed] = {}
-    with _watched(module, seen), torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for path, child in module.named_modules():
+            if path:
+
+                def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                    seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
+
+                hooks.callback(child.register_forward_pre_hook(note, with_kwargs=True).remove)
         module.eval()(*args, **kwargs)
     return seen
-
-
-@contextlib.contextmanager
-def _watched(module: nn.Module, seen: dict[str, Observed]) -> Iterator[None]:
-    handles = []
-    for path, child in module.named_modules():
-        if path:
-
-            def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
-
-            handles.append(child.register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _without_data(value: Any) -> Any:

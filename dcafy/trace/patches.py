@@ -22,27 +22,11 @@ from dcafy.trace.tracer import ValueTracer
 __all__ = ["recorded_calls", "watched_functions"]
 
 _FACTORIES = (
-    "arange",
-    "empty",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "normal",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "range",
-    "scalar_tensor",
-    "tensor",
-    "zeros",
+    "arange empty eye full linspace logspace normal ones rand randint randn randperm range scalar_tensor tensor zeros"
 )
 
 
 _CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
-
 
 _Patch = tuple[Any, str, Any]
 """What has a name, the name, and what it stands for meanwhile."""
@@ -82,7 +66,7 @@ def _factories(tracer: ValueTracer) -> Iterator[_Patch]:
 
         return make
 
-    for name in _FACTORIES:
+    for name in _FACTORIES.split():
         yield torch, name, recorded(getattr(torch, name))
 
 
@@ -121,7 +105,7 @@ def _contexts(tracer: ValueTracer) -> Iterator[_Patch]:
     made = torch.autocast.__init__
 
     def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        real = tracer.device.type if device_type == "meta" else device_type  # there is none for meta tensors
+        real = tracer.evaluator.device.type if device_type == "meta" else device_type  # there is none for meta tensors
         made(self, real, *args, **kwargs)
 
     yield torch.autocast, "__init__", autocast

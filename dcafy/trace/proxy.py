@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from dcafy.graph.nodes import VALUE, node_value
+from dcafy.graph.ops import IN_PLACE
 from dcafy.graph.paths import joined
 
 __all__ = ["Answering", "Mode", "ValueProxy"]
@@ -145,7 +146,7 @@ def _in_place(name: str) -> Any:
 
 # Python falls back from x *= y to x = x * y where there is no __imul__: the user's in-place update of a
 # tensor that something else still reads would be lost.
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+for _name in IN_PLACE:
     setattr(ValueProxy, f"__{_name}__", _in_place(_name))
 
 

@@ -146,11 +146,11 @@ class Recorder(ValueTracer):
         for parameter in inspect.signature(self.root.forward).parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 continue
+            default = () if parameter.default is parameter.empty else (parameter.default,)
             if parameter.kind is parameter.VAR_POSITIONAL:
                 args += [self._placeholder(f"{parameter.name}_{i}", (), value) for i, value in enumerate(given)]
                 given = []
             elif parameter.name in by_name:
-                default = () if parameter.default is parameter.empty else (parameter.default,)
                 named[parameter.name] = self._placeholder(parameter.name, default, by_name.pop(parameter.name))
             elif parameter.kind is parameter.KEYWORD_ONLY or not given:
                 if parameter.default is parameter.empty:
@@ -162,7 +162,6 @@ class Recorder(ValueTracer):
                 else:
                     args.append(parameter.default)
             else:
-                default = () if parameter.default is parameter.empty else (parameter.default,)
                 args.append(self._placeholder(parameter.name, default, given.pop(0)))
         if given or by_name:
             raise TypeError(f"the example has {len(given) + len(by_name)} more inputs than the model's forward takes")
@@ -218,9 +217,13 @@ class Recorder(ValueTracer):
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         whole = path in self._opaque or path in self.kept_whole
-        with self._run(observing=f"{path}." if whole else None):
-            evaluate = self.evaluator.anew if whole else self.evaluator.module  # each one is looked into
-            node.meta[VALUE] = evaluate(module, values_of(args), values_of(kwargs))
+        evaluate = self.evaluator.anew if whole else self.evaluator.module  # each one is looked into
+        outer, self._observing = self._observing, f"{path}." if whole else self._observing
+        try:
+            with self.run():
+                node.meta[VALUE] = evaluate(module, values_of(args), values_of(kwargs))
+        finally:
+            self._observing = outer
         return self._result(node, args, bool(getattr(module, "inplace", False)))
 
     def _enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -304,16 +307,6 @@ class Recorder(ValueTracer):
         """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
-
-    @contextlib.contextmanager
-    def _run(self, observing: str | None) -> Iterator[None]:
-        """As :meth:`run`; the inputs of the modules inside the one at ``observing`` are kept."""
-        outer, self._observing = self._observing, observing or self._observing
-        try:
-            with self.run():
-                yield
-        finally:
-            self._observing = outer
 
 
 _TRACED = frozenset({Mode, ValueProxy})

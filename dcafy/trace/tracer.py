@@ -32,7 +32,6 @@ class ValueTracer(Answering):
     def __init__(self, evaluator: Evaluator, model: nn.Module) -> None:
         super().__init__()
         self.evaluator = evaluator
-        self.device = evaluator.device
         self.owner = ""
         self.running = False
         self.mode_read: set[str] = set()
@@ -70,7 +69,7 @@ class ValueTracer(Answering):
         if kind is collections.OrderedDict:  # fx would hand it on as a plain dict
             rows = [(key, self.create_arg(item)) for key, item in a.items()]
             return self._made(collections.OrderedDict, (rows,), a)
-        if is_record(a):
+        if is_record(kind):
             return self._made(Remake(kind), parts(a, self.create_arg), a)
         if isinstance(a, Tensor):
             return self._tensor(a).node
