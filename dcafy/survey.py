@@ -16,27 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.errors import InputError, TracingError
+from dcafy.errors import TracingError
 from dcafy.find.dataflow import Dataflow
 from dcafy.find.fusions import find
 from dcafy.find.selfattention import self_attention
-from dcafy.graph.copies import data_free_copy
-from dcafy.graph.evaluator import Evaluator
+from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import node_value
-from dcafy.graph.paths import joined
+from dcafy.graph.paths import joined, outermost
 from dcafy.link.message import message_of
 from dcafy.link.region import Region, earlier
 from dcafy.link.topology import grouped, links_in
 from dcafy.plan.blocks import Skipped
 from dcafy.plan.plan import Plan
+from dcafy.trace import Subject, judged, recorded
 from dcafy.trace.accepted import LOOKED_THROUGH, kept_whole, require_module
-from dcafy.trace.fold import CannotEnter, outermost
-from dcafy.trace.inputs import as_inputs, guesses, probe
-from dcafy.trace.islands import Observed, observe
-from dcafy.trace.recorder import Recorder
-from dcafy.trace.recording import Recording
-from dcafy.trace.witness import judged
-from dcafy.wording import reason_of
+from dcafy.trace.fold import CannotEnter
+from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
+from dcafy.trace.islands import observe
+from dcafy.trace.recording import Observed
 
 __all__ = ["Survey", "survey"]
 
@@ -74,67 +71,66 @@ def _uncollected() -> Iterator[None]:
 
 def _survey(model: nn.Module, example_inputs: Any, name: str) -> Survey:
     if example_inputs is not None:
-        inputs = as_inputs(example_inputs, model)
-        return _Surveyor(model, name).run(inputs)
-    errors = []
+        return _Surveyor(model, name).run(as_inputs(example_inputs, model))
     tried = list(guesses(model))
-    for inputs in tried:
-        try:
-            return _Surveyor(model, name).run(inputs)
-        except TracingError as error:  # noqa: PERF203 (a failed guess is the exception that is expected here)
-            errors.append(error)
     shapes = ", ".join(str(tuple(inputs[0].shape)) for inputs in tried[:4])
-    raise TracingError(
-        f"{name} ran on none of the inputs that were guessed for it ({shapes}, ...). Pass one that fits, for "
-        f"example dcafy.inspect(model, example_inputs=torch.rand(2, 3, 224, 224)). The first error was: {errors[0]}"
-    ) from errors[0]
+    return on_one_of(
+        tried,
+        lambda inputs: _Surveyor(model, name).run(inputs),
+        none=f"{name} ran on none of the inputs that were guessed for it ({shapes}, ...)",
+        call="dcafy.inspect(model,",
+    )
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is seen of a model at one size of the example."""
+
+    regions: tuple[Region, ...]
+    skipped: tuple[Skipped, ...]
 
 
 class _Surveyor:
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model = model
         self.name = name
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.evaluator = Evaluator(device)
-        self.skipped: list[Skipped] = []
+        self.evaluator = Evaluator(device_of(model))
 
     def run(self, inputs: tuple[Any, ...]) -> Survey:
-        regions = self._regions_at(inputs, 1)
+        look = self._look(inputs, 1)
         for scale in (2, 4, 8):
-            tiny = _tiny_maps(regions)
+            tiny = _tiny_maps(look)
             if not tiny:
                 break
             # On maps under 4x4 a reduction is no longer told from a plain layer: look at larger ones.
-            before = list(self.skipped)
             try:
-                larger = self._regions_at(inputs, scale)
+                larger = self._look(inputs, scale)
             except TracingError:  # the network takes the example's size only
-                self.skipped = before
                 break
-            if _count(larger) < _count(regions) or _tiny_maps(larger) == tiny:
-                self.skipped = before  # nothing was gained: detectors, for one, resize their input themselves
-                break
-            regions = larger
-        kept = tuple(region for region in regions if region.found)
+            if _count(larger) < _count(look) or _tiny_maps(larger) == tiny:
+                break  # nothing was gained: detectors, for one, resize their input themselves
+            look = larger
+        kept = tuple(region for region in look.regions if region.found)
         blocks = tuple(found.block for region in kept for found in region.found)
-        made = {region.path: links_in(region) for region in regions}
+        made = {region.path: links_in(region) for region in look.regions}
         links = [link for region in kept for link in made[region.path][0]]
-        unheard = [s for region in regions for s in (*made[region.path][1], *region.skipped)]
+        unheard = [s for region in look.regions for s in (*made[region.path][1], *region.skipped)]
         plan = Plan(
             blocks=blocks,
             chains=grouped(blocks, links, {block.name: number for number, block in enumerate(blocks)}),
-            skipped=tuple(unheard) + tuple(dict.fromkeys(self.skipped)),
+            skipped=tuple(unheard) + tuple(dict.fromkeys(look.skipped)),
             islands=tuple(region.path for region in kept if region.path),
             model=self.name,
         )
         return Survey(plan, kept, inputs)
 
-    def _regions_at(self, inputs: tuple[Any, ...], scale: int) -> list[Region]:
-        """All regions, seen with maps ``scale`` times as large as the example's."""
-        self.skipped = []
-        return list(self._regions("", Observed(probe(inputs, scale), {}, inputs), {}))
+    def _look(self, inputs: tuple[Any, ...], scale: int) -> _Look:
+        """What is seen with maps ``scale`` times as large as the example's."""
+        seen = list(self._regions("", Observed(probe(inputs, scale), {}, inputs), {}))
+        regions = tuple(one for one in seen if isinstance(one, Region))
+        return _Look(regions, tuple(one for one in seen if isinstance(one, Skipped)))
 
-    def _regions(self, path: str, observed: Observed, known: dict[str, Observed]) -> Iterator[Region]:
+    def _regions(self, path: str, observed: Observed, known: dict[str, Observed]) -> Iterator[Region | Skipped]:
         """The region of the module at ``path``; where it cannot be one, those of its submodules.
 
         ``known``: inputs of submodules, by path from the root, where somebody has seen them already.
@@ -144,40 +140,31 @@ class _Surveyor:
             yield from self._children(path, known)
             return
         whole = {inner: f"kept whole: {why}" for inner, why in kept_whole(module)}
-        self.skipped += [Skipped(joined(path, inner), why) for inner, why in whole.items()]
+        yield from (Skipped(joined(path, inner), why) for inner, why in whole.items())
         opaque = frozenset(whole)
         while True:
             try:
-                region = self._region(path, module, observed, opaque)
+                region = self._region(path, Subject(module, observed, self.evaluator, opaque))
             except CannotEnter as reason:
                 new = {inner: why for inner, why in reason.reasons.items() if inner and inner not in opaque}
                 if new:
                     opaque |= new.keys()
-                    self.skipped += [Skipped(joined(path, inner), f"kept whole: {why}") for inner, why in new.items()]
+                    yield from (Skipped(joined(path, inner), f"kept whole: {why}") for inner, why in new.items())
                     continue
                 yield from self._islands(path, module, observed, known, reason.reason)
                 return
             yield region
             break
-        seen = {joined(path, child): Observed(*inputs) for child, inputs in region.recording.observed.items()}
         for inner, why in region.recording.kept_whole.items():
-            if any(True for _ in module.get_submodule(inner).parameters()):
-                self.skipped.append(Skipped(joined(path, inner), f"kept whole, nothing was looked for in it: {why}"))
+            if _has_parameters(module.get_submodule(inner)):
+                yield Skipped(joined(path, inner), f"kept whole, nothing was looked for in it: {why}")
+        seen = {joined(path, child): inputs for child, inputs in region.recording.observed.items()}
         closed = region.recording.kept_whole.keys() | opaque
         for inner in outermost(inner for inner, _ in module.named_modules() if inner in closed):
             yield from self._children(joined(path, inner), seen)
 
-    def _region(self, path: str, module: nn.Module, observed: Observed, opaque: frozenset[str]) -> Region:
-        def record(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Recording:
-            return Recorder(self.evaluator, opaque).record(data_free_copy(module), *inputs)
-
-        inputs = (observed.args, observed.kwargs)
-        try:
-            recording = record(inputs)
-        except InputError:
-            raise
-        except Exception as error:  # a user's forward may fail in any way; the reason is told
-            raise CannotEnter({"": reason_of(error)}) from error
+    def _region(self, path: str, subject: Subject) -> Region:
+        recording = recorded(subject)
         modules = recording.modules
         flow = Dataflow(recording.graph, modules)
         found = find(flow, path)
@@ -187,20 +174,14 @@ class _Surveyor:
         region = Region(path, recording, found, messages, before, skipped, flow.order)
         if len(found) < 2:  # there is nothing to connect, and the graph is for looking only
             return region
-        try:
-            verdict = judged(recording, self.evaluator, inputs, record)
-        except Exception as error:  # as above, of the forward at another size
-            raise CannotEnter({"": reason_of(error)}) from error
-        if verdict.baked:
-            raise CannotEnter(verdict.baked)
-        region = dataclasses.replace(region, recording=dataclasses.replace(recording, held=verdict.held))
+        region = dataclasses.replace(region, recording=judged(subject, recording))
         region.fold(tuple(links_in(region)[0]))
         return region
 
     def _islands(
         self, path: str, module: nn.Module, observed: Observed, known: dict[str, Observed], reason: str
-    ) -> Iterator[Region]:
-        self.skipped.append(Skipped(path or self.name, f"not traced as a whole: {reason}"))
+    ) -> Iterator[Region | Skipped]:
+        yield Skipped(path or self.name, f"not traced as a whole: {reason}")
         if not any(child.startswith(f"{path}.") for child in known):
             inside = observe(module, observed, self.evaluator)
             if isinstance(inside, str):
@@ -211,11 +192,11 @@ class _Surveyor:
             known = {joined(path, child): inputs for child, inputs in inside.items()}
         yield from self._children(path, known)
 
-    def _children(self, path: str, known: dict[str, Observed]) -> Iterator[Region]:
+    def _children(self, path: str, known: dict[str, Observed]) -> Iterator[Region | Skipped]:
         """The regions of the modules directly inside one that has no graph of its own."""
         for name, module in self.model.get_submodule(path).named_children():
             child = joined(path, name)
-            if not any(True for _ in module.parameters()) or not any(True for _ in module.children()):
+            if not _has_parameters(module) or next(module.children(), None) is None:
                 continue
             if child in known:
                 yield from self._regions(child, known[child], known)
@@ -223,14 +204,18 @@ class _Surveyor:
                 yield from self._children(child, known)
 
 
-def _count(regions: list[Region]) -> int:
-    return sum(len(region.found) for region in regions)
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
-def _tiny_maps(regions: list[Region]) -> list[tuple[str, torch.Size]]:
+def _count(look: _Look) -> int:
+    return sum(len(region.found) for region in look.regions)
+
+
+def _tiny_maps(look: _Look) -> list[tuple[str, torch.Size]]:
     """The convolutions that yield maps under 4x4 from larger ones, and the sizes of the maps."""
     tiny = []
-    for region in regions:
+    for region in look.regions:
         modules = region.modules
         for node in region.recording.graph.nodes:
             if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.Conv2d | nn.Conv3d):

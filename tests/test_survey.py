@@ -14,8 +14,9 @@ from trained import seeded
 import dcafy
 from dcafy.errors import TracingError
 from dcafy.graph.evaluator import Evaluator
-from dcafy.trace.islands import Observed, observe
+from dcafy.trace.islands import observe
 from dcafy.trace.recorder import Recorder
+from dcafy.trace.recording import Observed
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -26,9 +27,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     record = Recorder.record
 
-    def counted(self: Recorder, model: nn.Module, *inputs: Any) -> Any:
-        names.append(type(model).__name__)
-        return record(self, model, *inputs)
+    def counted(self: Recorder) -> Any:
+        names.append(type(self.model).__name__)
+        return record(self)
 
     monkeypatch.setattr(Recorder, "record", counted)
     return names

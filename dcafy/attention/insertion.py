@@ -25,6 +25,7 @@ from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError, UsageError
 from dcafy.graph.copies import own_copy, shared_copy
 from dcafy.graph.emitted import EmittedModule
+from dcafy.graph.evaluator import device_of
 from dcafy.graph.nodes import OWNER
 from dcafy.graph.paths import free_name, joined
 from dcafy.plan.options import Init
@@ -111,7 +112,7 @@ def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init:
         module: nn.Module = _selective(unit.kernel, host, reduction)
     else:
         reads = (unit.end,)
-        with torch.device(_device(host)):
+        with torch.device(device_of(host)):
             module = ATTENTIONS[attention].build(unit.channels, reduction, init, unit.side)
     folded = _folded(unit, reads)
     name = free_name(host, attention.replace("-", "_"))
@@ -147,7 +148,7 @@ def _selective(kernel: Kernel, host: nn.Module, reduction: int) -> SK:
         # As much more padding as the larger reach takes, so that both branches' maps have one size.
         reach = zip(padding, old.dilation, old.kernel_size, strict=True)
         padding = tuple(p + d * (k - 1) // 2 for p, d, k in reach)
-    with torch.device(_device(host)):
+    with torch.device(device_of(host)):
         convolution = nn.Conv2d(
             old.in_channels,
             old.out_channels,
@@ -172,10 +173,6 @@ def _norm_and_activation(kernel: Kernel, host: nn.Module) -> list[nn.Module]:
     if kernel.activation.op == "call_module":
         return [norm, copying.deepcopy(host.get_submodule(str(kernel.activation.target)))]
     return [norm, nn.ReLU()]
-
-
-def _device(host: nn.Module) -> torch.device:
-    return next((p.device for p in host.parameters()), torch.device("cpu"))
 
 
 def _dtype(host: nn.Module) -> torch.dtype:

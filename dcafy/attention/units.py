@@ -7,28 +7,24 @@ does: where it also occurs without the addition (MobileNetV2 with stride 2), tho
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from dcafy.errors import InputError, TracingError
-from dcafy.graph.copies import data_free_copy
-from dcafy.graph.evaluator import Evaluator
+from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import OWNER, node_value
 from dcafy.graph.ops import Op, op_name, op_of
-from dcafy.graph.paths import joined
-from dcafy.trace.inputs import as_inputs, guesses, probe
-from dcafy.trace.islands import Observed, observe
-from dcafy.trace.recorder import Recorder
-from dcafy.trace.recording import Recording, passed_through
-from dcafy.trace.witness import judged
-from dcafy.wording import reason_of
+from dcafy.graph.paths import joined, outermost
+from dcafy.trace import Subject, judged, recorded
+from dcafy.trace.fold import CannotEnter
+from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
+from dcafy.trace.islands import observe
+from dcafy.trace.recording import Observed, Recording, passed_through
 
 __all__ = ["Kernel", "Unit", "units"]
 
@@ -85,24 +81,18 @@ def units(model: nn.Module, where: str = "auto", example_inputs: Any = None) -> 
     there is none the outermost modules that match. Raises ``InputError`` where there is nothing, or
     where a module's output is no map ``[N, C, H, W]``; ``TracingError`` where the model does not run.
     """
-    errors: list[str] = []
-    tried = [as_inputs(example_inputs, model)] if example_inputs is not None else list(guesses(model))
-    for inputs in tried:
-        search = _Search(model)
-        try:
-            return search.units(where, Observed(probe(inputs), {}, inputs))
-        except TracingError as error:
-            errors.append(str(error))
-    raise TracingError(
-        f"{type(model).__name__} ran on none of the inputs that were tried. Pass one that fits, for example "
-        f"dcafy.insert(model, 'se', example_inputs=torch.rand(2, 3, 224, 224)). The first error was: {errors[0]}"
+    return on_one_of(
+        [as_inputs(example_inputs, model)] if example_inputs is not None else guesses(model),
+        lambda inputs: _Search(model).units(where, Observed(probe(inputs), {}, inputs)),
+        none=f"{type(model).__name__} ran on none of the inputs that were tried",
+        call="dcafy.insert(model, 'se',",
     )
 
 
 class _Search:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.evaluator = Evaluator(next((p.device for p in model.parameters()), torch.device("cpu")))
+        self.evaluator = Evaluator(device_of(model))
 
     def units(self, where: str, inputs: Observed) -> tuple[Unit, ...]:
         found = self._residual(inputs)
@@ -141,35 +131,29 @@ class _Search:
         """(path, inputs, whether its own forward adds two maps) of every module that is called."""
         module = self.model.get_submodule(path)
         try:
-            recording = Recorder(self.evaluator).record(data_free_copy(module), inputs.args, inputs.kwargs)
-        except Exception as error:  # a user's forward may fail in any way; its submodules may be fine
-            yield from self._calls_inside(path, module, inputs, reason_of(error))
+            recording = recorded(Subject(module, inputs, self.evaluator))
+        except (CannotEnter, InputError) as error:  # its submodules may be fine
+            inside = observe(module, inputs, self.evaluator)
+            if isinstance(inside, str):
+                raise TracingError(
+                    f"{path or type(module).__name__} could not be traced ({error}) nor run ({inside})."
+                ) from error
+            yield from self._outermost(path, inside)
             return
-        modules = dict(recording.model.named_modules())
-        adding = {str(node.meta.get(OWNER, "")) for node in recording.graph.nodes if _added(node, modules)}
+        adding = {str(node.meta.get(OWNER, "")) for node in recording.graph.nodes if _added(node, recording.modules)}
         for call in recording.calls:
             seen = Observed(map_arg(call.args, node_value), map_arg(call.kwargs, node_value))
             yield joined(path, call.path), seen, call.path in adding
-        seen_inside = {child: Observed(*arguments) for child, arguments in recording.observed.items()}
         for whole in recording.kept_whole:
-            yield from self._outermost(path, {c: o for c, o in seen_inside.items() if c.startswith(f"{whole}.")})
-
-    def _calls_inside(
-        self, path: str, module: nn.Module, inputs: Observed, reason: str
-    ) -> Iterator[tuple[str, Observed, bool]]:
-        inside = observe(module, inputs, self.evaluator)
-        if isinstance(inside, str):
-            raise TracingError(f"{path or type(module).__name__} could not be traced ({reason}) nor run ({inside}).")
-        yield from self._outermost(path, inside)
+            yield from self._outermost(path, {c: o for c, o in recording.observed.items() if c.startswith(f"{whole}.")})
 
     def _outermost(self, path: str, inside: dict[str, Observed]) -> Iterator[tuple[str, Observed, bool]]:
         """What is called in those called modules that lie in no other one of them."""
-        for child, seen in inside.items():
-            if not any(child.startswith(f"{other}.") for other in inside):
-                yield from self._below(joined(path, child), seen)
+        for child in outermost(inside):
+            yield from self._below(joined(path, child), inside[child])
 
     def _below(self, path: str, inputs: Observed) -> Iterator[tuple[str, Observed, bool]]:
-        if not any(True for _ in self.model.get_submodule(path).children()):
+        if not _has_children(self.model.get_submodule(path)):
             return
         try:
             yield from self._calls(path, inputs)
@@ -191,35 +175,25 @@ class _Search:
         return Unit(path, recording, end, shape.kernel(end))
 
     def _recorded(self, path: str, call: Observed) -> Recording:
-        module = self.model.get_submodule(path)
-
-        def record(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Recording:
-            return Recorder(self.evaluator).record(data_free_copy(module), *inputs)
-
-        inputs = (call.args, call.kwargs)
+        subject = Subject(self.model.get_submodule(path), call, self.evaluator)
         try:
-            recording = record(inputs)
-            verdict = judged(recording, self.evaluator, inputs, record)
-        except Exception as error:  # as above; here the user asked for this very module
-            raise InputError(f"{path} cannot be given attention: {reason_of(error)}.") from error
-        for reason in verdict.baked.values():
-            raise InputError(f"{path} cannot be given attention: {reason}.")
-        return dataclasses.replace(recording, held=verdict.held)
+            return judged(subject, recorded(subject))
+        except (CannotEnter, InputError) as error:  # here the user asked for this very module
+            raise InputError(f"{path} cannot be given attention: {error}.") from error
 
     def _matching(self, where: str, inputs: Observed) -> dict[str, Unit]:
         """The outermost called modules whose paths match, residual or not."""
         seen = observe(self.model, inputs, self.evaluator)
         if isinstance(seen, str):
             raise TracingError(seen)
-        paths = [path for path in seen if fnmatch.fnmatchcase(path, where)]
-        outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
-        if not outermost:
+        paths = outermost(path for path in seen if fnmatch.fnmatchcase(path, where))
+        if not paths:
             raise InputError(
                 f"where={where!r} matches no module that {type(self.model).__name__} calls. "
                 f"Its modules are: {self._some(seen)}."
             )
         found = {}
-        for path in outermost:
+        for path in paths:
             unit = self._unit(path, seen[path], residual=False)
             if unit is None:
                 raise InputError(
@@ -231,7 +205,7 @@ class _Search:
 
     def _nothing(self) -> str:
         name = type(self.model).__name__
-        paths = [path for path, module in self.model.named_modules() if path and any(True for _ in module.children())]
+        paths = [path for path, module in self.model.named_modules() if path and _has_children(module)]
         example = paths[0] if paths else "features"
         return (
             f"{name} has no residual or bottleneck units with convolutions, at whose ends where='auto' would put "
@@ -249,7 +223,7 @@ class _Shape:
 
     def __init__(self, recording: Recording) -> None:
         self.graph = recording.graph
-        self.modules = dict(recording.model.named_modules())
+        self.modules = recording.modules
         self.behind: dict[fx.Node, set[fx.Node]] = {}
         for node in self.graph.nodes:
             own = {node} if node.op == "placeholder" or _is_kernel(node, self.modules) else set()
@@ -338,6 +312,10 @@ class _Shape:
         while len(users) == 1 and isinstance(self.modules.get(str(users[0].target)), nn.Identity):
             users = list(users[0].users)
         return users[0] if len(users) == 1 else None
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _takes_a_map(call: Observed) -> bool:

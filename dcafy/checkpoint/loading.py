@@ -19,6 +19,7 @@ from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connect
 from dcafy.conversion import convert
 from dcafy.emit.dca import connected_modules, is_connected
 from dcafy.errors import CheckpointError, DcafyError, InputError
+from dcafy.graph.nodes import mapped_tensors
 from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import from_data
 from dcafy.wording import printable
@@ -183,17 +184,7 @@ def _converted(network: nn.Module, description: Description, *, copy: bool) -> n
 def _cast(inputs: Any, network: nn.Module) -> Any:
     """``inputs`` in the dtype of the network, which may have been cast after it was converted."""
     dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.is_floating_point() else value
-        if isinstance(value, tuple | list):
-            return type(value)(cast(item) for item in value)
-        if isinstance(value, dict):
-            return {key: cast(item) for key, item in value.items()}
-        return value
-
-    return cast(inputs)
+    return mapped_tensors(inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)
 
 
 def _require_data(model: nn.Module) -> None:

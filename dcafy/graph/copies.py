@@ -27,7 +27,7 @@ def data_free_copy(model: nn.Module) -> nn.Module:
         module.__dict__["training"] = False
         if isinstance(module, nn.DataParallel):
             module.device_ids = []  # there is nothing to scatter
-        for name in _HOOKS:
+        for name in _HOOKS.split():
             if module.__dict__.get(name):
                 module.__dict__[name] = collections.OrderedDict()
     return twin
@@ -155,13 +155,8 @@ def _copied(value: Any, memo: dict[int, Any], tensor_of: Callable[[Tensor], Tens
 
 
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+    "_forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks "
+    "_forward_pre_hooks_with_kwargs _backward_hooks _backward_pre_hooks"
 )
 
 

@@ -31,7 +31,7 @@ class EmittedModule(fx.GraphModule):
         own = dict(self.__dict__)
         self.__dict__.update(host.__dict__)
         self.__dict__.pop("forward", None)
-        for name in _GRAPH_STATE:
+        for name in _GRAPH_STATE.split():
             if name in own:
                 self.__dict__[name] = own[name]
         # Which class the network is of shows nowhere else: a GraphModule is a class of its own.
@@ -93,16 +93,8 @@ class EmittedModule(fx.GraphModule):
 
 
 _GRAPH_STATE = (
-    "_graph",
-    "_code",
-    "_tracer_cls",
-    "_tracer_extras",
-    "meta",
-    "_replace_hooks",
-    "_create_node_hooks",
-    "_erase_node_hooks",
-    "_deepcopy_hooks",
-    "shape_env",
+    "_graph _code _tracer_cls _tracer_extras meta _replace_hooks _create_node_hooks _erase_node_hooks "
+    "_deepcopy_hooks shape_env"
 )
 """What belongs to a ``GraphModule`` itself and not to the network in it."""
 

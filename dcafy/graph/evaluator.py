@@ -13,35 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["KEEPS_LAYOUT", "Evaluator"]
+__all__ = ["KEEPS_LAYOUT", "Evaluator", "device_of"]
 
 
-KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(
-    {
-        nn.BatchNorm1d,
-        nn.BatchNorm2d,
-        nn.BatchNorm3d,
-        nn.Dropout,
-        nn.Dropout2d,
-        nn.ELU,
-        nn.GELU,
-        nn.Hardsigmoid,
-        nn.Hardswish,
-        nn.Hardtanh,
-        nn.Identity,
-        nn.LeakyReLU,
-        nn.Mish,
-        nn.PReLU,
-        nn.ReLU,
-        nn.ReLU6,
-        nn.SiLU,
-        nn.Sigmoid,
-        nn.Softmax,
-        nn.Softplus,
-        nn.Tanh,
-    }
+_KEEP_LAYOUT = (
+    "BatchNorm1d BatchNorm2d BatchNorm3d Dropout Dropout2d ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU "
+    "Mish PReLU ReLU ReLU6 SiLU Sigmoid Softmax Softplus Tanh"
 )
+
+KEEPS_LAYOUT: frozenset[type[nn.Module]] = frozenset(getattr(nn, name) for name in _KEEP_LAYOUT.split())
 """Layers whose output is like their input."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter; the CPU where it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 class Evaluator:
@@ -63,16 +49,11 @@ class Evaluator:
                 return _adaptively_pooled(args[0], module.output_size, _ADAPTIVE[type(module)])
             if isinstance(module, _RECURRENT) and args[0].ndim == 3:
                 return _recurrent(module, args[0])
-        try:
-            key = (self._structure(module), _key(args), _key(kwargs))
-        except _NoKey:
-            with torch.no_grad():
-                return module(*args, **kwargs)
-        return self._once(key, lambda: module(*args, **kwargs))
+        return self._once(module, self._structure, args, kwargs)
 
     def anew(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a module's output, by running it whatever is known of others like it."""
-        if not any(True for _ in module.children()):
+        if next(module.children(), None) is None:
             return self.module(module, args, kwargs)
         with torch.no_grad():
             return module(*args, **kwargs)
@@ -102,12 +83,7 @@ class Evaluator:
             return self.device  # a model that asks for the device is told its own, never "meta"
         if target in _ADAPTIVE and len(args) == 2 and not kwargs:
             return _adaptively_pooled(args[0], args[1], _ADAPTIVE[target])
-        try:
-            key = (target, _key(args), _key(kwargs))
-        except _NoKey:
-            with torch.no_grad():
-                return target(*args, **kwargs)
-        return self._once(key, lambda: target(*args, **kwargs))
+        return self._once(target, lambda function: function, args, kwargs)
 
     def method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a method call on ``args[0]``."""
@@ -125,10 +101,15 @@ class Evaluator:
             return self.method(str(node.target), args, kwargs)
         return self.function(node.target, args, kwargs)  # type: ignore[arg-type]
 
-    def _once(self, key: Any, run: Callable[[], Any]) -> Any:
+    def _once(self, call: Any, known_as: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            key = (known_as(call), _key(args), _key(kwargs))
+        except _NoKey:
+            with torch.no_grad():
+                return call(*args, **kwargs)
         if key not in self._seen:
             with torch.no_grad():
-                self._seen[key] = run()
+                self._seen[key] = call(*args, **kwargs)
         return self._seen[key]
 
 

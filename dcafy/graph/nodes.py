@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 __all__ = [
     "OWNER",
@@ -16,9 +18,11 @@ __all__ = [
     "Remake",
     "as_plain",
     "is_record",
+    "leaves",
+    "mapped",
+    "mapped_tensors",
     "node_value",
     "parts",
-    "remapped",
     "tensors_in",
     "values_of",
 ]
@@ -27,66 +31,110 @@ __all__ = [
 VALUE = "value"
 """The key of a node's value in ``node.meta``."""
 
+OWNER = "owner"
+"""The key, in ``node.meta``, of the path of the module whose forward made the node."""
+
 
 def node_value(node: fx.Node) -> Any:
     """What ``node`` computes on the example: a meta tensor, a number, a tuple, ... or ``None``."""
     return node.meta.get(VALUE)
 
 
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """The tensors inside nested tuples, lists, dicts and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for part in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, part.name))
-
-
 def values_of(arguments: Any) -> Any:
     """``arguments`` with every proxy and node replaced by its value."""
-    kind = type(arguments)
+    return mapped(arguments, _value)
+
+
+def _value(leaf: Any) -> Any:
+    kind = type(leaf)
     if issubclass(kind, fx.Proxy):
-        return node_value(arguments.node)
+        return node_value(leaf.node)
     if kind is fx.Node:
-        return node_value(arguments)
-    if hasattr(kind, "__fx_create_arg__"):  # a mode, which is recorded as in eval
-        return False
-    if kind is tuple or kind is list:
-        return kind([values_of(item) for item in arguments])
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return kind(*[values_of(item) for item in arguments])
-    if kind is dict or kind is collections.OrderedDict:
-        return kind((key, values_of(item)) for key, item in arguments.items())
-    if is_record(arguments):
-        return remapped(arguments, values_of)
-    if kind is slice:
-        return slice(values_of(arguments.start), values_of(arguments.stop), values_of(arguments.step))
-    if dataclasses.is_dataclass(arguments) and not isinstance(arguments, type):
-        return dataclasses.replace(
-            arguments, **{f.name: values_of(getattr(arguments, f.name)) for f in dataclasses.fields(arguments)}
+        return node_value(leaf)
+    return False if hasattr(kind, "__fx_create_arg__") else leaf  # a mode, which is recorded as in eval
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors inside nested tuples, lists, dicts and dataclasses."""
+    return (leaf for leaf in leaves(value) if isinstance(leaf, Tensor))
+
+
+def mapped_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``value`` with every tensor in it changed, and the rest as it is."""
+    return mapped(value, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+# --- values inside values -----------------------------------------------------------------------------------
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with what is in its containers, at any depth, changed; each container is a new one of its class.
+
+    >>> mapped({"sizes": (1, [2, 3])}, lambda n: n + 1)
+    {'sizes': (2, [3, 4])}
+    """
+    kind: Any = type(value)
+    if kind is tuple or kind is list:  # nearly all of them
+        return kind([mapped(item, change) for item in value])
+    container = _container(kind)
+    return change(value) if container is None else container.remade(value, lambda item: mapped(item, change))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What :func:`mapped` changes: everything in ``value`` that is no container, in order."""
+    kind: Any = type(value)
+    container = _container(kind)
+    if container is None:
+        yield value
+    else:
+        for item in container.items(value):
+            yield from leaves(item)
+
+
+@dataclass(frozen=True)
+class _Container:
+    """What a container holds, and how one like it is made that holds the same, changed."""
+
+    items: Callable[[Any], Iterable[Any]]
+    remade: Callable[[Any, Callable[[Any], Any]], Any]
+
+
+@functools.lru_cache(maxsize=512)
+def _container(kind: type[Any]) -> _Container | None:
+    """How instances of ``kind`` hold others, which its class alone says: a proxy claims to be what it stands for."""
+    if issubclass(kind, tuple | list):
+        made = getattr(kind, "_make", kind)  # a named tuple takes its items one by one
+        made = list if kind.__module__.startswith("torch.fx.") else made  # fx's own lists cannot be appended to
+        return _Container(iter, lambda value, change: made([change(item) for item in value]))
+    if is_record(kind):
+        return _Container(lambda value: value.values(), lambda value, change: Remake(kind)(*parts(value, change)))
+    if issubclass(kind, dict):
+        plain = collections.OrderedDict if issubclass(kind, collections.OrderedDict) else dict
+        return _Container(
+            lambda value: value.values(), lambda value, change: plain((k, change(item)) for k, item in value.items())
         )
-    if issubclass(kind, list):
-        return [values_of(item) for item in arguments]
-    return arguments
+    if kind is slice:
+        return _Container(
+            lambda value: (value.start, value.stop, value.step),
+            lambda value, change: slice(change(value.start), change(value.stop), change(value.step)),
+        )
+    if dataclasses.is_dataclass(kind) and not issubclass(kind, nn.Module):
+        return _Container(lambda value: [getattr(value, part.name) for part in dataclasses.fields(value)], _dataclass)
+    return None
 
 
-OWNER = "owner"
-"""The key, in ``node.meta``, of the path of the module whose forward made the node."""
+def _dataclass(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy with its fields changed, and what its class derived from them; no constructor is asked."""
+    twin = copy.copy(value)
+    for name in dict.fromkeys((*(part.name for part in dataclasses.fields(value)), *getattr(value, "__dict__", ()))):
+        object.__setattr__(twin, name, change(getattr(value, name)))
+    return twin
 
 
-_PLAIN = (dict, collections.OrderedDict)
-
-
-def is_record(value: Any) -> bool:
-    """Whether ``value`` is a dictionary of a class that has attributes or ways of its own."""
-    kind = type(value)
-    return issubclass(kind, dict) and kind not in _PLAIN and not kind.__module__.startswith("torch.fx.")
+def is_record(kind: type[Any]) -> bool:
+    """Whether an instance of ``kind`` is a dictionary of a class that has attributes or ways of its own."""
+    plain = (dict, collections.OrderedDict)
+    return issubclass(kind, dict) and kind not in plain and not kind.__module__.startswith("torch.fx.")
 
 
 @dataclass(frozen=True)
@@ -110,11 +158,6 @@ class Remake:
         return record
 
 
-def remapped(record: dict[Any, Any], change: Callable[[Any], Any]) -> Any:
-    """A record of the same class with everything in it changed."""
-    return Remake(type(record))(*parts(record, change))
-
-
 def parts(record: dict[Any, Any], change: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
     """The items and the attributes of a record, changed: what :class:`Remake` takes."""
     items = [(key, change(item)) for key, item in dict.items(record)]
@@ -123,4 +166,4 @@ def parts(record: dict[Any, Any], change: Callable[[Any], Any]) -> tuple[list[An
 
 def as_plain(value: Any) -> Any:
     """``value``, with what it has under its keys as a plain dictionary where it is a record."""
-    return dict(dict.items(value)) if is_record(value) else value
+    return dict(dict.items(value)) if is_record(type(value)) else value

@@ -6,12 +6,11 @@ import enum
 import operator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from dcafy.plan.gates import GATES
 
-__all__ = ["Op", "alters_argument", "gate_of", "has_parameters", "op_name", "op_of"]
+__all__ = ["IN_PLACE", "Op", "alters_argument", "gate_of", "has_parameters", "op_name", "op_of"]
 
 
 class Op(enum.Enum):
@@ -108,7 +107,7 @@ def has_parameters(module: nn.Module | None) -> bool:
     """Whether the module holds weights (and is more than a parametrised activation)."""
     if module is None or isinstance(module, nn.PReLU):
         return False
-    return any(True for _ in module.parameters()) or isinstance(module, nn.modules.batchnorm._NormBase)
+    return next(module.parameters(), None) is not None or isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 def op_of(node: fx.Node, modules: dict[str, nn.Module]) -> Op:
@@ -141,22 +140,10 @@ def _bounded_both_ways(node: fx.Node) -> bool:
     return len(given) >= 2
 
 
-_IN_PLACE = frozenset(
-    {
-        operator.iadd,
-        operator.isub,
-        operator.imul,
-        operator.itruediv,
-        operator.ifloordiv,
-        operator.ipow,
-        operator.imod,
-        operator.imatmul,
-        operator.iand,
-        operator.ior,
-        operator.ixor,
-        operator.setitem,
-    }
-)
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+"""The functions of ``operator`` that stand for ``x += y`` and its like."""
+
+_IN_PLACE = frozenset(getattr(operator, name) for name in (*IN_PLACE, "setitem"))
 
 
 def alters_argument(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -176,11 +163,6 @@ def alters_argument(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 _POSITIONAL_INPLACE = frozenset(
-    {
-        torch.nn.functional.relu,
-        torch.nn.functional.relu6,
-        torch.nn.functional.hardsigmoid,
-        torch.nn.functional.hardswish,
-        torch.nn.functional.silu,
-    }
+    getattr(nn.functional, name) for name in ("relu", "relu6", "hardsigmoid", "hardswish", "silu")
 )
+"""What takes ``inplace`` by position, too."""

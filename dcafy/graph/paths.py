@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-__all__ = ["above", "free_name", "holder", "joined", "put"]
+__all__ = ["above", "free_name", "holder", "joined", "outermost", "put", "within"]
 
 
 def joined(*parts: str) -> str:
@@ -27,6 +27,17 @@ def above(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
+
+
+def within(path: str, around: str) -> bool:
+    """Whether ``path`` is that of the module ``around``, or of one inside it."""
+    return not around or f"{path}.".startswith(f"{around}.")
+
+
+def outermost(paths: Iterable[str]) -> tuple[str, ...]:
+    """The modules, by path, that lie inside no other one of them."""
+    known = tuple(dict.fromkeys(paths))
+    return tuple(path for path in known if not any(other != path and within(path, other) for other in known))
 
 
 def holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:

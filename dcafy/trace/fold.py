@@ -19,11 +19,12 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from dcafy.graph.nodes import OWNER, VALUE, node_value
+from dcafy.graph.nodes import OWNER, VALUE, leaves, node_value
 from dcafy.graph.ops import alters_argument
+from dcafy.graph.paths import outermost
 from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
 
-__all__ = ["CannotEnter", "Folded", "fold", "outermost"]
+__all__ = ["CannotEnter", "Folded", "fold"]
 
 
 class CannotEnter(Exception):
@@ -33,14 +34,6 @@ class CannotEnter(Exception):
         self.reasons = {path: reasons[path] for path in outermost(reasons)}
         self.path, self.reason = next(iter(self.reasons.items()))
         super().__init__(self.reason)
-
-
-def outermost(paths: Iterable[str]) -> tuple[str, ...]:
-    """The modules, by path, that lie inside no other one of them."""
-    known = tuple(dict.fromkeys(paths))
-    if "" in known:
-        return ("",)
-    return tuple(path for path in known if not any(path.startswith(f"{other}.") for other in known))
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ class _Fold:
         nodes = set(call.nodes)
         if not self.visible.isdisjoint(nodes) or not _foldable(call.output):
             return False
-        outputs = set(_nodes_in(call.output))
+        outputs = {leaf for leaf in leaves(call.output) if isinstance(leaf, fx.Node)}
         for node in call.nodes:
             # What the call altered in place and did not return is still the caller's own tensor.
             own = node not in outputs and self._base(node) in nodes
@@ -169,31 +162,23 @@ class _Fold:
         if isinstance(output, fx.Node):
             self.image.setdefault(output, node)
             return
-        items = output.items() if isinstance(output, dict) else enumerate(output) if _is_sequence(output) else ()
-        for key, item in items:
-            if any(True for _ in _nodes_in(item)):
+        for key, item in _items(output):
+            if any(isinstance(leaf, fx.Node) for leaf in leaves(item)):
                 part = self.graph.call_function(operator.getitem, (node, key))
                 self._bind(item, part)
 
 
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, tuple | list)
+def _items(output: Any) -> Iterable[tuple[Any, Any]]:
+    """What can be taken out of a module's output, by key or index."""
+    if isinstance(output, dict):
+        return output.items()
+    return enumerate(output) if isinstance(output, tuple | list) else ()
 
 
 def _foldable(output: Any) -> bool:
-    if isinstance(output, fx.Node):
-        return True
-    if isinstance(output, dict):
-        return all(_foldable(item) for item in output.values())
-    if _is_sequence(output):
-        return all(_foldable(item) for item in output)
-    return isinstance(output, int | float | str | bool | type(None))
-
-
-def _nodes_in(value: Any) -> Iterable[fx.Node]:
-    found: list[fx.Node] = []
-    map_arg(value, lambda node: found.append(node))
-    return found
+    if isinstance(output, dict | tuple | list):
+        return all(_foldable(item) for _, item in _items(output))
+    return isinstance(output, fx.Node | int | float | str | bool | type(None))
 
 
 _QUERIES = frozenset({getattr, operator.getitem})

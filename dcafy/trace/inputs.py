@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dcafy.errors import InputError
-from dcafy.graph.nodes import tensors_in
+from dcafy.errors import InputError, TracingError
+from dcafy.graph.evaluator import device_of
+from dcafy.graph.nodes import mapped_tensors, tensors_in
 
-__all__ = ["as_data", "as_inputs", "from_data", "guesses", "probe", "real_inputs"]
+__all__ = ["as_data", "as_inputs", "from_data", "guesses", "on_one_of", "probe", "real_inputs"]
+
+R = TypeVar("R")
 
 _SIDES = {1: (16000, 4096, 1024, 256), 2: (224, 256, 299, 320, 384, 512, 128, 96, 64, 32), 3: (112, 64, 224, 32)}
 """Usual lengths, image sides and frame sides, most usual first."""
@@ -24,19 +27,20 @@ _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv
 def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
     """The positional inputs of ``model`` that a user's ``example_inputs`` stands for; ``InputError`` where it is none.
 
-    A dict whose keys are all names of the forward's parameters gives these; any other one is an input itself.
+    A dict or a named tuple whose names are all parameters of the forward gives these; any other one is an input itself.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    named = example_inputs._asdict() if hasattr(example_inputs, "_fields") else example_inputs
+    inputs = example_inputs if isinstance(named, tuple) else (example_inputs,)
     parameters = inspect.signature(model.forward).parameters
-    if isinstance(example_inputs, Mapping) and example_inputs and parameters.keys() >= set(example_inputs):
-        inputs = _by_position(example_inputs, parameters)
+    if isinstance(named, Mapping) and named and parameters.keys() >= set(named):
+        inputs = _by_position(named, parameters)
     for value in tensors_in(inputs):
         if value.numel() == 0:
             raise InputError(
                 f"The example input has the shape {tuple(value.shape)}, which holds no elements. "
                 "Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
             )
-    if not any(True for _ in tensors_in(inputs)):
+    if next(tensors_in(inputs), None) is None:
         raise InputError(
             "example_inputs must be a tensor, a tuple of positional inputs or a dict of inputs by name, with a tensor "
             f"in it, not {type(example_inputs).__name__}. Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
@@ -60,37 +64,31 @@ def _by_position(named: Mapping[str, Any], parameters: Mapping[str, inspect.Para
 
 def probe(inputs: Any, scale: int = 1) -> Any:
     """``inputs`` without data, with a batch of at least 2 and maps ``scale`` times as large."""
-    if isinstance(inputs, Tensor):
-        shape = list(inputs.shape)
+
+    def blank(value: Tensor) -> Tensor:
+        shape = list(value.shape)
         if len(shape) > 1:
             shape[0] = max(shape[0], 2)
         if len(shape) > 3:
             shape[2:] = [n * scale for n in shape[2:]]
-        return torch.empty(shape, dtype=inputs.dtype, device="meta")
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(probe(item, scale) for item in inputs)
-    if isinstance(inputs, dict):
-        return {key: probe(item, scale) for key, item in inputs.items()}
-    return inputs
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    return mapped_tensors(inputs, blank)
 
 
 def real_inputs(inputs: Any, model: nn.Module) -> Any:
     """``inputs`` with data (a guess is made of meta tensors), on the model's device, without touching the RNG."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
 
-    def fill(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.device.type == "meta":
-            if not value.is_floating_point():
-                return torch.zeros(value.shape, dtype=value.dtype, device=device)
-            return torch.rand(value.shape, generator=generator).to(device=device, dtype=value.dtype)
-        if isinstance(value, tuple | list):
-            return type(value)(fill(item) for item in value)
-        if isinstance(value, dict):
-            return {key: fill(item) for key, item in value.items()}
-        return value
+    def fill(value: Tensor) -> Tensor:
+        if value.device.type != "meta":
+            return value
+        if not value.is_floating_point():
+            return torch.zeros(value.shape, dtype=value.dtype, device=device)
+        return torch.rand(value.shape, generator=generator).to(device=device, dtype=value.dtype)
 
-    return fill(inputs)
+    return mapped_tensors(inputs, fill)
 
 
 _SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "list": list}
@@ -134,7 +132,7 @@ def from_data(data: Any) -> tuple[Any, ...]:
         inputs = _restored(data)
     except RuntimeError as error:  # a shape beyond all bounds, or lists in lists without end
         raise ValueError(str(error)[:80]) from error
-    if not isinstance(inputs, tuple) or not any(True for _ in tensors_in(inputs)):
+    if not isinstance(inputs, tuple) or next(tensors_in(inputs), None) is None:
         raise ValueError("the inputs are no tuple with a tensor in it")
     if sum(value.numel() for value in tensors_in(inputs)) > _MOST:
         raise ValueError("the inputs are too large")
@@ -163,6 +161,24 @@ def guesses(model: nn.Module) -> Iterator[tuple[Tensor, ...]]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for shape in dict.fromkeys(_shapes(model)):
         yield (torch.empty((2, *shape), dtype=dtype, device="meta"),)
+
+
+def on_one_of(tried: Iterable[tuple[Any, ...]], run: Callable[[tuple[Any, ...]], R], none: str, call: str) -> R:
+    """What ``run`` gives on the first of the inputs on which it raises no ``TracingError``.
+
+    Where there is none, ``TracingError`` says so with ``none``, the ``call`` that would take better inputs, and the
+    first of the errors.
+    """
+    errors = []
+    for inputs in tried:
+        try:
+            return run(inputs)
+        except TracingError as error:  # noqa: PERF203 (a failed guess is the exception that is expected here)
+            errors.append(error)
+    raise TracingError(
+        f"{none}. Pass one that fits, for example {call} example_inputs=torch.rand(2, 3, 224, 224)). "
+        f"The first error was: {errors[0]}"
+    ) from errors[0]
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:

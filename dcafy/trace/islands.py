@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +11,12 @@ from torch import Tensor, nn
 
 from dcafy.graph.copies import data_free_copy, shared_copy
 from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator
-from dcafy.graph.nodes import tensors_in
+from dcafy.graph.nodes import mapped_tensors, tensors_in
+from dcafy.trace.inputs import real_inputs
+from dcafy.trace.recording import Observed
 from dcafy.wording import reason_of
 
-__all__ = ["Observed", "observe"]
-
-
-@dataclass(frozen=True)
-class Observed:
-    """The inputs of one call: meta tensors, and where they are known with data (``real``)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    real: tuple[Any, ...] | None = None
+__all__ = ["observe"]
 
 
 def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[str, Observed] | str:
@@ -34,15 +25,12 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
     It is run without data where that works, else on the example (detectors look at scores and boxes). On a
     guessed example its values mean nothing, and no time is spent on computing them.
     """
-    reason = "no inputs are known"
     try:
         return _run(_without_computing(data_free_copy(module), evaluator), inputs.args, inputs.kwargs)
     except Exception as error:  # any forward may fail on meta tensors in any way
         reason = reason_of(error)
     if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
         return reason
-    from dcafy.trace.inputs import real_inputs
-
     try:
         twin = shared_copy(module)
         if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
@@ -73,35 +61,19 @@ def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Observed]:
     seen: dict[str, Observed] = {}
-    with _watched(module, seen), torch.no_grad():
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for path, child in module.named_modules():
+            if path:
+
+                def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                    seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
+
+                hooks.callback(child.register_forward_pre_hook(note, with_kwargs=True).remove)
         module.eval()(*args, **kwargs)
     return seen
 
 
-@contextlib.contextmanager
-def _watched(module: nn.Module, seen: dict[str, Observed]) -> Iterator[None]:
-    handles = []
-    for path, child in module.named_modules():
-        if path:
-
-            def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
-
-            handles.append(child.register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _without_data(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_without_data, value))
-    if isinstance(value, tuple | list):
-        return type(value)(map(_without_data, value))
-    if isinstance(value, dict):
-        return {key: _without_data(item) for key, item in value.items()}
-    return value
+    return mapped_tensors(
+        value, lambda own: torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
+    )

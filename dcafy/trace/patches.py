@@ -8,7 +8,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +17,30 @@ from dcafy.graph.nodes import VALUE, values_of
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy
-
-if TYPE_CHECKING:
-    from dcafy.trace.recorder import Recorder
+from dcafy.trace.tracer import ValueTracer
 
 __all__ = ["recorded_calls", "watched_functions"]
 
 _FACTORIES = (
-    "arange",
-    "empty",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "normal",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "range",
-    "scalar_tensor",
-    "tensor",
-    "zeros",
+    "arange empty eye full linspace logspace normal ones rand randint randn randperm range scalar_tensor tensor zeros"
 )
 
 
 _CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
-
 
 _Patch = tuple[Any, str, Any]
 """What has a name, the name, and what it stands for meanwhile."""
 
 
 @contextlib.contextmanager
-def recorded_calls(recorder: Recorder) -> Iterator[None]:
+def recorded_calls(tracer: ValueTracer) -> Iterator[None]:
     """Has calls become nodes that no proxy sees: tensor factories, ``len``, ``autograd.Function``; tells of contexts.
 
     The names in ``torch`` are replaced while the trace runs: the C++ parser of ``torch.zeros`` refuses a proxy before
     any override is asked. Whether gradients are computed is as before afterwards, also where a forward fails half-way.
     """
     with_gradients = torch.is_grad_enabled()
-    patches = [*_factories(recorder), *_questions(recorder), _function(recorder), *_contexts(recorder)]
+    patches = [*_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
     try:
         for owner, name, value in patches:
@@ -70,54 +52,52 @@ def recorded_calls(recorder: Recorder) -> Iterator[None]:
         torch.set_grad_enabled(with_gradients)
 
 
-def _factories(recorder: Recorder) -> Iterator[_Patch]:
+def _factories(tracer: ValueTracer) -> Iterator[_Patch]:
     """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever."""
 
     def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if recorder.running:  # among values, where everything is on the meta device
+            if tracer.running:  # among values, where everything is on the meta device
                 return factory(*args, **{**kwargs, "device": "meta"})
-            node = recorder.create_node(
-                "call_function", factory, recorder.create_arg(args), recorder.create_arg(kwargs)
-            )
-            with recorder.run(), torch.no_grad():
+            node = tracer.create_node("call_function", factory, tracer.create_arg(args), tracer.create_arg(kwargs))
+            with tracer.run(), torch.no_grad():
                 node.meta[VALUE] = factory(*values_of(args), **{**values_of(kwargs), "device": "meta"})
-            return ValueProxy(node, recorder)
+            return ValueProxy(node, tracer)
 
         return make
 
-    for name in _FACTORIES:
+    for name in _FACTORIES.split():
         yield torch, name, recorded(getattr(torch, name))
 
 
-def _questions(recorder: Recorder) -> Iterator[_Patch]:
+def _questions(tracer: ValueTracer) -> Iterator[_Patch]:
     """``len`` has to return a real number: ``x.view(len(x), -1)`` would have the example's batch size for ever."""
     real, is_tensor = builtins.len, torch.is_tensor
 
     def length(value: Any, /) -> Any:
-        if recorder.running or type(value) is not ValueProxy or not isinstance(value.value, Tensor):
+        if tracer.running or type(value) is not ValueProxy or not isinstance(value.value, Tensor):
             return real(value)
-        return recorder.create_proxy("call_method", "size", (value, 0), {})
+        return tracer.create_proxy("call_method", "size", (value, 0), {})
 
     yield builtins, "len", length
     yield torch, "is_tensor", lambda value: is_tensor(value) or _stands_for_tensor(value)
 
 
-def _function(recorder: Recorder) -> _Patch:
+def _function(tracer: ValueTracer) -> _Patch:
     real = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.running or not any(type(a) is ValueProxy for a in args):
+        if tracer.running or not any(type(a) is ValueProxy for a in args):
             return real.__get__(None, cls)(*args, **kwargs)
-        return recorder.create_proxy("call_function", Applied(cls), args, kwargs)
+        return tracer.create_proxy("call_function", Applied(cls), args, kwargs)
 
     return torch.autograd.Function, "apply", classmethod(apply)
 
 
-def _contexts(recorder: Recorder) -> Iterator[_Patch]:
+def _contexts(tracer: ValueTracer) -> Iterator[_Patch]:
     def entered(context: Any, enter: Callable[..., Any]) -> Callable[..., Any]:
         def tell(self: Any) -> Any:
-            recorder.switches(f"torch.{context.__name__}")
+            tracer.switches(f"torch.{context.__name__}")
             return enter(self)
 
         return tell
@@ -125,7 +105,7 @@ def _contexts(recorder: Recorder) -> Iterator[_Patch]:
     made = torch.autocast.__init__
 
     def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        real = recorder.device.type if device_type == "meta" else device_type  # there is none for meta tensors
+        real = tracer.evaluator.device.type if device_type == "meta" else device_type  # there is none for meta tensors
         made(self, real, *args, **kwargs)
 
     yield torch.autocast, "__init__", autocast
@@ -134,7 +114,7 @@ def _contexts(recorder: Recorder) -> Iterator[_Patch]:
     switched = torch.set_grad_enabled.__init__
 
     def set_grad_enabled(self: Any, mode: bool) -> None:  # which needs no ``with`` to take effect
-        recorder.switches("torch.set_grad_enabled")
+        tracer.switches("torch.set_grad_enabled")
         switched(self, mode)
 
     yield torch.set_grad_enabled, "__init__", set_grad_enabled

@@ -14,23 +14,34 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from types import BuiltinMethodType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx
 
-from dcafy.graph.nodes import node_value
+from dcafy.graph.nodes import VALUE, node_value
+from dcafy.graph.ops import IN_PLACE
 from dcafy.graph.paths import joined
 
-if TYPE_CHECKING:
-    from dcafy.trace.recorder import Recorder
+__all__ = ["Answering", "Mode", "ValueProxy"]
 
-__all__ = ["Mode", "ValueProxy"]
+
+class Answering(fx.Tracer):
+    """What proxies need of the tracer that makes them.
+
+    ``mode_read``  paths of the modules whose forwards decide by their mode
+    """
+
+    mode_read: set[str]
+
+    def settle(self, proxy: fx.Proxy, ask: Callable[[Any], Any]) -> Any:
+        """What a forward wants to decide by: ``ask`` of the proxy's value."""
+        raise NotImplementedError
 
 
 class ValueProxy(fx.Proxy):
     """An ``fx.Proxy`` whose node's value on the example is known."""
 
-    tracer: Recorder
+    tracer: Answering
     __getitem__: Callable[[Any, Any], Any]  # fx.Proxy has it, made in a loop that type checkers cannot see
 
     @property
@@ -135,7 +146,7 @@ def _in_place(name: str) -> Any:
 
 # Python falls back from x *= y to x = x * y where there is no __imul__: the user's in-place update of a
 # tensor that something else still reads would be lost.
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+for _name in IN_PLACE:
     setattr(ValueProxy, f"__{_name}__", _in_place(_name))
 
 
@@ -147,7 +158,7 @@ class Mode:
     on the mode: eval is recorded, and the tracer is told.
     """
 
-    def __init__(self, tracer: Recorder, path: str) -> None:
+    def __init__(self, tracer: Answering, path: str) -> None:
         self._tracer = tracer
         self._path = path
 
@@ -157,5 +168,5 @@ class Mode:
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
         node = tracer.create_node("get_attr", joined(self._path, "training"), (), {})
-        node.meta["value"] = False
+        node.meta[VALUE] = False
         return node

@@ -11,27 +11,25 @@ of the attempt are taken back and the module is called as a leaf.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import inspect
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import OWNER, VALUE, Remake, as_plain, is_record, node_value, parts, remapped, values_of
-from dcafy.graph.ops import alters_argument
-from dcafy.graph.paths import joined
+from dcafy.graph.nodes import OWNER, VALUE, as_plain, mapped, values_of
+from dcafy.graph.paths import joined, within
 from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
 from dcafy.trace.named import Scripted
 from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
-from dcafy.trace.recording import Call, Decision, Recording, check_default, passed_through
+from dcafy.trace.recording import Call, Observed, Recording, check_default, passed_through
+from dcafy.trace.tracer import ValueTracer
 from dcafy.wording import reason_of
 
 __all__ = ["Recorder", "is_layer"]
@@ -61,7 +59,7 @@ def is_layer(module: nn.Module) -> bool:
     if kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")):
         return not isinstance(module, nn.Sequential)
     from_torch = any(base.__module__.startswith("torch.nn.") and base not in _LAYERS for base in kind.__mro__)
-    return from_torch and not any(True for child in module.children() for _ in child.parameters())
+    return from_torch and all(next(child.parameters(), None) is None for child in module.children())
 
 
 class _OwnedInterpreter(fx.Interpreter):
@@ -76,46 +74,42 @@ class _OwnedInterpreter(fx.Interpreter):
         return self._recorder.call_function(target, *args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        outer = self._recorder._owner
-        self._recorder._owner = joined(self._path, str(n.meta.get(OWNER, "")))
+        outer = self._recorder.owner
+        self._recorder.owner = joined(self._path, str(n.meta.get(OWNER, "")))
         try:
             return super().run_node(n)
         finally:
-            self._recorder._owner = outer
+            self._recorder.owner = outer
 
 
-class Recorder(fx.Tracer):
-    """Traces a data-free model on example values; see :func:`record` for the front door."""
+class Recorder(ValueTracer):
+    """One deep trace of a data-free model on meta values, with the boundaries of the calls in it.
 
-    def __init__(self, evaluator: Evaluator, opaque: frozenset[str] = frozenset()) -> None:
-        super().__init__()
-        self._evaluator = evaluator
-        self.device = evaluator.device
+    ``opaque``  paths of the modules that are called as leaves, whatever they are
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        model: nn.Module,
+        inputs: Observed,
+        opaque: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(evaluator, model)
+        self.model = model
+        self._inputs = inputs
         self._opaque = opaque
-        self._owner = ""
-        self.running = False  # True while real code runs on values, and nothing is recorded
+        self._modules = dict(model.named_modules())
+        self._paths = {id(module): path for path, module in self._modules.items()}
         self._observing: str | None = None
-        self.calls: list[Call] = []
-        self.mode_read: set[str] = set()
-        self.kept_whole: dict[str, str] = {}
-        self.observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.settled: list[Decision] = []
-        self.unwritten: dict[str, str] = {}
         self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
+        self.calls: list[Call] = []
+        self.kept_whole: dict[str, str] = {}
+        self.observed: dict[str, Observed] = {}
 
-    # -- the questions that fx asks -------------------------------------------------------------
-
-    def record(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Recording:
-        """The recording of ``model``, which must be data-free, called with meta values."""
-        self._args, self._kwargs = args, kwargs or {}
-        modules = dict(model.named_modules())
-        self._paths = {id(module): path for path, module in modules.items()}
-        self._tensors: dict[int, str] = {}
-        for path, module in modules.items():
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    self._tensors.setdefault(id(tensor), f"{path}.{name}" if path else name)
-        self._attributes: dict[str, ValueProxy] = {}
+    def record(self) -> Recording:
+        """The recording; a recorder makes one."""
+        model, modules = self.model, self._modules
         with (
             watched_globals(modules.values(), self.unwritten.setdefault),
             recorded_calls(self),
@@ -127,7 +121,7 @@ class Recorder(fx.Tracer):
                 graph = self.trace(model)
             finally:
                 model.__dict__["training"] = False
-            self._watch("", model, before, self._args, self._kwargs)
+            self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
             stored = _stored(modules)
             self._tell_changes(stored)
         return Recording(
@@ -146,17 +140,17 @@ class Recorder(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Placeholders for what the example gives; defaults stay defaults and are checked at run time."""
-        given, by_name = list(self._args), dict(self._kwargs)
+        given, by_name = list(self._inputs.args), dict(self._inputs.kwargs)
         args: list[Any] = []
         named: dict[str, Any] = {}
         for parameter in inspect.signature(self.root.forward).parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 continue
+            default = () if parameter.default is parameter.empty else (parameter.default,)
             if parameter.kind is parameter.VAR_POSITIONAL:
                 args += [self._placeholder(f"{parameter.name}_{i}", (), value) for i, value in enumerate(given)]
                 given = []
             elif parameter.name in by_name:
-                default = () if parameter.default is parameter.empty else (parameter.default,)
                 named[parameter.name] = self._placeholder(parameter.name, default, by_name.pop(parameter.name))
             elif parameter.kind is parameter.KEYWORD_ONLY or not given:
                 if parameter.default is parameter.empty:
@@ -168,7 +162,6 @@ class Recorder(fx.Tracer):
                 else:
                     args.append(parameter.default)
             else:
-                default = () if parameter.default is parameter.empty else (parameter.default,)
                 args.append(self._placeholder(parameter.name, default, given.pop(0)))
         if given or by_name:
             raise TypeError(f"the example has {len(given) + len(by_name)} more inputs than the model's forward takes")
@@ -176,80 +169,6 @@ class Recorder(fx.Tracer):
         if isinstance(self.root, EmittedModule):
             forward = self._interpreted("", self.root)
         return (lambda root, *values: forward(*values, **named)), [self.root, *args]
-
-    def _placeholder(self, name: str, default: tuple[Any, ...], value: Any) -> Any:
-        node = self.create_node("placeholder", name, default, {})
-        node.meta[VALUE] = value
-        return ValueProxy(node, self)
-
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, *args, **kwargs)
-        node.meta[OWNER] = self._owner
-        return node
-
-    def create_arg(self, a: Any) -> Any:
-        kind = type(a)
-        if issubclass(kind, fx.Proxy):
-            return a.node
-        if kind is Mode:
-            return a.__fx_create_arg__(self)
-        if kind is collections.OrderedDict:  # fx would hand it on as a plain dict
-            rows = [(key, self.create_arg(item)) for key, item in a.items()]
-            node = self.create_node("call_function", collections.OrderedDict, (rows,), {})
-            node.meta[VALUE] = collections.OrderedDict((key, values_of(item)) for key, item in a.items())
-            return node
-        if is_record(a):
-            node = self.create_node("call_function", Remake(kind), parts(a, self.create_arg), {})
-            node.meta[VALUE] = remapped(a, values_of)
-            return node
-        if isinstance(a, Tensor):
-            return self._tensor(a).node
-        return super().create_arg(a)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), *rest[:2])
-        with self.run():
-            node.meta[VALUE] = self._value(kind, target, values_of(args), values_of(kwargs))
-        if node.meta[VALUE] is None and target is operator.getitem:
-            return None  # an item that is None is asked for with ``is None``, which no proxy can answer
-        return self._result(node, args, alters_argument(node, {}))
-
-    def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kind == "call_function":
-            return self._evaluator.function(target, args, kwargs)
-        if kind == "call_method":
-            return self._evaluator.method(target, args, kwargs)
-        raise TypeError(f"a {kind} node is not made this way")
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self.running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
-            return attr_val
-        return self._tensor(attr_val)
-
-    def _tensor(self, tensor: Tensor) -> ValueProxy:
-        """The node that reads one of the model's own tensors."""
-        path = self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
-        if path is None:
-            raise fx.proxy.TraceError("the forward computes a constant tensor that belongs to no module")
-        if path not in self._attributes:
-            node = self.create_node("get_attr", path, (), {})
-            node.meta[VALUE] = tensor
-            self._attributes[path] = ValueProxy(node, self)
-        return self._attributes[path]
-
-    def settle(self, proxy: fx.Proxy, ask: Callable[[Any], Any]) -> Any:
-        """What a forward wants to decide by; remembered, to be checked at other sizes."""
-        if isinstance(node_value(proxy.node), Tensor):
-            raise fx.proxy.TraceError("the forward decides by the content of a tensor")
-        decision = Decision(proxy.node, ask)
-        answer = decision.answer
-        self.settled.append(decision)
-        return answer
-
-    def switches(self, what: str) -> None:
-        """Told where a forward enters a context: its effect is on what runs, and nodes run outside of it."""
-        if not self.running:
-            self.unwritten.setdefault(self._owner, f"its forward runs a part under {what}")
 
     def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
         """Remembers a module whose forward has changed what it keeps in Python."""
@@ -263,7 +182,7 @@ class Recorder(fx.Tracer):
             if path in stored:
                 continue
             before = python_state(module)
-            if not any(f"{inner}.".startswith(f"{path}." if path else "") for inner in stored):
+            if not any(within(inner, path) for inner in stored):
                 # A forward that cannot be run again, for whatever reason, counts as one that changes.
                 with self.run(), torch.no_grad(), contextlib.suppress(Exception):
                     module.forward(*args, **kwargs)
@@ -277,7 +196,7 @@ class Recorder(fx.Tracer):
         path = self._paths.get(id(m))
         if self.running:
             if self._observing is not None and path is not None and path.startswith(self._observing):
-                self.observed.setdefault(path, (args, kwargs))
+                self.observed.setdefault(path, Observed(args, kwargs))
             return forward(*args, **kwargs)
         if path is None:  # made on the fly (a slice of a Sequential): its children have paths, it has none
             return forward(*args, **kwargs)
@@ -298,22 +217,19 @@ class Recorder(fx.Tracer):
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         whole = path in self._opaque or path in self.kept_whole
-        with self.run(observing=f"{path}." if whole else None):
-            evaluate = self._evaluator.anew if whole else self._evaluator.module  # each one is looked into
-            node.meta[VALUE] = evaluate(module, values_of(args), values_of(kwargs))
+        evaluate = self.evaluator.anew if whole else self.evaluator.module  # each one is looked into
+        outer, self._observing = self._observing, f"{path}." if whole else self._observing
+        try:
+            with self.run():
+                node.meta[VALUE] = evaluate(module, values_of(args), values_of(kwargs))
+        finally:
+            self._observing = outer
         return self._result(node, args, bool(getattr(module, "inplace", False)))
-
-    def _result(self, node: fx.Node, args: Any, in_place: bool) -> ValueProxy:
-        """The proxy of ``node``; who holds the proxy of what it altered in place reads ``node`` from now on."""
-        if in_place and isinstance(node.meta[VALUE], Tensor) and args and type(args[0]) is ValueProxy:
-            args[0].node = node
-            return args[0]
-        return ValueProxy(node, self)
 
     def _enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = Call(path, self.create_arg(args), self.create_arg(kwargs))
         before = _last(self.graph)
-        outer, self._owner = self._owner, path
+        outer, self.owner = self.owner, path
         mode = module.__dict__["training"]
         state, own = self._state(args, kwargs), python_state(module)
         self.calls.append(call)
@@ -323,13 +239,13 @@ class Recorder(fx.Tracer):
             call.output = self.create_arg(as_plain(output))
         except Exception as error:  # any forward may raise anything; what cannot be entered is kept whole
             module.__dict__["training"] = mode
-            self._owner = outer
+            self.owner = outer
             self._take_back(before, state)
             self.kept_whole[path] = reason_of(error)
             return self._leaf(path, module, args, kwargs)
         finally:
             module.__dict__["training"] = mode
-            self._owner = outer
+            self.owner = outer
         self._watch(path, module, own, call.args, call.kwargs)
         call.nodes = list(_after(before, self.graph))
         return output
@@ -339,19 +255,11 @@ class Recorder(fx.Tracer):
         inside = set(_after(before, self.graph))
 
         def mark(value: Any) -> Any:
-            if isinstance(value, ValueProxy):
-                return (
-                    value if value.node in inside else self.create_proxy("call_function", passed_through, (value,), {})
-                )
-            if type(value) in (tuple, list):
-                return type(value)(mark(item) for item in value)
-            if is_record(value):
-                return remapped(value, mark)
-            if type(value) in (dict, collections.OrderedDict):
-                return type(value)((key, mark(item)) for key, item in value.items())
-            return value
+            if type(value) is not ValueProxy or value.node in inside:
+                return value
+            return self.create_proxy("call_function", passed_through, (value,), {})
 
-        return mark(output)
+        return mapped(output, mark)
 
     def _state(self, args: Any, kwargs: Any) -> _State:
         """Where the recording stands before something is called with these arguments."""
@@ -399,16 +307,6 @@ class Recorder(fx.Tracer):
         """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
-
-    @contextlib.contextmanager
-    def run(self, observing: str | None = None) -> Iterator[None]:
-        """Real code runs on values: patched calls and attributes behave as if nobody were tracing."""
-        before = (self.running, self._observing)
-        self.running, self._observing = True, observing if observing is not None else self._observing
-        try:
-            yield
-        finally:
-            self.running, self._observing = before
 
 
 _TRACED = frozenset({Mode, ValueProxy})

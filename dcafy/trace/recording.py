@@ -11,7 +11,7 @@ from torch import fx, nn
 from dcafy.errors import DcafyError
 from dcafy.graph.nodes import node_value
 
-__all__ = ["Call", "Decision", "Recording", "check_decision", "check_default", "passed_through"]
+__all__ = ["Call", "Decision", "Observed", "Recording", "check_decision", "check_default", "passed_through"]
 
 
 @dataclass
@@ -39,6 +39,15 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """The inputs of one call: meta tensors, and where they are known with data (``real``)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    real: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Recording:
     """What a deep trace yields.
 
@@ -59,7 +68,7 @@ class Recording:
     mode_read: frozenset[str]
     kept_whole: dict[str, str]
     unwritten: dict[str, str]
-    observed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    observed: dict[str, Observed]
     settled: tuple[Decision, ...]
     model: nn.Module
     modules: dict[str, nn.Module]

@@ -4,68 +4,55 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import node_value
-from dcafy.trace.recording import Decision, Recording
+from dcafy.graph.nodes import mapped_tensors, node_value
+from dcafy.graph.paths import within
+from dcafy.trace.fold import CannotEnter
+from dcafy.trace.recording import Decision, Observed, Recording
 
-__all__ = ["Verdict", "judged"]
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a recording's decisions at other sizes.
-
-    ``baked``  module path -> what it decided by the example's batch or image size alone
-    ``held``   decisions that went the same way at every size tried, though sizes of the input are asked
-    """
-
-    baked: dict[str, str]
-    held: tuple[Decision, ...]
+__all__ = ["held"]
 
 
-def judged(recording: Recording, evaluator: Evaluator, inputs: Inputs, again: Callable[[Inputs], Recording]) -> Verdict:
-    """Which decisions of a recording are also true at another batch and image size.
+def held(
+    recording: Recording, evaluator: Evaluator, inputs: Observed, again: Callable[[Observed], Recording]
+) -> tuple[Decision, ...]:
+    """The decisions that went the same way at every size tried, though sizes of the input are asked.
+
+    Raises ``CannotEnter`` where modules decided by the example's batch or image size alone.
 
     Most are about ranks, widths and options. Where one goes another way, the network is recorded ``again`` at the
     other size, and the graphs compared: a number that only an argument parser looked at is still symbolic in both.
-    What ``if h % 8:`` was told is the same at twice the size, and yet not at every one: that is ``held``.
+    What ``if h % 8:`` was told is the same at twice the size, and yet not at every one: that is held.
     """
     at_both = _values(recording, evaluator, lambda value: _other_image(_other_batch(value)))
     everywhere = all(decision.node in at_both for decision in recording.settled)
     if everywhere and not any(_asks_sizes(decision.node, at_both) for decision in recording.settled):
-        return Verdict({}, ())
+        return ()
     looks = [(what, change, _values(recording, evaluator, change)) for what, change in _CHANGES]
     by_size = tuple(d for d in recording.settled if any(_asks_sizes(d.node, values) for *_, values in looks))
     changed: set[Decision] = set()
     for what, change, values in looks:
-        other_way = {decision for decision in by_size if not _answers_alike(decision, values)}
+        other_way = {d for d in by_size if d.node in values and d.ask(values[d.node]) != d.answer}
         if not other_way:
             continue
         changed |= other_way
         try:
-            other = again((_changed(inputs[0], change), _changed(inputs[1], change)))
+            other = again(Observed(*mapped_tensors((inputs.args, inputs.kwargs), change)))
         except Exception:  # a network may refuse another size in any way; then nothing else is to be learned
             if change is _other_batch:
                 raise
             continue
         baked = _innermost(_differences(recording, other))
         if baked:
-            return Verdict(
-                {
-                    path: f"its forward bakes the {what} size of its input into its computation ({node.name})"
-                    for path, node in baked.items()
-                },
-                (),
-            )
-    return Verdict({}, tuple(decision for decision in by_size if decision not in changed))
+            why = f"its forward bakes the {what} size of its input into its computation"
+            raise CannotEnter({path: f"{why} ({node.name})" for path, node in baked.items()})
+    return tuple(decision for decision in by_size if decision not in changed)
 
 
 def _asks_sizes(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
@@ -81,10 +68,6 @@ def _asks_sizes(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
         if current.target is not operator.getitem:  # which of the sizes was taken is what counts, not the others
             pending += current.all_input_nodes
     return False
-
-
-def _answers_alike(decision: Decision, values: dict[fx.Node, Any]) -> bool:
-    return decision.node not in values or decision.ask(values[decision.node]) == decision.answer
 
 
 def _values(recording: Recording, evaluator: Evaluator, change: Callable[[Any], Any]) -> dict[fx.Node, Any]:
@@ -176,44 +159,23 @@ def _steps(recording: Recording) -> tuple[dict[_Key, list[tuple[Any, fx.Node]]],
 def _innermost(paths: dict[str, fx.Node]) -> dict[str, fx.Node]:
     """Without modules around others: what those do may only follow from what these hand them."""
     return {
-        path: node
-        for path, node in paths.items()
-        if not any(other != path and f"{other}.".startswith(f"{path}." if path else "") for other in paths)
+        path: node for path, node in paths.items() if not any(other != path and within(other, path) for other in paths)
     }
 
 
-def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_changed(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _changed(item, change) for key, item in value.items()}
-    return value
+def _resized(least_rank: int, sizes: Callable[[torch.Size], tuple[int, ...]]) -> Callable[[Any], Any]:
+    """What gives a tensor of at least that rank other sizes, and leaves everything else as it is."""
+
+    def change(value: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.ndim >= least_rank
+        return value.new_empty(sizes(value.shape)) if fits else value
+
+    return change
 
 
-def _other_batch(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim > 1:
-        return value.new_empty((value.shape[0] + 1, *value.shape[1:]))
-    return value
+_other_batch = _resized(2, lambda shape: (shape[0] + 1, *shape[1:]))
+_single = _resized(2, lambda shape: (1, *shape[1:]))  # a batch of one image, which many a forward treats by itself
+_other_image = _resized(3, lambda shape: (*shape[:2], *(2 * n for n in shape[2:])))
 
-
-def _other_image(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim > 2:
-        return value.new_empty((*value.shape[:2], *(2 * n for n in value.shape[2:])))
-    return value
-
-
-def _single(value: Any) -> Any:
-    """A batch of one image, which many a forward treats by itself."""
-    if isinstance(value, Tensor) and value.ndim > 1:
-        return value.new_empty((1, *value.shape[1:]))
-    return value
-
-
-_CHANGES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-    ("batch", _other_batch),
-    ("batch", _single),
-    ("image", _other_image),
-)
+_CHANGES = (("batch", _other_batch), ("batch", _single), ("image", _other_image))
 """What is changed for a look at other sizes, in this order."""

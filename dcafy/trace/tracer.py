@@ -1,0 +1,141 @@
+"""Nodes with values: every operation of a forward becomes a node, and is computed on the example beside it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dcafy.graph.evaluator import Evaluator
+from dcafy.graph.nodes import OWNER, VALUE, Remake, is_record, node_value, parts, values_of
+from dcafy.graph.ops import alters_argument
+from dcafy.graph.paths import joined
+from dcafy.trace.proxy import Answering, Mode, ValueProxy
+from dcafy.trace.recording import Decision
+
+__all__ = ["ValueTracer"]
+
+
+class ValueTracer(Answering):
+    """Makes the nodes of one trace of ``model``, which must be data-free: each with its value and its owner.
+
+    ``owner``     the path of the module whose forward runs
+    ``running``   real code runs on values, and nothing is recorded
+    ``settled``   what forwards decided by
+    ``unwritten``  module path -> what its forward does besides, which no graph has
+    """
+
+    def __init__(self, evaluator: Evaluator, model: nn.Module) -> None:
+        super().__init__()
+        self.evaluator = evaluator
+        self.owner = ""
+        self.running = False
+        self.mode_read: set[str] = set()
+        self.settled: list[Decision] = []
+        self.unwritten: dict[str, str] = {}
+        self._attributes: dict[str, ValueProxy] = {}
+        self._tensors: dict[int, str] = {}
+        for path, module in model.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._tensors.setdefault(id(tensor), joined(path, name))
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """Real code runs on values: patched calls and attributes behave as if nobody were tracing."""
+        outer, self.running = self.running, True
+        try:
+            yield
+        finally:
+            self.running = outer
+
+    # -- the questions that fx asks -------------------------------------------------------------
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        node.meta[OWNER] = self.owner
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if issubclass(kind, fx.Proxy):
+            return a.node
+        if kind is Mode:
+            return a.__fx_create_arg__(self)
+        if kind is collections.OrderedDict:  # fx would hand it on as a plain dict
+            rows = [(key, self.create_arg(item)) for key, item in a.items()]
+            return self._made(collections.OrderedDict, (rows,), a)
+        if is_record(kind):
+            return self._made(Remake(kind), parts(a, self.create_arg), a)
+        if isinstance(a, Tensor):
+            return self._tensor(a).node
+        return super().create_arg(a)
+
+    def _made(self, make: Callable[..., Any], args: tuple[Any, ...], container: Any) -> fx.Node:
+        """The node that makes a container when the graph runs."""
+        node = self.create_node("call_function", make, args, {})
+        node.meta[VALUE] = values_of(container)
+        return node
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), *rest[:2])
+        with self.run():
+            node.meta[VALUE] = self._value(kind, target, values_of(args), values_of(kwargs))
+        if node.meta[VALUE] is None and target is operator.getitem:
+            return None  # an item that is None is asked for with ``is None``, which no proxy can answer
+        return self._result(node, args, alters_argument(node, {}))
+
+    def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kind == "call_function":
+            return self.evaluator.function(target, args, kwargs)
+        if kind == "call_method":
+            return self.evaluator.method(target, args, kwargs)
+        raise TypeError(f"a {kind} node is not made this way")
+
+    def _result(self, node: fx.Node, args: Any, in_place: bool) -> ValueProxy:
+        """The proxy of ``node``; who holds the proxy of what it altered in place reads ``node`` from now on."""
+        if in_place and isinstance(node.meta[VALUE], Tensor) and args and type(args[0]) is ValueProxy:
+            args[0].node = node
+            return args[0]
+        return ValueProxy(node, self)
+
+    def _placeholder(self, name: str, default: tuple[Any, ...], value: Any) -> Any:
+        node = self.create_node("placeholder", name, default, {})
+        node.meta[VALUE] = value
+        return ValueProxy(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self.running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
+            return attr_val
+        return self._tensor(attr_val)
+
+    def _tensor(self, tensor: Tensor) -> ValueProxy:
+        """The node that reads one of the model's own tensors."""
+        path = self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
+        if path is None:
+            raise fx.proxy.TraceError("the forward computes a constant tensor that belongs to no module")
+        if path not in self._attributes:
+            node = self.create_node("get_attr", path, (), {})
+            node.meta[VALUE] = tensor
+            self._attributes[path] = ValueProxy(node, self)
+        return self._attributes[path]
+
+    # -- what proxies and patches tell ------------------------------------------------------------
+
+    def settle(self, proxy: fx.Proxy, ask: Callable[[Any], Any]) -> Any:
+        """What a forward wants to decide by; remembered, to be checked at other sizes."""
+        if isinstance(node_value(proxy.node), Tensor):
+            raise fx.proxy.TraceError("the forward decides by the content of a tensor")
+        decision = Decision(proxy.node, ask)
+        answer = decision.answer
+        self.settled.append(decision)
+        return answer
+
+    def switches(self, what: str) -> None:
+        """Told where a forward enters a context: its effect is on what runs, and nodes run outside of it."""
+        if not self.running:
+            self.unwritten.setdefault(self.owner, f"its forward runs a part under {what}")

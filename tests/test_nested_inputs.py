@@ -1,0 +1,217 @@
+"""Models that take and give more than tensors: named tuples, and values in them, on the way in and out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import networks
+import pytest
+import torch
+from networks import with_attention
+from torch import Tensor, nn
+from trained import trained_like
+
+import dcafy
+from dcafy.errors import CheckpointError
+from dcafy.graph.nodes import leaves, mapped, tensors_in
+from dcafy.trace.inputs import as_data, as_inputs, probe
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(2, 3, 64, 64, generator=GENERATOR)
+
+
+class Pair(NamedTuple):
+    """A picture and how bright it is."""
+
+    image: Tensor
+    brightness: Tensor
+
+
+class Scores(NamedTuple):
+    """What a network gives: scores, and what it looked at."""
+
+    scores: Tensor
+    seen: Tensor
+
+
+PAIR = Pair(IMAGES, torch.rand(2, 1, generator=GENERATOR))
+
+
+class TakesPair(nn.Module):
+    """A network whose input is a named tuple, by name, by index and unpacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = with_attention(networks.SELinear)
+
+    def forward(self, pair: Pair) -> Tensor:
+        image, brightness = pair
+        return self.network(image) * brightness + pair.brightness * pair[1]
+
+
+class TakesBoth(TakesPair):
+    """A network whose arguments have the names of the tuple's fields."""
+
+    def forward(self, image: Tensor, brightness: Tensor) -> Tensor:  # type: ignore[override]
+        return self.network(image) * brightness
+
+
+class HandsOn(TakesPair):
+    """A network that gives named tuples to its parts: what a part hands on is its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TakesPair()
+        self.marks = Marks()
+
+    def forward(self, pair: Pair) -> Tensor:
+        return self.inner(Pair(self.marks(pair).image, brightness=pair.brightness))
+
+
+class Marks(nn.Module):
+    """Makes the picture darker, and hands the brightness on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, pair: Pair) -> Pair:
+        return Pair(pair.image * self.gain, pair.brightness)
+
+
+class GivesScores(nn.Module):
+    """A network whose output is a named tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = with_attention(networks.SELinear)
+
+    def forward(self, x: Tensor) -> Scores:
+        return Scores(self.network(x), x.mean((2, 3)))
+
+
+class DecidesByContent(TakesPair):
+    """A root that cannot be recorded: its parts are, with inputs seen in a run on the named tuple."""
+
+    def forward(self, pair: Pair) -> Tensor:
+        bright = pair.image * 2 if bool(pair.brightness.sum() > 1e6) else pair.image
+        return self.network(bright)
+
+
+def ready(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = build()
+    for network in [m for m in model.modules() if isinstance(m, networks.Classifier)]:
+        trained_like(network, IMAGES)
+    return model.eval()
+
+
+@pytest.mark.parametrize("build", [TakesPair, TakesBoth, HandsOn, DecidesByContent])
+def test_a_named_tuple_as_input(build: Callable[[], nn.Module]) -> None:
+    model = ready(build)
+    given = PAIR if build is TakesBoth else (PAIR,)
+    plan = dcafy.inspect(model, example_inputs=PAIR)
+    assert len(plan.links) == 3
+    assert dcafy.inspect(model, example_inputs=given) == plan
+    connected = dcafy.convert(model, example_inputs=PAIR)
+    inputs = (*PAIR,) if build is TakesBoth else (PAIR,)
+    with torch.no_grad():
+        assert torch.equal(connected(*inputs), model(*inputs))
+
+
+def test_a_named_tuple_as_output(tmp_path: Path) -> None:
+    model = ready(GivesScores)
+    connected = dcafy.convert(model, example_inputs=IMAGES)
+    dcafy.save(connected, tmp_path / "model")
+    for network in (connected, dcafy.load(tmp_path / "model", model)):
+        with torch.no_grad():
+            given, expected = network(IMAGES), model(IMAGES)
+        assert type(given) is Scores
+        assert all(map(torch.equal, given, expected))
+
+
+def test_a_folder_does_not_say_what_a_named_tuple_was(tmp_path: Path) -> None:
+    """Its class is the user's code, which no folder may name; as a plain tuple it would be another input."""
+    model = ready(TakesPair)
+    assert as_data((PAIR,)) is None
+    connected = dcafy.convert(model, example_inputs=PAIR)
+    dcafy.save(connected, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="TakesPair ran on none of the inputs"):
+        dcafy.load(tmp_path / "model", model)
+
+
+def test_what_a_named_tuple_stands_for() -> None:
+    one, both = as_inputs(PAIR, TakesPair()), as_inputs(PAIR, TakesBoth())
+    assert type(one) is tuple
+    assert one[0] is PAIR
+    assert type(both) is tuple
+    assert both[0] is PAIR.image
+    assert both[1] is PAIR.brightness
+
+
+# One mapping over all of them ---------------------------------------------------------------------
+
+
+class Record(dict[str, Any]):
+    """A dictionary with a constructor and an attribute of its own."""
+
+    def __init__(self, owner: str, **items: Any) -> None:
+        super().__init__(items)
+        self.owner = owner
+
+
+class Listed(list[Any]):
+    """A list of a class of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A dataclass that derives one field from another, and does not take it."""
+
+    width: int
+    twice: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "twice", 2 * self.width)
+
+
+NESTED = {
+    "tuple": (1, (2, ())),
+    "named tuple": Scores(1, 2),  # type: ignore[arg-type]
+    "list": [1, [2]],
+    "list of a class": Listed([1, 2]),
+    "dict": {"a": 1, "b": {"c": 2}},
+    "ordered": collections.OrderedDict(b=1, a=2),
+    "record": Record("me", a=1, b=[2]),
+    "dataclass": Measured(1),
+    "slice": slice(1, 2, 2),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_every_container_is_made_again(kind: str) -> None:
+    value = NESTED[kind]
+    seen = list(leaves(value))
+    assert seen[:2] == [1, 2]
+    again = mapped(value, lambda leaf: leaf)
+    assert again == value
+    assert type(again) is type(value)
+    assert vars(again) == vars(value) if hasattr(value, "__dict__") else True
+    grown = mapped(value, lambda leaf: leaf + 10 if isinstance(leaf, int) else leaf)
+    assert list(leaves(grown)) == [leaf + 10 for leaf in seen]
+    assert list(leaves(value)) == seen
+
+
+def test_what_torch_gives_is_made_again() -> None:
+    """Structseqs take their items at once, as tuples do."""
+    values = torch.rand(1, 3, 4, 4).max(1)
+    blank = probe(values)
+    assert type(blank) is type(values)
+    assert [tensor.device.type for tensor in tensors_in(blank)] == ["meta", "meta"]
+    assert blank.values.shape == (2, 4, 4)
+    assert mapped(values.values.shape, lambda size: size + 1) == torch.Size([2, 5, 5])
+    assert type(mapped(values.values.shape, int)) is torch.Size
