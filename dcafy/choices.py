@@ -8,7 +8,5 @@ from dcafy.attention.kinds import ATTENTIONS
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.link.topology import TOPOLOGIES
 
-__all__ = ["CHOICES"]
-
 CHOICES: dict[str, Collection[str]] = {"attention": ATTENTIONS, "schema": SCHEMAS, "topology": TOPOLOGIES}
 """Option -> its choices; those of other options stand with them (``dcafy.plan.options``)."""

@@ -32,8 +32,6 @@ from dcafy.wording import few
 
 log = logging.getLogger("dcafy")
 
-__all__ = ["appraise", "convert", "inspect", "with_attention"]
-
 
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     """The attention blocks of ``model`` and the connections that :func:`convert` would make.

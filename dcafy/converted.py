@@ -13,8 +13,6 @@ from dcafy.graph.copies import own_copy
 from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.modes import keep_in_eval
 
-__all__ = ["connections", "freeze_base", "parameter_groups", "revert"]
-
 
 def connections(model: nn.Module) -> dict[str, Connection]:
     """Name of the receiving block -> its :class:`Connection`, in the order data meets them.

@@ -14,8 +14,6 @@ from safetensors import SafetensorError
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.wording import printable
 
-__all__ = ["flush", "replace_file", "replaced"]
-
 
 def replace_file(path: Path, write: Any) -> None:
     """``path`` with what ``write(beside)`` writes, all at once; ``CheckpointError`` where the disk refuses."""

@@ -18,23 +18,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from dcafy.wording import nearest, printable
 
-__all__ = [
-    "Check",
-    "Format",
-    "OtherVersion",
-    "ReadBy",
-    "Unknown",
-    "Wrong",
-    "entries",
-    "matching",
-    "one_of",
-    "parsed",
-    "read",
-    "short",
-    "within",
-    "written",
-]
-
 Check = Callable[[Any, str], Any]
 """(a value from JSON, where it stands) -> the value, checked; raises :class:`Wrong` or :class:`Unknown`."""
 

@@ -35,8 +35,6 @@ from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
 from dcafy.trace.islands import observe
 from dcafy.trace.recording import Observed
 
-__all__ = ["Survey", "survey"]
-
 
 @dataclass(frozen=True)
 class Survey:

@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-__all__ = ["counted", "few", "nearest", "one_line", "printable", "reason_of"]
-
 
 def printable(name: str) -> str:
     """``name`` with everything that could steer a terminal written as an escape."""

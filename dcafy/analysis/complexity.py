@@ -10,8 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcafy.graph.modes import evaluating
 
-__all__ = ["Complexity", "complexity"]
-
 
 @dataclass(frozen=True)
 class Complexity:

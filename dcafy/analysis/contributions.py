@@ -12,8 +12,6 @@ from dcafy.emit.dca import connected_modules
 from dcafy.plan.blocks import Contribution, Link
 from dcafy.plan.plan import Plan
 
-__all__ = ["contributions", "recorded_plan"]
-
 
 def contributions(model: nn.Module) -> tuple[Contribution, ...]:
     """α, β and the contribution ratio of every connection, in the order data meets them (paper 4.5, Fig. 5).

@@ -12,8 +12,6 @@ from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.values import check_images
 from dcafy.errors import InputError, NoAttentionError, UsageError, needing
 
-__all__ = ["GradCam", "StageMaps", "cams_of", "grad_cam"]
-
 
 @dataclass(frozen=True)
 class StageMaps:

@@ -17,8 +17,6 @@ from dcafy.graph.nodes import OWNER, node_value
 from dcafy.graph.paths import above, joined
 from dcafy.link.region import Region
 
-__all__ = ["Stage", "stages"]
-
 MOST_SHRINKING = 2
 """A module that shrinks maps by more than this, each side, holds several stages; they are looked for inside it."""
 

@@ -29,8 +29,6 @@ from dcafy.plan.plan import Plan
 from dcafy.survey import survey
 from dcafy.trace.fold import CannotEnter, Folded, fold
 
-__all__ = ["Tap", "Tapped", "tapped"]
-
 
 class Tap(nn.Module):
     """Its input, unchanged; of an attention map it keeps what came last, as it was then."""

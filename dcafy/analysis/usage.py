@@ -20,8 +20,6 @@ from dcafy.emit.connection import Connection, JoinedConnection
 from dcafy.errors import InputError
 from dcafy.graph.modes import evaluating
 
-__all__ = ["ConnectionUsage", "Usage", "message_shares", "usage"]
-
 
 @dataclass(frozen=True)
 class ConnectionUsage:

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.errors import InputError
-from dcafy.plan.blocks import Dimension
-
-__all__ = ["AttentionValues", "Histogram", "attention_values", "check_images", "common_axes", "values_of"]
+from dcafy.plan.options import Dimension
 
 NEAR = 0.05
 """How far from 0.5 an attention value may be to be near it."""

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from dcafy.attention.gate import Gate, zero_
 from dcafy.plan.options import Init
 
-__all__ = ["BAM"]
-
 
 class BAM(nn.Module):
     """``x`` scaled by one gate on the sum of a channel map and a spatial map (eqs. 1 to 5 of the paper).

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from dcafy.attention.gate import Gate, zero_
 from dcafy.plan.options import Init
 
-__all__ = ["CBAM", "ChannelAttention", "SpatialAttention"]
-
 
 class ChannelAttention(nn.Module):
     """``x`` with every channel scaled by a gate on its mean and its maximum (eq. 2 of the paper)."""

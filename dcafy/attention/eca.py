@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from dcafy.attention.gate import Gate, zero_
 from dcafy.plan.options import Init
 
-__all__ = ["ECA"]
-
 
 class ECA(nn.Module):
     """``x`` with every channel scaled by a gate on the means of its neighbours (eqs. 6 and 9 of the paper).

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dcafy.errors import UsageError
 from dcafy.plan.options import Init
 
-__all__ = ["Gate", "zero_"]
-
 
 class Gate(nn.Module):
     """σ(z) for ``init="paper"``, 2σ(z) for ``init="identity"``.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dcafy.attention.gate import zero_
 from dcafy.plan.options import Init
 
-__all__ = ["GC"]
-
 
 class GC(nn.Module):
     """``x`` plus a vector that is made of its softmax-weighted mean over all places (eq. 5 of the paper).

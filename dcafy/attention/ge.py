@@ -11,8 +11,6 @@ from dcafy.attention.gate import Gate, zero_
 from dcafy.errors import UsageError
 from dcafy.plan.options import Init
 
-__all__ = ["GEPlain", "GETheta"]
-
 
 class GEPlain(nn.Module):
     """GE-θ⁻: ``x`` scaled by σ of its own means, over the whole map or over windows (section 3 of the paper).

@@ -32,8 +32,6 @@ from dcafy.plan.options import Init
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
 
-__all__ = ["insert"]
-
 
 def insert(
     model: nn.Module,

@@ -13,8 +13,6 @@ from dcafy.records import one_of, within
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ATTENTIONS", "INSERTED", "Attention", "Insertion"]
-
 Build = Callable[[int, int, Init, int], "nn.Module"]
 """(channels, reduction, init, side of the map) -> the module that attends a map."""
 

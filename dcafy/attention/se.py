@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from dcafy.attention.gate import Gate, zero_
 from dcafy.plan.options import Init
 
-__all__ = ["SE"]
-
 
 class SE(nn.Module):
     """``x`` with every channel scaled by a gate that all channel means decide on (eqs. 2 to 4 of the paper).

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from dcafy.attention.gate import Gate, zero_
 from dcafy.plan.options import Init
 
-__all__ = ["SGE"]
-
 LEAST = 4
 """Channels that a group has at least: what a descriptor of one or two channels weighs is those channels."""
 

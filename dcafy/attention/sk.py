@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SK"]
-
 
 class SK(nn.Module):
     """Two branches of other kernel sizes, weighed per channel against one another (eqs. 1 to 6 of the paper).

@@ -26,8 +26,6 @@ from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
 from dcafy.trace.islands import observe
 from dcafy.trace.recording import Observed, Recording, passed_through
 
-__all__ = ["Kernel", "Unit", "units"]
-
 
 @dataclass(frozen=True)
 class Kernel:

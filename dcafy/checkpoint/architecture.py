@@ -38,8 +38,6 @@ from dcafy.zoos import specs
 from dcafy.zoos.fitting import Shapes, difference, shapes_of
 from dcafy.zoos.packages import ZOOS
 
-__all__ = ["built", "recognised"]
-
 log = logging.getLogger(__name__)
 
 _ARGUMENTS: dict[str, tuple[type, ...]] = {

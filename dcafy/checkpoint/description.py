@@ -24,20 +24,6 @@ from dcafy.trace.inputs import from_data
 from dcafy.version import __version__
 from dcafy.wording import printable
 
-__all__ = [
-    "FILES",
-    "FORMAT",
-    "Built",
-    "Description",
-    "Facts",
-    "State",
-    "Weights",
-    "described",
-    "installed_versions",
-    "read",
-    "versions_of",
-]
-
 
 def _with_insertions(data: dict[str, Any]) -> dict[str, Any]:
     """Folders of version 1 from before attention could be inserted do not say that none was."""

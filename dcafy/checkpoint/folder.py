@@ -31,8 +31,6 @@ from dcafy.disk import flush
 from dcafy.errors import CheckpointError
 from dcafy.wording import printable
 
-__all__ = ["MARKER", "OF_A_RUN", "Folder"]
-
 _STAGED = ".dcafy-"
 """How the names of folders begin that hold what is being saved."""
 

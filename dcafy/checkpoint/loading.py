@@ -25,8 +25,6 @@ from dcafy.trace.inputs import from_data
 from dcafy.wording import printable
 from dcafy.zoos.fitting import difference
 
-__all__ = ["load"]
-
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The converted model that :func:`dcafy.save` wrote to ``directory``: it computes the same, bit for bit.

@@ -15,8 +15,6 @@ from dcafy.emit.dca import Recipe, connected_modules
 from dcafy.errors import InputError
 from dcafy.trace.accepted import require_module
 
-__all__ = ["save"]
-
 
 def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True) -> None:
     """A folder from which :func:`dcafy.load` gives ``dca`` back: ``dcafy.json`` and ``model.safetensors``.

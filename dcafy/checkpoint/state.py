@@ -14,8 +14,6 @@ from dcafy.graph.modes import keep_in_eval, stays_in_eval
 from dcafy.graph.paths import above, joined
 from dcafy.wording import printable
 
-__all__ = ["restore", "state_of"]
-
 
 def state_of(model: nn.Module) -> State:
     """The state of ``model``."""

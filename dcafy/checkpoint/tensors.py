@@ -15,8 +15,6 @@ from dcafy.checkpoint.description import Facts
 from dcafy.errors import CheckpointError, InputError
 from dcafy.wording import printable
 
-__all__ = ["Packed", "apart", "dtype_named", "facts", "fingerprint", "is_connection", "pack", "put"]
-
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
     for name in (

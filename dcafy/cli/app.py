@@ -15,8 +15,6 @@ from typer.core import TyperGroup
 
 from dcafy import errors
 
-__all__ = ["app", "exit_code", "main"]
-
 OK, BUG, USAGE, NO_ATTENTION, UNSAFE, NOT_TRACEABLE, FAILED, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 6, 130, 141
 
 EXIT_CODES: dict[type[BaseException], int] = {

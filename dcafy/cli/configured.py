@@ -13,8 +13,6 @@ import typer
 from dcafy.choices import CHOICES
 from dcafy.plan.options import check
 
-__all__ = ["given_options", "with_options"]
-
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` with every parameter that is a configuration replaced by one option for each of its fields."""

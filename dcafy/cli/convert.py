@@ -15,8 +15,6 @@ from dcafy.cli.configured import with_options
 from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, example_input, settings_given
 from dcafy.plan.options import Conversion
 
-__all__ = ["convert_command"]
-
 
 @app.command("convert")
 @with_options

@@ -22,8 +22,6 @@ from dcafy.training.options import TrainingConfig
 if TYPE_CHECKING:
     from dcafy.runs.request import Request
 
-__all__ = ["finetune_command"]
-
 
 @app.command("finetune")
 @with_options

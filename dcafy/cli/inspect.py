@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from dcafy.plan.blocks import Link
     from dcafy.plan.plan import Plan
 
-__all__ = ["inspect_command", "plan_document"]
-
 
 @app.command("inspect")
 def inspect_command(

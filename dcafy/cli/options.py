@@ -13,8 +13,6 @@ from dcafy import errors
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Arch", "InputSize", "Model", "Settings", "TrustPickle", "example_input", "settings_given"]
-
 Model = Annotated[
     str,
     typer.Argument(

@@ -18,8 +18,6 @@ from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
 if TYPE_CHECKING:
     from dcafy.report import Findings
 
-__all__ = ["report_command"]
-
 
 @app.command("report")
 def report_command(

@@ -19,8 +19,6 @@ from dcafy.errors import InputError
 from dcafy.graph.paths import above
 from dcafy.plan.plan import Plan
 
-__all__ = ["with_backbone"]
-
 
 def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     """A copy of ``detector`` whose backbone computes what the same layers of ``classifier`` compute.

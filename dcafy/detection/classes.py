@@ -17,8 +17,6 @@ from dcafy.graph.paths import holder, put
 from dcafy.images.data import Data
 from dcafy.training.head import widened
 
-__all__ = ["classes_of", "labels_for", "needs", "with_classes"]
-
 
 @dataclass(frozen=True)
 class _Head:

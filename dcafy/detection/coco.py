@@ -22,8 +22,6 @@ from dcafy.images.order import UnreadableImage
 from dcafy.images.pictures import opened, with_channels
 from dcafy.wording import printable
 
-__all__ = ["Box", "CocoImages", "open_coco"]
-
 _FORM = "coco:IMAGES:ANNOTATIONS.json, or coco:IMAGES:TRAIN.json:VAL_IMAGES:VAL.json"
 
 _ROUNDING = 1.0

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["SHAPES", "Synthetic", "write_shapes"]
-
 Array = np.ndarray[Any, Any]
 
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {

@@ -17,8 +17,6 @@ from dcafy.training.tasks import Batch, Meter
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["AveragePrecision", "Boxes", "Detection"]
-
 _NAMES = {"AP": "map", "AP50": "map_50", "AP75": "map_75", "APS": "map_small", "APM": "map_medium", "APL": "map_large"}
 """The columns of the paper's Table 3 -> torchmetrics' names."""
 

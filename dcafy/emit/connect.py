@@ -26,8 +26,6 @@ from dcafy.plan.blocks import Link
 from dcafy.trace.fold import Folded
 from dcafy.wording import warn
 
-__all__ = ["connect"]
-
 
 def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Recipe) -> EmittedModule:
     """``host`` (a copy of the module that ``region`` describes) as a graph with these links connected.

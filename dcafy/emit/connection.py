@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from dcafy.emit.matching import MATCHES, known
 from dcafy.emit.schemas import SCHEMAS
-from dcafy.plan.blocks import Dimension
-
-__all__ = ["Connection", "JoinedConnection"]
+from dcafy.plan.options import Dimension
 
 
 class Connection(nn.Module):

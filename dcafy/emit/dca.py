@@ -12,8 +12,6 @@ from dcafy.emit.connection import Connection
 from dcafy.graph.paths import free_name
 from dcafy.plan.plan import Plan
 
-__all__ = ["Connections", "Recipe", "connected_modules", "is_connected"]
-
 
 @dataclass(frozen=True)
 class Recipe:

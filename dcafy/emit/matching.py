@@ -14,8 +14,6 @@ from dcafy.errors import UsageError
 from dcafy.find.layout import Extent
 from dcafy.plan.blocks import Link
 
-__all__ = ["CHANNEL_MATCHES", "MATCHES", "SPATIAL_MATCHES", "Matching", "channel_match", "known", "spatial_match"]
-
 
 def _fc(inputs: int, outputs: int, **place: Any) -> list[nn.Module]:
     """FC, LayerNorm, ReLU; a LayerNorm over one channel would replace it by its bias for good."""

@@ -14,8 +14,6 @@ from dcafy.graph.paths import joined
 from dcafy.trace.inputs import real_inputs
 from dcafy.wording import reason_of, warn
 
-__all__ = ["tell_drift", "verify_outputs"]
-
 
 def verify_outputs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Raises unless both give bit-identical outputs in eval mode."""

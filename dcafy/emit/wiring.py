@@ -20,8 +20,6 @@ from dcafy.plan.blocks import Cost, Link, hearing
 from dcafy.plan.options import Linking, check
 from dcafy.plan.plan import Plan
 
-__all__ = ["Wire", "completed", "cost", "costs", "wires"]
-
 
 @dataclass(frozen=True)
 class Wire:

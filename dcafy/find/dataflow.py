@@ -9,8 +9,6 @@ from torch import Tensor, fx, nn
 from dcafy.graph.nodes import node_value, tensors_in, values_of
 from dcafy.graph.ops import Op, alters_argument, op_name, op_of
 
-__all__ = ["REARRANGES", "REDUCES", "Dataflow", "is_vector", "positions"]
-
 REARRANGES = frozenset({Op.LAYOUT, Op.EXPAND, Op.SLICE})
 REDUCES = frozenset({Op.REDUCE, Op.POOL, Op.CONTRACT})
 

@@ -21,8 +21,6 @@ from dcafy.graph.paths import joined
 from dcafy.plan.blocks import FusionKind
 from dcafy.plan.gates import GATES
 
-__all__ = ["ROOT_NAME", "find"]
-
 ROOT_NAME = "root"
 """The name of a block that the network's own forward holds."""
 

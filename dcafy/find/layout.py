@@ -14,9 +14,7 @@ from torch import Tensor, fx
 from dcafy.find.dataflow import Dataflow
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, gate_of, op_name
-from dcafy.plan.blocks import Dimension
-
-__all__ = ["DIMENSIONS", "Extent", "Layout", "Layouts", "Maps", "is_arithmetic"]
+from dcafy.plan.options import Dimension
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
 from dcafy.find.layout import Layouts, is_arithmetic
 from dcafy.graph.nodes import OWNER, node_value
 from dcafy.graph.ops import Op, gate_of, op_name
-from dcafy.plan.blocks import AttentionBlock, Dimension, FusionKind
-
-__all__ = ["Candidate", "Found", "Roles"]
+from dcafy.plan.blocks import AttentionBlock, FusionKind
+from dcafy.plan.options import Dimension
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from dcafy.graph.ops import Op, op_name
 from dcafy.graph.paths import joined
 from dcafy.plan.blocks import Skipped
 
-__all__ = ["REASON", "self_attention"]
-
 REASON = "self-attention (features are weighted by features): it has no pooled context G that could be connected"
 
 _LAYERS = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer"})

@@ -10,8 +10,6 @@ from dcafy.find.dataflow import REDUCES, Dataflow, positions
 from dcafy.graph.nodes import node_value, tensors_in
 from dcafy.graph.ops import Op
 
-__all__ = ["RATIOS", "Walk"]
-
 RATIOS = (16, 6, 3)
 """How many times smaller than what it reduces G must be; the lower ones are for tiny maps."""
 

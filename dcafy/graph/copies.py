@@ -17,8 +17,6 @@ from dcafy.errors import InputError
 from dcafy.graph.paths import joined
 from dcafy.wording import reason_of
 
-__all__ = ["data_free_copy", "own_copy", "shared_copy"]
-
 
 def data_free_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` on the meta device, without hooks and in eval mode, to be traced."""

@@ -20,8 +20,6 @@ from torch.fx.node import map_aggregate
 
 from dcafy.graph.nodes import OWNER
 
-__all__ = ["EmittedModule"]
-
 
 class EmittedModule(fx.GraphModule):
     """What :func:`dcafy.convert` returns; see the module's docstring."""

@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["KEEPS_LAYOUT", "Evaluator", "device_of"]
-
-
 _KEEP_LAYOUT = (
     "BatchNorm1d BatchNorm2d BatchNorm3d Dropout Dropout2d ELU GELU Hardsigmoid Hardswish Hardtanh Identity LeakyReLU "
     "Mish PReLU ReLU ReLU6 SiLU Sigmoid Softmax Softplus Tanh"

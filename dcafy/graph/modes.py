@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating", "keep_in_eval", "stays_in_eval"]
-
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

@@ -12,22 +12,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = [
-    "OWNER",
-    "VALUE",
-    "Remake",
-    "as_plain",
-    "is_record",
-    "leaves",
-    "mapped",
-    "mapped_tensors",
-    "node_value",
-    "parts",
-    "tensors_in",
-    "values_of",
-]
-
-
 VALUE = "value"
 """The key of a node's value in ``node.meta``."""
 

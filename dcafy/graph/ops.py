@@ -10,8 +10,6 @@ from torch import fx, nn
 
 from dcafy.plan.gates import GATES
 
-__all__ = ["IN_PLACE", "Op", "alters_argument", "gate_of", "has_parameters", "op_name", "op_of"]
-
 
 class Op(enum.Enum):
     """The kinds of operation that finding attention tells apart."""

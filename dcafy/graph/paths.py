@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-__all__ = ["above", "free_name", "holder", "joined", "outermost", "put", "within"]
-
 
 def joined(*parts: str) -> str:
     """The parts as one path; empty ones are left out, as the root's own path is empty.

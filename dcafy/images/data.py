@@ -19,8 +19,6 @@ from dcafy.errors import InputError
 from dcafy.images.order import derived_seed
 from dcafy.images.pictures import decoded, opened
 
-__all__ = ["Data", "FileImages", "IndexedImages", "read_idx", "split"]
-
 Images = Sequence[tuple[Image.Image, int]]
 
 

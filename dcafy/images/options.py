@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from dcafy.plan.options import check, setting
 
-__all__ = ["DataOptions"]
-
 
 @dataclass(frozen=True)
 class DataOptions:

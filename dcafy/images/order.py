@@ -18,8 +18,6 @@ from torch.utils.data import Dataset, Sampler
 
 from dcafy.errors import DcafyError, InputError
 
-__all__ = ["Batches", "Sample", "Seeded", "Spread", "UnreadableImage", "derived_seed", "seeded"]
-
 Key = tuple[int, int]
 """(epoch, index) of a sample."""
 

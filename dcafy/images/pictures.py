@@ -12,8 +12,6 @@ from PIL import Image
 
 from dcafy.images.order import UnreadableImage
 
-__all__ = ["MODES", "decoded", "opened", "with_channels"]
-
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Channels that a network takes -> the mode of such a picture."""
 

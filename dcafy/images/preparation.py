@@ -14,8 +14,6 @@ from dcafy.images.options import DataOptions
 from dcafy.images.pictures import with_channels
 from dcafy.trace.inputs import guesses
 
-__all__ = ["Preparation", "Prepared", "preparation"]
-
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

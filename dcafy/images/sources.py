@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from dcafy.images.data import Data
 
-__all__ = ["SOURCES", "Source", "anchored", "forms", "open_data"]
-
 
 def open_data(spec: str, options: DataOptions) -> Data:
     """The data of a spec: ``imagefolder:PATH``, ``torchvision:NAME:ROOT``, ``digits`` or ``fashion-mnist[:PATH]``.

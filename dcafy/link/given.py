@@ -8,8 +8,6 @@ from dcafy.errors import PlanError
 from dcafy.link.region import Region
 from dcafy.plan.plan import Plan
 
-__all__ = ["checked"]
-
 
 def checked(plan: Plan, found: Plan, regions: Sequence[Region]) -> Plan:
     """``plan``, which the user gave, held against what was ``found``; ``PlanError`` says where it does not fit."""

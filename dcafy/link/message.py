@@ -15,8 +15,6 @@ from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import node_value, tensors_in
 from dcafy.graph.ops import Op, op_of
 
-__all__ = ["Message", "Unlinkable", "branch_maps", "message_of", "mismatch"]
-
 
 @dataclass(frozen=True)
 class Message:

@@ -13,8 +13,6 @@ from dcafy.plan.blocks import Link, Skipped
 from dcafy.trace.fold import Folded, fold
 from dcafy.trace.recording import Recording
 
-__all__ = ["Region", "earlier"]
-
 
 @dataclass(frozen=True)
 class Region:

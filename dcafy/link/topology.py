@@ -15,8 +15,6 @@ from dcafy.plan.plan import Plan
 if TYPE_CHECKING:
     from dcafy.link.region import Region
 
-__all__ = ["TOPOLOGIES", "Topology", "grouped", "links_in", "shaped"]
-
 Names = tuple[str, ...]
 Topology = Callable[[Names, Names], Names]
 """(earlier blocks that reach a block, nearest last; those of them that a plan has it hear) -> those that it hears."""

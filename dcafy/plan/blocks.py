@@ -16,19 +16,6 @@ from dcafy.plan.gates import GATES
 from dcafy.plan.options import Dimension, Overrides
 from dcafy.records import one_of
 
-__all__ = [
-    "AttentionBlock",
-    "Chain",
-    "Contents",
-    "Contribution",
-    "Cost",
-    "Dimension",
-    "FusionKind",
-    "Link",
-    "Skipped",
-    "hearing",
-]
-
 FusionKind = Literal["mul", "add"]
 
 

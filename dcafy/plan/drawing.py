@@ -17,8 +17,6 @@ from dcafy.plan.options import Dimension
 from dcafy.plan.tables import link_matches
 from dcafy.wording import printable
 
-__all__ = ["COLOURS", "Drawing", "Lane", "draw", "lanes_by_name"]
-
 COLOURS: dict[str, str] = dict(zip(get_args(Dimension), ("#0072B2", "#D55E00", "#009E73"), strict=False))
 """Okabe and Ito's blue and vermilion, which colour-blind people tell apart; on white and on black alike."""
 

@@ -17,8 +17,6 @@ from typing import Any, Literal, TypeVar, get_args
 from dcafy.errors import UsageError
 from dcafy.wording import nearest
 
-__all__ = ["Conversion", "Dimension", "Init", "Inserting", "Linking", "Overrides", "check", "setting", "takes"]
-
 Dimension = Literal["channel", "spatial"]
 """What attention maps vary over."""
 

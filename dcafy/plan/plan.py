@@ -14,8 +14,6 @@ from dcafy.records import Format, OtherVersion, Unknown, Wrong, read, written
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Plan"]
-
 FORMAT = Format("schema_version", 1)
 """The version of a plan as JSON."""
 

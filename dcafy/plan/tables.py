@@ -19,8 +19,6 @@ from dcafy.plan.blocks import AttentionBlock, Chain, Contents, Link, hearing
 from dcafy.plan.options import Linking
 from dcafy.wording import counted, printable
 
-__all__ = ["WIDTH", "as_text", "link_matches", "node_table", "plain", "plain_table", "plan_tables", "written"]
-
 WIDTH = 120
 """Columns of a plan as plain text."""
 

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Download", "download"]
-
 
 @dataclass(frozen=True)
 class Download:

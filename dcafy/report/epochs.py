@@ -14,8 +14,6 @@ from dcafy.training.history import ConnectionState
 from dcafy.training.telling import LOG
 from dcafy.wording import printable
 
-__all__ = ["EpochLog", "read_epochs"]
-
 
 @dataclass(frozen=True)
 class EpochLog:

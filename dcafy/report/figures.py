@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["SIDES", "epoch_plot", "histogram_plot", "share_plot"]
-
 SIDES = ("#E69F00", "#009E73")
 """Okabe and Ito's orange for the original and green for the connected network; one is filled, one is drawn."""
 

@@ -29,8 +29,6 @@ from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
 from dcafy.version import __version__
 
-__all__ = ["Drift", "Findings", "Side", "Wanted", "look"]
-
 BATCH = 8
 MOST_CAMS = 8
 """How many images are shown with their Grad-CAM maps."""

@@ -14,8 +14,6 @@ from dcafy.images.preparation import Preparation, Prepared
 from dcafy.images.sources import open_data
 from dcafy.wording import printable
 
-__all__ = ["MOST_LABELLED", "Labelled", "labelled"]
-
 MOST_LABELLED = 512
 """Images that are looked at: each connection costs a pass over them."""
 

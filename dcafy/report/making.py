@@ -24,8 +24,6 @@ from dcafy.report.pictures import as_pictures, read_pictures
 from dcafy.runs.request import REQUEST, Request, read_request
 from dcafy.trace.inputs import from_data
 
-__all__ = ["make_report", "prepared_for", "run_in"]
-
 MOST = 64
 """How many images are looked at where nothing else is asked for."""
 

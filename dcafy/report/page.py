@@ -23,8 +23,6 @@ from dcafy.report.findings import MOST_CAMS, Findings
 from dcafy.report.thumbnails import data_uri, overlaid, small
 from dcafy.wording import counted, printable
 
-__all__ = ["Plot", "Seen", "page"]
-
 
 @dataclass(frozen=True)
 class Plot:

@@ -16,8 +16,6 @@ from dcafy.images.preparation import Preparation, Prepared
 from dcafy.plan.blocks import Skipped
 from dcafy.wording import printable
 
-__all__ = ["SUFFIXES", "Pictures", "as_pictures", "read_pictures"]
-
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 

@@ -13,8 +13,6 @@ from dcafy.plan.tables import plain_table, plan_tables
 from dcafy.report.findings import Findings
 from dcafy.wording import printable
 
-__all__ = ["bar", "print_findings", "sparkline"]
-
 LEVELS = " ▁▂▃▄▅▆▇█"
 BINS, BAR = 20, 20
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dcafy.report.figures import heat_colours
 
-__all__ = ["data_uri", "overlaid", "small"]
-
 SIDE = 168
 """Pixels of a thumbnail's longer side."""
 

@@ -24,8 +24,6 @@ from dcafy.runs.timing import step_times
 from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
 
-__all__ = ["COMPARISON", "Comparison", "Contender", "Difference", "compare", "paired_difference"]
-
 COMPARISON = "compare.json"
 """The name of the comparison in the folder of a run."""
 

@@ -12,9 +12,6 @@ from dcafy.images.sources import forms
 from dcafy.plan.options import check, setting
 from dcafy.training.options import TrainingConfig
 
-__all__ = ["TASKS", "RunOptions", "with_defaults_of"]
-
-
 TASKS: dict[str, dict[str, Any]] = {
     "classification": {},
     "detection": {"optimizer": "sgd", "schedule": "multistep", "epochs": 12, "batch_size": 16},

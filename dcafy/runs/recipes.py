@@ -25,8 +25,6 @@ from dcafy.training.tasks import Batch, Classification, Task
 if TYPE_CHECKING:
     from dcafy.runs.request import Request
 
-__all__ = ["PURPOSES", "Purpose", "Ready"]
-
 
 @dataclass(frozen=True)
 class Ready:

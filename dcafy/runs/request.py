@@ -20,9 +20,6 @@ from dcafy.runs.options import TASKS
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable
 
-__all__ = ["REQUEST", "Request", "read_request", "require_empty", "write_request"]
-
-
 REQUEST = "finetune.json"
 """The name of the request in the folder of a run."""
 

@@ -33,8 +33,6 @@ from dcafy.training.loop import finetune
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
 from dcafy.wording import printable
 
-__all__ = ["Subject", "finish", "subject", "train"]
-
 
 @dataclass(frozen=True)
 class Subject:

@@ -17,8 +17,6 @@ from dcafy.training.history import History
 from dcafy.training.telling import metrics_in_words
 from dcafy.wording import printable
 
-__all__ = ["of_comparison", "of_history"]
-
 
 def of_history(history: History, directory: Path) -> str:
     """The last metrics, how the connections are used, and where the model is."""

@@ -12,8 +12,6 @@ from torch import nn
 from dcafy.errors import SourceError
 from dcafy.wording import printable
 
-__all__ = ["network_or_weights"]
-
 log = logging.getLogger(__name__)
 
 _HOLDERS = (

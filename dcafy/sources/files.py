@@ -22,8 +22,6 @@ from dcafy.sources.pickles import COMPUTED, PickleContents, lent_classes, load_p
 from dcafy.wording import few, one_line, printable
 from dcafy.zoos.factories import working_folder_importable
 
-__all__ = ["listing", "read_object"]
-
 log = logging.getLogger(__name__)
 
 

@@ -22,8 +22,6 @@ from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
 from dcafy.zoos.packages import ZOOS
 from dcafy.zoos.specs import Blueprint, parse, unknown
 
-__all__ = ["Source", "open_model"]
-
 
 @dataclass(frozen=True)
 class Source:

@@ -21,8 +21,6 @@ from typing import IO, Any, cast
 import torch
 from torch import nn
 
-__all__ = ["COMPUTED", "PickleContents", "lent_classes", "load_pickled", "read_pickle"]
-
 PACKAGES = ("torch.nn", "torchvision", "timm")
 """Where a network's classes may come from."""
 

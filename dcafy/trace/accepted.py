@@ -16,8 +16,6 @@ from dcafy.errors import InputError
 from dcafy.graph.paths import joined
 from dcafy.trace.recorder import is_layer
 
-__all__ = ["LOOKED_THROUGH", "kept_whole", "require_module"]
-
 
 def require_module(model: Any) -> None:
     """Nothing for a model that dcafy can work on; ``InputError`` says what else it is, and what to do."""

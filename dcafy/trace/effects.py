@@ -17,8 +17,6 @@ from torch import Tensor, fx, nn
 
 from dcafy.graph.nodes import OWNER
 
-__all__ = ["State", "changed", "forward_globals", "holds_proxy", "python_state", "watched_globals"]
-
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _CONTAINERS = (list, tuple, set, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
 _OPAQUE = (nn.Module, Tensor, fx.Proxy, type, FunctionType, ModuleType)

@@ -24,8 +24,6 @@ from dcafy.graph.ops import alters_argument
 from dcafy.graph.paths import outermost
 from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
 
-__all__ = ["CannotEnter", "Folded", "fold"]
-
 
 class CannotEnter(Exception):
     """Modules have to be entered, and their forwards may not be inlined: path -> the reason."""

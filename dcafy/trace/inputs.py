@@ -14,8 +14,6 @@ from dcafy.errors import InputError, TracingError
 from dcafy.graph.evaluator import device_of
 from dcafy.graph.nodes import mapped_tensors, tensors_in
 
-__all__ = ["as_data", "as_inputs", "from_data", "guesses", "on_one_of", "probe", "real_inputs"]
-
 R = TypeVar("R")
 
 _SIDES = {1: (16000, 4096, 1024, 256), 2: (224, 256, 299, 320, 384, 512, 128, 96, 64, 32), 3: (112, 64, 224, 32)}

@@ -16,8 +16,6 @@ from dcafy.trace.inputs import real_inputs
 from dcafy.trace.recording import Observed
 from dcafy.wording import reason_of
 
-__all__ = ["observe"]
-
 
 def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[str, Observed] | str:
     """Path -> inputs of the first call of every submodule, in the order of the calls; or why it did not run.

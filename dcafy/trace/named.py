@@ -6,8 +6,6 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Applied", "Scripted"]
-
 
 @dataclass(frozen=True)
 class Applied:

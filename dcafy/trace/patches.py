@@ -19,8 +19,6 @@ from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy
 from dcafy.trace.tracer import ValueTracer
 
-__all__ = ["recorded_calls", "watched_functions"]
-
 _FACTORIES = (
     "arange empty eye full linspace logspace normal ones rand randint randn randperm range scalar_tensor tensor zeros"
 )

@@ -22,8 +22,6 @@ from dcafy.graph.nodes import VALUE, node_value
 from dcafy.graph.ops import IN_PLACE
 from dcafy.graph.paths import joined
 
-__all__ = ["Answering", "Mode", "ValueProxy"]
-
 
 class Answering(fx.Tracer):
     """What proxies need of the tracer that makes them.

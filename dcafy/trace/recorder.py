@@ -32,8 +32,6 @@ from dcafy.trace.recording import Call, Observed, Recording, check_default, pass
 from dcafy.trace.tracer import ValueTracer
 from dcafy.wording import reason_of
 
-__all__ = ["Recorder", "is_layer"]
-
 
 @dataclass(frozen=True)
 class _State:

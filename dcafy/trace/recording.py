@@ -11,8 +11,6 @@ from torch import fx, nn
 from dcafy.errors import DcafyError
 from dcafy.graph.nodes import node_value
 
-__all__ = ["Call", "Decision", "Observed", "Recording", "check_decision", "check_default", "passed_through"]
-
 
 @dataclass
 class Call:

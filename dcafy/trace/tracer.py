@@ -17,8 +17,6 @@ from dcafy.graph.paths import joined
 from dcafy.trace.proxy import Answering, Mode, ValueProxy
 from dcafy.trace.recording import Decision
 
-__all__ = ["ValueTracer"]
-
 
 class ValueTracer(Answering):
     """Makes the nodes of one trace of ``model``, which must be data-free: each with its value and its owner.

@@ -16,8 +16,6 @@ from dcafy.graph.paths import within
 from dcafy.trace.fold import CannotEnter
 from dcafy.trace.recording import Decision, Observed, Recording
 
-__all__ = ["held"]
-
 
 def held(
     recording: Recording, evaluator: Evaluator, inputs: Observed, again: Callable[[Observed], Recording]

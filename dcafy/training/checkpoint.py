@@ -22,8 +22,6 @@ from dcafy.errors import CheckpointError
 from dcafy.records import Format, OtherVersion
 from dcafy.wording import printable
 
-__all__ = ["CHECKPOINT", "Checkpoint", "read_checkpoint", "write_checkpoint"]
-
 CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
 

@@ -11,8 +11,6 @@ from dcafy.converted import freeze_base
 from dcafy.emit.dca import is_connected
 from dcafy.graph.modes import stays_in_eval
 
-__all__ = ["frozen_base"]
-
 
 @contextmanager
 def frozen_base(model: nn.Module, new_layers: Sequence[nn.Module] = ()) -> Iterator[None]:

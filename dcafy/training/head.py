@@ -11,8 +11,6 @@ from dcafy.errors import InputError
 from dcafy.graph.modes import evaluating
 from dcafy.graph.paths import put
 
-__all__ = ["outputs_of", "reheaded", "widened"]
-
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, images: Tensor) -> int:

@@ -10,8 +10,6 @@ from typing import Any
 from dcafy.analysis.usage import Usage
 from dcafy.records import read
 
-__all__ = ["ConnectionState", "Epoch", "History"]
-
 
 @dataclass(frozen=True)
 class ConnectionState:

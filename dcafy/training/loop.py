@@ -36,8 +36,6 @@ from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, c
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["accelerator_for", "finetune"]
-
 
 def finetune(
     model: nn.Module,

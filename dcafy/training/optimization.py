@@ -15,8 +15,6 @@ from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
 from dcafy.training.options import TrainingConfig
 
-__all__ = ["groups_of", "optimizer_for", "scheduler_for"]
-
 
 def groups_of(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups of a converted model, or of one that is not; no decay on α, β, norms and biases."""

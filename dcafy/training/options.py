@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from dcafy.plan.options import check, setting
 
-__all__ = ["TrainingConfig"]
-
-
 LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.01}
 WEIGHT_DECAYS = {"adamw": 1e-2, "sgd": 1e-4}
 

@@ -6,8 +6,6 @@ import os
 
 import torch.distributed as dist
 
-__all__ = ["finished", "is_main_process"]
-
 
 def is_main_process() -> bool:
     """Whether this process tells and saves: torchrun counts from 0."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from dcafy.errors import Interrupted
 from dcafy.wording import printable
 
-__all__ = ["Interruption", "stopped"]
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

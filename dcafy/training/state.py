@@ -26,8 +26,6 @@ from dcafy.wording import printable
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Progress", "Standing", "captured", "restored", "unlike_numbers"]
-
 
 @dataclass
 class Progress:

@@ -18,8 +18,6 @@ from dcafy.training.options import TrainingConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Batch", "Classification", "Meter", "Task"]
-
 
 class Batch(NamedTuple):
     """Samples together; ``labels`` are class numbers ``[N]``, or weights of the classes ``[N, classes]`` once mixed."""

@@ -18,8 +18,6 @@ from dcafy.training.history import Epoch, History
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable
 
-__all__ = ["LOG", "Bars", "JsonLines", "Lines", "Listener", "Several", "Silent", "for_stderr", "metrics_in_words"]
-
 LOG = "log.jsonl"
 """The name of the log in the folder of a run."""
 

@@ -17,8 +17,6 @@ from dcafy.errors import UsageError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Replicated", "Sharded", "as_accelerate_trains", "check_kind"]
-
 
 class Replicated:
     """Every process has the whole network; DDP where there are several.

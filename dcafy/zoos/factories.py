@@ -19,8 +19,6 @@ from torch import nn
 from dcafy.errors import UsageError
 from dcafy.wording import nearest, one_line
 
-__all__ = ["call_factory", "factory_takes", "is_factory", "working_folder_importable"]
-
 log = logging.getLogger(__name__)
 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")

@@ -18,8 +18,6 @@ from dcafy.wording import few, printable
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
 from dcafy.zoos.specs import Blueprint
 
-__all__ = ["Misfit", "Shapes", "architectures_that_fit", "difference", "load_into", "same_shape", "shapes_of"]
-
 log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -20,8 +20,6 @@ from torch.overrides import TorchFunctionMode
 from dcafy.errors import UsageError
 from dcafy.wording import one_line
 
-__all__ = ["ZOOS", "Zoo", "build_on_meta", "check", "installed_names", "named_elsewhere", "quiet"]
-
 log = logging.getLogger(__name__)
 
 

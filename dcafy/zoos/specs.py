@@ -15,8 +15,6 @@ from dcafy.wording import one_line
 from dcafy.zoos.factories import call_factory, factory_takes, is_factory
 from dcafy.zoos.packages import ZOOS, build_on_meta, check, named_elsewhere, quiet
 
-__all__ = ["Blueprint", "build_architecture", "parse", "runs_code", "unknown"]
-
 _OURS = {"checkpoint_path", "pretrained", "weights", "weights_backbone"}
 """Arguments of the zoos that say which weights to load: the spec says that."""
 
