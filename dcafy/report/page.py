@@ -14,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from dcafy.analysis.values import AttentionValues, common_axes
-from dcafy.errors import needing
 from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import draw
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
 from dcafy.report.findings import MOST_CAMS, Findings
 from dcafy.report.thumbnails import data_uri, overlaid, small
-from dcafy.wording import counted, printable
+from dcafy.wording import counted, needing, printable
 
 __all__ = ["Plot", "Seen", "page"]
 
