@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 __all__ = [
     "CheckpointError",
     "DcafyError",
@@ -17,7 +14,6 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "VerificationError",
-    "needing",
 ]
 
 
@@ -59,21 +55,6 @@ class CheckpointError(SourceError):
 
 class TrainingError(DcafyError):
     """A training went wrong in a way that going on would not mend."""
-
-
-@contextlib.contextmanager
-def needing(what: str, extra: str, libraries: str = "") -> Iterator[None]:
-    """Inside it a library that is not installed becomes a ``UsageError``: ``what`` needs it, and ``extra`` brings it.
-
-    ``libraries``: what messages call it; by default the name of the module that is missing.
-    """
-    try:
-        yield
-    except ImportError as error:
-        if not libraries and not isinstance(error, ModuleNotFoundError):
-            raise
-        needed = libraries or f"{error.name}, which is not installed"
-        raise UsageError(f"{what} needs {needed}: pip install -e '.[{extra}]'{'.' if libraries else ''}") from error
 
 
 class Interrupted(DcafyError):

@@ -1,14 +1,17 @@
-"""How messages write names, counts, reasons, and the nearest right word."""
+"""How messages write names, counts, reasons, the nearest right word, and what is not installed."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
+
+from dcafy.errors import UsageError
 
 
 def printable(name: str) -> str:
@@ -46,6 +49,21 @@ def few(names: Sequence[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+@contextlib.contextmanager
+def needing(what: str, extra: str, libraries: str = "") -> Iterator[None]:
+    """Inside it a library that is not installed becomes a ``UsageError``: ``what`` needs it, and ``extra`` brings it.
+
+    ``libraries``: what messages call it; by default the name of the module that is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if not libraries and not isinstance(error, ModuleNotFoundError):
+            raise
+        needed = libraries or f"{error.name}, which is not installed"
+        raise UsageError(f"{what} needs {needed}: pip install -e '.[{extra}]'{'.' if libraries else ''}") from error
 
 
 def one_line(error: BaseException) -> str:

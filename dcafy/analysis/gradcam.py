@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.values import check_images
-from dcafy.errors import InputError, NoAttentionError, UsageError, needing
+from dcafy.errors import InputError, NoAttentionError, UsageError
+from dcafy.wording import needing
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dcafy.errors import InputError, UsageError, needing
+from dcafy.errors import InputError, UsageError
 from dcafy.images.data import Data, split
 from dcafy.images.options import DataOptions
 from dcafy.images.order import UnreadableImage
 from dcafy.images.pictures import opened, with_channels
-from dcafy.wording import printable
+from dcafy.wording import needing, printable
 
 _FORM = "coco:IMAGES:ANNOTATIONS.json, or coco:IMAGES:TRAIN.json:VAL_IMAGES:VAL.json"
 

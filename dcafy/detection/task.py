@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dcafy.errors import InputError, UsageError, needing
+from dcafy.errors import InputError, UsageError
 from dcafy.graph.modes import evaluating
 from dcafy.images.order import Sample
 from dcafy.training.options import TrainingConfig
 from dcafy.training.tasks import Batch, Meter
+from dcafy.wording import needing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcafy.errors import InputError, UsageError, needing
+from dcafy.errors import InputError, UsageError
 from dcafy.images.options import DataOptions
-from dcafy.wording import nearest, printable
+from dcafy.wording import nearest, needing, printable
 
 if TYPE_CHECKING:
     import numpy as np

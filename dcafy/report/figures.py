@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dcafy.analysis.values import AttentionValues
-from dcafy.errors import needing
 from dcafy.plan.drawing import COLOURS
+from dcafy.wording import needing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dcafy.analysis.values import check_images
 from dcafy.disk import replaced
 from dcafy.emit.dca import connected_modules
-from dcafy.errors import needing
 from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation, preparation
 from dcafy.report.epochs import EpochLog
@@ -23,6 +22,7 @@ from dcafy.report.page import page
 from dcafy.report.pictures import as_pictures, read_pictures
 from dcafy.runs.request import REQUEST, Request, read_request
 from dcafy.trace.inputs import from_data
+from dcafy.wording import needing
 
 MOST = 64
 """How many images are looked at where nothing else is asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from dcafy.analysis.values import AttentionValues, common_axes
-from dcafy.errors import needing
 from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import draw
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
 from dcafy.report.findings import MOST_CAMS, Findings
 from dcafy.report.thumbnails import data_uri, overlaid, small
-from dcafy.wording import counted, printable
+from dcafy.wording import counted, needing, printable
 
 
 @dataclass(frozen=True)
@@ -212,26 +211,19 @@ def _as_map(values: Tensor) -> Tensor:
 
 def _shares(findings: Findings) -> Iterator[Plot]:
     rows = findings.contributions
-    values = {
-        "contribution ratio": {row.name: row.ratio for row in rows},
-        "message share": dict(findings.shares),
-    }
-    for named, by_name in values.items():
+    ratios = {row.name: row.ratio for row in rows}
+    for named, by_name in (("contribution ratio", ratios), ("message share", findings.shares)):
+        data = [(place, row.name, row.dimension, by_name.get(row.name, 0.0)) for place, row in enumerate(rows, 1)]
         series: dict[str, list[tuple[int, float]]] = {}
-        for place, row in enumerate(rows, start=1):
-            series.setdefault(row.dimension, []).append((place, by_name.get(row.name, 0.0)))
+        for place, _, dimension, value in data:
+            series.setdefault(dimension, []).append((place, value))
         if series:
             label = f"The {named} of {len(rows)} connections, in the order of the data."
-            data = [(place, row.name, row.dimension, by_name.get(row.name, 0.0)) for place, row in enumerate(rows, 1)]
             file = download(named, ("place", "connection", "dimension", named), data)
             yield Plot(named.capitalize(), share_plot(series, label=label, named=named), (), file)
-    if findings.epochs is not None:
-        log = findings.epochs
-        over: Mapping[str, Mapping[str, tuple[float, ...]]] = {
-            "contribution ratio": log.contribution,
-            "message share": log.message_share,
-        }
-        for named, lines in over.items():
+    log = findings.epochs
+    if log is not None:
+        for named, lines in (("contribution ratio", log.contribution), ("message share", log.message_share)):
             title = f"{named.capitalize()} over epochs"
             label = f"The {named} of {len(lines)} connections over {len(log.epochs)} epochs."
             table: Iterable[tuple[object, ...]] = zip(log.epochs, *lines.values(), strict=True)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from dcafy.analysis.usage import Usage, measured_shares, usage
 from dcafy.converted import connections
 from dcafy.emit.dca import is_connected
-from dcafy.errors import InputError, TrainingError, UsageError, needing
+from dcafy.errors import InputError, TrainingError, UsageError
 from dcafy.graph.modes import evaluating
 from dcafy.images.order import Batches, Seeded, Spread, derived_seed
 from dcafy.trace.accepted import require_module
@@ -32,6 +32,7 @@ from dcafy.training.state import Progress, Standing, captured, restored, unlike_
 from dcafy.training.tasks import Classification, Task
 from dcafy.training.telling import Listener, Silent
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
+from dcafy.wording import needing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
