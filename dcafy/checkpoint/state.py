@@ -11,6 +11,7 @@ from dcafy.checkpoint.description import State
 from dcafy.checkpoint.tensors import dtype_named
 from dcafy.errors import CheckpointError
 from dcafy.graph.modes import keep_in_eval, stays_in_eval
+from dcafy.graph.paths import joined
 from dcafy.wording import printable
 
 __all__ = ["restore", "state_of"]
@@ -25,7 +26,7 @@ def state_of(model: nn.Module) -> State:
         kept_in_eval=tuple(path for path, module in model.named_modules() if stays_in_eval(module)),
         frozen=tuple(name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad),
         unsaved={
-            f"{path}.{name}" if path else name: str(buffer.dtype).removeprefix("torch.")
+            joined(path, name): str(buffer.dtype).removeprefix("torch.")
             for path, module, name, buffer in _unsaved(model)
         },
     )
@@ -48,7 +49,7 @@ def restore(model: nn.Module, state: State) -> None:
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(name not in state.frozen)
     for path, module, name, buffer in _unsaved(model):
-        wanted = state.unsaved.get(f"{path}.{name}" if path else name)
+        wanted = state.unsaved.get(joined(path, name))
         if wanted is not None:
             module._buffers[name] = buffer.to(_floating(wanted))
 

@@ -27,7 +27,6 @@ __all__ = [
     "values_of",
 ]
 
-
 VALUE = "value"
 """The key of a node's value in ``node.meta``."""
 
