@@ -23,7 +23,6 @@ _FACTORIES = (
     "arange empty eye full linspace logspace normal ones rand randint randn randperm range scalar_tensor tensor zeros"
 )
 
-
 _CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
 
 _Patch = tuple[Any, str, Any]

@@ -94,11 +94,9 @@ class Recorder(ValueTracer):
         opaque: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(evaluator, model)
-        self.model = model
         self._inputs = inputs
         self._opaque = opaque
-        self._modules = dict(model.named_modules())
-        self._paths = {id(module): path for path, module in self._modules.items()}
+        self._paths = {id(module): path for path, module in self.modules.items()}
         self._observing: str | None = None
         self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
         self.calls: list[Call] = []
@@ -107,7 +105,7 @@ class Recorder(ValueTracer):
 
     def record(self) -> Recording:
         """The recording; a recorder makes one."""
-        model, modules = self.model, self._modules
+        model, modules = self.model, self.modules
         with (
             watched_globals(modules.values(), self.unwritten.setdefault),
             recorded_calls(self),

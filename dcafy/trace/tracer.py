@@ -21,14 +21,16 @@ from dcafy.trace.recording import Decision
 class ValueTracer(Answering):
     """Makes the nodes of one trace of ``model``, which must be data-free: each with its value and its owner.
 
-    ``owner``     the path of the module whose forward runs
-    ``running``   real code runs on values, and nothing is recorded
-    ``settled``   what forwards decided by
+    ``owner``      the path of the module whose forward runs
+    ``running``    real code runs on values, and nothing is recorded
+    ``settled``    what forwards decided by
     ``unwritten``  module path -> what its forward does besides, which no graph has
     """
 
     def __init__(self, evaluator: Evaluator, model: nn.Module) -> None:
         super().__init__()
+        self.model = model
+        self.modules = dict(model.named_modules())
         self.evaluator = evaluator
         self.owner = ""
         self.running = False
@@ -37,7 +39,7 @@ class ValueTracer(Answering):
         self.unwritten: dict[str, str] = {}
         self._attributes: dict[str, ValueProxy] = {}
         self._tensors: dict[int, str] = {}
-        for path, module in model.named_modules():
+        for path, module in self.modules.items():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     self._tensors.setdefault(id(tensor), joined(path, name))
