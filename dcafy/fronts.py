@@ -23,7 +23,4 @@ def front(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any],
         setattr(sys.modules[package], name, value)
         return value
 
-    def dir_() -> list[str]:
-        return sorted(homes)
-
-    return getattr_, dir_
+    return getattr_, lambda: sorted(homes)

@@ -171,13 +171,7 @@ def entries(of: Check, value: Any, where: str) -> dict[str, Any]:
 
 
 def _checked(of: Check, checks: tuple[Check, ...]) -> Check:
-    def reader(value: Any, where: str) -> Any:
-        value = of(value, where)
-        for check in checks:
-            value = check(value, where)
-        return value
-
-    return reader
+    return lambda value, where: functools.reduce(lambda read, check: check(read, where), checks, of(value, where))
 
 
 def within(least: int, most: int) -> Check:

@@ -28,7 +28,7 @@ from dcafy.link.region import Region, earlier
 from dcafy.link.topology import grouped, links_in
 from dcafy.plan.blocks import Skipped
 from dcafy.plan.plan import Plan
-from dcafy.trace import Subject, judged, recorded
+from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.accepted import LOOKED_THROUGH, kept_whole, require_module
 from dcafy.trace.fold import CannotEnter
 from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
@@ -142,7 +142,7 @@ class _Surveyor:
         opaque = frozenset(whole)
         while True:
             try:
-                region = self._region(path, Subject(module, observed, self.evaluator, opaque))
+                region = self._region(path, Recordable(module, observed, self.evaluator, opaque))
             except CannotEnter as reason:
                 new = {inner: why for inner, why in reason.reasons.items() if inner and inner not in opaque}
                 if new:
@@ -161,8 +161,8 @@ class _Surveyor:
         for inner in outermost(inner for inner, _ in module.named_modules() if inner in closed):
             yield from self._children(joined(path, inner), seen)
 
-    def _region(self, path: str, subject: Subject) -> Region:
-        recording = recorded(subject)
+    def _region(self, path: str, recordable: Recordable) -> Region:
+        recording = recorded(recordable)
         modules = recording.modules
         flow = Dataflow(recording.graph, modules)
         found = find(flow, path)
@@ -172,7 +172,7 @@ class _Surveyor:
         region = Region(path, recording, found, messages, before, skipped, flow.order)
         if len(found) < 2:  # there is nothing to connect, and the graph is for looking only
             return region
-        region = dataclasses.replace(region, recording=judged(subject, recording))
+        region = dataclasses.replace(region, recording=judged(recordable, recording))
         region.fold(tuple(links_in(region)[0]))
         return region
 

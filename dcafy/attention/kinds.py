@@ -33,10 +33,6 @@ def _reduced(module: str, name: str) -> Build:
     return lambda channels, reduction, init, side: _of(module, name)(channels, reduction, init=init)
 
 
-def _unreduced(module: str, name: str) -> Build:
-    return lambda channels, reduction, init, side: _of(module, name)(channels, init=init)
-
-
 def _ge_theta(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
     """As many halvings, up to three, as leave maps of 7x7 to be averaged."""
     steps = next((steps for steps in (3, 2, 1) if side >> steps >= 7), 0)
@@ -62,8 +58,8 @@ ATTENTIONS: dict[str, Attention] = {
     "cbam": Attention(_reduced("cbam", "CBAM")),
     "bam": Attention(_reduced("bam", "BAM")),
     "gc": Attention(_reduced("gc", "GC")),
-    "sge": Attention(_unreduced("sge", "SGE")),
-    "eca": Attention(_unreduced("eca", "ECA")),
+    "sge": Attention(lambda channels, reduction, init, side: _of("sge", "SGE")(channels, init=init)),
+    "eca": Attention(lambda channels, reduction, init, side: _of("eca", "ECA")(channels, init=init)),
 }
 """Name -> the attention."""
 

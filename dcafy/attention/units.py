@@ -20,7 +20,7 @@ from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import OWNER, node_value
 from dcafy.graph.ops import Op, op_name, op_of
 from dcafy.graph.paths import joined, outermost
-from dcafy.trace import Subject, judged, recorded
+from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.fold import CannotEnter
 from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
 from dcafy.trace.islands import observe
@@ -129,7 +129,7 @@ class _Search:
         """(path, inputs, whether its own forward adds two maps) of every module that is called."""
         module = self.model.get_submodule(path)
         try:
-            recording = recorded(Subject(module, inputs, self.evaluator))
+            recording = recorded(Recordable(module, inputs, self.evaluator))
         except (CannotEnter, InputError) as error:  # its submodules may be fine
             inside = observe(module, inputs, self.evaluator)
             if isinstance(inside, str):
@@ -173,9 +173,9 @@ class _Search:
         return Unit(path, recording, end, shape.kernel(end))
 
     def _recorded(self, path: str, call: Observed) -> Recording:
-        subject = Subject(self.model.get_submodule(path), call, self.evaluator)
+        recordable = Recordable(self.model.get_submodule(path), call, self.evaluator)
         try:
-            return judged(subject, recorded(subject))
+            return judged(recordable, recorded(recordable))
         except (CannotEnter, InputError) as error:  # here the user asked for this very module
             raise InputError(f"{path} cannot be given attention: {error}.") from error
 

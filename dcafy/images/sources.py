@@ -52,7 +52,7 @@ def open_data(spec: str, options: DataOptions) -> Data:
 # --- folders of pictures --------------------------------------------------------------------------------
 
 
-def _image_folder(spec: str, path: str, options: DataOptions) -> Data:
+def _folder(spec: str, path: str, options: DataOptions) -> Data:
     from dcafy.images.data import Data, FileImages, split
 
     root = Path(path)
@@ -235,7 +235,7 @@ def _absolute(rest: str) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """One kind of ``--data``.
 
     ``form``      how a spec of it is written, and ``about`` what else the help says of that
@@ -254,13 +254,13 @@ def _anchored_root(rest: str) -> str:
     return f"{name}{colon}{_absolute(root)}"
 
 
-SOURCES: dict[str, Source] = {
-    "imagefolder": Source("imagefolder:PATH", _image_folder, " (with train/ and val/, or one folder for each class)"),
-    "torchvision": Source(
+SOURCES: dict[str, ImageSource] = {
+    "imagefolder": ImageSource("imagefolder:PATH", _folder, " (with train/ and val/, or one folder for each class)"),
+    "torchvision": ImageSource(
         "torchvision:NAME:ROOT", _torchvision, " such as torchvision:CIFAR10:data", anchored=_anchored_root
     ),
-    "digits": Source("digits", _digits),
-    "fashion-mnist": Source("fashion-mnist[:PATH]", _fashion_mnist),
+    "digits": ImageSource("digits", _digits),
+    "fashion-mnist": ImageSource("fashion-mnist[:PATH]", _fashion_mnist),
 }
 """The first word of a spec -> the source."""
 

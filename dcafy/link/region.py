@@ -67,11 +67,10 @@ class Region:
 
 def earlier(graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, ...]) -> dict[str, tuple[str, ...]]:
     """Block name -> all earlier blocks of its dimension whose fused outputs reach it, nearest last."""
-    bit = {node: 1 << i for i, block in enumerate(found) for node in block.fusions}
     bits: dict[fx.Node, int] = {}
+    bit: dict[fx.Node, int] = {}
     for i, block in enumerate(found):
-        for node in block.fusions:
-            bit[node] |= 1 << i
+        bit.update((node, bit.get(node, 0) | 1 << i) for node in block.fusions)
     reach: dict[fx.Node, int] = {}
     for node in graph.nodes:
         reach[node] = bit.get(node, 0)

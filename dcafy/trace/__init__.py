@@ -23,11 +23,11 @@ from dcafy.trace.recording import Observed, Recording
 from dcafy.trace.witness import held
 from dcafy.wording import reason_of
 
-__all__ = ["Subject", "judged", "recorded"]
+__all__ = ["Recordable", "judged", "recorded"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class Recordable:
     """What is recorded: a module on the inputs of one call, with its submodules at ``opaque`` kept whole."""
 
     module: nn.Module
@@ -40,22 +40,22 @@ class Subject:
         return Recorder(self.evaluator, data_free_copy(self.module), inputs, self.opaque).record()
 
 
-def recorded(subject: Subject) -> Recording:
-    """The deep recording of the subject, whose module is left as it is.
+def recorded(recordable: Recordable) -> Recording:
+    """The deep recording of the recordable, whose module is left as it is.
 
     Raises ``CannotEnter`` where its forward cannot be recorded, ``InputError`` where it cannot be copied.
     """
     with _reasons_told():
-        return subject.recording(subject.inputs)
+        return recordable.recording(recordable.inputs)
 
 
-def judged(subject: Subject, recording: Recording) -> Recording:
-    """The subject's recording, with those decisions (``held``) that its graph has to check when it runs.
+def judged(recordable: Recordable, recording: Recording) -> Recording:
+    """The recordable's recording, with those decisions (``held``) that its graph has to check when it runs.
 
     Raises ``CannotEnter`` where a forward computes with the size of the example.
     """
     with _reasons_told():
-        decisions = held(recording, subject.evaluator, subject.inputs, subject.recording)
+        decisions = held(recording, recordable.evaluator, recordable.inputs, recordable.recording)
     return dataclasses.replace(recording, held=decisions)
 
 
