@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -99,15 +99,16 @@ def _plan(value: Any, where: str) -> Plan:
 
 def _options(value: Any, where: str) -> dict[str, Any]:
     """The options of a conversion, as far as a link may override them."""
-    return _sized(written(records.read(Linking, value, where)), where, only=value)
+    records.read(Linking, value, where)
+    return _sized(value, where)
 
 
-def _sized(options: dict[str, Any], where: str, only: Collection[str] | None = None) -> dict[str, Any]:
+def _sized(options: dict[str, Any], where: str) -> dict[str, Any]:
     """Options with numbers that layers can be made of."""
     for name in ("reduction", "min_hidden"):
         if name in options:
             within(1, _WIDEST)(options[name], f"{where}.{name}")
-    return options if only is None else {name: options[name] for name in only}
+    return options
 
 
 _WIDEST = 2**16

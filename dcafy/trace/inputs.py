@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -119,9 +121,27 @@ def _written(value: Any) -> dict[str, Any]:
             return {name: [_written(item) for item in value]}
     if type(value) is dict and all(isinstance(key, str) for key in value):
         return {"dict": {key: _written(item) for key, item in value.items()}}
+    if isinstance(value, tuple) and all(map(_FIELD.fullmatch, getattr(value, "_fields", "-"))):
+        return {"named": {key: _written(item) for key, item in zip(value._fields, value, strict=True)}}  # type: ignore[attr-defined]
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return {"value": value}
     raise TypeError(f"a {type(value).__name__} cannot be written down")
+
+
+_FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+"""Names of a named tuple's fields that are written down."""
+
+
+def _named(items: dict[str, Any]) -> Any:
+    """A named tuple with these fields, of a class of its own: the user's is code, which no folder may name.
+
+    ``collections.namedtuple`` would do, and writes the names into source that it runs.
+    """
+    reads = {name: property(operator.itemgetter(place)) for place, name in enumerate(items)}
+    make = classmethod(lambda cls, values: tuple.__new__(cls, values))
+    new = staticmethod(lambda cls, *values: tuple.__new__(cls, values))
+    kind = type("Named", (tuple,), {**reads, "_fields": tuple(items), "_make": make, "__new__": new})
+    return kind(*items.values())
 
 
 def from_data(data: Any) -> tuple[Any, ...]:
@@ -139,12 +159,14 @@ def from_data(data: Any) -> tuple[Any, ...]:
 
 def _restored(data: Any) -> Any:
     if not isinstance(data, dict) or len(data) != 1:
-        raise ValueError("an input is described by one entry: tensor, tuple, list, dict or value")
+        raise ValueError("an input is described by one entry: tensor, tuple, list, dict, named or value")
     ((kind, value),) = data.items()
     if kind in _SEQUENCES and isinstance(value, list):
         return _SEQUENCES[kind](_restored(item) for item in value)
     if kind == "dict" and isinstance(value, dict):
         return {key: _restored(item) for key, item in value.items()}
+    if kind == "named" and isinstance(value, dict) and all(map(_FIELD.fullmatch, value)):
+        return _named({key: _restored(item) for key, item in value.items()})
     if kind == "value" and not isinstance(value, dict | list):
         return value
     if kind == "tensor" and isinstance(value, dict) and set(value) == {"shape", "dtype"}:

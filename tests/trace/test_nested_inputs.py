@@ -13,12 +13,11 @@ import pytest
 import torch
 from networks import with_attention
 from torch import Tensor, nn
-from trained import trained_like
+from trained import moved, trained_like
 
 import dcafy
-from dcafy.errors import CheckpointError
 from dcafy.graph.nodes import leaves, mapped, tensors_in
-from dcafy.trace.inputs import as_data, as_inputs, probe
+from dcafy.trace.inputs import as_data, as_inputs, from_data, probe
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(2, 3, 64, 64, generator=GENERATOR)
@@ -134,14 +133,33 @@ def test_a_named_tuple_as_output(tmp_path: Path) -> None:
         assert all(map(torch.equal, given, expected))
 
 
-def test_a_folder_does_not_say_what_a_named_tuple_was(tmp_path: Path) -> None:
-    """Its class is the user's code, which no folder may name; as a plain tuple it would be another input."""
-    model = ready(TakesPair)
-    assert as_data((PAIR,)) is None
-    connected = dcafy.convert(model, example_inputs=PAIR)
+@pytest.mark.parametrize("build", [TakesPair, TakesBoth, HandsOn, DecidesByContent])
+def test_a_folder_says_what_a_named_tuple_was(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """By its fields: its class is the user's code, which no folder may name."""
+    model = ready(build)
+    connected = moved(dcafy.convert(model, example_inputs=PAIR))
     dcafy.save(connected, tmp_path / "model")
-    with pytest.raises(CheckpointError, match="TakesPair ran on none of the inputs"):
-        dcafy.load(tmp_path / "model", model)
+    loaded = dcafy.load(tmp_path / "model", model).eval()
+    given = tuple(PAIR) if build is TakesBoth else (PAIR,)
+    with torch.no_grad():
+        assert torch.equal(loaded(*given), connected(*given))
+        assert not torch.equal(loaded(*given), model(*given))
+
+
+def test_a_named_tuple_comes_back_from_data() -> None:
+    (again,) = from_data(as_data((PAIR,)))
+    assert again._fields == PAIR._fields
+    assert [value.shape for value in again] == [value.shape for value in PAIR]
+    assert again.brightness is again[1]
+    changed = mapped(again, lambda value: value.ndim)
+    assert type(changed) is type(again)
+    assert (changed.image, changed.brightness) == tuple(changed) == (4, 2)
+
+
+@pytest.mark.parametrize("name", ["__class__", "_fields", "a b", "a=1); import os; (b", "é", ""])
+def test_names_of_fields_that_no_named_tuple_has(name: str) -> None:
+    with pytest.raises(ValueError, match="describes no input"):
+        from_data({"tuple": [{"named": {name: {"value": 1}}}]})
 
 
 def test_what_a_named_tuple_stands_for() -> None:
