@@ -106,7 +106,7 @@ def convert(
     chosen = shaped(chosen, known.regions, dimension=conversion.dimension, topology=conversion.topology)
     if not chosen.links:
         raise NoAttentionError(_nothing_to_connect(chosen))
-    chosen = _with_options(chosen, conversion)
+    chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):
         price = cost(conversion.topology, chosen, known.regions, conversion)
         log.info(
@@ -142,14 +142,6 @@ def _refuse_connected(model: nn.Module) -> None:
         raise InputError(
             "The model is connected already. Train it as it is, or take dcafy.revert(model) and convert that anew."
         )
-
-
-def _with_options(plan: Plan, options: Linking) -> Plan:
-    chains = tuple(
-        dataclasses.replace(chain, links=tuple(completed(link, options) for link in chain.links))
-        for chain in plan.chains
-    )
-    return dataclasses.replace(plan, chains=chains)
 
 
 def _nothing_to_connect(plan: Plan) -> str:

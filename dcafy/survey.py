@@ -45,11 +45,20 @@ class Survey:
     inputs: tuple[Any, ...]
 
 
-def survey(model: nn.Module, example_inputs: Any = None, name: str = "") -> Survey:
+def survey(model: nn.Module, example_inputs: Any = None) -> Survey:
     """What there is to connect in ``model``; raises ``TracingError`` or ``InputError``, changes nothing."""
     require_module(model)
     with _uncollected():
-        return _survey(model, example_inputs, name or type(model).__name__)
+        if example_inputs is not None:
+            return _Surveyor(model).run(as_inputs(example_inputs, model))
+        tried = list(guesses(model))
+        shapes = ", ".join(str(tuple(inputs[0].shape)) for inputs in tried[:4])
+        return on_one_of(
+            tried,
+            lambda inputs: _Surveyor(model).run(inputs),
+            none=f"{type(model).__name__} ran on none of the inputs that were guessed for it ({shapes}, ...)",
+            call="dcafy.inspect(model,",
+        )
 
 
 @contextlib.contextmanager
@@ -67,19 +76,6 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _survey(model: nn.Module, example_inputs: Any, name: str) -> Survey:
-    if example_inputs is not None:
-        return _Surveyor(model, name).run(as_inputs(example_inputs, model))
-    tried = list(guesses(model))
-    shapes = ", ".join(str(tuple(inputs[0].shape)) for inputs in tried[:4])
-    return on_one_of(
-        tried,
-        lambda inputs: _Surveyor(model, name).run(inputs),
-        none=f"{name} ran on none of the inputs that were guessed for it ({shapes}, ...)",
-        call="dcafy.inspect(model,",
-    )
-
-
 @dataclass(frozen=True)
 class _Look:
     """What is seen of a model at one size of the example."""
@@ -87,11 +83,16 @@ class _Look:
     regions: tuple[Region, ...]
     skipped: tuple[Skipped, ...]
 
+    @property
+    def found(self) -> int:
+        """How many blocks."""
+        return sum(len(region.found) for region in self.regions)
+
 
 class _Surveyor:
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.name = name
+        self.name = type(model).__name__
         self.evaluator = Evaluator(device_of(model))
 
     def run(self, inputs: tuple[Any, ...]) -> Survey:
@@ -105,7 +106,7 @@ class _Surveyor:
                 larger = self._look(inputs, scale)
             except TracingError:  # the network takes the example's size only
                 break
-            if _count(larger) < _count(look) or _tiny_maps(larger) == tiny:
+            if larger.found < look.found or len(larger.regions) > len(look.regions) or _tiny_maps(larger) == tiny:
                 break  # nothing was gained: detectors, for one, resize their input themselves
             look = larger
         kept = tuple(region for region in look.regions if region.found)
@@ -204,10 +205,6 @@ class _Surveyor:
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def _count(look: _Look) -> int:
-    return sum(len(region.found) for region in look.regions)
 
 
 def _tiny_maps(look: _Look) -> list[tuple[str, torch.Size]]:

@@ -100,9 +100,9 @@ DROPS = {"drop_rate": 0.2, "drop_path_rate": 0.2}
 def small_maxvit() -> nn.Module:
     """What ``maxvit_t`` is made of, at a fraction of its cost: blocks of two layers and of one, windows and grids."""
     return torchvision.models.MaxVit(
-        input_size=(128, 128),
+        input_size=(64, 64),
         stem_channels=16,
-        partition_size=4,
+        partition_size=2,
         block_channels=[16, 16, 24, 32],
         block_layers=[2, 1, 1, 1],
         head_dim=8,
@@ -112,7 +112,7 @@ def small_maxvit() -> nn.Module:
 
 
 LIBRARY_NETWORKS = (
-    Network("torchvision:small_maxvit", small_maxvit, one_chain("SqueezeExcitation"), image=128, other=None),
+    Network("torchvision:small_maxvit", small_maxvit, one_chain("SqueezeExcitation"), image=64, other=None),
     torchvision_network("efficientnet_b0", "SqueezeExcitation"),
     torchvision_network("efficientnet_v2_s", "SqueezeExcitation"),
     torchvision_network("mobilenet_v3_large", "SqueezeExcitation"),

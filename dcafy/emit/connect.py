@@ -19,7 +19,7 @@ from dcafy.find.roles import Found
 from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.nodes import OWNER
 from dcafy.graph.ops import Op, alters_argument, op_of
-from dcafy.graph.paths import joined
+from dcafy.graph.paths import above, joined
 from dcafy.link.message import Message
 from dcafy.link.region import Region
 from dcafy.plan.blocks import Link
@@ -61,19 +61,10 @@ def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Re
 
 def _place(name: str, host: nn.Module) -> dict[str, Any]:
     """Device and dtype of the block's own parameters, or of the nearest around it."""
-    path = name.split("#")[0].split(".")
-    while path:
-        try:
-            module = host.get_submodule(".".join(path))
-        except AttributeError:
-            module = None
-        if module is not None:
-            for parameter in module.parameters():
-                if parameter.is_floating_point():
-                    return {"device": parameter.device, "dtype": parameter.dtype}
-        path.pop()
-    floating = [p for p in host.parameters() if p.is_floating_point()]
-    return {"device": floating[0].device, "dtype": floating[0].dtype} if floating else {}
+    path, modules = name.split("#")[0], dict(host.named_modules(remove_duplicate=False))
+    near = (modules[at].parameters() for at in (path, *above(path)) if at in modules)
+    first = next((p for parameters in near for p in parameters if p.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}
 
 
 class _Connecting:

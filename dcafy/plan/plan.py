@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +51,11 @@ class Plan(Contents):
         if link is None:
             raise PlanError(f"The plan has no link from {source!r} to {target!r}.")
         new = dataclasses.replace(link, **settings)
-        chains = tuple(
-            dataclasses.replace(chain, links=tuple(new if one is link else one for one in chain.links))
-            for chain in self.chains
-        )
+        return self.with_links(lambda one: new if one is link else one)
+
+    def with_links(self, change: Callable[[Link], Link]) -> Plan:
+        """The plan with every link changed."""
+        chains = tuple(dataclasses.replace(c, links=tuple(map(change, c.links))) for c in self.chains)
         return dataclasses.replace(self, chains=chains)
 
     def to_dict(self) -> dict[str, Any]:

@@ -233,10 +233,10 @@ def _shares(findings: Findings) -> Iterator[Plot]:
 
 
 def _connection_data(findings: Findings) -> Download:
-    rows = []
-    for made in findings.contributions:
-        *told, parameters = dataclasses.astuple(made)
-        rows.append((*told, findings.shares.get(made.name, 0.0), parameters))
+    rows = [
+        (*dataclasses.astuple(row)[:-1], findings.shares.get(row.name, 0.0), row.parameters)
+        for row in findings.contributions
+    ]
     columns = ("connection", "source", "target", "dimension", "alpha", "beta", "contribution", "message share")
     return download("connections", (*columns, "parameters"), rows)
 
