@@ -207,7 +207,7 @@ def _stopwatches(seconds: dict[str, float], parts: tuple[tuple[Any, str, str], .
 
 
 _INSPECT: tuple[tuple[Any, str, str], ...] = (
-    (survey.Recorder, "record", "trace"),
+    (survey, "recorded", "trace"),
     (survey, "find", "find"),
     (survey, "message_of", "link"),
     (survey, "earlier", "link"),

@@ -460,7 +460,7 @@ def test_a_full_disk_leaves_no_half_report(tmp_path: Path, monkeypatch: pytest.M
 
 def test_preparation_is_that_of_the_run(tmp_path: Path) -> None:
     from dcafy.plan.options import Conversion
-    from dcafy.runs import Request, write_request
+    from dcafy.runs.request import Request, write_request
     from dcafy.training import DataOptions, TrainingConfig
 
     request = Request(SMALL, "digits", None, {}, Conversion(), DataOptions(image_size=96), TrainingConfig(), 0)

@@ -23,8 +23,8 @@ from two_processes import DIGITS as QUICK
 from two_processes import FACTORY, FACTORY_CODE
 
 import dcafy
-from dcafy.runs import Request, compare
-from dcafy.runs.compare import paired_difference
+from dcafy.runs.compare import compare, paired_difference
+from dcafy.runs.request import Request
 from dcafy.training import DataOptions, TrainingConfig
 from dcafy.training.telling import Listener
 
