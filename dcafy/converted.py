@@ -90,10 +90,10 @@ def _disconnected(graph: fx.Graph) -> fx.Graph:
     """The graph with G in the place of every connection, and without what only connections read."""
     for node in reversed(graph.nodes):
         if node.op == "call_module" and str(node.target).startswith("dca."):
-            passed = node.args[1:]
+            messages = node.args[1:]
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-            for source in passed:
+            for source in messages:
                 _erase_unread(graph, source)
     graph.lint()
     return graph

@@ -114,20 +114,20 @@ def measured_shares(model: nn.Module) -> Iterator[Callable[[], dict[str, float]]
     squares = {name: [0.0, 0.0] for name in connections(model)}
     names = {id(connection): name for name, connection in connections(model).items()}
 
-    def add(part: Connection, context: Tensor, passed: tuple[Tensor | None, ...]) -> None:
-        own, message = part.alpha.to(context.dtype) * context, part.term(context, *passed)  # type: ignore[arg-type]
+    def add(part: Connection, context: Tensor, message: tuple[Tensor | None, ...]) -> None:
+        own, term = part.alpha.to(context.dtype) * context, part.term(context, *message)  # type: ignore[arg-type]
         total = squares[names[id(part)]]
         total[0] += float(own.double().square().sum())
-        total[1] += float(message.double().square().sum())
+        total[1] += float(term.double().square().sum())
 
     def hear(module: nn.Module, given: tuple[Any, ...]) -> None:
-        context, *passed = given
+        context, *messages = given
         if isinstance(module, JoinedConnection):
-            for part, *pair in zip(module.parts, passed[::2], passed[1::2], strict=True):
+            for part, *pair in zip(module.parts, messages[::2], messages[1::2], strict=True):
                 assert isinstance(part, Connection)
                 add(part, context, tuple(pair))
         elif isinstance(module, Connection):
-            add(module, context, tuple(passed))
+            add(module, context, tuple(messages))
 
     parts = {id(part) for m in model.modules() if isinstance(m, JoinedConnection) for part in m.parts}
     heard = [m for m in model.modules() if isinstance(m, Connection | JoinedConnection) and id(m) not in parts]

@@ -84,20 +84,20 @@ class _Connecting:
         target = self.region[links[0].target]
         for i in wire.contexts:
             context = target.contexts[i]
-            passed: tuple[fx.Node | None, ...] = ()
+            messages: tuple[fx.Node | None, ...] = ()
             for link in links:
-                passed += self._passed(self.region[link.source], i, context)
+                messages += self._message(self.region[link.source], i, context)
             own = self.image[context]
             readers = [user for user in own.users if self._transforms(user, target)]
             with self.graph.inserting_after(own):
-                call = self.graph.call_module(path, (own, *passed))
+                call = self.graph.call_module(path, (own, *messages))
             for reader in readers:
                 reader.replace_input_with(own, call)
 
     def _transforms(self, user: fx.Node, target: Found) -> bool:
         return not target.between.isdisjoint(self.inside.get(user, ()))
 
-    def _passed(self, source: Found, i: int, reader: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    def _message(self, source: Found, i: int, reader: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         """(T, G) of the earlier block; (T, ``None``), or its extraction on the fused output in the place of T."""
         message = self.region.messages[source.name]
         assert isinstance(message, Message)

@@ -93,11 +93,11 @@ class JoinedConnection(nn.Module):
         self.parts = nn.ModuleList(parts)
         self._combine = SCHEMAS[first.schema].combine
 
-    def forward(self, G: Tensor, *passed: Tensor | None) -> Tensor:
-        """G connected to every earlier block; ``passed``: T and G (or ``None``) of each, one after the other."""
+    def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
+        """G connected to every earlier block; ``messages``: T and G (or ``None``) of each, one after the other."""
         terms = [
             part.term(G, T_prev, G_prev)  # type: ignore[operator]
-            for part, T_prev, G_prev in zip(self.parts, passed[::2], passed[1::2], strict=True)
+            for part, T_prev, G_prev in zip(self.parts, messages[::2], messages[1::2], strict=True)
         ]
         alpha: Tensor = self.parts[0].alpha  # type: ignore[assignment]
         return self._combine(alpha.to(G.dtype) * G, functools.reduce(torch.add, terms))
