@@ -28,7 +28,7 @@ from dcafy.plan.options import Conversion, Inserting, Linking, Overrides, check,
 from dcafy.plan.plan import Plan
 from dcafy.survey import Survey, survey
 from dcafy.trace.inputs import as_data
-from dcafy.wording import few
+from dcafy.wording import few, nearest
 
 log = logging.getLogger("dcafy")
 
@@ -93,32 +93,39 @@ def convert(
     >>> torch.equal(connected(x), model(x))
     True
     """
+    known = [*vars(Conversion())]
+    for name in (name for name in options if name not in known):
+        raise TypeError(f"convert() got an unexpected keyword argument {name!r}.{nearest(name, known)}")
     conversion = Conversion(**options)
     check(conversion, CHOICES, dashes=False)
-    original = model
-    model = with_attention(model, conversion, example_inputs=example_inputs, copy=copy)
-    copy = copy and model is original  # attention was put into a copy already
-    known = survey(model, example_inputs)
-    _refuse_connected(model)
+    given = model
+    model = with_attention(given, conversion, example_inputs=example_inputs, copy=copy)
+    copy = copy and model is given  # attention was put into a copy already
+    original = given if conversion.init == "identity" else model  # the paper's own form is no no-op
+    seen = survey(model, example_inputs)
+    if is_connected(model):
+        raise InputError(
+            "The model is connected already. Train it as it is, or take dcafy.revert(model) and convert that anew."
+        )
     if verify and any(p.device.type == "meta" for p in model.parameters()):
         raise InputError("A model on the meta device computes nothing to compare. Pass verify=False.")
-    chosen = checked(known.plan if plan is None else plan, known.plan, known.regions)
-    chosen = shaped(chosen, known.regions, dimension=conversion.dimension, topology=conversion.topology)
+    chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.regions)
+    chosen = shaped(chosen, seen.regions, dimension=conversion.dimension, topology=conversion.topology)
     if not chosen.links:
         raise NoAttentionError(_nothing_to_connect(chosen))
     chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):
-        price = cost(conversion.topology, chosen, known.regions, conversion)
+        price = cost(conversion.topology, chosen, seen.regions, conversion)
         log.info(
             "%s: %d connections with %s new parameters", price.topology, price.connections, f"{price.parameters:,}"
         )
     with _preserved_rng(model):
-        converted = _connected(model, known, chosen, conversion, copy)
+        converted = _connected(model, seen, chosen, conversion, copy)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
         if inexact:
-            tell_drift(inexact[0], original, converted, known.inputs if verify else None)
+            tell_drift(inexact[0], original, converted, seen.inputs if verify else None)
         elif verify:
-            verify_outputs(original, converted, known.inputs)
+            verify_outputs(original, converted, seen.inputs)
     return converted  # type: ignore[return-value]
 
 
@@ -135,13 +142,6 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
         example_inputs=example_inputs,
         copy=copy,
     )
-
-
-def _refuse_connected(model: nn.Module) -> None:
-    if is_connected(model):
-        raise InputError(
-            "The model is connected already. Train it as it is, or take dcafy.revert(model) and convert that anew."
-        )
 
 
 def _nothing_to_connect(plan: Plan) -> str:

@@ -23,4 +23,4 @@ def front(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any],
         setattr(sys.modules[package], name, value)
         return value
 
-    return getattr_, lambda: sorted(homes)
+    return getattr_, lambda: sorted(sys.modules[package].__all__)

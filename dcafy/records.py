@@ -72,6 +72,9 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
+WRITTEN: Mapping[str, Any] = types.MappingProxyType({"written": True})
+"""The metadata of a field that has a default in Python, and has to be in the data all the same."""
+
 # --- JSON values -> records -----------------------------------------------------------------------------
 
 
@@ -150,7 +153,8 @@ def _record(kind: type[Any], whole: bool, value: Any, where: str) -> Any:
         if name not in fields:
             raise Unknown(where, name, list(fields))
     for name, item in fields.items():
-        needed = whole or (item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING)
+        has_default = not item.default is item.default_factory is dataclasses.MISSING
+        needed = whole or item.metadata is WRITTEN or not has_default
         if needed and name not in value:
             raise Wrong(where, f"an object with {name!r}", list(value))
     prefix = f"{where}." if where else ""
@@ -236,10 +240,6 @@ class OtherVersion(ValueError):
         self.version = version
 
 
-Step = Callable[[dict[str, Any]], dict[str, Any]]
-"""A document of one version -> the same as a document of the next."""
-
-
 @dataclass(frozen=True)
 class Format:
     """One kind of document: which version is written, and how older ones are brought up to it.
@@ -252,7 +252,7 @@ class Format:
 
     key: str
     version: int
-    steps: Mapping[int, Step] = field(default_factory=dict)
+    steps: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
 
     def stamped(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The document with its version in front."""

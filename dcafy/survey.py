@@ -211,7 +211,7 @@ def _tiny_maps(look: _Look) -> list[tuple[str, torch.Size]]:
     """The convolutions that yield maps under 4x4 from larger ones, and the sizes of the maps."""
     tiny = []
     for region in look.regions:
-        modules = region.modules
+        modules = region.recording.modules
         for node in region.recording.graph.nodes:
             if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.Conv2d | nn.Conv3d):
                 continue

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -18,6 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write what the tests see into tests/golden instead of comparing it; then read the difference",
     )
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """New networks have the same weights in every run, whatever ran before in this worker."""
+    torch.manual_seed(0)
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -88,3 +88,17 @@ def test_as_one_value_they_do_what_insert_and_convert_do():
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert len(dcafy.connections(at_once)) == 3
+
+
+@pytest.mark.parametrize("item", [item for item in dataclasses.fields(Conversion) if item.default is not None])
+def test_none_is_no_value_of_an_option_that_has_one(item):
+    if not (item.metadata["choices"] or item.name in CHOICES or item.metadata["bounds"]):
+        pytest.skip("any value will do")
+    with pytest.raises(UsageError, match=item.name):
+        dcafy.convert(torchvision.models.resnet18(), **{item.name: None})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "16"])
+def test_a_number_out_of_bounds(value):
+    with pytest.raises(UsageError, match="reduction must be a whole number of at least 1, not"):
+        dcafy.convert(torchvision.models.resnet18(), reduction=value)

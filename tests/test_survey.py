@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from networks import SELinear, conv_norm
 from torch import Tensor, nn
 from trained import seeded
@@ -211,3 +212,10 @@ def test_a_layer_that_makes_two_maps() -> None:
     with seeded(1):
         plan = dcafy.inspect(Octaves().eval(), example_inputs=IMAGES)
     assert [(link.source, link.target) for link in plan.links] == [("units.0", "units.2")]
+
+
+def test_a_look_at_larger_maps_that_falls_apart_is_no_gain() -> None:
+    """A network of one image size with maps under 4x4: at twice the size only its blocks can be recorded."""
+    model = zoo.small_maxvit().eval()
+    plan = dcafy.inspect(model, example_inputs=torch.zeros(2, 3, 64, 64))
+    assert (len(plan.blocks), len(plan.links), plan.islands) == (5, 4, ())

@@ -55,7 +55,7 @@ class _Spans:
     """The nodes that each module accounts for, by path, and the feature map that it yields."""
 
     def __init__(self, region: Region) -> None:
-        modules = region.modules
+        modules = region.recording.modules
         self.order = region.order
         self.home = {node: _home(node) for node in region.order}
         self.connections = {

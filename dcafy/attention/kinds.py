@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from dcafy.plan.options import Init
 from dcafy.records import one_of, within
@@ -25,8 +25,9 @@ class Attention:
     obstacle: str = ""
 
 
-def _of(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(f"dcafy.attention.{module}"), name)
+def _of(module: str, name: str) -> Callable[..., nn.Module]:
+    made: Callable[..., nn.Module] = getattr(importlib.import_module(f"dcafy.attention.{module}"), name)
+    return made
 
 
 def _reduced(module: str, name: str) -> Build:
@@ -36,16 +37,14 @@ def _reduced(module: str, name: str) -> Build:
 def _ge_theta(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
     """As many halvings, up to three, as leave maps of 7x7 to be averaged."""
     steps = next((steps for steps in (3, 2, 1) if side >> steps >= 7), 0)
-    built: nn.Module = _of("ge", "GETheta")(channels, steps, init=init)
-    return built
+    return _of("ge", "GETheta")(channels, steps, init=init)
 
 
 def _sk(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
     """Built where the convolution is known that it gives a second branch."""
     from torch import nn
 
-    built: nn.Module = _of("sk", "SK")(channels, nn.Identity(), reduction)
-    return built
+    return _of("sk", "SK")(channels, nn.Identity(), reduction)
 
 
 ATTENTIONS: dict[str, Attention] = {

@@ -17,7 +17,6 @@ from dcafy import records
 from dcafy.attention.kinds import Insertion
 from dcafy.errors import CheckpointError, PlanError
 from dcafy.plan.options import Linking
-from dcafy.plan.plan import FORMAT as PLAN
 from dcafy.plan.plan import Plan
 from dcafy.records import Format, OtherVersion, ReadBy, Unknown, Wrong, matching, one_of, parsed, short, within, written
 from dcafy.trace.inputs import from_data
@@ -57,12 +56,8 @@ class Facts:
 # --- what an entry has to be ------------------------------------------------------------------------------
 
 
-def _arguments(value: Any, where: str) -> Any:
-    """Arguments for a builder, with lists as tuples: ``architecture`` says which there may be."""
-    return {name: _argument(item, f"{where}.{name}") for name, item in value.items()}
-
-
 def _argument(value: Any, where: str) -> Any:
+    """An argument for a builder, with lists as tuples: ``architecture`` says which there may be."""
     if isinstance(value, list):
         return tuple(_argument(item, where) for item in value)
     if isinstance(value, dict):
@@ -83,14 +78,13 @@ def _plan(value: Any, where: str) -> Plan:
     """A plan with nothing in it that is not a plan's, and with numbers that layers can be made of."""
     if not isinstance(value, dict):
         raise Wrong(where, "an object", value)
-    known = [item.name for item in dataclasses.fields(Plan)]
-    for name in value.keys() - {PLAN.key, *known}:
-        raise Unknown(where, name, known)
     try:
         plan = Plan.from_dict(value)
     except PlanError as error:
-        cause = error.__cause__ if isinstance(error.__cause__, Wrong | Unknown) else error
-        raise Wrong(where, f"a plan ({short(cause)})", "this") from error
+        cause = error.__cause__
+        if isinstance(cause, Unknown):
+            raise Unknown(where, cause.path, []) from error
+        raise Wrong(where, f"a plan ({short(cause if isinstance(cause, Wrong) else error)})", "this") from error
     for link in plan.links:
         set_ = {name: item for name, item in dataclasses.asdict(link).items() if item is not None}
         _sized(set_, f"{where}.chains.links")
@@ -105,9 +99,9 @@ def _options(value: Any, where: str) -> dict[str, Any]:
 
 def _sized(options: dict[str, Any], where: str) -> dict[str, Any]:
     """Options with numbers that layers can be made of."""
-    for name in ("reduction", "min_hidden"):
-        if name in options:
-            within(1, _WIDEST)(options[name], f"{where}.{name}")
+    for item in dataclasses.fields(Linking):
+        if item.type == "int" and item.name in options:
+            within(1, _WIDEST)(options[item.name], f"{where}.{item.name}")
     return options
 
 
@@ -141,7 +135,7 @@ class Built:
     """
 
     name: str
-    arguments: Annotated[dict[str, Any], _arguments] = field(default_factory=dict)
+    arguments: dict[str, Annotated[Any, ReadBy(_argument)]] = field(default_factory=dict)
     insertions: tuple[Insertion, ...] = ()
 
 

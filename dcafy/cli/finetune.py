@@ -18,6 +18,7 @@ from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion
 from dcafy.runs.options import RunOptions, with_defaults_of
 from dcafy.training.options import TrainingConfig
+from dcafy.wording import printable
 
 if TYPE_CHECKING:
     from dcafy.runs.request import Request
@@ -131,8 +132,6 @@ def _as_given(name: str, value: Any) -> str:
 
 def _tell(amiss: tuple[str, ...]) -> None:
     """Names what was found wrong with the labels, and counts it."""
-    from dcafy.wording import printable
-
     for text in amiss[:10]:
         print(printable(text), file=sys.stderr)
     if len(amiss) > 1:

@@ -14,6 +14,7 @@ import typer
 
 from dcafy.cli.app import app
 from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.wording import counted
 
 if TYPE_CHECKING:
     from dcafy.report import Findings
@@ -99,8 +100,6 @@ def report_command(
 
 
 def _described(findings: Findings) -> str:
-    from dcafy.wording import counted
-
     blocks, images = len(findings.plan.blocks), counted(len(findings.pictures), "image")
     if not blocks:
         return f"no attention blocks, so only numbers, {images}"

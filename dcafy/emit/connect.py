@@ -1,4 +1,4 @@
-"""Plan -> GraphModule: connections inserted, and what a user does with the result.
+"""Links -> the connected module: the edits of its graph.
 
 ::
 
@@ -22,7 +22,7 @@ from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, joined
 from dcafy.link.message import Message
 from dcafy.link.region import Region
-from dcafy.plan.blocks import Link
+from dcafy.plan.blocks import Link, hearing
 from dcafy.trace.fold import Folded
 from dcafy.wording import warn
 
@@ -34,10 +34,7 @@ def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Re
     """
     folded = region.fold(links)
     dca = Connections(recipe)
-    into = {
-        target: tuple(link for link in links if link.target == target)
-        for target in dict.fromkeys(link.target for link in links)
-    }
+    into = {target: tuple(heard) for target, heard in hearing(links).items()}
     made = {target: wires(region, group, _place(region.local(target), host)) for target, group in into.items()}
     places = {}
     for target in sorted(into, key=lambda target: target.count(".")):

@@ -48,7 +48,7 @@ class Connection(nn.Module):
         self.bounded = bounded
         self.source_axis = source_axis
         self.target_axis = target_axis
-        self._combine = known(SCHEMAS, schema, "schema").combine
+        known(SCHEMAS, schema, "schema")
         # One element and not a scalar: FSDP refuses to shard tensors without a dimension.
         self.alpha = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
@@ -56,8 +56,7 @@ class Connection(nn.Module):
 
     def forward(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
         """G connected to the earlier block's T; ``G_prev`` is the earlier block's G, needed where T is bounded."""
-        connected: Tensor = self._combine(self.alpha.to(G.dtype) * G, self.term(G, T_prev, G_prev))
-        return connected
+        return SCHEMAS[self.schema].combine(self.alpha.to(G.dtype) * G, self.term(G, T_prev, G_prev))
 
     def term(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
         """``β·match(T̃)`` in the shape and dtype of G: the second term of f."""
@@ -91,7 +90,7 @@ class JoinedConnection(nn.Module):
         for part in others:
             part.alpha = first.alpha
         self.parts = nn.ModuleList(parts)
-        self._combine = SCHEMAS[first.schema].combine
+        self.schema = first.schema
 
     def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
         """G connected to every earlier block; ``messages``: T and G (or ``None``) of each, one after the other."""
@@ -100,4 +99,4 @@ class JoinedConnection(nn.Module):
             for part, T_prev, G_prev in zip(self.parts, messages[::2], messages[1::2], strict=True)
         ]
         alpha: Tensor = self.parts[0].alpha  # type: ignore[assignment]
-        return self._combine(alpha.to(G.dtype) * G, functools.reduce(torch.add, terms))
+        return SCHEMAS[self.schema].combine(alpha.to(G.dtype) * G, functools.reduce(torch.add, terms))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,26 +96,16 @@ def spatial_match(
     return nn.Sequential(shrink(ratio, channels, **place))
 
 
-class Matching(Protocol):
-    """How one dimension brings a message to the size of G; ``option``: which of a link's settings says how."""
-
-    option: str
-
-    def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
-        """The layers that a link with all its settings takes; ``place``: device and dtype."""
-
-    def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
-        """``match(T̃)`` of a connection, in the shape and dtype of G."""
-
-
 class _Channel:
     option = "channel_match"
 
     def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
+        """The layers that a link with all its settings takes; ``place``: device and dtype."""
         sizes: dict[str, Any] = {"reduction": link.reduction, "min_hidden": link.min_hidden}
         return channel_match(str(link.channel_match), message[0], own[0], **sizes, **place)
 
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
+        """``match(T̃)`` of a connection, in the shape and dtype of G."""
         message = T_prev
         if connection.bounded and G_prev is not None:
             message = message * _shaped(G_prev, message.shape)
@@ -175,5 +165,5 @@ def _to_size(value: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(value, size=size, mode=mode, align_corners=False)
 
 
-MATCHES: dict[str, Matching] = {"channel": _Channel(), "spatial": _Spatial()}
-"""Dimension -> its matching."""
+MATCHES: dict[str, _Channel | _Spatial] = {"channel": _Channel(), "spatial": _Spatial()}
+"""Dimension -> how it brings a message to the size of G; ``option``: which of a link's settings says by what."""

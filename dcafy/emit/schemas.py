@@ -58,7 +58,7 @@ def _softmax(a: Tensor, b: Tensor) -> Tensor:
 
 SCHEMAS: dict[str, Schema] = {
     "direct": Schema(_direct),
-    "softmax": Schema(_softmax, exact=False),
     "weighted": Schema(_weighted),
+    "softmax": Schema(_softmax, exact=False),
 }
 """Name -> the schema."""

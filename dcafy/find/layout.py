@@ -32,13 +32,21 @@ Extent = tuple[int, "tuple[int, ...] | None"]
 
 
 class Maps:
-    """What one dimension knows of its maps; ``has_branches``: whether one map for each branch can be passed on."""
+    """What a dimension knows of its maps: here, of those with one number for each place, or a few.
+
+    ``has_branches``: whether one map for each branch can be passed on.
+    """
 
     has_branches = False
 
     def extent(self, value: Tensor, axis: int | None) -> Extent | None:
         """The extent of a tensor in the layout of G; ``None`` where it has other axes."""
-        raise NotImplementedError
+        if axis is None:
+            return 1, tuple(value.shape[1:])
+        if value.ndim < 3:
+            return None
+        shape = (value.shape[-1], *value.shape[1:-1]) if axis == -1 else tuple(value.shape[1:])
+        return shape[0], shape[1:]
 
     def extent_of_map(self, map_: Tensor, context: Tensor, axis: int | None) -> Extent | None:
         """The extent of T itself, passed on as it is; ``None`` where it has other axes than G."""
@@ -46,11 +54,21 @@ class Maps:
 
     def is_like(self, map_: Tensor, contexts: Sequence[Tensor], own: Extent, axis: int | None) -> bool:
         """Whether T ⊙ G has a meaning."""
-        raise NotImplementedError
+        found = self.extent(map_, axis) if map_.ndim == contexts[0].ndim else None
+        return found is not None and found[1] == own[1] and found[0] in (1, own[0])
 
     def mismatch(self, theirs: Extent, contexts: Sequence[Tensor], ours: Extent) -> str | None:
         """Why a message of ``theirs`` cannot be brought to these extraction outputs; ``None`` where it can."""
-        raise NotImplementedError
+        if len({context.ndim for context in contexts}) > 1:
+            return _UNLIKE
+        (channels, size), (own_channels, own_size) = theirs, ours
+        if size is None or own_size is None or len(size) != len(own_size):
+            return f"its map {size} and this one {own_size} have different axes"
+        if max(own_channels, channels) > _FEW and own_channels != channels and 1 not in (own_channels, channels):
+            return f"maps of {channels} and of {own_channels} channels, which only a layer of their own could match"
+        if 1 in (*size, *own_size) and size != own_size:
+            return f"its map {size} and this one {own_size} are strips of different lengths"
+        return None
 
 
 class _ChannelMaps(Maps):
@@ -71,40 +89,12 @@ class _ChannelMaps(Maps):
         return _UNLIKE if len({context[0].numel() for context in contexts}) > 1 else None
 
 
-class _SpatialMaps(Maps):
-    """One number for each place, or a few."""
-
-    def extent(self, value: Tensor, axis: int | None) -> Extent | None:
-        if axis is None:
-            return 1, tuple(value.shape[1:])
-        if value.ndim < 3:
-            return None
-        shape = (value.shape[-1], *value.shape[1:-1]) if axis == -1 else tuple(value.shape[1:])
-        return shape[0], shape[1:]
-
-    def is_like(self, map_: Tensor, contexts: Sequence[Tensor], own: Extent, axis: int | None) -> bool:
-        found = self.extent(map_, axis) if map_.ndim == contexts[0].ndim else None
-        return found is not None and found[1] == own[1] and found[0] in (1, own[0])
-
-    def mismatch(self, theirs: Extent, contexts: Sequence[Tensor], ours: Extent) -> str | None:
-        if len({context.ndim for context in contexts}) > 1:
-            return _UNLIKE
-        (channels, size), (own_channels, own_size) = theirs, ours
-        if size is None or own_size is None or len(size) != len(own_size):
-            return f"its map {size} and this one {own_size} have different axes"
-        if max(own_channels, channels) > _FEW and own_channels != channels and 1 not in (own_channels, channels):
-            return f"maps of {channels} and of {own_channels} channels, which only a layer of their own could match"
-        if 1 in (*size, *own_size) and size != own_size:
-            return f"its map {size} and this one {own_size} are strips of different lengths"
-        return None
-
-
 _UNLIKE = "its extraction yields statistics of different sizes"
 
 _FEW = 4
 """Up to so many channels a map is a stack of descriptors (CBAM's mean and max), not a feature map."""
 
-DIMENSIONS: dict[str, Maps] = {"channel": _ChannelMaps(), "spatial": _SpatialMaps()}
+DIMENSIONS: dict[str, Maps] = {"channel": _ChannelMaps(), "spatial": Maps()}
 """Dimension -> what it knows of its maps."""
 
 _ARITHMETIC = frozenset({Op.ELEMENTWISE, Op.ADD, Op.MULTIPLY, Op.LAYOUT, Op.EXPAND})

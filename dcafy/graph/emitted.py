@@ -22,7 +22,7 @@ from dcafy.graph.nodes import OWNER
 
 
 class EmittedModule(fx.GraphModule):
-    """What :func:`dcafy.convert` returns; see the module's docstring."""
+    """A module as a graph, connected, with inserted attention or with taps; see the file's docstring."""
 
     def __init__(self, host: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name)

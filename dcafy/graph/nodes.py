@@ -86,9 +86,12 @@ class _Container:
 @functools.lru_cache(maxsize=512)
 def _container(kind: type[Any]) -> _Container | None:
     """How instances of ``kind`` hold others, which its class alone says: a proxy claims to be what it stands for."""
+    if issubclass(kind, list) and not kind.__module__.startswith("torch.fx."):  # whose lists cannot be appended to
+        return _Container(iter, _list)
     if issubclass(kind, tuple | list):
-        made = getattr(kind, "_make", kind)  # a named tuple takes its items one by one
-        made = list if kind.__module__.startswith("torch.fx.") else made  # fx's own lists cannot be appended to
+        made = list if issubclass(kind, list) else getattr(kind, "_make", kind)  # named tuples take items one by one
+        if kind.__new__ is tuple.__new__ and not hasattr(kind, "_make"):
+            made = functools.partial(tuple.__new__, kind)
         return _Container(iter, lambda value, change: made([change(item) for item in value]))
     if is_record(kind):
         return _Container(lambda value: value.values(), lambda value, change: Remake(kind)(*parts(value, change)))
@@ -105,6 +108,13 @@ def _container(kind: type[Any]) -> _Container | None:
     if dataclasses.is_dataclass(kind) and not issubclass(kind, nn.Module):
         return _Container(lambda value: [getattr(value, part.name) for part in dataclasses.fields(value)], _dataclass)
     return None
+
+
+def _list(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A list of the same class with the same attributes, no constructor asked."""
+    twin = copy.copy(value)
+    twin[:] = [change(item) for item in value]
+    return twin
 
 
 def _dataclass(value: Any, change: Callable[[Any], Any]) -> Any:

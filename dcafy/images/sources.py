@@ -259,7 +259,7 @@ SOURCES: dict[str, ImageSource] = {
     "torchvision": ImageSource(
         "torchvision:NAME:ROOT", _torchvision, " such as torchvision:CIFAR10:data", anchored=_anchored_root
     ),
-    "digits": ImageSource("digits", _digits),
+    "digits": ImageSource("digits", _digits, anchored=str),
     "fashion-mnist": ImageSource("fashion-mnist[:PATH]", _fashion_mnist),
 }
 """The first word of a spec -> the source."""
@@ -276,4 +276,4 @@ def anchored(spec: str) -> str:
     kind, colon, rest = spec.partition(":")
     if kind in SOURCES:
         return f"{kind}{colon}{SOURCES[kind].anchored(rest)}"
-    return f"{kind}{colon}{':'.join(map(_absolute, rest.split(':')))}"
+    return f"{kind}{colon}{':'.join(map(_absolute, rest.split(':')))}" if kind == "coco" else spec

@@ -124,7 +124,7 @@ class _Refusion:
             if op_of(node, self.modules) is Op.ELEMENTWISE:
                 raise Unlinkable("its extraction is a mean whose weights belong to the unfused map")
             while op_of(node, self.modules) in (Op.JOIN, Op.SLICE, Op.LAYOUT, Op.REDUCE, Op.POOL, Op.CONTRACT):
-                inputs = [n for n in node.all_input_nodes if any(True for _ in tensors_in(node_value(n)))]
+                inputs = [n for n in node.all_input_nodes if next(tensors_in(node_value(n)), None) is not None]
                 if not inputs:
                     break
                 reduces = op_of(node, self.modules) in (Op.REDUCE, Op.POOL, Op.CONTRACT)

@@ -37,11 +37,6 @@ class Region:
     def __contains__(self, name: object) -> bool:
         return any(block.name == name for block in self.found)
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The region's submodules by path, without data."""
-        return self.recording.modules
-
     def obstacle(self, source: str, target: str) -> str | None:
         """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
         message = self.messages[source]

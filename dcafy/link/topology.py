@@ -41,8 +41,9 @@ def links_in(region: Region, topology: str = "chain", plan: Plan | None = None) 
     has are its own, and new ones have the settings of their target's.
     """
     links, skipped = [], []
-    for target, earlier in region.earlier.items():
-        given = {link.source: link for link in plan.links if link.target == target} if plan else {}
+    planned = hearing(plan.links) if plan else {}
+    for target in (block.name for block in region.found):
+        earlier, given = region.earlier.get(target, ()), {link.source: link for link in planned.get(target, ())}
         if plan is not None and not given:
             continue
         kept = earlier if plan is None else tuple(name for name in earlier if _stands_in(plan, name))
@@ -92,7 +93,7 @@ def shaped(plan: Plan, regions: Iterable[Region], *, dimension: str = "all", top
     skipped = tuple(
         item for item in dict.fromkeys(item for _, left in found for item in left) if item not in plan.skipped
     )
-    if set(links) == set(plan.links):
+    if hearing(links) == hearing(plan.links):
         return dataclasses.replace(plan, skipped=plan.skipped + skipped)
     home = {name: number for number, chain in enumerate(plan.chains) for name in chain.blocks}
     return dataclasses.replace(plan, chains=grouped(plan.blocks, links, home), skipped=plan.skipped + skipped)

@@ -8,13 +8,13 @@ leaf modules.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dcafy.errors import PlanError
 from dcafy.plan.gates import GATES
 from dcafy.plan.options import Dimension, Overrides
-from dcafy.records import one_of
+from dcafy.records import WRITTEN, one_of
 
 FusionKind = Literal["mul", "add"]
 
@@ -77,7 +77,7 @@ class Chain:
 
     dimension: Dimension
     blocks: tuple[str, ...]
-    links: tuple[Link, ...] = ()
+    links: tuple[Link, ...] = field(default=(), metadata=WRITTEN)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Contents:
 
     blocks: tuple[AttentionBlock, ...]
     chains: tuple[Chain, ...]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[Skipped, ...] = field(default=(), metadata=WRITTEN)
     islands: tuple[str, ...] = ()
     model: str = ""
     costs: tuple[Cost, ...] = ()

@@ -54,11 +54,12 @@ def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = Non
         value, meta = getattr(configuration, item.name), item.metadata
         option = f"--{item.name.replace('_', '-')}" if dashes else item.name
         choices = meta["choices"] or (tables or {}).get(item.name, ())
-        if value is not None and choices and value not in choices:
+        may_be_none = value is None and item.default is None
+        if choices and not may_be_none and value not in choices:
             asked = f"{option} {value!r}" if dashes else f"{option}={value!r}"
             known = list(choices)
             raise UsageError(f"{asked} is not known.{nearest(str(value), known)} Use one of: {', '.join(known)}.")
-        if value is not None and meta["bounds"]:
+        if meta["bounds"] and not may_be_none:
             _check_bounds(option, value, *meta["bounds"], whole=str(item.type).startswith("int"))
 
 
@@ -70,9 +71,9 @@ def _check_bounds(
     if is_number and value >= lowest and (above is None or value > above) and value < below:
         return
     low = f"above {above:g}" if least is None else f"at least {least:g}"
-    high = "finite" if below == math.inf else f"below {below:g}"
-    kind = "a whole number of " if whole and not isinstance(value, int) else ""
-    raise UsageError(f"{option} must be {kind}{low} and {high}, not {value!r}.")
+    high = f" and below {below:g}" if below < math.inf else "" if whole else " and finite"
+    kind = "a whole number of " if whole and not (option.startswith("--") and is_number) else ""
+    raise UsageError(f"{option} must be {kind}{low}{high}, not {value!r}.")
 
 
 @dataclass(frozen=True)

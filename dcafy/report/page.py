@@ -176,7 +176,7 @@ def _spatial_maps(findings: Findings) -> Iterator[Seen]:
     """The attention maps of spatial blocks, of each stage's last one."""
     last = []
     for lane in findings.lanes:
-        spatial = [name for name in lane.blocks if findings.plan.block(name).dimension == "spatial"]
+        spatial = [name for name in lane.blocks if findings.plan.block(name).size is not None]
         last += spatial[-1:]
     known = [(side, {block.name: block for block in side.values}) for side in findings.sides]
     chosen = [name for name in last if any(name in values for _, values in known)]

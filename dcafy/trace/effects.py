@@ -74,7 +74,7 @@ def proxies_in(value: Any, depth: int = 3) -> Iterator[fx.Proxy]:
 
 def holds_proxy(value: Any) -> bool:
     """Whether there is any of them in ``value``."""
-    return any(True for _ in proxies_in(value))
+    return next(proxies_in(value), None) is not None
 
 
 @contextlib.contextmanager

@@ -121,8 +121,9 @@ def _written(value: Any) -> dict[str, Any]:
             return {name: [_written(item) for item in value]}
     if type(value) is dict and all(isinstance(key, str) for key in value):
         return {"dict": {key: _written(item) for key, item in value.items()}}
-    if isinstance(value, tuple) and all(map(_FIELD.fullmatch, getattr(value, "_fields", "-"))):
-        return {"named": {key: _written(item) for key, item in zip(value._fields, value, strict=True)}}  # type: ignore[attr-defined]
+    fields = getattr(value, "_fields", ()) if isinstance(value, tuple) else ()
+    if fields and all(map(_FIELD.fullmatch, fields)):
+        return {"named": {name: _written(item) for name, item in zip(fields, value, strict=True)}}
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return {"value": value}
     raise TypeError(f"a {type(value).__name__} cannot be written down")
@@ -132,16 +133,35 @@ _FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 """Names of a named tuple's fields that are written down."""
 
 
-def _named(items: dict[str, Any]) -> Any:
-    """A named tuple with these fields, of a class of its own: the user's is code, which no folder may name.
+class _Named(tuple[Any, ...]):
+    """A named tuple that a folder describes: of the user's it has the fields and not the class, which is code.
 
     ``collections.namedtuple`` would do, and writes the names into source that it runs.
     """
+
+    _fields: tuple[str, ...] = ()
+
+    def __new__(cls, *values: Any) -> _Named:
+        return super().__new__(cls, values)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self)
+
+    @classmethod
+    def _make(cls, values: Iterable[Any]) -> _Named:
+        return cls(*values)
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self, strict=True))
+
+    def _replace(self, **changed: Any) -> _Named:
+        return self._make({**self._asdict(), **changed}.values())
+
+
+def _named(items: dict[str, Any]) -> _Named:
     reads = {name: property(operator.itemgetter(place)) for place, name in enumerate(items)}
-    make = classmethod(lambda cls, values: tuple.__new__(cls, values))
-    new = staticmethod(lambda cls, *values: tuple.__new__(cls, values))
-    kind = type("Named", (tuple,), {**reads, "_fields": tuple(items), "_make": make, "__new__": new})
-    return kind(*items.values())
+    made: _Named = type("Named", (_Named,), {"_fields": tuple(items), **reads})(*items.values())
+    return made
 
 
 def from_data(data: Any) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def reheaded(model: nn.Module, classes: int, images: Tensor) -> tuple[str, ...]:
         changed = tuple(
             path
             for path, module in model.named_modules()
-            if before.get(path) is not module and any(True for _ in module.parameters())
+            if before.get(path) is not module and next(module.parameters(), None) is not None
         )
     else:
         path = _last_layer(model, present, images)

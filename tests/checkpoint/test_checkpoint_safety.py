@@ -136,7 +136,7 @@ DAMAGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "unknown entry inside": (_set("weights", "url", "http://x"), r"does not know: weights\.url"),
     "unknown option": (_set("options", "temperature", 2), r"does not know: options\.temperature"),
     "unknown in plan": (_set("plan", "code", "x"), r"does not know: plan\.code"),
-    "unknown in link": (_link("forward", "x"), "plan should be a plan.*forward"),
+    "unknown in link": (_link("forward", "x"), r"does not know: plan\.chains\[0\]\.links\[0\]\.forward"),
     "entry missing": (lambda data: data.pop("weights"), "should be an object with 'weights'"),
     "entry missing inside": (lambda data: data["state"].pop("frozen"), "state should be an object with 'frozen'"),
     "wrong kind": (_set("state", "training", 1), r"state\.training should be true or false, not 1"),

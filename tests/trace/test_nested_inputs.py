@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -146,11 +147,53 @@ def test_a_folder_says_what_a_named_tuple_was(build: Callable[[], nn.Module], tm
         assert not torch.equal(loaded(*given), model(*given))
 
 
+class Features(list[Tensor]):
+    """Maps with their strides, whose constructor takes both."""
+
+    def __init__(self, maps: list[Tensor], strides: list[int]) -> None:
+        super().__init__(maps)
+        self.strides = strides
+
+
+class GivesFeatures(nn.Module):
+    """A backbone that returns a list of a class of its own, inside a network that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.first, self.second = networks.SELinear(16), networks.SELinear(16)
+
+    def forward(self, x: Tensor) -> Features:
+        x = self.first(self.stem(x))
+        return Features([x, self.second(x)], [1, 1])
+
+
+class ReadsFeatures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = GivesFeatures()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.backbone(x)
+        return features[1] * features.strides[0] + features[0]
+
+
+def test_a_list_of_a_class_of_its_own() -> None:
+    model = trained_like(ReadsFeatures(), IMAGES)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert list(dcafy.connections(connected)) == ["backbone.second"]
+    with torch.no_grad():
+        assert torch.equal(connected(IMAGES), model(IMAGES))
+
+
 def test_a_named_tuple_comes_back_from_data() -> None:
     (again,) = from_data(as_data((PAIR,)))
     assert again._fields == PAIR._fields
     assert [value.shape for value in again] == [value.shape for value in PAIR]
     assert again.brightness is again[1]
+    assert copy.deepcopy(again)._fields == again._replace(image=PAIR.image)._fields == PAIR._fields
+    assert list(again._asdict()) == list(PAIR._fields)
+    assert again._replace(image=PAIR.image).image is PAIR.image
     changed = mapped(again, lambda value: value.ndim)
     assert type(changed) is type(again)
     assert (changed.image, changed.brightness) == tuple(changed) == (4, 2)
