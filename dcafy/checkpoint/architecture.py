@@ -76,7 +76,7 @@ def built(how: Built, expected: Shapes, inputs: Any = None) -> nn.Module:
 
 def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
     """The network, with the attention that was inserted into it."""
-    model = _recipe(how).build(on_meta=on_meta)
+    model = _blueprint(how).build(on_meta=on_meta)
     example = None if inputs is None else from_data(inputs)
     with torch.random.fork_rng(devices=[]):
         try:
@@ -89,7 +89,7 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
     return model
 
 
-def _recipe(how: Built) -> specs.Blueprint:
+def _blueprint(how: Built) -> specs.Blueprint:
     for name, value in how.arguments.items():
         allowed = type(value) in _ARGUMENTS.get(name, ())
         if not allowed or (isinstance(value, tuple) and any(type(item) is not int for item in value)):

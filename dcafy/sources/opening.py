@@ -78,15 +78,15 @@ def open_model(
 def _named(spec: str, arch: str | None, settings: dict[str, Any], on_meta: bool) -> Source:
     if arch is not None:
         raise UsageError(f"--arch says what a file's weights belong to; {spec!r} is no file. Leave --arch out.")
-    recipe = parse(spec, settings)
-    return _source(spec, recipe, recipe.build(on_meta=on_meta and recipe.weights is None))
+    blueprint = parse(spec, settings)
+    return _source(spec, blueprint, blueprint.build(on_meta=on_meta and blueprint.weights is None))
 
 
-def _source(spec: str, recipe: Blueprint, model: nn.Module) -> Source:
+def _source(spec: str, blueprint: Blueprint, model: nn.Module) -> Source:
     """The source, with an architecture only where that gives the same network again."""
-    plain = recipe.without_weights()
+    plain = blueprint.without_weights()
     # Weights can bring settings along: another image size, another number of classes.
-    if plain is None or (plain != recipe and not same_shape(plain.build(on_meta=True), model)):
+    if plain is None or (plain != blueprint and not same_shape(plain.build(on_meta=True), model)):
         return Source(model, spec)
     return Source(model, spec, plain.spec, plain.settings)
 
@@ -103,22 +103,22 @@ def _folder(path: Path, spec: str, arch: str | None, settings: dict[str, Any]) -
         raise UsageError(f"--set has nothing to set: the folder {spec!r} says how its model is built.")
     from dcafy.checkpoint import load
 
-    recipe = None if arch is None else parse(arch, settings)
-    return Source(load(path, None if recipe is None else recipe.build()), spec)
+    blueprint = None if arch is None else parse(arch, settings)
+    return Source(load(path, None if blueprint is None else blueprint.build()), spec)
 
 
 def _file(path: Path, spec: str, arch: str | None, settings: dict[str, Any], trust_pickle: bool) -> Source:
     """A file: a whole network, or weights for ``arch``."""
-    recipe = None if arch is None else parse(arch, settings)
+    blueprint = None if arch is None else parse(arch, settings)
     held = network_or_weights(read_object(path, spec, arch, trust_pickle), spec)
     if isinstance(held, nn.Module):
-        if recipe is not None or settings:
-            option = "--set" if recipe is None else "--arch"
+        if blueprint is not None or settings:
+            option = "--set" if blueprint is None else "--arch"
             raise UsageError(f"{spec!r} holds a whole network, so {option} has nothing to say. Leave it out.")
         return Source(held, spec)
-    if recipe is None:
+    if blueprint is None:
         raise _needs_architecture(spec, held)
-    model, used = load_into(recipe, held, spec)
+    model, used = load_into(blueprint, held, spec)
     return _source(spec, used, model)
 
 

@@ -69,32 +69,32 @@ def same_shape(one: nn.Module, other: nn.Module) -> bool:
     return shapes_of(one.state_dict()) == shapes_of(other.state_dict()) and plain(one) == plain(other)
 
 
-def load_into(recipe: Blueprint, state: Mapping[str, torch.Tensor], spec: str) -> tuple[nn.Module, Blueprint]:
-    """The recipe's network with these weights in it, and the recipe that it took.
+def load_into(blueprint: Blueprint, state: Mapping[str, torch.Tensor], spec: str) -> tuple[nn.Module, Blueprint]:
+    """The blueprint's network with these weights in it, and the blueprint that it took.
 
     Where nothing but the number of classes differs, the network is built with that number.
     ``SourceError`` names every other difference.
     """
-    model = recipe.build()
+    model = blueprint.build()
     fitted = _aligned(state, shapes_of(model.state_dict()))
     differs = _leniently(shapes_of(fitted), shapes_of(model.state_dict()))
-    if differs.classes is not None and recipe.takes("num_classes"):
-        headed = recipe.with_settings(num_classes=differs.classes)
+    if differs.classes is not None and blueprint.takes("num_classes"):
+        headed = blueprint.with_settings(num_classes=differs.classes)
         with contextlib.suppress(UsageError):
             candidate = headed.build()
             if not _leniently(shapes_of(fitted), shapes_of(candidate.state_dict())):
-                log.info("%s has %d classes: %s is built with that many", spec, differs.classes, recipe.spec)
-                model, recipe, differs = candidate, headed, Misfit((), (), {})
+                log.info("%s has %d classes: %s is built with that many", spec, differs.classes, blueprint.spec)
+                model, blueprint, differs = candidate, headed, Misfit((), (), {})
     if differs:
         raise SourceError(
-            f"The weights in {spec!r} do not fit {recipe.spec!r}: {differs}. Leave --arch out to see which "
+            f"The weights in {spec!r} do not fit {blueprint.spec!r}: {differs}. Leave --arch out to see which "
             "architectures fit, or give the arguments of the one it was trained with as --set key=value."
         )
     try:
         model.load_state_dict(fitted, strict=True)
     except (RuntimeError, TypeError) as error:
-        raise SourceError(f"The weights in {spec!r} could not be loaded into {recipe.spec!r}: {error}") from error
-    return model, recipe
+        raise SourceError(f"The weights in {spec!r} could not be loaded into {blueprint.spec!r}: {error}") from error
+    return model, blueprint
 
 
 def architectures_that_fit(state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -130,8 +130,8 @@ class _Different(Exception):
     """An architecture that is being built has turned out to be another one."""
 
 
-def _fits(recipe: Blueprint, shapes: Shapes) -> bool:
-    model = _built_unless_different(recipe, shapes)
+def _fits(blueprint: Blueprint, shapes: Shapes) -> bool:
+    model = _built_unless_different(blueprint, shapes)
     if model is None:
         return False
     expected = shapes_of(model.state_dict())
@@ -139,11 +139,11 @@ def _fits(recipe: Blueprint, shapes: Shapes) -> bool:
     differs = _leniently(given, expected)
     if differs.classes is None:
         return not differs
-    headed = _built_unless_different(recipe.with_settings(num_classes=differs.classes), given)
+    headed = _built_unless_different(blueprint.with_settings(num_classes=differs.classes), given)
     return headed is not None and not _leniently(given, shapes_of(headed.state_dict()))
 
 
-def _built_unless_different(recipe: Blueprint, shapes: Shapes) -> nn.Module | None:
+def _built_unless_different(blueprint: Blueprint, shapes: Shapes) -> nn.Module | None:
     """The network on the meta device, or ``None`` as soon as its parameters cannot be those of ``shapes``."""
     known = set(shapes.values())
     # Some networks make parameters that they throw away again, hence not the exact number.
@@ -158,13 +158,13 @@ def _built_unless_different(recipe: Blueprint, shapes: Shapes) -> nn.Module | No
             if strange > _TOLERATED or seen > allowed:
                 raise _Different
 
-    assert recipe.zoo is not None
-    zoo, settings = ZOOS[recipe.zoo], dict(recipe.settings)
+    assert blueprint.zoo is not None
+    zoo, settings = ZOOS[blueprint.zoo], dict(blueprint.settings)
 
     def build() -> nn.Module:
         nonlocal seen, strange
         seen = strange = 0
-        return zoo.build(recipe.name, None, settings)
+        return zoo.build(blueprint.name, None, settings)
 
     watching = register_module_parameter_registration_hook(watch)
     try:
@@ -172,7 +172,7 @@ def _built_unless_different(recipe: Blueprint, shapes: Shapes) -> nn.Module | No
     except _Different:
         return None
     except Exception as error:
-        log.debug("%s could not be built for comparison: %s", recipe.spec, error)
+        log.debug("%s could not be built for comparison: %s", blueprint.spec, error)
         return None
     finally:
         watching.remove()

@@ -1,4 +1,4 @@
-"""What a spec means: the recipe for a network."""
+"""What a spec means: the blueprint for a network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Blueprint:
 
     @property
     def spec(self) -> str:
-        """The recipe as the user would write it."""
+        """The blueprint as the user would write it."""
         start = self.name if self.zoo is None else f"{self.zoo}:{self.name}"
         return start if self.weights is None else f"{start}@{self.weights}"
 
@@ -44,7 +44,7 @@ class Blueprint:
         return None if self.zoo is None else dataclasses.replace(self, weights=None)
 
     def with_settings(self, **more: Any) -> Blueprint:
-        """The recipe with these arguments added."""
+        """The blueprint with these arguments added."""
         return dataclasses.replace(self, settings={**self.settings, **more})
 
     def takes(self, argument: str) -> bool:
@@ -86,7 +86,7 @@ class Blueprint:
 
 
 def parse(spec: str, settings: Mapping[str, Any]) -> Blueprint:
-    """The recipe that a spec stands for; ``UsageError`` where there is no such network."""
+    """The blueprint that a spec stands for; ``UsageError`` where there is no such network."""
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in ZOOS:
         name, at, weights = rest.partition("@")
