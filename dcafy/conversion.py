@@ -36,9 +36,9 @@ log = logging.getLogger("dcafy")
 def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     """The attention blocks of ``model`` and the connections that :func:`convert` would make.
 
-    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of inputs by the names that the forward has
-    for them; guessed where absent. The model is not changed, and not run on real data unless nothing else will do. A
-    model without attention gives a plan without blocks.
+    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict or named tuple of inputs by the names that the
+    forward has for them (any other named tuple is one input); guessed where absent. The model is not changed, and not
+    run on real data unless nothing else will do. A model without attention gives a plan without blocks.
 
     Raises ``InputError`` for what is no plain module or no usable example, ``TracingError`` where the
     network cannot be written down as a graph.
