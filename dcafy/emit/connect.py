@@ -35,7 +35,8 @@ def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Re
     folded = region.fold(links)
     dca = Connections(recipe)
     into = {target: tuple(heard) for target, heard in hearing(links).items()}
-    made = {target: wires(region, group, _place(region.local(target), host)) for target, group in into.items()}
+    modules = dict(host.named_modules(remove_duplicate=False))
+    made = {target: wires(region, group, _place(region.local(target), modules)) for target, group in into.items()}
     places = {}
     for target in sorted(into, key=lambda target: target.count(".")):
         for wire in made[target]:
@@ -56,9 +57,9 @@ def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Re
     return EmittedModule(host, passes.graph, class_name=type(host).__name__)
 
 
-def _place(name: str, host: nn.Module) -> dict[str, Any]:
+def _place(name: str, modules: dict[str, nn.Module]) -> dict[str, Any]:
     """Device and dtype of the block's own parameters, or of the nearest around it."""
-    path, modules = name.split("#")[0], dict(host.named_modules(remove_duplicate=False))
+    path = name.split("#")[0]
     near = (modules[at].parameters() for at in (path, *above(path)) if at in modules)
     first = next((p for parameters in near for p in parameters if p.is_floating_point()), None)
     return {} if first is None else {"device": first.device, "dtype": first.dtype}
@@ -72,7 +73,7 @@ class _Connecting:
         self.graph = folded.graph
         self.image = dict(folded.image)
         self.inside = folded.inside
-        self.modules = dict(region.recording.model.named_modules())
+        self.modules = region.recording.modules
         self._kept: dict[fx.Node, fx.Node] = {}
         self._fused: dict[str, tuple[fx.Node, ...]] = {}
 

@@ -42,12 +42,12 @@ def links_in(region: Region, topology: str = "chain", plan: Plan | None = None) 
     """
     links, skipped = [], []
     planned = hearing(plan.links) if plan else {}
+    kept = {name for chain in plan.chains for name in chain.blocks} if plan else set(region.messages)
     for target in (block.name for block in region.found):
         earlier, given = region.earlier.get(target, ()), {link.source: link for link in planned.get(target, ())}
         if plan is not None and not given:
             continue
-        kept = earlier if plan is None else tuple(name for name in earlier if _stands_in(plan, name))
-        for source in TOPOLOGIES[topology](kept, tuple(given)):
+        for source in TOPOLOGIES[topology](tuple(name for name in earlier if name in kept), tuple(given)):
             if source in given:
                 links.append(given[source])
                 continue
@@ -60,10 +60,6 @@ def links_in(region: Region, topology: str = "chain", plan: Plan | None = None) 
     return links, skipped
 
 
-def _stands_in(plan: Plan, name: str) -> bool:
-    return any(name in chain.blocks for chain in plan.chains)
-
-
 def grouped(blocks: Iterable[AttentionBlock], links: Collection[Link], home: Mapping[str, int]) -> tuple[Chain, ...]:
     """One chain for each set of blocks that links hold together, blocks in the order data meets them.
 
@@ -73,7 +69,8 @@ def grouped(blocks: Iterable[AttentionBlock], links: Collection[Link], home: Map
     heard = hearing(links)
     for link in links:
         joined = {place[link.source], place[link.target]}
-        place = {name: min(joined) if number in joined else number for name, number in place.items()}
+        if len(joined) > 1:
+            place = {name: min(joined) if number in joined else number for name, number in place.items()}
     chains = []
     for number in sorted(set(place.values())):
         own = [block for block in blocks if place.get(block.name) == number]
