@@ -23,6 +23,7 @@ from dcafy.sources import open_model
 MODELS = (
     "torchvision:efficientnet_b0",
     "torchvision:mobilenet_v3_large",
+    "torchvision:mobilenet_v3_small",
     "torchvision:regnet_y_400mf",
     "timm:seresnet50",
 )

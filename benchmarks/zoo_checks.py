@@ -146,8 +146,12 @@ def _facts(known: survey.Survey) -> Row:
     apart = any(item.name == plan.model and item.reason.startswith(NOT_WHOLE) for item in plan.skipped)
     return {
         "traced": "islands" if plan.islands or apart else "root",
-        "settled": sum(len(region.recording.settled) for region in known.regions),
-        "kept_whole": {f"{r.path}.{p}": why for r in known.regions for p, why in r.recording.kept_whole.items()},
+        "settled": sum(len(region.recording.settled) for region in known.network.regions),
+        "kept_whole": {
+            f"{region.path}.{path}": why
+            for region in known.network.regions
+            for path, why in region.recording.kept_whole.items()
+        },
         "islands": list(plan.islands),
         "blocks": [block.name for block in plan.blocks],
         "dimensions": [block.dimension for block in plan.blocks],

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from dcafy.attention.insertion import insert
     from dcafy.checkpoint import load, save
     from dcafy.conversion import convert, inspect
-    from dcafy.converted import connections, freeze_base, parameter_groups, revert
+    from dcafy.converted import freeze_base, parameter_groups, revert
     from dcafy.emit.connection import Connection
+    from dcafy.emit.dca import connections
+    from dcafy.emit.whole import flat
+    from dcafy.emit.wire import run
     from dcafy.errors import DcafyError
     from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped
     from dcafy.plan.plan import Plan
@@ -45,14 +48,16 @@ _HOME = {
     "Link": "plan.blocks",
     "Plan": "plan.plan",
     "Skipped": "plan.blocks",
-    "connections": "converted",
+    "connections": "emit.dca",
     "convert": "conversion",
+    "flat": "emit.whole",
     "freeze_base": "converted",
     "insert": "attention.insertion",
     "inspect": "conversion",
     "load": "checkpoint",
     "parameter_groups": "converted",
     "revert": "converted",
+    "run": "emit.wire",
     "save": "checkpoint",
     "usage": "analysis.usage",
 }
@@ -69,12 +74,14 @@ __all__ = [
     "__version__",
     "connections",
     "convert",
+    "flat",
     "freeze_base",
     "insert",
     "inspect",
     "load",
     "parameter_groups",
     "revert",
+    "run",
     "save",
     "usage",
 ]

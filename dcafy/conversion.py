@@ -20,14 +20,12 @@ from dcafy.emit.verify import tell_drift, verify_outputs
 from dcafy.emit.wiring import completed, cost, costs
 from dcafy.errors import InputError, NoAttentionError
 from dcafy.graph.copies import own_copy, shared_copy
-from dcafy.graph.paths import put
 from dcafy.link.given import checked
 from dcafy.link.topology import shaped
-from dcafy.plan.blocks import Link
 from dcafy.plan.options import Conversion, Inserting, Linking, Overrides, check, takes
 from dcafy.plan.plan import Plan
-from dcafy.survey import Survey, survey
-from dcafy.trace.inputs import as_data
+from dcafy.survey import Survey, survey, uncollected
+from dcafy.trace.inputs import as_data, probe
 from dcafy.wording import few, nearest
 
 log = logging.getLogger("dcafy")
@@ -54,7 +52,7 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
 def appraise(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     """The plan of :func:`inspect`, with what each topology would add to the model (``plan.costs``)."""
     known = survey(model, example_inputs)
-    return dataclasses.replace(known.plan, costs=costs(known.plan, known.regions, Conversion()))
+    return dataclasses.replace(known.plan, costs=costs(known.plan, known.network, Conversion()))
 
 
 @takes(Conversion)
@@ -67,7 +65,10 @@ def convert(
     verify: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
-    """``model`` with its attention blocks connected: a trainable ``GraphModule`` that computes the same.
+    """``model`` with its attention blocks connected: trainable, of the same class, and computing the same.
+
+    The result is an ``fx.GraphModule`` besides, where one graph of the whole can be written: its ``graph`` is the whole
+    connected network. Messages pass by a wire (``docs/in_place.md``); parts of the result compute connected, too.
 
     Every connection starts at α = 1, β = 0 (paper eq. 3), where its output is G itself.
 
@@ -109,17 +110,17 @@ def convert(
         )
     if verify and any(p.device.type == "meta" for p in model.parameters()):
         raise InputError("A model on the meta device computes nothing to compare. Pass verify=False.")
-    chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.regions)
-    chosen = shaped(chosen, seen.regions, dimension=conversion.dimension, topology=conversion.topology)
+    chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.network)
+    chosen = shaped(chosen, seen.network, dimension=conversion.dimension, topology=conversion.topology)
     if not chosen.links:
         raise NoAttentionError(_nothing_to_connect(chosen))
     chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):
-        price = cost(conversion.topology, chosen, seen.regions, conversion)
+        price = cost(conversion.topology, chosen, seen.network, conversion)
         log.info(
             "%s: %d connections with %s new parameters", price.topology, price.connections, f"{price.parameters:,}"
         )
-    with _preserved_rng(model):
+    with _preserved_rng(model), uncollected():
         converted = _connected(model, seen, chosen, conversion, copy)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
         if inexact:
@@ -163,12 +164,7 @@ def _nothing_to_connect(plan: Plan) -> str:
 def _connected(model: nn.Module, known: Survey, plan: Plan, options: Linking, copy: bool) -> nn.Module:
     host = own_copy(model) if copy else shared_copy(model)
     recipe = Recipe(plan, options.overridden(Overrides()), inputs=as_data(known.inputs))
-    for region in known.regions:
-        links: tuple[Link, ...] = tuple(link for link in plan.links if link.target in region)
-        if not links:
-            continue
-        # A root has the modules of the one it was made of, those of islands among them.
-        host = put(host, region.path, connect(region, links, host.get_submodule(region.path), recipe))
+    connect(host, known.network, recipe, probe(known.inputs), whole=known.whole)
     return host
 
 

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from dcafy.emit.connection import Connection
-from dcafy.emit.dca import Connections, connected_modules
-from dcafy.errors import InputError
+from dcafy.emit.dca import dca_of, is_ours, own_parameters, require_connected
+from dcafy.emit.root import close_runs
 from dcafy.graph.copies import own_copy
-from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.modes import keep_in_eval
-
-
-def connections(model: nn.Module) -> dict[str, Connection]:
-    """Name of the receiving block -> its :class:`Connection`, in the order data meets them.
-
-    A block that hears several others has one under ``name<-source`` for each; a block with one map per branch (SK)
-    has one under ``name[0]``, ``name[1]``, ... for each branch.
-
-    Raises ``InputError`` for a model that was not converted.
-    """
-    return {name: dca.connection(name) for _, _, dca in _require_connected(model) for name in dca.addresses}
+from dcafy.graph.rewritten import graph_from, restore
 
 
 def parameter_groups(
@@ -39,7 +27,8 @@ def parameter_groups(
     >>> sorted({group["lr"] for group in optimizer.param_groups})
     [0.01, 0.1]
     """
-    own = {id(p) for _, _, dca in _require_connected(model) for p in dca.parameters()}
+    require_connected(model)
+    own = own_parameters(model)
     rates = {False: lr, True: lr if connection_lr is None else connection_lr}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -56,7 +45,8 @@ def freeze_base(model: nn.Module) -> nn.Module:
 
     Frozen running statistics must not drift, so the base's batch norms stay in eval through ``.train()``.
     """
-    own = {id(p) for _, _, dca in _require_connected(model) for p in dca.parameters()}
+    require_connected(model)
+    own = own_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in own)
     for module in model.modules():
@@ -66,44 +56,19 @@ def freeze_base(model: nn.Module) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """A new model without connections, with the base weights as they are now.
+    """A new model without connections, of the user's own classes, with the base weights as they are now.
 
     Its state dict has exactly the keys of the model that was converted.
     """
-    _require_connected(model)
+    require_connected(model)
     twin = own_copy(model)
-    for _, module, _ in list(connected_modules(twin)):
-        assert isinstance(module, EmittedModule)
-        module.graph = _disconnected(module.graph)
-        del module._modules["dca"]
+    for module in [module for module in twin.modules() if is_ours(dca_of(module))]:
+        before = getattr(dca_of(module), "before", None)
+        if before is not None:
+            module.graph = graph_from(before.rows)  # type: ignore[assignment]
+        restore(module)
+        close_runs(module)
+        for held in (module._modules, module.__dict__):
+            held.pop("dca", None)
+        module.__dict__.pop("_said", None)
     return twin
-
-
-def _require_connected(model: nn.Module) -> list[tuple[str, nn.Module, Connections]]:
-    found = list(connected_modules(model))
-    if not found:
-        raise InputError(f"{type(model).__name__} has no connections: convert it first with dcafy.convert(model).")
-    return found
-
-
-def _disconnected(graph: fx.Graph) -> fx.Graph:
-    """The graph with G in the place of every connection, and without what only connections read."""
-    for node in reversed(graph.nodes):
-        if node.op == "call_module" and str(node.target).startswith("dca."):
-            messages = node.args[1:]
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-            for source in messages:
-                _erase_unread(graph, source)
-    graph.lint()
-    return graph
-
-
-def _erase_unread(graph: fx.Graph, node: Any) -> None:
-    """A message that nobody hears any more, and what was computed for it alone."""
-    if not isinstance(node, fx.Node) or node.users or node.op == "placeholder":
-        return
-    sources = node.all_input_nodes
-    graph.erase_node(node)
-    for source in sources:
-        _erase_unread(graph, source)

@@ -14,41 +14,52 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dcafy.errors import TracingError
+from dcafy.errors import InputError, TracingError
 from dcafy.find.dataflow import Dataflow
 from dcafy.find.fusions import find
 from dcafy.find.selfattention import self_attention
 from dcafy.graph.evaluator import Evaluator, device_of
-from dcafy.graph.nodes import node_value
+from dcafy.graph.nodes import mapped_tensors, node_value
 from dcafy.graph.paths import joined, outermost
-from dcafy.link.message import message_of
+from dcafy.graph.rewritten import CONTAINERS, original_class, refusal
+from dcafy.link.message import Message, message_of
+from dcafy.link.network import Network
 from dcafy.link.region import Region, earlier
+from dcafy.link.sites import NoPlace
 from dcafy.link.topology import grouped, links_in
-from dcafy.plan.blocks import Skipped
+from dcafy.plan.blocks import Link, Skipped
 from dcafy.plan.plan import Plan
 from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.accepted import LOOKED_THROUGH, kept_whole, require_module
 from dcafy.trace.fold import CannotEnter
 from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
 from dcafy.trace.islands import observe
+from dcafy.trace.lineage import lineage
+from dcafy.trace.recorder import is_layer
 from dcafy.trace.recording import Observed
+from dcafy.trace.witness import OTHER_SIZES
 
 
 @dataclass(frozen=True)
 class Survey:
-    """All regions of a model, its plan, and the inputs they were recorded with (meta tensors where guessed)."""
+    """What is known about a model.
+
+    ``inputs``  those it was recorded with (meta tensors where guessed)
+    ``whole``   whether one graph of the whole connected model can be written
+    """
 
     plan: Plan
-    regions: tuple[Region, ...]
+    network: Network
     inputs: tuple[Any, ...]
+    whole: bool
 
 
 def survey(model: nn.Module, example_inputs: Any = None) -> Survey:
     """What there is to connect in ``model``; raises ``TracingError`` or ``InputError``, changes nothing."""
     require_module(model)
-    with _uncollected():
+    with uncollected():
         if example_inputs is not None:
             return _Surveyor(model).run(as_inputs(example_inputs, model))
         tried = list(guesses(model))
@@ -62,7 +73,7 @@ def survey(model: nn.Module, example_inputs: Any = None) -> Survey:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Inside it Python does not look for garbage cycles: graphs are full of cycles that stay.
 
     A third of a survey's time went into looking, over and over, through everything that is imported.
@@ -94,6 +105,7 @@ class _Surveyor:
         self.model = model
         self.name = type(model).__name__
         self.evaluator = Evaluator(device_of(model))
+        self.recordables: dict[str, Recordable] = {}
 
     def run(self, inputs: tuple[Any, ...]) -> Survey:
         look = self._look(inputs, 1)
@@ -109,19 +121,180 @@ class _Surveyor:
             if larger.found < look.found or len(larger.regions) > len(look.regions) or _tiny_maps(larger) == tiny:
                 break  # nothing was gained: detectors, for one, resize their input themselves
             look = larger
-        kept = tuple(region for region in look.regions if region.found)
-        blocks = tuple(found.block for region in kept for found in region.found)
-        made = {region.path: links_in(region) for region in look.regions}
-        links = [link for region in kept for link in made[region.path][0]]
-        unheard = [s for region in look.regions for s in (*made[region.path][1], *region.skipped)]
+        network, refused = self._placed(look, inputs)
+        blocks = tuple(found.block for found in network.found)
+        links, unheard = links_in(network)
+        obstacle = self._no_graph(network, links) if links else None
+        unwritten = (
+            [] if obstacle is None else [Skipped(self.name, f"no graph of the whole can be written: {obstacle}")]
+        )
         plan = Plan(
             blocks=blocks,
             chains=grouped(blocks, links, {block.name: number for number, block in enumerate(blocks)}),
-            skipped=tuple(unheard) + tuple(dict.fromkeys(look.skipped)),
-            islands=tuple(region.path for region in kept if region.path),
+            skipped=tuple(
+                dict.fromkeys(
+                    (
+                        *unheard,
+                        *(s for region in look.regions for s in region.skipped),
+                        *refused,
+                        *look.skipped,
+                        *unwritten,
+                    )
+                )
+            ),
+            islands=tuple(region.path for region in network.regions if region.path),
             model=self.name,
         )
-        return Survey(plan, kept, inputs)
+        return Survey(plan, network, inputs, obstacle is None)
+
+    def _no_graph(self, network: Network, links: list[Link]) -> str | None:
+        """Why the whole connected model cannot be written down as one graph, if there is a reason."""
+        if isinstance(self.model, fx.GraphModule):  # it is one graph already
+            return None
+        kind, own = original_class(self.model), {**self.model.__dict__, **self.model._modules}
+        taken = next((name for name in _OF_GRAPHS if name in own or hasattr(kind, name)), None)
+        if taken is not None:
+            return f"it has a {taken!r} of its own"
+        reason = refusal(self.model)
+        if reason is not None:
+            return reason
+        region = next((region for region in network.regions if not region.path), None)
+        if region is None or len(network.regions) > 1:
+            return "its forward could not be traced as a whole"
+        entered = {""}.union(*(region.entered(link.source, link.target) for link in links))
+        recording = region.recording
+        for path in entered & (recording.mode_read | recording.unwritten.keys()):
+            what = recording.unwritten.get(path, "its forward takes another path in training than in eval")
+            return f"{path or self.name}: {what}"
+        try:
+            judged(self.recordables[""], recording, entered)
+        except CannotEnter as error:
+            return error.reason
+        return None
+
+    def _placed(self, look: _Look, inputs: tuple[Any, ...]) -> tuple[Network, list[Skipped]]:
+        """The network of those blocks that have a place to hear and tell in, and what the others lack."""
+        regions = tuple(region for region in look.regions if region.found)
+        network, skipped = self._joined(regions, inputs)
+        network = self._without_repetitions(network)
+        while True:
+            network, hosts, refused = self._with_sites(network)
+            network, more = self._judged(network, hosts)
+            refused.update(more)
+            if not refused:
+                return network, skipped
+            skipped += dict.fromkeys(refused.values())
+            network = network.without(refused)
+
+    def _joined(self, regions: tuple[Region, ...], inputs: tuple[Any, ...]) -> tuple[Network, list[Skipped]]:
+        """The regions as one network: one run says in which order they come, and what of one reaches another."""
+        order = tuple(block.name for region in regions for block in region.found)
+        earlier = {name: before for region in regions for name, before in region.earlier.items()}
+        if len(regions) < 2:
+            return Network(regions, order, earlier), []
+        marks = tuple(mark for region in regions for mark in region.marks())
+        paths = tuple(region.path for region in regions)
+        seen = lineage(self.model, Observed(probe(inputs), {}, inputs), self.evaluator, marks, paths)
+        if isinstance(seen, str):
+            reason = f"what its parts hand to each other is not known, as it did not run on the example: {seen}"
+            return Network(regions, order, earlier), [Skipped(self.name, reason)]
+        repeats = frozenset(path for path in paths if seen.calls.get(path, 0) > 1)
+        ran = {name: number for number, name in enumerate(seen.order)}
+        order = tuple(sorted(order, key=lambda name: ran.get(name, len(ran))))
+        found = {block.name: (block.block.dimension, region.path) for region in regions for block in region.found}
+        skipped = []
+        for name in seen.order:
+            dimension, home = found[name]
+            across = {
+                other
+                for other in seen.reach[name]
+                if found[other][0] == dimension and found[other][1] != home and ran[other] < ran[name]
+            }
+            once = {other for other in across if not {home, found[other][1]} & repeats}
+            if across and not once and name not in earlier:
+                skipped.append(Skipped(name, "its part is called several times in a run, each time with another input"))
+            before = once.union(earlier.get(name, ()))
+            if before:
+                earlier[name] = tuple(sorted(before, key=ran.__getitem__))
+        return Network(regions, order, earlier, repeats), skipped
+
+    def _without_repetitions(self, network: Network) -> Network:
+        """The network in which a module that is called once for each image, say, is connected alike in all its calls.
+
+        How often it is called is then a matter of the input's size: its blocks are those of its first call, and hear
+        and tell nothing outside of it.
+        """
+        repeated: dict[str, str] = {}
+        later: set[str] = set()
+        for region in network.regions:
+            often = {path for path, calls in region.recording.calls_of.items() if len(calls) > 1}
+            turns = {found.name: region.turn(found) for found in region.found}
+            if not often or not any(path in often for path, _ in turns.values()):
+                continue
+            varying = self._varying(region, often)
+            for name, (path, turn) in turns.items():
+                if path in varying:
+                    repeated[name] = joined(region.path, path)
+                    if turn:
+                        later.add(name)
+        if not repeated:
+            return network
+        earlier = {
+            name: tuple(other for other in before if (other in repeated) is (name in repeated))
+            for name, before in network.earlier.items()
+        }
+        repeats = network.repeats | set(repeated.values())
+        return dataclasses.replace(network, earlier=earlier, repeats=repeats).without(later)
+
+    def _varying(self, region: Region, often: set[str]) -> set[str]:
+        """Those modules that are called another number of times for another batch or image size."""
+        recordable, found = self.recordables[region.path], set()
+        for change in OTHER_SIZES:
+            args, kwargs = mapped_tensors((recordable.inputs.args, recordable.inputs.kwargs), change)
+            try:
+                other = recorded(dataclasses.replace(recordable, inputs=Observed(args, kwargs)))
+            except (CannotEnter, InputError):  # it takes no other size, and so there is none to go by
+                continue
+            calls = region.recording.calls_of
+            found |= {path for path in often if len(other.calls_of.get(path, ())) != len(calls[path])}
+        return found
+
+    def _with_sites(self, network: Network) -> tuple[Network, dict[str, set[str]], dict[str, Skipped]]:
+        """Block name -> the modules it is in, by path; and those that cannot be connected where they are."""
+        hosts: dict[str, set[str]] = {}
+        refused: dict[str, Skipped] = {}
+        told = dict.fromkeys(name for before in network.earlier.values() for name in before)
+        asked = [(name, "hearing") for name in network.earlier] + [
+            (name, "telling") for name in told if isinstance(network.message(name), Message)
+        ]
+        for name, what in asked:
+            region = network.region(name)
+            try:
+                sites = region.hearing(name) if what == "hearing" else tuple(region.telling(name).values())
+            except NoPlace as error:
+                refused[name] = Skipped(joined(region.path, error.path) or self.name, f"kept whole: {error.reason}")
+            else:
+                hosts.setdefault(name, set()).update(site.path for site in sites if not site.layer)
+        return network, hosts, refused
+
+    def _judged(self, network: Network, hosts: dict[str, set[str]]) -> tuple[Network, dict[str, Skipped]]:
+        """The network whose modules check what they decide by sizes; and blocks whose modules compute with them."""
+        regions, refused = [], {}
+        for region in network.regions:
+            own = {path for block in region.found for path in hosts.get(block.name, ())}
+            try:
+                recording = judged(self.recordables[region.path], region.recording, own)
+            except CannotEnter as error:
+                for name in (block.name for block in region.found):
+                    path = next((path for path in error.reasons if path in hosts.get(name, ())), None)
+                    if path is not None:
+                        why = f"kept whole: {error.reasons[path]}"
+                        refused[name] = Skipped(joined(region.path, path) or self.name, why)
+            else:
+                same = recording is region.recording
+                region = region if same else dataclasses.replace(region, recording=recording)
+            regions.append(region)
+        return dataclasses.replace(network, regions=tuple(regions)), refused
 
     def _look(self, inputs: tuple[Any, ...], scale: int) -> _Look:
         """What is seen with maps ``scale`` times as large as the example's."""
@@ -141,19 +314,12 @@ class _Surveyor:
         whole = {inner: f"kept whole: {why}" for inner, why in kept_whole(module)}
         yield from (Skipped(joined(path, inner), why) for inner, why in whole.items())
         opaque = frozenset(whole)
-        while True:
-            try:
-                region = self._region(path, Recordable(module, observed, self.evaluator, opaque))
-            except CannotEnter as reason:
-                new = {inner: why for inner, why in reason.reasons.items() if inner and inner not in opaque}
-                if new:
-                    opaque |= new.keys()
-                    yield from (Skipped(joined(path, inner), f"kept whole: {why}") for inner, why in new.items())
-                    continue
-                yield from self._islands(path, module, observed, known, reason.reason)
-                return
-            yield region
-            break
+        try:
+            region = self._region(path, Recordable(module, observed, self.evaluator, opaque))
+        except CannotEnter as reason:
+            yield from self._islands(path, module, observed, known, reason.reason)
+            return
+        yield region
         for inner, why in region.recording.kept_whole.items():
             if _has_parameters(module.get_submodule(inner)):
                 yield Skipped(joined(path, inner), f"kept whole, nothing was looked for in it: {why}")
@@ -170,12 +336,8 @@ class _Surveyor:
         messages = {f.name: message_of(f, modules, self.evaluator) for f in found}
         before = earlier(recording.graph, modules, found)
         skipped = self_attention(flow, found, path)
-        region = Region(path, recording, found, messages, before, skipped, flow.order)
-        if len(found) < 2:  # there is nothing to connect, and the graph is for looking only
-            return region
-        region = dataclasses.replace(region, recording=judged(recordable, recording))
-        region.fold(tuple(links_in(region)[0]))
-        return region
+        self.recordables[path] = recordable
+        return Region(path, recording, found, messages, before, skipped, flow.order)
 
     def _islands(
         self, path: str, module: nn.Module, observed: Observed, known: dict[str, Observed], reason: str
@@ -195,12 +357,21 @@ class _Surveyor:
         """The regions of the modules directly inside one that has no graph of its own."""
         for name, module in self.model.get_submodule(path).named_children():
             child = joined(path, name)
-            if not _has_parameters(module) or next(module.children(), None) is None:
+            layer = is_layer(module) and not isinstance(module, (*CONTAINERS, *LOOKED_THROUGH))
+            alone = next(module.children(), None) is None
+            if layer or (child not in known and alone):
                 continue
-            if child in known:
-                yield from self._regions(child, known[child], known)
-            else:  # a container that is indexed and never called
+            if child not in known:  # a container that is indexed and never called
                 yield from self._children(child, known)
+            elif _has_parameters(module) or not alone:
+                yield from self._regions(child, known[child], known)
+            else:  # gather-excite has neither; what else is without them may well be no matter of tensors alone
+                with contextlib.suppress(CannotEnter):
+                    yield self._region(child, Recordable(module, known[child], self.evaluator))
+
+
+_OF_GRAPHS = ("graph", "code", "meta", "recompile")
+"""What a ``GraphModule`` is asked for."""
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,12 +99,12 @@ def subject(name: str) -> Subject:
     return Subject(BY_NAME[name])
 
 
-def case(name: str, *values: Any, id: str | None = None) -> Any:
+def case(name: str, *values: Any, id: str | None = None, quick: Collection[str] = QUICK) -> Any:
     """Parameters of a test of a network: in the worker that has its subject, and in the tier of the network."""
-    marks = [pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])]
+    marks = [pytest.mark.xdist_group(name), *([] if name in quick else [pytest.mark.slow])]
     return pytest.param(name, *values, id=id or name, marks=marks)
 
 
-def cases(networks: Iterable[Network]) -> list[Any]:
-    """The names of these networks, each as a :func:`case`."""
-    return [case(network.name) for network in networks]
+def cases(networks: Iterable[Network], quick: Collection[str] = QUICK) -> list[Any]:
+    """The names of these networks, each as a :func:`case`; ``quick``: those whose tests plain ``pytest`` runs."""
+    return [case(network.name, quick=quick) for network in networks]

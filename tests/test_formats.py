@@ -41,6 +41,24 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
 """Folder -> what ``dcafy.load`` is given besides it."""
 
 
+FIRST = {"021c8b3"}
+"""Those of format 1: connections stand under one ``dca``, and not in the modules that hear."""
+
+
+def keys_now(description: dict[str, Any]) -> Callable[[str], str]:
+    """The key that stands for one of ``dcafy.json`` as it was written: ``dca.BLOCK.x`` has become ``BLOCK.dca.x``."""
+    first = description["format_version"] == 1
+    blocks = sorted((block["name"] for block in description["plan"]["blocks"]), key=len, reverse=True)
+
+    def now(key: str) -> str:
+        if not first or not key.startswith("dca."):
+            return key
+        block = next(block for block in blocks if key.startswith(f"dca.{block}."))
+        return f"{block}.dca.{key.removeprefix(f'dca.{block}.')}"
+
+    return now
+
+
 @pytest.fixture(params=COMMITS)
 def written(request: pytest.FixtureRequest) -> Path:
     return WRITTEN / str(request.param)
@@ -48,6 +66,10 @@ def written(request: pytest.FixtureRequest) -> Path:
 
 def test_something_was_written() -> None:
     assert "021c8b3" in COMMITS
+    for commit in COMMITS:
+        for name in MODELS:
+            description = json.loads((WRITTEN / commit / name / "dcafy.json").read_text())
+            assert description["format_version"] == (1 if commit in FIRST else 2)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"run"}))
@@ -63,13 +85,29 @@ def test_a_folder_computes_what_it_did(name: str, written: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_folder_says_again_what_it_said(name: str, written: Path, tmp_path: Path) -> None:
-    """Everything but the versions of the packages."""
+    """Everything but the versions of the packages and of the format, in which connections have other keys."""
     before = json.loads((written / name / "dcafy.json").read_text())
+    now, file = keys_now(before), before["weights"]["file"]
     model = dcafy.load(written / name, **MODELS[name]())
-    dcafy.save(model, tmp_path, base="model.safetensors" in before["weights"]["file"])
-    after = json.loads((tmp_path / "dcafy.json").read_text())
+    dcafy.save(model, tmp_path / "again", base=file == "model.safetensors")
+    after = json.loads((tmp_path / "again" / "dcafy.json").read_text())
+    stored, again = load_file(written / name / file), load_file(tmp_path / "again" / file)
+    assert {now(key): value.tolist() for key, value in stored.items()} == {k: v.tolist() for k, v in again.items()}
+    connected = {key for key in again if "dca" in key.split(".")}
+    assert len(connected) >= 2 * (len(dcafy.connections(model)) - (name == "dense"))
+    assert all(key in model.state_dict() for key in again)
+    assert (after["format_version"], after["weights"]["keyed_by"]) == (2, "module")
+    if before["format_version"] == 1:
+        before["format_version"], before["weights"]["keyed_by"] = 2, "module"
+        before["weights"]["sha256"] = after["weights"]["sha256"]  # of the file, which has the keys
+    weights = before["weights"]
+    weights["tied"] = {now(key): now(value) for key, value in weights["tied"].items()}
+    weights["layouts"] = {now(key): value for key, value in weights["layouts"].items()}
     del before["versions"], after["versions"]
     assert after == before
+    dcafy.save(dcafy.load(tmp_path / "again", **MODELS[name]()), tmp_path / "twice", base=file == "model.safetensors")
+    for part in ("dcafy.json", file):
+        assert (tmp_path / "twice" / part).read_bytes() == (tmp_path / "again" / part).read_bytes()
 
 
 def test_inspect_prints_what_it_printed(written: Path, dcafy_command: Callable[..., tuple[int, str, str]]) -> None:
@@ -86,7 +124,11 @@ def test_a_run_is_gone_on_with(
     code, out, err = dcafy_command("finetune", run, "--resume")
     assert code == 0, err
     assert "stages.2.0.attn_last" in out
-    assert load_file(run / "model.safetensors").keys() == load_file(written / "run" / "model.safetensors").keys()
+    now = keys_now(json.loads((written / "run" / "dcafy.json").read_text()))
+    before = load_file(written / "run" / "model.safetensors")
+    state = dcafy.load(run).state_dict()
+    assert all(torch.equal(value, state[now(key)]) for key, value in before.items())
+    assert len(state) == len(before)
 
 
 def test_exit_codes(written: Path) -> None:

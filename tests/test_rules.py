@@ -31,6 +31,13 @@ def own_parameters(converted: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in converted.named_parameters() if "dca" in name.split(".")}
 
 
+def parts_of(path: str) -> tuple[str, str]:
+    """The module that has a connection, and the place of that below its ``dca``."""
+    levels = path.split(".")
+    at = levels.index("dca")
+    return ".".join(levels[:at]), ".".join(levels[at + 1 :])
+
+
 def test_the_quick_networks_are_there() -> None:
     """Every rule is shown on hand-written networks and on four of libraries by plain ``pytest``, too."""
     assert BY_NAME.keys() >= QUICK
@@ -62,14 +69,21 @@ def test_nothing_is_silent(subject: Subject) -> None:
 
 
 def test_connections_are_those_of_the_plan(subject: Subject) -> None:
+    """Each is the ``dca`` of a module of the source, or below it: of the very block, or of a part of it."""
     connections = dcafy.connections(subject.converted)
     assert set(connections) == {link.target for link in subject.plan.links}
+    source = dict(subject.model.named_modules())
+    homes: dict[str, list[str]] = {}
     for name, connection in connections.items():
-        path = name.replace("#", "_")  # a module path has no room for the mark; only repeated names carry it
         found = [p for p, module in subject.converted.named_modules() if module is connection]
         assert len(found) == 1
-        assert found[0].split(".")[0] == "dca"
-        assert "#" in name or found[0] == f"dca.{path}"
+        home, inside = parts_of(found[0])
+        assert home in source
+        path = name.split("#")[0]
+        assert path == "root" or f"{home}.".startswith(f"{path}.")
+        homes.setdefault(home, []).append(inside)
+    for inside in homes.values():  # several in one module are numbered in the order of the plan
+        assert inside == ([""] if len(inside) == 1 else [f"{i}" for i in range(len(inside))])
 
 
 # Rule 1 ------------------------------------------------------------------------------------------
@@ -143,12 +157,19 @@ def test_keys_are_those_of_the_source(subject: Subject) -> None:
 
 
 def test_the_module_tree_is_that_of_the_source(subject: Subject) -> None:
-    result = dict(subject.converted.named_modules())
-    for path, module in subject.model.named_modules():
-        if path:
-            assert type(result[path]) is type(module), path
-    added = [path for path in result.keys() - dict(subject.model.named_modules()).keys() if path.split(".")[0] != "dca"]
-    assert added == []
+    """Every module is where it was, and of its class; those that hear or tell are of one made of it, by its name."""
+    source, result = dict(subject.model.named_modules()), dict(subject.converted.named_modules())
+    assert list(source) == [path for path in result if "dca" not in path.split(".")]
+    rewritten = {path for path, module in source.items() if type(result[path]) is not type(module)}
+    for path in rewritten:
+        kind = type(source[path])
+        assert isinstance(result[path], kind), path
+        assert type(result[path]).__name__ == kind.__name__
+        assert not isinstance(source[path], nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    assert rewritten == {path for path in source if hasattr(result[path], "dca")}
+    assert {parts_of(path)[0] for path in result if "dca" in path.split(".")} <= rewritten
+    back = dict(dcafy.revert(subject.converted).named_modules())
+    assert {path: type(module) for path, module in back.items()} == {p: type(m) for p, m in source.items()}
 
 
 def test_without_copy_the_tensors_are_the_same(subject: Subject) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -48,6 +49,13 @@ class Baking(nn.Module):
         return self.attention(self.conv(x)) / int(x.shape[2])
 
 
+class BakingAttention(SELinear):
+    """Attention that counts the rows of its input by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / int(x.shape[2])
+
+
 class Units(nn.Module):
     """A stem, units, a head."""
 
@@ -62,14 +70,29 @@ class Units(nn.Module):
 
 
 def test_all_baked_sizes_are_noticed_at_once(recorded: list[str]) -> None:
-    """However many modules bake a size, the network is recorded and compared once, and once more without them."""
+    """However many modules that would be rewritten bake a size, the network is recorded anew a few times at most."""
     with seeded(1):
-        model = Units(*[Baking(SELinear(8)) for _ in range(5)], SELinear(8), SELinear(8))
+        model = Units(*[BakingAttention(8) for _ in range(5)], SELinear(8), SELinear(8))
     plan = dcafy.inspect(model.eval(), example_inputs=IMAGES)
     told = {item.name for item in plan.skipped if item.reason.startswith("kept whole")}
     assert told == {f"units.{i}" for i in range(5)}
     assert [(link.source, link.target) for link in plan.links] == [("units.5", "units.6")]
     assert 2 <= recorded.count("Units") <= 4
+
+
+def test_a_size_that_is_baked_around_attention_costs_no_connection(recorded: list[str]) -> None:
+    """Those forwards stay Python: all that is missing is one graph of the whole, and the plan says so."""
+    with seeded(1):
+        model = Units(*[Baking(SELinear(8)) for _ in range(5)], SELinear(8), SELinear(8)).eval()
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    blocks = [*(f"units.{i}.attention" for i in range(5)), "units.5", "units.6"]
+    assert [(link.source, link.target) for link in plan.links] == list(itertools.pairwise(blocks))
+    assert ["no graph of the whole can be written" in item.reason for item in plan.skipped] == [True]
+    assert recorded.count("Units") <= 4
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    with torch.no_grad():
+        for images in (IMAGES, torch.rand(3, 3, 96, 80)):
+            assert torch.equal(connected(images), model(images))
 
 
 def test_a_baked_size_is_no_news_where_nothing_is_emitted(recorded: list[str]) -> None:

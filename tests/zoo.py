@@ -214,3 +214,7 @@ QUICK = {
     *(network.name for network in (*HAND_WRITTEN_NETWORKS, SMALL_CBAM)),
 }
 """Those whose tests plain ``pytest`` runs; those of the others are ``slow``."""
+
+EVERY_HOST = {"se_linear", "cbam", "bam", "se_inline", "se_root_forward", "se_shared", "scse_decoder"}
+"""One for each way in which modules hold attention: by itself, in two modules, in a container's elements, in a block
+and in the root that do more, in one that is called several times, in a decoder."""

@@ -6,9 +6,8 @@ import re
 
 from torch import nn
 
-from dcafy.converted import connections
 from dcafy.emit.connection import Connection
-from dcafy.emit.dca import connected_modules
+from dcafy.emit.dca import connections, recipes
 from dcafy.plan.blocks import Contribution, Link
 from dcafy.plan.plan import Plan
 
@@ -32,7 +31,7 @@ def contributions(model: nn.Module) -> tuple[Contribution, ...]:
 def recorded_plan(model: nn.Module) -> Plan:
     """The plan that a connected model was converted with."""
     connections(model)  # says so where it is none
-    return next(dca.recipe.plan for _, _, dca in connected_modules(model))
+    return next(recipe.plan for _, recipe in recipes(model))
 
 
 def _contribution(name: str, connection: Connection, links: tuple[Link, ...]) -> Contribution:

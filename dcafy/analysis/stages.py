@@ -55,18 +55,12 @@ class _Spans:
     """The nodes that each module accounts for, by path, and the feature map that it yields."""
 
     def __init__(self, region: Region) -> None:
-        modules = region.recording.modules
         self.order = region.order
         self.home = {node: _home(node) for node in region.order}
-        self.connections = {
-            node
-            for node in region.order
-            if node.op == "call_module" and getattr(modules[str(node.target)], "is_connection", False)
-        }
         self.spans: dict[str, list[fx.Node]] = {}
         self.children: dict[str, dict[str, None]] = {}
         for node in region.recording.graph.nodes:
-            if node.op in ("placeholder", "output", "get_attr") or node in self.connections:
+            if node.op in ("placeholder", "output", "get_attr"):
                 continue
             path = self.home[node]
             self.spans.setdefault(path, []).append(node)
@@ -88,11 +82,7 @@ class _Spans:
     def _output(self, path: str) -> fx.Node | None:
         """The last feature map in a module that somebody outside of it reads."""
         own = set(self.spans[path])
-        read = [
-            node
-            for node in self.spans[path]
-            if _is_map(node) and any(user not in own and user not in self.connections for user in node.users)
-        ]
+        read = [node for node in self.spans[path] if _is_map(node) and any(user not in own for user in node.users)]
         return max(read, key=self.order.__getitem__, default=None)
 
     def _shrinking(self, path: str) -> float | None:

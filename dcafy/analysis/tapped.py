@@ -1,8 +1,7 @@
 """A copy of a network that tells its attention maps and its stages' feature maps while it runs.
 
-Hooks cannot do that everywhere: a connected network computes inside an SE block without calling it, and many blocks
-apply their gate as a function. So the copy is emitted once more, as a connected network is (``dcafy.emit``), with a
-module of its own behind every T and behind every stage.
+Many blocks apply their gate as a function, where no hook is called. So the module that holds a block is given a graph
+of its own, as in a connected network (``dcafy.emit``), with a module behind every T.
 
 ::
 
@@ -13,36 +12,37 @@ module of its own behind every T and behind every stage.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dcafy.analysis.stages import Stage, stages
 from dcafy.find.roles import Found
 from dcafy.graph.copies import shared_copy
-from dcafy.graph.emitted import EmittedModule
-from dcafy.graph.paths import free_name, put
+from dcafy.graph.paths import free_name, joined
+from dcafy.graph.rewritten import Forward, forward_of, rewrite, rows_of
 from dcafy.link.region import Region
+from dcafy.link.sites import NoPlace
 from dcafy.plan.blocks import Skipped
 from dcafy.plan.plan import Plan
 from dcafy.survey import survey
-from dcafy.trace.fold import CannotEnter, Folded, fold
 
 
 class Tap(nn.Module):
-    """Its input, unchanged; of an attention map it keeps what came last, as it was then."""
+    """Its input, unchanged, of which it keeps what came last in one of the calls of its module, as it was then."""
 
-    def __init__(self, *, keeps: bool) -> None:
+    def __init__(self, turn: int = 0, turns: int = 1) -> None:
         super().__init__()
-        self.keeps = keeps
+        self.turn, self.turns = turn, turns
+        self.calls = 0
         self.seen: Tensor | None = None
-        self.shape: tuple[int, ...] = ()
 
     def forward(self, value: Tensor) -> Tensor:
-        self.shape = tuple(value.shape)
-        if self.keeps:
+        if self.calls % self.turns == self.turn:
             self.seen = value.detach().clone()
+        self.calls += 1
         return value
 
 
@@ -55,6 +55,7 @@ class Tapped:
     ``maps``     block name -> the tap behind its T
     ``stages``   the stages, in the order data meets them
     ``points``   stage name -> the module whose output is the stage's feature map
+    ``sizes``    stage name -> the shape of its feature map when the model ran last
     ``unread``   blocks whose T cannot be read, with reasons
     """
 
@@ -63,6 +64,7 @@ class Tapped:
     maps: dict[str, Tap]
     stages: tuple[Stage, ...]
     points: dict[str, nn.Module]
+    sizes: dict[str, tuple[int, ...]]
     unread: tuple[Skipped, ...]
 
 
@@ -75,61 +77,66 @@ def tapped(model: nn.Module, example_inputs: Any = None) -> Tapped:
     host = shared_copy(model)
     host.eval()
     maps: dict[str, Tap] = {}
-    points: dict[str, nn.Module] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     unread: list[Skipped] = []
     met: list[Stage] = []
-    for region in known.regions:
-        readable, folded = _readable(region.found, region, unread)
-        own = stages(region)
-        taps = _Taps(host.get_submodule(region.path), folded)
-        for found in readable:
-            maps[found.name] = taps.behind(found.map, keeps=True)
-        for stage in own:
-            inner = host.get_submodule(stage.name) if stage.name else host
-            points[stage.name] = taps.behind(stage.node, keeps=False) if stage.node in folded.image else inner
-        met += own
-        host = put(host, region.path, taps.module())
-    return Tapped(host, known.plan, maps, tuple(met), points, tuple(unread))
+    for region in known.network.regions:
+        taps = _Taps(region, host)
+        for found in region.found:
+            try:
+                maps[found.name] = taps.behind(found)
+            except NoPlace as error:  # noqa: PERF203 (each block has its own reason)
+                unread.append(Skipped(found.name, f"its map cannot be read: {error.reason}"))
+        taps.put()
+        met += stages(region)
+    points = {stage.name: host.get_submodule(stage.name) for stage in met}
+    for name, point in points.items():
+        point.register_forward_hook(functools.partial(_note, sizes, name))
+    return Tapped(host, known.plan, maps, tuple(met), points, sizes, tuple(unread))
 
 
-def _readable(found: tuple[Found, ...], region: Region, unread: list[Skipped]) -> tuple[tuple[Found, ...], Folded]:
-    """The blocks whose T can be given a node of its own, and the graph in which they have it."""
-    try:
-        return found, fold(region.recording, {block.map for block in found})
-    except CannotEnter as reason:
-        entered = [call.nodes for call in region.recording.calls if call.path == reason.path]
-        kept = tuple(block for block in found if not any(block.map in nodes for nodes in entered))
-        if kept == found:
-            raise
-        unread += [Skipped(b.name, f"its map cannot be read: {reason.reason}") for b in found if b not in kept]
-    return _readable(kept, region, unread)
+def _note(sizes: dict[str, tuple[int, ...]], name: str, _: nn.Module, given: Any, output: Any) -> None:
+    sizes[name] = tuple(getattr(output, "shape", ()))
 
 
 class _Taps:
-    """Puts taps into one folded graph."""
+    """Puts taps into the modules of one region."""
 
-    def __init__(self, host: nn.Module, folded: Folded) -> None:
-        self.host = host
-        self.graph = folded.graph
-        self.image = folded.image
-        self.name = free_name(host, "taps")
-        self.taps = nn.ModuleList()
-        host.add_module(self.name, self.taps)
+    def __init__(self, region: Region, model: nn.Module) -> None:
+        self.region = region
+        self.model = model
+        self._made: dict[str, nn.ModuleList] = {}
 
-    def behind(self, node: fx.Node, *, keeps: bool) -> Tap:
-        """The tap behind ``node``; whoever read the node of a stage now reads the tap's output."""
-        tap = Tap(keeps=keeps)
-        image = self.image[node]
-        readers = list(image.users)
-        with self.graph.inserting_after(image):
-            call = self.graph.call_module(f"{self.name}.{len(self.taps)}", (image,))
-        self.taps.append(tap)
-        for reader in readers if not keeps else ():
-            reader.replace_input_with(image, call)
+    def behind(self, found: Found) -> Tap:
+        """The tap behind the T of a block; raises ``NoPlace``."""
+        sites = self.region.sites
+        (site,) = sites.telling((found.map,), found.fusions[0])
+        tap = Tap(site.turn, sites.times(site))
+        host = self.model.get_submodule(joined(self.region.path, site.path))
+        taps = self._made.setdefault(site.path, nn.ModuleList())
+        if site.layer:
+            host.register_forward_hook(lambda _, given, output: tap(output))
+            return tap
+        folded = sites.folded(site.path)
+        image = folded.image[sites.canonical(site)]
+        with folded.graph.inserting_after(image):
+            folded.graph.call_module(f"{free_name(host, _NAME)}.{len(taps)}", (image,))
+        taps.append(tap)
         return tap
 
-    def module(self) -> EmittedModule:
-        """The host as a graph with its taps."""
-        self.graph.lint()
-        self.taps.eval()
-        return EmittedModule(self.host, self.graph, class_name=type(self.host).__name__)
+    def put(self) -> None:
+        """Has the modules run their graphs."""
+        for path, taps in self._made.items():
+            host = self.model.get_submodule(joined(self.region.path, path))
+            if len(taps):
+                graph = self.region.sites.folded(path).graph
+                graph.lint()
+                name = free_name(host, _NAME)
+                host.add_module(name, taps.eval())
+                before = forward_of(host)
+                around = None if before is None else before.around
+                rewrite(host, Forward(rows_of(graph), needs=name, around=around))
+
+
+_NAME = "taps"
+"""What the taps are called in a module, where it has nothing else of that name."""

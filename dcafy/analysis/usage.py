@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcafy.converted import connections
 from dcafy.emit.connection import Connection, JoinedConnection
+from dcafy.emit.dca import connections
 from dcafy.errors import InputError
 from dcafy.graph.modes import evaluating
 
@@ -115,10 +115,12 @@ def measured_shares(model: nn.Module) -> Iterator[Callable[[], dict[str, float]]
     names = {id(connection): name for name, connection in connections(model).items()}
 
     def add(part: Connection, context: Tensor, message: tuple[Tensor | None, ...]) -> None:
-        own, term = part.alpha.to(context.dtype) * context, part.term(context, *message)  # type: ignore[arg-type]
         total = squares[names[id(part)]]
-        total[0] += float(own.double().square().sum())
-        total[1] += float(term.double().square().sum())
+        total[0] += float((part.alpha.to(context.dtype) * context).double().square().sum())
+        T_prev, G_prev = message or (None, None)
+        if T_prev is not None:
+            term = part.beta.to(context.dtype) * part.matched(context, T_prev, G_prev)
+            total[1] += float(term.double().square().sum())
 
     def hear(module: nn.Module, given: tuple[Any, ...]) -> None:
         context, *messages = given

@@ -5,9 +5,9 @@
     out = bn3(conv3(out))                out = se(bn3(conv3(out)))
     out += identity            ─▶        out += identity
 
-Each unit becomes a graph of its own with its attention as a child; the network around it, its
-containers and every state-dict key stay as they were. What comes out is an ordinary network with attention:
-:func:`dcafy.inspect` finds the blocks by dataflow like any others.
+Each unit runs a graph with its attention as a child, as an instance of a generated subclass of its class; the network
+around it, its containers and every state-dict key stay as they were. What comes out is an ordinary network with
+attention: :func:`dcafy.inspect` finds the blocks by dataflow like any others.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dcafy.attention.units import Kernel, Unit, units
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError, UsageError
 from dcafy.graph.copies import own_copy, shared_copy
-from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.evaluator import device_of
-from dcafy.graph.nodes import OWNER
 from dcafy.graph.paths import free_name, joined
+from dcafy.graph.rewritten import Forward, refusal, rewrite, rows_of, taken_forward
+from dcafy.graph.rewritten import reads as reads_of
 from dcafy.plan.options import Init
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
@@ -72,12 +72,7 @@ def insert(
     chosen = units(model, where, example_inputs)
     host = own_copy(model) if copy else shared_copy(model)
     for unit in chosen:
-        old = host.get_submodule(unit.path)
-        new = _attended(unit, old, attention, reduction, init)
-        for holder in list(host.modules()):  # a unit may be shared between several places
-            for key, child in holder._modules.items():
-                if child is old:
-                    holder._modules[key] = new
+        _attend(unit, host.get_submodule(unit.path), attention, reduction, init)
     before = getattr(model, INSERTED, ())
     host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
     return host
@@ -97,8 +92,8 @@ def _check(attention: str, reduction: int, init: str) -> None:
         )
 
 
-def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init: Init) -> EmittedModule:
-    """``host`` (the module that ``unit`` describes) as a graph with its attention in it."""
+def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int, init: Init) -> None:
+    """Puts attention into ``host``, the module that ``unit`` describes."""
     reads: tuple[fx.Node, ...]
     if attention == "sk":
         if unit.kernel is None:
@@ -112,17 +107,31 @@ def _attended(unit: Unit, host: nn.Module, attention: str, reduction: int, init:
         reads = (unit.end,)
         with torch.device(device_of(host)):
             module = ATTENTIONS[attention].build(unit.channels, reduction, init, unit.side)
-    folded = _folded(unit, reads)
     name = free_name(host, attention.replace("-", "_"))
+    module.to(dtype=_dtype(host)).train(host.training)
+    if refusal(host) is not None:
+        _require_last(unit, host, reads)
+        host.add_module(name, module)
+        return
+    folded = _folded(unit, reads)
     last = folded.image[reads[-1]]
     with folded.graph.inserting_after(last):
         call = folded.graph.call_module(name, tuple(folded.image[node] for node in reads))
     last.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
     folded.graph.lint()
     for node in folded.graph.nodes:
-        node.meta = {OWNER: node.meta.get(OWNER, "")}
-    host.add_module(name, module.to(dtype=_dtype(host)).train(host.training))
-    return EmittedModule(host, folded.graph, class_name=type(host).__name__)
+        node.meta = {}
+    host.add_module(name, module)
+    rewrite(host, Forward(rows_of(folded.graph), reads_of(host), needs=name, own=taken_forward(host)))
+
+
+def _require_last(unit: Unit, host: nn.Module, reads: tuple[fx.Node, ...]) -> None:
+    """Nothing where attention can go in as one more child of ``host``, whose class cannot be changed."""
+    last = next(reversed(host._modules), "")
+    end = reads[-1]
+    call = next((call for call in unit.recording.calls_of.get(last, ()) if call.output is end), None)
+    if len(reads) > 1 or (call is None and end.target != last) or not isinstance(host, nn.Sequential):
+        raise InputError(f"{unit.path} cannot be given attention: {refusal(host)}. Leave it out with where=.")
 
 
 def _folded(unit: Unit, needed: tuple[fx.Node, ...]) -> Folded:

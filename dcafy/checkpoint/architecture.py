@@ -22,15 +22,15 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from dcafy.attention.insertion import insert
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import is_connection
-from dcafy.emit.dca import Recipe, connected_modules
+from dcafy.emit.dca import Recipe
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
-from dcafy.graph.emitted import EmittedModule
+from dcafy.graph.rewritten import is_rewritten, original_class
 from dcafy.records import read, written
 from dcafy.trace.inputs import from_data
 from dcafy.wording import printable
@@ -112,13 +112,13 @@ class _Module:
     kind: str
     settings: dict[str, Any]
     tensors: Shapes
-    is_graph: bool = False
+    rewritten: bool = False
 
     def is_like(self, zoo: _Module, informative: frozenset[str]) -> bool:
         if self.kind != zoo.kind or self.tensors != zoo.tensors:
             return False
-        # A graph has attributes of its own besides those of the network.
-        names = zoo.settings.keys() if self.is_graph else self.settings.keys() | zoo.settings.keys()
+        # What training leaves on a connected root (Accelerate keeps a forward there) is no setting of the network's.
+        names = zoo.settings.keys() if self.rewritten else self.settings.keys() | zoo.settings.keys()
         return all(self.settings.get(n, ...) == zoo.settings.get(n, ...) for n in names - informative)
 
 
@@ -234,36 +234,29 @@ _SAME = {"timm.layers.linear.Linear": "torch.nn.modules.linear.Linear"}
 
 
 def _network(model: nn.Module) -> _Network:
-    connections = {id(module) for _, _, dca in connected_modules(model) for module in dca.modules()}
     modules = {
-        path: _module(module)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if id(module) not in connections
+        path: _module(module) for path, module in model.named_modules(remove_duplicate=False) if not is_connection(path)
     }
     state = shapes_of(model.state_dict())
     return _Network(modules, {key: shape for key, shape in state.items() if not is_connection(key)})
 
 
 def _module(module: nn.Module) -> _Module:
-    cls = type(module)
-    is_graph = isinstance(module, EmittedModule)
-    kind = module.__dict__.get("_converted_from") if is_graph else f"{cls.__module__}.{cls.__qualname__}"
-    kind = _SAME.get(str(kind), str(kind))
-    plain = {name: _plain(value) for name, value in vars(module).items() if name not in _machinery(is_graph)}
+    cls = original_class(module)
+    kind = f"{cls.__module__}.{cls.__qualname__}"
+    kind = _SAME.get(kind, kind)
+    plain = {name: _plain(value) for name, value in vars(module).items() if name not in _MACHINERY}
     tensors = {
         name: tuple(value.shape)
         for holder in (module._parameters, module._buffers)
         for name, value in holder.items()
         if value is not None
     }
-    return _Module(kind, {k: v for k, v in plain.items() if v is not _NOT_PLAIN}, tensors, is_graph)
+    return _Module(kind, {k: v for k, v in plain.items() if v is not _NOT_PLAIN}, tensors, is_rewritten(module))
 
 
-@functools.cache
-def _machinery(is_graph: bool) -> frozenset[str]:
-    """Attributes that belong to torch's own classes and not to a network."""
-    empty = EmittedModule(nn.Module(), fx.Graph()) if is_graph else nn.Module()
-    return frozenset(vars(empty))
+_MACHINERY = frozenset(vars(nn.Module()))
+"""Attributes that belong to torch's own class and not to a network."""
 
 
 _NOT_PLAIN = object()

@@ -25,12 +25,18 @@ from dcafy.wording import printable
 
 
 def _with_insertions(data: dict[str, Any]) -> dict[str, Any]:
-    """Folders of version 1 from before attention could be inserted do not say that none was."""
+    """Folders from before attention could be inserted do not say that none was."""
     model = data.get("model")
     return {**data, "model": {"insertions": [], **model}} if isinstance(model, dict) else data
 
 
-FORMAT = Format("format_version", 1, {1: _with_insertions})
+def _keyed_by_block(data: dict[str, Any]) -> dict[str, Any]:
+    """Folders of version 1 have all connections under one ``dca``, by the path of the block."""
+    weights = data.get("weights")
+    return {**data, "weights": {**weights, "keyed_by": "block"}} if isinstance(weights, dict) else data
+
+
+FORMAT = Format("format_version", 2, {1: _keyed_by_block, 2: _with_insertions})
 """The version of ``dcafy.json``, and the way from older ones."""
 
 FILES = {True: "model.safetensors", False: "connections.safetensors"}
@@ -149,6 +155,7 @@ class Weights:
     ``base``          without the base in the file: key -> facts about the weights that have to be there
     ``tied``          key -> the key under which its tensor is stored
     ``layouts``       key -> the strides (``27x1x9x3``) of a tensor that is dense and not laid out contiguously
+    ``keyed_by``      whether connections are kept by the module that hears, or all under one ``dca`` by block
     """
 
     file: Annotated[str, one_of(tuple(FILES.values()))]
@@ -157,6 +164,7 @@ class Weights:
     base: dict[str, Annotated[Facts, ReadBy(_facts)]]
     tied: dict[str, str]
     layouts: dict[str, Annotated[str, _STRIDES]]
+    keyed_by: Annotated[str, one_of(("block", "module"))] = "module"
 
     @property
     def with_base(self) -> bool:

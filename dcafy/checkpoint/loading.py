@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dcafy.checkpoint.architecture import built
 from dcafy.checkpoint.description import Description, Facts, installed_versions
 from dcafy.checkpoint.folder import Folder
+from dcafy.checkpoint.keys import Keys
 from dcafy.checkpoint.state import restore
 from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connection, put
 from dcafy.conversion import convert
-from dcafy.emit.dca import connected_modules, is_connected
+from dcafy.emit.dca import is_connected
 from dcafy.errors import CheckpointError, DcafyError, InputError
 from dcafy.graph.nodes import mapped_tensors
 from dcafy.trace.accepted import require_module
@@ -76,17 +77,49 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
     if not description.weights.with_base:
         _require_same_weights(network, base)
     converted = _converted(network, description, copy=model is not None)
-    _compare(expected, _state(converted), "the network as it is converted here")
+    if description.weights.keyed_by == "block":
+        description, tensors = _rekeyed(description, tensors, converted)
+        expected = _expected(description, tensors)
+    state = _state(converted)
+    # One module under two names has its connections under both; here there may be two modules.
+    apart = {key for key in description.weights.tied if is_connection(key) and key not in state}
+    expected = {key: fact for key, fact in expected.items() if key not in apart}
+    held = converted.state_dict(keep_vars=True)
+    once = {id(value): key for key, value in reversed(held.items())}
+    state = {key: value for key, value in state.items() if key in expected or once[id(held[key])] == key}
+    _compare(expected, state, "the network as it is converted here")
     put(
         converted,
         tensors,
         {key: fact.dtype for key, fact in expected.items()},
-        description.weights.tied,
+        {key: stored for key, stored in description.weights.tied.items() if key not in apart},
         description.weights.layouts,
     )
     restore(converted, description.state)
     _require_data(converted)
     return converted
+
+
+def _rekeyed(
+    description: Description, tensors: Mapping[str, Tensor], converted: nn.Module
+) -> tuple[Description, dict[str, Tensor]]:
+    """The description and the tensors of a folder of format 1, with the keys that connections have now."""
+    keys = Keys(converted, description.plan)
+    weights, state = description.weights, description.state
+    weights = dataclasses.replace(
+        weights,
+        tied={keys.now(key): keys.now(stored) for key, stored in weights.tied.items()},
+        layouts={keys.now(key): layout for key, layout in weights.layouts.items()},
+        keyed_by="module",
+    )
+    state = dataclasses.replace(
+        state,
+        modes={keys.now(path): mode for path, mode in state.modes.items()},
+        kept_in_eval=tuple(map(keys.now, state.kept_in_eval)),
+        frozen=tuple(map(keys.now, state.frozen)),
+    )
+    renamed = {keys.now(key): tensor for key, tensor in tensors.items()}
+    return dataclasses.replace(description, weights=weights, state=state), renamed
 
 
 def _expected(description: Description, tensors: Mapping[str, Tensor]) -> dict[str, Facts]:
@@ -171,11 +204,11 @@ def _converted(network: nn.Module, description: Description, *, copy: bool) -> n
             )
         except DcafyError as error:
             raise CheckpointError(f"its plan does not fit the network: {error}") from error
-    for _, _, dca in connected_modules(converted):
-        if description.model is not None and not copy:
-            dca.recipe = dataclasses.replace(
-                dca.recipe, model=description.model.name, arguments=description.model.arguments
-            )
+    if description.model is not None and not copy:
+        dca: Any = converted.dca
+        dca.recipe = dataclasses.replace(
+            dca.recipe, model=description.model.name, arguments=description.model.arguments
+        )
     return converted
 
 

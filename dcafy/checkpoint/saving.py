@@ -11,7 +11,7 @@ from dcafy.checkpoint.description import FILES, Description, Weights, installed_
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import state_of
 from dcafy.checkpoint.tensors import fingerprint, is_connection, pack
-from dcafy.emit.dca import Recipe, connected_modules
+from dcafy.emit.dca import Recipe, is_connected, recipes
 from dcafy.errors import InputError
 from dcafy.trace.accepted import require_module
 
@@ -64,24 +64,16 @@ def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True
 def _recipe(model: nn.Module) -> Recipe:
     """How ``model`` was converted; ``InputError`` where it is not the whole of a converted model."""
     require_module(model)
-    found = {path: dca.recipe for path, _, dca in connected_modules(model)}
-    if not found:
+    if not is_connected(model):
         raise InputError(
             f"{type(model).__name__} has no connections, and dcafy.save stores converted models. Convert it first "
             "with dcafy.convert(model), or store model.state_dict() with safetensors."
         )
-    recipe = next(iter(found.values()))
-    places = {_graph_of(link.target, recipe.plan.islands) for link in recipe.plan.links}
-    if not places.issuperset(found) or any(other != recipe for other in found.values()):
-        inside = next(iter(found))
+    found = dict(recipes(model))
+    if "" not in found:
+        where = f"inside it at {next(iter(found))!r}" if found else "around it"
         raise InputError(
-            f"The connected network is not what was passed, but inside it at {inside!r} ({len(found)} connected "
-            "graph(s)). Save the very module that dcafy.convert returned, and the rest around it on its own."
+            f"The converted network is not what was passed, but lies {where}. Save the very module that dcafy.convert "
+            "returned, and the rest around it on its own."
         )
-    return recipe
-
-
-def _graph_of(block: str, islands: tuple[str, ...]) -> str:
-    """The path of the connected graph that a block is in: an island's, or the root's."""
-    around = (path for path in islands if f"{block}.".startswith((f"{path}.", f"{path}#")))
-    return max(around, key=len, default="")
+    return found[""]

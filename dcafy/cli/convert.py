@@ -39,7 +39,7 @@ def convert_command(
         from dcafy.checkpoint import save
         from dcafy.checkpoint.tensors import is_connection
         from dcafy.conversion import convert
-        from dcafy.converted import connections
+        from dcafy.emit.dca import connections
         from dcafy.sources import open_model
 
         network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model

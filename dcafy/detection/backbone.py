@@ -13,8 +13,7 @@ from dcafy.attention.insertion import insert
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.conversion import convert, inspect
-from dcafy.converted import connections
-from dcafy.emit.dca import connected_modules, is_connected
+from dcafy.emit.dca import connections, is_connected, recipes
 from dcafy.errors import InputError
 from dcafy.graph.paths import above
 from dcafy.plan.plan import Plan
@@ -50,7 +49,7 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     for done in inserted:
         where = place.ours + ("*" if done.where == "auto" else done.where.removeprefix(place.theirs))
         made = insert(made, **{**dataclasses.asdict(done), "where": where}, copy=False)
-    recipe = next((dca.recipe for _, _, dca in connected_modules(classifier)), None)
+    recipe = next((recipe for _, recipe in recipes(classifier)), None)
     if recipe is not None:
         made = convert(made, plan=_moved(recipe.plan, inspect(made), place), copy=False, verify=False)
     _take(made, own, classifier, place)

@@ -1,60 +1,136 @@
-"""Links -> the connected module: the edits of its graph.
+"""Links -> the connected model: in each module that holds a block, G is heard and T is told.
 
 ::
 
-    pool = call_module[se.pool](x)              pool = call_module[se.pool](x)
-    fc = call_module[se.fc](pool)      ─▶       dca_se = call_module[dca.se](pool, T_prev, G_prev)
-    ...                                         fc = call_module[se.fc](dca_se)
+    pool = call_module[pool](x)              pool = call_module[pool](x)
+    fc = call_module[fc](pool)       ─▶      hear = call_function[hear](dca, 0, pool)
+    gate = sigmoid(fc)                       fc = call_module[fc](hear)
+    mul = mul(x, gate)                       gate = sigmoid(fc)
+                                             tell = call_function[tell](dca, 1, gate, pool)
+                                             mul = mul(x, gate)
 """
 
 from __future__ import annotations
 
+import dataclasses
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dcafy.emit.dca import Connections, Recipe
-from dcafy.emit.wiring import Wire, wires
-from dcafy.find.roles import Found
-from dcafy.graph.emitted import EmittedModule
-from dcafy.graph.nodes import OWNER
+from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
+from dcafy.emit.root import open_runs
+from dcafy.emit.wire import behind_layer, hear, tell
+from dcafy.emit.wiring import Wiring, wires
+from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, joined
+from dcafy.graph.rewritten import Forward, hold, reads, rewrite, rows_of, taken_forward, template
 from dcafy.link.message import Message
+from dcafy.link.network import Network
 from dcafy.link.region import Region
+from dcafy.link.sites import Site
 from dcafy.plan.blocks import Link, hearing
 from dcafy.trace.fold import Folded
-from dcafy.wording import warn
 
 
-def connect(region: Region, links: tuple[Link, ...], host: nn.Module, recipe: Recipe) -> EmittedModule:
-    """``host`` (a copy of the module that ``region`` describes) as a graph with these links connected.
+def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *, whole: bool) -> None:
+    """Connects the links of the recipe's plan in ``model``, a copy of what the network describes.
 
-    ``links`` have all their settings. Raises ``PlanError`` for a link that no connection can make.
+    ``example``: inputs to write its graph with, where the ``whole`` can be written. Raises ``PlanError`` for a link
+    that no connection can make.
     """
-    folded = region.fold(links)
-    dca = Connections(recipe)
-    into = {target: tuple(heard) for target, heard in hearing(links).items()}
-    modules = dict(host.named_modules(remove_duplicate=False))
-    made = {target: wires(region, group, _place(region.local(target), modules)) for target, group in into.items()}
-    places = {}
-    for target in sorted(into, key=lambda target: target.count(".")):
-        for wire in made[target]:
-            at = joined(region.local(target), wire.suffix)
-            places[id(wire)] = dca.add(wire.names, wire.module, at=at)
-    passes = _Connecting(region, folded)
-    for target in sorted(into, key=lambda target: region.order[region[target].contexts[0]]):
-        for wire in made[target]:
-            passes.insert(into[target], wire, f"dca.{places[id(wire)]}")
-            dca.addresses.update({name: dca.addresses.pop(name) for name in wire.names})  # in the order of the data
-    passes.graph.lint()
-    for node in passes.graph.nodes:
-        node.meta = {OWNER: node.meta.get(OWNER, "")}  # values are of the example and of no use to anybody else
-    dca.train(host.training)
-    host.add_module("dca", dca)
-    dca.bypassed_hooks = tuple(path for path in folded.entered if _has_hooks(host.get_submodule(path)))
-    _report_bypassed_hooks(dca)
-    return EmittedModule(host, passes.graph, class_name=type(host).__name__)
+    links = recipe.plan.links
+    modules = dict(model.named_modules(remove_duplicate=False))
+    hosts: dict[tuple[str, str], _Host] = {}
+
+    def host(region: Region, site: Site) -> _Host:
+        key = region.path, site.path
+        if key not in hosts:
+            alike = not network.repeats.isdisjoint((region.path, joined(*key)))
+            hosts[key] = _Host(region, site.path, alike)
+        return hosts[key]
+
+    names: dict[tuple[str, str], int] = {}
+    heard_by: dict[str, list[str]] = {}
+
+    def line(name: str, reader: str) -> int:
+        heard_by.setdefault(name, []).append(reader)
+        return names.setdefault((name, reader), len(names))
+
+    asked: list[tuple[_Host, _Hears, tuple[tuple[int, int | None], ...]]] = []
+    for target, heard in hearing(links).items():
+        region = network.region(target)
+        sites = region.hearing(target)
+        single = heard[0].source if len(heard) == 1 else ""
+        for wire in wires(network, tuple(heard), _place(target, modules)):
+            host(region, sites[wire.contexts[0]]).wires.append((target, wire))
+            for i in wire.contexts:
+                pairs = [_source(network, link, i) for link in heard]
+                reader = f"{target}|{i}"
+                numbered = tuple((line(T, reader), None if G is None else line(G, reader)) for T, G in pairs)
+                batch = tuple(_same_batch(network, link, i) for link in heard)
+                asked.append((host(region, sites[i]), _Hears(target, sites[i], wire, batch, source=single), numbered))
+    told: dict[tuple[str, str, str, int], list[tuple[str, Site]]] = {}
+    for source in dict.fromkeys(link.source for link in links):
+        region = network.region(source)
+        for name, site in region.telling(source).items():
+            if name in heard_by:
+                host(region, site)
+                told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
+    wire_ = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
+    for one, hears, numbered in asked:
+        lines = tuple((wire_.lines[T], None if G is None else wire_.lines[G]) for T, G in numbered)
+        one.hears.append(dataclasses.replace(hears, lines=lines))
+    for (source, path, local, _), values in told.items():
+        to = tuple(tuple(wire_.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
+        numbers = tuple(int(name.rpartition("|")[2][1:] or 0) for name, _ in values)
+        tells = _Tells(source, tuple(site for _, site in values), numbers, Told(source, to))
+        hosts[path, local].tells.append(tells)
+    for number, ((path, local), one) in enumerate(hosts.items()):
+        one.rewrite(modules[joined(path, local)], wire_, number)
+    open_runs(model, recipe, wire_, example, whole=whole)
+
+
+def _before(
+    network: Network, links: tuple[Link, ...], asked: Iterable[tuple[Any, _Hears, tuple[tuple[int, int | None], ...]]]
+) -> Before:
+    """For blocks that may be taken out: who hears them could hear what they heard, which is of the same size."""
+    heard, sources = hearing(links), {link.source for link in links}
+    found: Before = {}
+    for _, hears, numbered in asked:
+        (link, *more) = heard[hears.target]
+        if not more and hears.target not in found and hears.target in sources:
+            found[hears.target] = (link.source, *numbered[0])
+    return {name: row for name, row in found.items() if _size(network, name) == _size(network, row[0])}
+
+
+def _size(network: Network, source: str) -> tuple[object, ...]:
+    """What connections depend on in the messages of a block."""
+    message, found = network.message(source), network[source]
+    assert isinstance(message, Message)
+    single = len(found.contexts) == 1 and message.kind in ("product", "map")
+    return message.kind, message.channels, message.size, found.axis, single or source
+
+
+def _source(network: Network, link: Link, i: int) -> tuple[str, str | None]:
+    """The names of what a target's i-th extraction output hears of a block: (T, G), or what stands for T."""
+    message, source = network.message(link.source), network[link.source]
+    assert isinstance(message, Message)
+    nearest = min(i, len(source.contexts) - 1)
+    if message.kind == "branches":
+        return f"{source.name}|T{i}", f"{source.name}|G{i}"
+    if message.kind == "fused":
+        return f"{source.name}|F{nearest}", None
+    return f"{source.name}|T", f"{source.name}|G{nearest}" if message.kind == "product" else None
+
+
+def _same_batch(network: Network, link: Link, i: int) -> bool:
+    T, G = node_value(network[link.source].contexts[0]), node_value(network[link.target].contexts[i])
+    return isinstance(T, Tensor) and isinstance(G, Tensor) and T.shape[:1] == G.shape[:1]
 
 
 def _place(name: str, modules: dict[str, nn.Module]) -> dict[str, Any]:
@@ -65,65 +141,191 @@ def _place(name: str, modules: dict[str, nn.Module]) -> dict[str, Any]:
     return {} if first is None else {"device": first.device, "dtype": first.dtype}
 
 
-class _Connecting:
-    """Puts connections into one folded graph."""
+@dataclass(frozen=True)
+class _Hears:
+    """One hearing: of which block, where, through which connection."""
 
-    def __init__(self, region: Region, folded: Folded) -> None:
-        self.region = region
+    target: str
+    site: Site
+    wiring: Wiring
+    batch: tuple[bool, ...]
+    lines: tuple[tuple[Line, Line | None], ...] = ()
+    source: str = ""
+
+    def heard(self, places: dict[int, str]) -> Heard:
+        """As a port has it; ``places``: of the module of each wiring."""
+        return Heard(self.target, places[id(self.wiring)], self.lines, self.batch, self.source)
+
+
+@dataclass(frozen=True)
+class _Tells:
+    """What a block tells in one module; ``outputs``: which of its extraction outputs each value is of."""
+
+    source: str
+    sites: tuple[Site, ...]
+    outputs: tuple[int, ...]
+    what: Told
+
+
+@dataclass
+class _Host:
+    """A module that hears or tells, while it is being rewritten. ``path``: as seen from the region."""
+
+    region: Region
+    path: str
+    repeats: bool
+    hears: list[_Hears] = field(default_factory=list)
+    tells: list[_Tells] = field(default_factory=list)
+    wires: list[tuple[str, Wiring]] = field(default_factory=list)
+
+    @property
+    def is_layer(self) -> bool:
+        return any(one.site.layer for one in self.hears) or any(one.sites[0].layer for one in self.tells)
+
+    def rewrite(self, module: nn.Module, wire: Wire, number: int) -> None:
+        """Puts the connections under ``module.dca`` and has it run the connected graph."""
+        dca, addresses, places = self._dca()
+        if self.is_layer:
+            what: list[Heard | Told] = [*(one.what for one in self.tells), *(one.heard(places) for one in self.hears)]
+            ports = tuple(Port((one,), i == 0) for i, one in enumerate(what))
+            forward = Forward(behind=behind_layer)
+        else:
+            folded = self.region.sites.folded(self.path)
+            ports = _Edits(self, folded, places).ports()
+            call = self.region.sites.calls(self.path)[0]
+            usual = reads(module)
+            if call is not None:
+                named = tuple((key, template(value)) for key, value in call.kwargs.items())
+                usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
+            forward = Forward(rows_of(folded.graph), usual)
+        dca.ends = Ends(wire, None if self.repeats else wire.calls[number], ports, addresses)  # type: ignore[assignment]
+        dca.train(module.training)
+        hold(module, "dca", dca)
+        if isinstance(module, fx.GraphModule) and not self.is_layer:  # which has a graph, and a class that goes with it
+            dca.before = Forward(rows_of(module.graph), None)  # type: ignore[assignment]
+            module.graph = self.region.sites.folded(self.path).graph
+            return
+        rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
+
+    def _dca(self) -> tuple[nn.Module, tuple[tuple[str, str], ...], dict[int, str]]:
+        """``dca``, the address of each connection by name, and the place of each wire's module."""
+        places: dict[int, str] = {}
+        addresses: list[tuple[str, str]] = []
+        targets = list(dict.fromkeys(target for target, _ in self.wires))
+        for target, wire in self.wires:
+            several = str(targets.index(target)) if len(targets) > 1 else ""
+            places[id(wire)] = at = joined(several, wire.suffix)
+            addresses += [(name, joined(at, inner)) for name, inner in wire.names.items()]
+        if len(self.wires) == 1 and not self.wires[0][1].suffix:
+            return self.wires[0][1].module, tuple(addresses), places
+        dca = Connections()
+        for _, wire in self.wires:
+            *around, last = places[id(wire)].split(".")
+            parent: nn.Module = dca
+            for part in around:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, wire.module)
+        return dca, tuple(addresses), places
+
+
+class _Edits:
+    """The edits of one module's graph."""
+
+    def __init__(self, host: _Host, folded: Folded, places: dict[int, str]) -> None:
+        self.host = host
+        self.sites = host.region.sites
+        self.recording = host.region.recording
         self.graph = folded.graph
-        self.image = dict(folded.image)
+        self.image = folded.image
         self.inside = folded.inside
-        self.modules = region.recording.modules
+        self.places = places
+        self.turns = len(self.sites.calls(host.path))
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            self.dca = self.graph.get_attr("dca")
         self._kept: dict[fx.Node, fx.Node] = {}
-        self._fused: dict[str, tuple[fx.Node, ...]] = {}
 
-    def insert(self, links: tuple[Link, ...], wire: Wire, path: str) -> None:
-        """One call of the module per extraction output that it is for."""
-        target = self.region[links[0].target]
-        for i in wire.contexts:
-            context = target.contexts[i]
-            messages: tuple[fx.Node | None, ...] = ()
-            for link in links:
-                messages += self._message(self.region[link.source], i, context)
-            own = self.image[context]
-            readers = [user for user in own.users if self._transforms(user, target)]
-            with self.graph.inserting_after(own):
-                call = self.graph.call_module(path, (own, *messages))
-            for reader in readers:
-                reader.replace_input_with(own, call)
+    def ports(self) -> tuple[Port, ...]:
+        """Makes the edits; what happens at each."""
+        tells: dict[tuple[fx.Node, ...], dict[int, _Tells]] = {}
+        for one in self.host.tells:
+            nodes = tuple(self.sites.canonical(site) for site in one.sites)
+            tells.setdefault(nodes, {})[one.sites[0].turn] = one
+        made: list[tuple[fx.Node, list[Heard | Told | None]]] = []
+        for nodes, told in tells.items():
+            made.append(
+                (self._tell(nodes, next(iter(told.values()))), self._calls({t: o.what for t, o in told.items()}))
+            )
+        for context, hears in self._by_port():
+            what = {turn: one.heard(self.places) for turn, one in hears.items()}
+            made.append((self._hear(context, next(iter(hears.values()))), self._calls(what)))
+        numbers = {node: number for number, (node, _) in enumerate(made)}
+        for node, number in numbers.items():
+            node.args = (node.args[0], number, *node.args[2:])
+        first = next(node for node in self.graph.nodes if node in numbers)
+        self.graph.lint()
+        for node in self.graph.nodes:
+            node.meta = {}  # values are of the example and of no use to anybody else
+        return tuple(Port(tuple(calls), node is first) for node, calls in made)
 
-    def _transforms(self, user: fx.Node, target: Found) -> bool:
-        return not target.between.isdisjoint(self.inside.get(user, ()))
+    def _by_port(self) -> Iterable[tuple[fx.Node, dict[int, _Hears]]]:
+        """The hearings at each node; blocks that pool with one node hear it one after the other."""
+        found: dict[tuple[fx.Node, int], dict[int, _Hears]] = {}
+        for one in self.host.hears:
+            node, place = self.sites.canonical(one.site), 0
+            while one.site.turn in found.get((node, place), ()):
+                place += 1
+            found.setdefault((node, place), {})[one.site.turn] = one
+        return [(node, hears) for (node, _), hears in found.items()]
 
-    def _message(self, source: Found, i: int, reader: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        """(T, G) of the earlier block; (T, ``None``), or its extraction on the fused output in the place of T."""
-        message = self.region.messages[source.name]
+    def _calls(self, what: dict[int, Any]) -> list[Heard | Told | None]:
+        return [what.get(turn) for turn in range(1 if self.host.repeats else self.turns)]
+
+    def _hear(self, context: fx.Node, one: _Hears) -> fx.Node:
+        """G goes through its connection, for all that transforms it."""
+        between = self._canonical(self.host.region[one.target].between, one.site)
+        own = self.image[context]
+        readers = [
+            user
+            for user in own.users
+            if not between.isdisjoint(self.inside.get(user, ())) or (user.op == "output" and one.site.returned)
+        ]
+        with self.graph.inserting_after(own):
+            call = self.graph.call_function(hear, (self.dca, 0, own))
+        for reader in readers:
+            reader.replace_input_with(own, call)
+        return call
+
+    def _canonical(self, nodes: Iterable[fx.Node], site: Site) -> set[fx.Node]:
+        return {self.sites.canonical(dataclasses.replace(site, node=node)) for node in nodes}
+
+    def _tell(self, nodes: tuple[fx.Node, ...], one: _Tells) -> fx.Node:
+        """What a block passes on is told as soon as all of it is there."""
+        message = self.host.region.messages[one.source]
         assert isinstance(message, Message)
-        nearest = min(i, len(source.contexts) - 1)
-        if message.kind == "branches":
-            return (self._readable(message.maps[i], reader), self._readable(source.contexts[i], reader))
         if message.kind == "fused":
-            return (self._extract_again(source, message)[nearest], None)
-        if message.kind == "map":
-            return (self._readable(source.map, reader), None)
-        return (self._readable(source.map, reader), self._readable(source.contexts[nearest], reader))
+            values = self._extract_again(one, message)
+        else:
+            values = tuple(self._unaltered(node) for node in nodes)
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        with self.graph.inserting_after(max(values, key=order.__getitem__)):
+            return self.graph.call_function(tell, (self.dca, 0, *values))
 
-    def _readable(self, node: fx.Node, reader: fx.Node) -> fx.Node:
-        """The image of ``node``, copied where something alters it in place before ``reader`` reads it."""
-        image = self._kept.get(node, self.image[node])
-        if node in self._kept or not self._altered_between(node, reader):
-            return image
+    def _unaltered(self, node: fx.Node) -> fx.Node:
+        """The image of ``node``, copied where something alters it in place later."""
+        image = self.image[node]
+        if node in self._kept or not self._is_altered(node):
+            return self._kept.get(node, image)
         with self.graph.inserting_after(image):
-            copied = self.graph.call_method("clone", (image,))
-        self._kept[node] = copied
-        return copied
+            self._kept[node] = self.graph.call_method("clone", (image,))
+        return self._kept[node]
 
-    def _altered_between(self, node: fx.Node, reader: fx.Node) -> bool:
-        same = self._aliases(node)
-        first, last = self.region.order[node], self.region.order[reader]
+    def _is_altered(self, node: fx.Node) -> bool:
+        order, modules = self.recording.order, self.recording.modules
         return any(
-            first < self.region.order[user] < last and alters_argument(user, self.modules) and user.args[:1] == (alias,)
-            for alias in same
+            order[node] < order[user] and alters_argument(user, modules) and user.args[:1] == (alias,)
+            for alias in self._aliases(node)
             for user in alias.users
         )
 
@@ -141,31 +343,35 @@ class _Connecting:
         return same
 
     def _shares(self, node: fx.Node) -> bool:
-        return alters_argument(node, self.modules) or op_of(node, self.modules) in (Op.LAYOUT, Op.SLICE, Op.EXPAND)
+        modules = self.recording.modules
+        return alters_argument(node, modules) or op_of(node, modules) in (Op.LAYOUT, Op.SLICE, Op.EXPAND)
 
-    def _extract_again(self, source: Found, message: Message) -> tuple[fx.Node, ...]:
-        """The earlier block's extraction on its fused output, made once for all who hear it."""
-        if source.name not in self._fused:
-            assert message.source is not None
-            assert message.fused_output is not None
-            copies = {message.source: self.image[message.fused_output]}
-            last = copies[message.source]
-            for node in message.extraction:
-                with self.graph.inserting_after(last):
-                    last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self.image[n])
-                copies[node] = last
-            self._fused[source.name] = tuple(copies[c] for c in source.contexts)
-        return self._fused[source.name]
+    def _extract_again(self, one: _Tells, message: Message) -> tuple[fx.Node, ...]:
+        """The block's extraction on its fused output."""
+        site = one.sites[0]
 
+        def canonical(node: fx.Node) -> fx.Node:
+            return self.sites.canonical(dataclasses.replace(site, node=node))
 
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind, None) for kind in kinds)
+        assert message.source is not None
+        assert message.fused_output is not None
+        copies = {message.source: self.image[canonical(message.fused_output)]}
+        last = copies[message.source]
+        prefix = f"{self.host.path}." if self.host.path else ""
+        for node in message.extraction:
+            with self.graph.inserting_after(last):
+                last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self._read(n, canonical(n)))
+            if node.op == "call_module":
+                last.target = str(node.target).removeprefix(prefix)
+            copies[node] = last
+        contexts = self.host.region[one.source].contexts
+        return tuple(copies[contexts[i]] for i in one.outputs)
 
-
-def _report_bypassed_hooks(dca: Connections) -> None:
-    if dca.bypassed_hooks:
-        warn(
-            f"The connected model computes inside these modules without calling them, so hooks on them no longer "
-            f"fire: {', '.join(dca.bypassed_hooks)}. Hook one of their submodules, or the module around them."
-        )
+    def _read(self, node: fx.Node, canonical: fx.Node) -> fx.Node:
+        if canonical in self.image:
+            return self.image[canonical]
+        assert node.op == "get_attr"
+        with self.graph.inserting_before(self.dca):
+            prefix = f"{self.host.path}." if self.host.path else ""
+            self.image[canonical] = self.graph.get_attr(str(node.target).removeprefix(prefix))
+        return self.image[canonical]

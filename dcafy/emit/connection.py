@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +18,7 @@ class Connection(nn.Module):
 
     ``target_axis``, ``source_axis``: where the maps of this block and of the earlier one have their channels
     (1, -1, or ``None`` for ``[N, H, W]``); channel attention ignores them: any layout of a vector will do.
+    ``averages``: whether the earlier map's channels are averaged into one; ``grows``: whether it is the smaller one.
 
     >>> from dcafy.emit.matching import channel_match
     >>> connection = Connection("channel", match=channel_match("fc2", 64, 128))
@@ -39,6 +38,8 @@ class Connection(nn.Module):
         bounded: bool = True,
         source_axis: int | None = 1,
         target_axis: int | None = 1,
+        averages: bool = False,
+        grows: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -48,19 +49,21 @@ class Connection(nn.Module):
         self.bounded = bounded
         self.source_axis = source_axis
         self.target_axis = target_axis
+        self.averages = averages
+        self.grows = grows
         known(SCHEMAS, schema, "schema")
         # One element and not a scalar: FSDP refuses to shard tensors without a dimension.
         self.alpha = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         self.match = nn.Identity() if match is None else match
 
-    def forward(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
-        """G connected to the earlier block's T; ``G_prev`` is the earlier block's G, needed where T is bounded."""
-        return SCHEMAS[self.schema].combine(self.alpha.to(G.dtype) * G, self.term(G, T_prev, G_prev))
+    def forward(self, G: Tensor, T_prev: Tensor | None = None, G_prev: Tensor | None = None) -> Tensor:
+        """G connected to the earlier block's T; αG where there is none.
 
-    def term(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
-        """``β·match(T̃)`` in the shape and dtype of G: the second term of f."""
-        return self.beta.to(G.dtype) * self.matched(G, T_prev, G_prev)
+        ``G_prev`` is the earlier block's G, needed where T is bounded.
+        """
+        terms = () if T_prev is None else ((self.beta, self.matched(G, T_prev, G_prev)),)
+        return SCHEMAS[self.schema].of(G, self.alpha, terms)
 
     def matched(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
         """``match(T̃)`` in the shape and dtype of G."""
@@ -94,9 +97,10 @@ class JoinedConnection(nn.Module):
 
     def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
         """G connected to every earlier block; ``messages``: T and G (or ``None``) of each, one after the other."""
-        terms = [
-            part.term(G, T_prev, G_prev)  # type: ignore[operator]
+        terms = tuple(
+            (part.beta, part.matched(G, T_prev, G_prev))  # type: ignore[operator]
             for part, T_prev, G_prev in zip(self.parts, messages[::2], messages[1::2], strict=True)
-        ]
+            if T_prev is not None
+        )
         alpha: Tensor = self.parts[0].alpha  # type: ignore[assignment]
-        return SCHEMAS[self.schema].combine(alpha.to(G.dtype) * G, functools.reduce(torch.add, terms))
+        return SCHEMAS[self.schema].of(G, alpha, terms)  # type: ignore[arg-type]

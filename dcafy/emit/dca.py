@@ -1,7 +1,8 @@
-"""The submodule ``dca`` of a connected module: its connections and the recipe; and finding them in a model."""
+"""The submodule ``dca`` of a connected module: its connections, its ends of the wire, the recipe; and finding them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from dcafy.emit.connection import Connection
-from dcafy.graph.paths import free_name
+from dcafy.emit.ends import Ends, Told
+from dcafy.errors import InputError
 from dcafy.plan.plan import Plan
 
 
@@ -31,56 +33,91 @@ class Recipe:
     inputs: Any = None
 
 
+@dataclass(frozen=True)
+class Example:
+    """Inputs to write a model's graph with; copies share them, also where tensors cannot be copied (in an export)."""
+
+    inputs: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Example:
+        return self
+
+
 class Connections(nn.Module):
-    """The submodule ``dca``: every connection at the path of the block that hears, and the recipe.
+    """The submodule ``dca`` of a module that has no connection, or several."""
 
-    ``bypassed_hooks``: the modules of the network, as seen from the graph, with hooks that no longer fire.
-    """
-
-    bypassed_hooks: tuple[str, ...] = ()
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.addresses: dict[str, str] = {}
-
-    def add(self, names: dict[str, str], module: nn.Module, *, at: str) -> str:
-        """Where ``module`` went, as a path below ``dca``: ``at``, or close to it.
-
-        ``names``: name of each connection in it -> its path inside the module. Outer blocks are to be
-        added before inner ones.
-        """
-        parent: nn.Module = self
-        *containers, last = at.split(".")
-        path = []
-        for part in containers:
-            part = part if part in parent._modules and part != "match" else free_name(parent, part)
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-            path.append(part)
-        path.append(free_name(parent, last))
-        parent.add_module(path[-1], module)
-        address = ".".join(path)
-        for name, inner in names.items():
-            self.addresses[name] = f"{address}.{inner}" if inner else address
-        return address
-
-    def connection(self, name: str) -> Connection:
-        """The connection of that name: the name of the block that hears, as in :func:`dcafy.connections`."""
-        found = self.get_submodule(self.addresses[name])
-        assert isinstance(found, Connection)
-        return found
+    def extra_repr(self) -> str:
+        ends: Ends | None = self.__dict__.get("ends")
+        told = [] if ends is None else [what for port in ends.ports for what in port.calls if isinstance(what, Told)]
+        return f"tells {', '.join(dict.fromkeys(what.source for what in told))}" if told else ""
 
 
-def connected_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Connections]]:
-    """(path, module, its ``dca``) of every connected graph in ``model``: the root, or its islands."""
+def dca_of(module: nn.Module) -> Any:
+    """The ``dca`` of a module: a submodule where it holds connections, else beside them."""
+    return module._modules.get("dca") or module.__dict__.get("dca")
+
+
+def is_ours(dca: Any) -> bool:
+    """Whether what a module has under ``dca`` is what a conversion put there."""
+    return isinstance(getattr(dca, "ends", None), Ends) or isinstance(getattr(dca, "recipe", None), Recipe)
+
+
+def ends_of(dca: Any) -> Ends | None:
+    """The ends of the wire that a ``dca`` keeps, if any."""
+    ends = getattr(dca, "ends", None)
+    return ends if isinstance(ends, Ends) else None
+
+
+def connected_hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Ends]]:
+    """(path, module, its ends of the wire) of every module in ``model`` that hears or tells."""
     for path, module in model.named_modules():
-        dca = getattr(module, "dca", None)
-        if isinstance(dca, Connections):
-            yield path, module, dca
+        ends = ends_of(dca_of(module))
+        if ends is not None:
+            yield path, module, ends
+
+
+def recipes(model: nn.Module) -> Iterator[tuple[str, Recipe]]:
+    """(path, recipe) of every converted model in ``model``, itself among them."""
+    for path, module in model.named_modules():
+        recipe = getattr(dca_of(module), "recipe", None)
+        if isinstance(recipe, Recipe):
+            yield path, recipe
+
+
+def connections(model: nn.Module) -> dict[str, Connection]:
+    """Name of the receiving block -> its :class:`Connection`, in the order data meets them.
+
+    A block that hears several others has one under ``name<-source`` for each; a block with one map per branch (SK)
+    has one under ``name[0]``, ``name[1]``, ... for each branch.
+
+    Raises ``InputError`` for a model that was not converted.
+    """
+    require_connected(model)
+    found = {
+        name: connection_at(module.dca, address)
+        for _, module, ends in connected_hosts(model)
+        for name, address in ends.addresses
+    }
+    order = {link.target: i for _, recipe in recipes(model) for i, link in enumerate(recipe.plan.links)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0].partition("<-")[0].partition("[")[0], 0)))
+
+
+def connection_at(dca: Any, address: str) -> Any:
+    """The connection at a path below ``dca``, also where a wrapper (peft's) stands in its place."""
+    return functools.reduce(getattr, address.split("."), dca) if address else dca
 
 
 def is_connected(model: nn.Module) -> bool:
     """Whether anything in ``model`` is connected."""
-    return next(connected_modules(model), None) is not None
+    return next(connected_hosts(model), None) is not None
+
+
+def require_connected(model: nn.Module) -> None:
+    """Nothing for a model with connections; ``InputError`` for any other."""
+    if not is_connected(model):
+        raise InputError(f"{type(model).__name__} has no connections: convert it first with dcafy.convert(model).")
+
+
+def own_parameters(model: nn.Module) -> set[int]:
+    """The identities of all parameters that the connections have."""
+    return {id(p) for _, module, _ in connected_hosts(model) for p in module.dca.parameters()}  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dcafy.errors import UsageError
@@ -110,8 +110,9 @@ class _Channel:
         if connection.bounded and G_prev is not None:
             message = message * _shaped(G_prev, message.shape)
         if not isinstance(connection.match, nn.Identity):
-            message = connection.match(message.flatten(1))
-        return _shaped(message, G.shape).to(G.dtype)
+            flat = not _is_traced(message) and message.ndim == 2
+            message = connection.match(message if flat else message.flatten(1))
+        return _typed(_shaped(message, G.shape), G)
 
 
 class _Spatial:
@@ -126,15 +127,25 @@ class _Spatial:
         message = _channels_first(T_prev, connection.source_axis)
         if connection.bounded and G_prev is not None:
             message = message * _channels_first(G_prev, connection.source_axis)
-        if message.shape[1] not in (1, target.shape[1]):  # maps of one channel broadcast over G's
+        several = message.shape[1] not in (1, target.shape[1]) if not _is_traced(message) else connection.averages
+        if several:  # maps of one channel broadcast over G's
             message = message.mean(1, keepdim=True)
-        message = _to_size(connection.match(message), target.shape[2:])
-        return _channels_back(message, connection.target_axis).to(G.dtype)
+        message = _to_size(connection.match(message), target.shape[2:], connection.grows)
+        return _typed(_channels_back(message, connection.target_axis), G)
 
 
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
     """``value.reshape(shape)``; itself where it has that shape: autograd pays for a view as for a product."""
-    return value if value.shape == shape else value.reshape(shape)
+    return value.reshape(shape) if _is_traced(value) or value.shape != shape else value
+
+
+def _is_traced(value: Tensor) -> bool:
+    """Whether what is decided by sizes now would hold for ever."""
+    return isinstance(value, fx.Proxy) or torch._C._get_tracing_state() is not None
+
+
+def _typed(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype) if isinstance(value, fx.Proxy) or value.dtype != like.dtype else value
 
 
 def _channels_first(value: Tensor, axis: int | None) -> Tensor:
@@ -150,8 +161,13 @@ def _channels_back(value: Tensor, axis: int | None) -> Tensor:
     return value.movedim(1, -1) if axis == -1 else value
 
 
-def _to_size(value: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Average pooling that also handles sizes that do not divide; interpolation where the map has to grow."""
+def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
+    """Average pooling that also handles sizes that do not divide; interpolation where the map has to grow.
+
+    ``grows``: whether it has to in the example, for a trace, which knows no sizes; either keeps a map of that size.
+    """
+    if isinstance(value, fx.Proxy):
+        return F.interpolate(value, size=size, mode="bilinear") if grows else F.adaptive_avg_pool2d(value, size)
     if value.shape[2:] == size:
         return value
     if all(a >= b for a, b in zip(value.shape[2:], size, strict=True)):

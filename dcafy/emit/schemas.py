@@ -5,6 +5,8 @@ Torch is imported where it is used: the command reads the names from here.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,17 +15,45 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Term = tuple["Tensor", "Tensor"]
+"""β, and ``match(T̃)`` in the shape and dtype of G."""
+
+
 @dataclass(frozen=True)
 class Schema:
-    """``combine``: f, of ``a = αG`` and ``b = βT̃``; ``exact``: whether it is G itself at α = 1, β = 0."""
+    """``combine``: f, of ``a = αG`` and ``b = βT̃``; ``exact``: whether it is G itself at α = 1, β = 0.
+
+    ``at_once``: the same of b, α and G, where there is one operation for it.
+    """
 
     combine: Callable[[Tensor, Tensor], Tensor]
     exact: bool = True
+    at_once: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def of(self, G: Tensor, alpha: Tensor, terms: tuple[Term, ...]) -> Tensor:
+        """f(αG, Σβᵢ·match(T̃ᵢ)); αG where there is no term."""
+        alpha = _as(alpha, G)
+        if not terms:
+            return alpha * G
+        second = functools.reduce(operator.add, [_as(beta, G) * matched for beta, matched in terms])
+        return self.combine(alpha * G, second) if self.at_once is None else self.at_once(second, alpha, G)
+
+
+def _as(scale: Tensor, G: Tensor) -> Tensor:
+    """α or β in the dtype of G, which autocast may have changed."""
+    from torch.fx import Proxy
+
+    same = not isinstance(G, Proxy) and scale.dtype == G.dtype
+    return scale if same else scale.to(G.dtype)
 
 
 def _direct(a: Tensor, b: Tensor) -> Tensor:
     """``a + b`` (paper eq. 3)."""
     return a + b
+
+
+def _direct_at_once(b: Tensor, alpha: Tensor, G: Tensor) -> Tensor:
+    return b.addcmul(alpha, G)
 
 
 _POLE = 1e-3
@@ -57,7 +87,7 @@ def _softmax(a: Tensor, b: Tensor) -> Tensor:
 
 
 SCHEMAS: dict[str, Schema] = {
-    "direct": Schema(_direct),
+    "direct": Schema(_direct, at_once=_direct_at_once),
     "weighted": Schema(_weighted),
     "softmax": Schema(_softmax, exact=False),
 }

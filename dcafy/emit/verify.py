@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcafy.emit.dca import connected_modules
 from dcafy.errors import InputError, VerificationError
 from dcafy.graph.nodes import tensors_in
-from dcafy.graph.paths import joined
 from dcafy.trace.inputs import real_inputs
 from dcafy.wording import reason_of, warn
 
@@ -30,22 +28,9 @@ def verify_outputs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ..
         if not torch.equal(ours, theirs) and not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
             raise VerificationError(
                 f"The converted model differs from the original by up to {float((ours - theirs).abs().max()):.3g} "
-                f"on the example. {_likely_reason(converted)}"
+                "on the example. If the model draws random numbers in eval mode, that is expected: pass verify=False. "
+                "If not, please report it with the model's code."
             )
-
-
-def _likely_reason(converted: nn.Module) -> str:
-    bypassed = [joined(at, path) for at, _, dca in connected_modules(converted) for path in dca.bypassed_hooks]
-    if bypassed:
-        return (
-            f"It computes inside these modules without calling them, so hooks on them do not fire: "
-            f"{', '.join(bypassed)}. If a hook changes what its module takes or gives, write that into the module's "
-            "forward, and remove the hook."
-        )
-    return (
-        "If the model draws random numbers in eval mode, that is expected: pass verify=False. If not, please report it "
-        "with the model's code."
-    )
 
 
 def tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...] | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from dcafy.emit.matching import MATCHES
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import PlanError, UsageError
 from dcafy.link.message import Message, Unlinkable
-from dcafy.link.region import Region
+from dcafy.link.network import Network
 from dcafy.link.topology import TOPOLOGIES, shaped
 from dcafy.plan.blocks import Cost, Link, hearing
 from dcafy.plan.options import Linking, check
@@ -22,7 +21,7 @@ from dcafy.plan.plan import Plan
 
 
 @dataclass(frozen=True)
-class Wire:
+class Wiring:
     """One module that takes the place of some of a block's extraction outputs.
 
     ``module``    a :class:`Connection`, or a :class:`JoinedConnection` where several blocks are heard
@@ -37,14 +36,14 @@ class Wire:
     names: dict[str, str]
 
 
-def wires(region: Region, links: tuple[Link, ...], place: dict[str, Any]) -> tuple[Wire, ...]:
+def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any]) -> tuple[Wiring, ...]:
     """The modules for all links into one block, which have all their settings.
 
     A block that is passed one map per branch has one module per branch (SK); any other has one for all of its
     extraction outputs. ``place``: device and dtype. Raises ``PlanError`` for a link that no connection can make.
     """
-    target = region[links[0].target]
-    messages = [message_for(region, link) for link in links]
+    target = network[links[0].target]
+    messages = [message_for(network, link) for link in links]
     schemas = sorted({link.schema or "direct" for link in links})
     if len(schemas) > 1:
         raise PlanError(
@@ -58,26 +57,26 @@ def wires(region: Region, links: tuple[Link, ...], place: dict[str, Any]) -> tup
         suffix = f"branch{contexts[0]}" if branched else ""
         name = f"{target.name}[{contexts[0]}]" if branched else target.name
         matches: dict[Any, nn.Module] = {}
-        parts = [_connection(region, link, place, matches) for link in links]
+        parts = [_connection(network, link, place, matches) for link in links]
         if len(parts) == 1:
-            made.append(Wire(parts[0], contexts, suffix, {name: ""}))
+            made.append(Wiring(parts[0], contexts, suffix, {name: ""}))
         else:
             names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
-            made.append(Wire(JoinedConnection(parts), contexts, suffix, names))
+            made.append(Wiring(JoinedConnection(parts), contexts, suffix, names))
     return tuple(made)
 
 
-def _parameter_count(region: Region, links: tuple[Link, ...]) -> int:
+def _parameter_count(network: Network, links: tuple[Link, ...]) -> int:
     """How many parameters the connections of these links have, which have all their settings."""
     groups = hearing(links).values()
-    made = [wire.module for group in groups for wire in wires(region, tuple(group), {"device": "meta"})]
+    made = [wire.module for group in groups for wire in wires(network, tuple(group), {"device": "meta"})]
     return sum(parameter.numel() for module in made for parameter in module.parameters())
 
 
-def message_for(region: Region, link: Link) -> Message:
+def message_for(network: Network, link: Link) -> Message:
     """What the source of a link passes on; ``PlanError`` where the target cannot hear it."""
-    source, target, message = region[link.source], region[link.target], region.messages[link.source]
-    reason = region.obstacle(link.source, link.target)
+    source, target, message = network[link.source], network[link.target], network.message(link.source)
+    reason = network.obstacle(link.source, link.target)
     if reason or isinstance(message, Unlinkable):
         raise PlanError(f"{link.target} cannot hear {link.source}: {reason}. Leave the link out of the plan.")
     if source.block.dimension != target.block.dimension:
@@ -87,9 +86,9 @@ def message_for(region: Region, link: Link) -> Message:
     return message
 
 
-def _connection(region: Region, link: Link, place: dict[str, Any], matches: dict[Any, nn.Module]) -> Connection:
+def _connection(network: Network, link: Link, place: dict[str, Any], matches: dict[Any, nn.Module]) -> Connection:
     """``matches``: matching layers that are there already, by what they match; those of one width are shared."""
-    source, target, message = region[link.source], region[link.target], message_for(region, link)
+    source, target, message = network[link.source], network[link.target], message_for(network, link)
     matching = MATCHES[target.block.dimension]
     extent, own = (message.channels, message.size), (target.block.channels, target.block.size)
     key = (getattr(link, matching.option), link.reduction, link.min_hidden, extent)
@@ -102,6 +101,8 @@ def _connection(region: Region, link: Link, place: dict[str, Any], matches: dict
         bounded=message.kind in ("product", "branches"),
         source_axis=source.axis,
         target_axis=target.axis,
+        averages=message.channels not in (1, target.block.channels),
+        grows=any(a < b for a, b in zip(message.size or (), target.block.size or (), strict=False)),
         **place,
     )
 
@@ -116,13 +117,12 @@ def completed(link: Link, options: Linking) -> Link:
     return dataclasses.replace(link, **dataclasses.asdict(merged))
 
 
-def costs(plan: Plan, regions: Sequence[Region], options: Linking) -> tuple[Cost, ...]:
+def costs(plan: Plan, network: Network, options: Linking) -> tuple[Cost, ...]:
     """What each topology would add to the model, with these options."""
-    return tuple(cost(name, shaped(plan, regions, topology=name), regions, options) for name in TOPOLOGIES)
+    return tuple(cost(name, shaped(plan, network, topology=name), network, options) for name in TOPOLOGIES)
 
 
-def cost(topology: str, plan: Plan, regions: Sequence[Region], options: Linking) -> Cost:
+def cost(topology: str, plan: Plan, network: Network, options: Linking) -> Cost:
     """What this plan's links add to the model; ``topology`` is what it is called."""
-    complete = [completed(link, options) for link in plan.links]
-    parts = [(region, tuple(link for link in complete if link.target in region)) for region in regions]
-    return Cost(topology, len(complete), sum(_parameter_count(region, links) for region, links in parts))
+    complete = tuple(completed(link, options) for link in plan.links)
+    return Cost(topology, len(complete), _parameter_count(network, complete))

@@ -89,8 +89,8 @@ class Dataflow:
         return next((n for n in node.all_input_nodes if self.sizes[n]), None)
 
     def is_connection(self, node: fx.Node) -> bool:
-        """Whether ``node`` calls a connection that dcafy made."""
-        return node.op == "call_module" and getattr(self.modules.get(str(node.target)), "is_connection", False)
+        """Whether ``node`` is where a connected block hears another."""
+        return node.op == "call_function" and getattr(node.target, "is_connection", False)
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that ``node`` computes its own from, as far as they depend on the network's input."""
@@ -114,9 +114,8 @@ class Dataflow:
         return all(k >= n for k, n in zip(windows, sides, strict=False))
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
-        # A connection takes (G, T, G): the block's own extraction is its first argument.
-        if self.is_connection(node):
-            return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+        if self.is_connection(node):  # it takes G last; what it hears comes by the wire
+            return [node.args[-1]] if isinstance(node.args[-1], fx.Node) else []
         if node in self.written:
             return list(dict.fromkeys(self.written[node]))
         if self.ops[node] in (Op.LAYOUT, Op.EXPAND):  # x.expand_as(y) holds nothing of y

@@ -170,7 +170,7 @@ class Roles:
             gate=gates[-1] if gates else "none",
             fusion_kind=kind,
             extraction=tuple(n.name for n in extraction),
-            transformation=tuple(n.name for n in visible),
+            transformation=tuple(n.name for n in visible if not self.flow.is_connection(n)),
             fusion=tuple(n.name for n in fusions),
         )
         return Found(block, tuple(contexts), map_, fusions, between, layout.axis, block.bounded)

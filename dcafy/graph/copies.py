@@ -23,6 +23,9 @@ def data_free_copy(model: nn.Module) -> nn.Module:
     twin = _twin(model, _without_data)
     for module in twin.modules():
         module.__dict__["training"] = False
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in own:  # a class with a copying of its own may have made others
+            held.update((name, _without_data(tensor)) for name, tensor in held.items() if tensor is not None)
         if isinstance(module, nn.DataParallel):
             module.device_ids = []  # there is nothing to scatter
         for name in _HOOKS.split():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcafy.emit.dca import connected_modules
+from dcafy.emit.dca import recipes
 from dcafy.images.options import DataOptions
 from dcafy.images.pictures import with_channels
 from dcafy.trace.inputs import guesses
@@ -43,7 +43,7 @@ def preparation(model: nn.Module, spec: str, image_size: int | None = None) -> P
     their input gives the size. ``image_size``: another side, in pixels, with the resize in proportion.
     """
     # A folder that was loaded by name knows that name.
-    names = [spec, *(dca.recipe.model or "" for _, _, dca in connected_modules(model))]
+    names = [spec, *(recipe.model or "" for _, recipe in recipes(model))]
     named = (_of_torchvision(name) for name in names)
     found = next(filter(None, named), None) or _of_timm(model) or _guessed(model)
     channels = _channels(model, found.channels)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dcafy.errors import PlanError
-from dcafy.link.region import Region
+from dcafy.link.network import Network
 from dcafy.plan.plan import Plan
 
 
-def checked(plan: Plan, found: Plan, regions: Sequence[Region]) -> Plan:
+def checked(plan: Plan, found: Plan, network: Network) -> Plan:
     """``plan``, which the user gave, held against what was ``found``; ``PlanError`` says where it does not fit."""
     if not isinstance(plan, Plan):
         raise PlanError(
@@ -26,8 +24,11 @@ def checked(plan: Plan, found: Plan, regions: Sequence[Region]) -> Plan:
                 )
         if names.index(link.source) >= names.index(link.target):
             raise PlanError(f"The plan links {link.source!r} to {link.target!r}, which data meets before it.")
-        if not any(link.source in region and link.target in region for region in regions):
-            raise PlanError(f"{link.source!r} and {link.target!r} lie in different islands, which share no graph.")
+        if network.apart(link.source, link.target):
+            raise PlanError(
+                f"{link.source!r} and {link.target!r} lie in different islands, and what the first makes does not "
+                "reach the second in a run."
+            )
     for name in dict.fromkeys(name for link in plan.links for name in (link.source, link.target)):
         ours, theirs = found.block(name), next((b for b in plan.blocks if b.name == name), None)
         for fact in ("dimension", "channels", "gate", "fusion_kind") if theirs else ():

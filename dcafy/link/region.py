@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
 from dcafy.find.roles import Found
 from dcafy.graph.ops import Op, alters_argument, op_of
-from dcafy.link.message import Message, Unlinkable, mismatch
-from dcafy.plan.blocks import Link, Skipped
-from dcafy.trace.fold import Folded, fold
+from dcafy.graph.paths import joined
+from dcafy.link.message import Message, Unlinkable
+from dcafy.link.sites import Site, Sites, placed
+from dcafy.plan.blocks import Skipped
+from dcafy.trace.lineage import Mark
 from dcafy.trace.recording import Recording
 
 
@@ -32,32 +37,68 @@ class Region:
     order: dict[fx.Node, int] = field(repr=False)
 
     def __getitem__(self, name: str) -> Found:
-        return next(block for block in self.found if block.name == name)
+        return self._by_name[name]
 
     def __contains__(self, name: object) -> bool:
-        return any(block.name == name for block in self.found)
+        return name in self._by_name
 
-    def obstacle(self, source: str, target: str) -> str | None:
-        """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
-        message = self.messages[source]
-        return str(message) if isinstance(message, Unlinkable) else mismatch(message, self[target])
+    @functools.cached_property
+    def _by_name(self) -> dict[object, Found]:
+        return {block.name: block for block in self.found}
 
     def local(self, name: str) -> str:
         """A block's name as seen from the region."""
         return name.removeprefix(f"{self.path}.") if self.path else name
 
-    def fold(self, links: tuple[Link, ...]) -> Folded:
-        """The shallow graph in which everything these links touch has a node of its own."""
-        visible: set[fx.Node] = set()
-        apart = []
-        for link in links:
-            source, target, message = self[link.source], self[link.target], self.messages[link.source]
-            visible.update(target.contexts, source.contexts, source.fusions, target.fusions, {source.map})
-            if isinstance(message, Message):
-                visible.update(message.maps, message.extraction)
-                visible.update(node for node in (message.fused_output, message.source) if node is not None)
-            apart += [(context, target.between) for context in target.contexts]
-        return fold(self.recording, visible, apart)
+    @functools.cached_property
+    def sites(self) -> Sites:
+        """The places in this recording's modules."""
+        return Sites(self.recording)
+
+    def hearing(self, name: str) -> tuple[Site, ...]:
+        """Where each extraction output of a block is taken; raises ``NoPlace``."""
+        found = self[name]
+        return tuple(self.sites.hearing(context, found.between) for context in found.contexts)
+
+    def telling(self, name: str) -> dict[str, Site]:
+        """Name of each value that a block passes on -> where it is told; raises ``NoPlace``."""
+        message = self.messages[name]
+        assert isinstance(message, Message)
+        return placed(self[name], message, self.sites)
+
+    def turn(self, found: Found) -> tuple[str, int]:
+        """The module that makes a block's G, as seen from the region, and in which of its calls."""
+        call = self.recording.home.get(found.contexts[0])
+        return (call.path, self.sites.calls(call.path).index(call)) if call else ("", 0)
+
+    def marks(self) -> Iterator[Mark]:
+        """The blocks as one run of the whole model can follow them: by the modules in which they read and fuse."""
+        recording = self.recording
+        for found in self.found:
+            ends = [recording.home.get(node) for node in (found.contexts[0], found.fusions[-1])]
+            paths = [call.path if call else "" for call in ends]
+            calls = [self.sites.calls(path) for path in paths]
+            turns = [known.index(call) for known, call in zip(calls, ends, strict=True)]
+            reads, makes = (joined(self.path, path) for path in paths)
+            yield Mark(found.name, reads, makes, turns[0], turns[1], (len(calls[0]), len(calls[1])))
+
+    def entered(self, source: str, target: str) -> set[str]:
+        """The modules that one graph of both blocks cannot call: those that what is told leaves, or is heard in."""
+        recording = self.recording
+        ends = []
+        for node in (self[source].fusions[0], self[target].contexts[0]):
+            around = []
+            call = recording.home.get(node)
+            while call is not None:
+                around.append(call)
+                call = recording.around[call]
+            ends.append(around)
+        common = set(ends[0]) & set(ends[1])
+        return {call.path for around in ends for call in around if call not in common or call is around[0]}
+
+    def without(self, names: Collection[str]) -> Region:
+        """The region in which these blocks are none."""
+        return dataclasses.replace(self, found=tuple(block for block in self.found if block.name not in names))
 
 
 def earlier(graph: fx.Graph, modules: dict[str, nn.Module], found: tuple[Found, ...]) -> dict[str, tuple[str, ...]]:

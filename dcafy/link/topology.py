@@ -13,7 +13,7 @@ from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped, hearing
 from dcafy.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from dcafy.link.region import Region
+    from dcafy.link.network import Network
 
 Names = tuple[str, ...]
 Topology = Callable[[Names, Names], Names]
@@ -34,24 +34,24 @@ TOPOLOGIES: dict[str, Topology] = {"chain": _chain, "dense": _dense}
 """Name -> the topology."""
 
 
-def links_in(region: Region, topology: str = "chain", plan: Plan | None = None) -> tuple[list[Link], list[Skipped]]:
-    """The links of a region's blocks, and what was wanted and cannot be heard, with the reason.
+def links_in(network: Network, topology: str = "chain", plan: Plan | None = None) -> tuple[list[Link], list[Skipped]]:
+    """The links of a network's blocks, and what was wanted and cannot be heard, with the reason.
 
     With a ``plan`` only the blocks that hear something in it hear anything, from blocks that stand in it; links that it
     has are its own, and new ones have the settings of their target's.
     """
     links, skipped = [], []
     planned = hearing(plan.links) if plan else {}
-    kept = {name for chain in plan.chains for name in chain.blocks} if plan else set(region.messages)
-    for target in (block.name for block in region.found):
-        earlier, given = region.earlier.get(target, ()), {link.source: link for link in planned.get(target, ())}
+    kept = {name for chain in plan.chains for name in chain.blocks} if plan else set(network.order)
+    for target in network.order:
+        earlier, given = network.earlier.get(target, ()), {link.source: link for link in planned.get(target, ())}
         if plan is not None and not given:
             continue
         for source in TOPOLOGIES[topology](tuple(name for name in earlier if name in kept), tuple(given)):
             if source in given:
                 links.append(given[source])
                 continue
-            reason = region.obstacle(source, target)
+            reason = network.obstacle(source, target)
             if reason is not None:
                 skipped.append(Skipped(target, f"cannot hear {source}: {reason}"))
                 continue
@@ -79,17 +79,14 @@ def grouped(blocks: Iterable[AttentionBlock], links: Collection[Link], home: Map
     return tuple(chains)
 
 
-def shaped(plan: Plan, regions: Iterable[Region], *, dimension: str = "all", topology: str = "chain") -> Plan:
+def shaped(plan: Plan, network: Network, *, dimension: str = "all", topology: str = "chain") -> Plan:
     """The plan with only one dimension's links, and with the links of a topology (``TOPOLOGIES``).
 
     ``dimension``: ``all``, ``channel`` or ``spatial`` (paper 4.2: DCA-All, DCA-C, DCA-S).
     """
     plan = _only(plan, dimension)
-    found = [links_in(region, topology, plan) for region in regions]
-    links = [link for made, _ in found for link in made]
-    skipped = tuple(
-        item for item in dict.fromkeys(item for _, left in found for item in left) if item not in plan.skipped
-    )
+    links, left = links_in(network, topology, plan)
+    skipped = tuple(item for item in dict.fromkeys(left) if item not in plan.skipped)
     if hearing(links) == hearing(plan.links):
         return dataclasses.replace(plan, skipped=plan.skipped + skipped)
     home = {name: number for number, chain in enumerate(plan.chains) for name in chain.blocks}

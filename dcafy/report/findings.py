@@ -154,7 +154,7 @@ def _lanes(copy: Tapped) -> tuple[Lane, ...]:
     """One lane for each stage, with the size of its maps on these images."""
     lanes = []
     for stage in copy.stages:
-        shape = getattr(copy.points[stage.name], "shape", ())
+        shape = copy.sizes.get(stage.name, ())
         size = f" · {'×'.join(map(str, shape[2:]))}" if shape else ""
         lanes.append(Lane(f"{stage.name}{size}", stage.blocks))
     placed = {name for lane in lanes for name in lane.blocks}

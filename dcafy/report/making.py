@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcafy.analysis.values import check_images
 from dcafy.disk import replaced
-from dcafy.emit.dca import connected_modules
+from dcafy.emit.dca import recipes
 from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation, preparation
 from dcafy.report.epochs import EpochLog
@@ -96,7 +96,7 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
     run = run_in(spec) if spec else None
     if run is not None:
         return preparation(model, run.arch or run.model, image_size or run.images.image_size)
-    recipe = next((dca.recipe for _, _, dca in connected_modules(model)), None)
+    recipe = next((recipe for _, recipe in recipes(model)), None)
     if image_size is None and recipe is not None and recipe.model is None and recipe.inputs is not None:
         first = from_data(recipe.inputs)[0]
         image_size = first.shape[-1] if isinstance(first, Tensor) and first.ndim == 4 else None

@@ -18,9 +18,9 @@ from torch import nn
 
 from dcafy.checkpoint import save
 from dcafy.conversion import convert, with_attention
-from dcafy.converted import connections, revert
+from dcafy.converted import revert
 from dcafy.disk import replace_file
-from dcafy.emit.dca import is_connected
+from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import InputError, UsageError
 from dcafy.images.data import Data
 from dcafy.images.order import seeded

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,7 +18,7 @@ from dcafy.errors import InputError
 from dcafy.graph.copies import data_free_copy
 from dcafy.graph.evaluator import Evaluator
 from dcafy.trace.fold import CannotEnter
-from dcafy.trace.recorder import Recorder
+from dcafy.trace.recorder import Connections, Recorder
 from dcafy.trace.recording import Observed, Recording
 from dcafy.trace.witness import held
 from dcafy.wording import reason_of
@@ -28,16 +28,22 @@ __all__ = ["Recordable", "judged", "recorded"]
 
 @dataclass(frozen=True)
 class Recordable:
-    """What is recorded: a module on the inputs of one call, with its submodules at ``opaque`` kept whole."""
+    """What is recorded: a module on the inputs of one call, with its submodules at ``opaque`` kept whole.
+
+    ``connections``: in a connected module, whether they are ``kept`` as they stand in its code, each hearing what comes
+    by the wire; or messages are edges of the graph, and connections are ``called`` or ``entered``.
+    """
 
     module: nn.Module
     inputs: Observed
     evaluator: Evaluator
     opaque: frozenset[str] = frozenset()
+    connections: Connections = "kept"
 
     def recording(self, inputs: Observed) -> Recording:
         """The recording on these inputs, of a copy without data; raises whatever the module's forward raises."""
-        return Recorder(self.evaluator, data_free_copy(self.module), inputs, self.opaque).record()
+        twin = data_free_copy(self.module)
+        return Recorder(self.evaluator, twin, inputs, self.opaque, self.connections).record()
 
 
 def recorded(recordable: Recordable) -> Recording:
@@ -49,14 +55,15 @@ def recorded(recordable: Recordable) -> Recording:
         return recordable.recording(recordable.inputs)
 
 
-def judged(recordable: Recordable, recording: Recording) -> Recording:
+def judged(recordable: Recordable, recording: Recording, only: Collection[str] | None = None) -> Recording:
     """The recordable's recording, with those decisions (``held``) that its graph has to check when it runs.
 
-    Raises ``CannotEnter`` where a forward computes with the size of the example.
+    ``only``: the paths of the modules whose own forwards count; the others' stay the user's. Raises ``CannotEnter``
+    where a forward computes with the size of the example.
     """
     with _reasons_told():
-        decisions = held(recording, recordable.evaluator, recordable.inputs, recordable.recording)
-    return dataclasses.replace(recording, held=decisions)
+        decisions = held(recording, recordable.evaluator, recordable.inputs, recordable.recording, only)
+    return dataclasses.replace(recording, held=decisions) if decisions else recording
 
 
 @contextlib.contextmanager

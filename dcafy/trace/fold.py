@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import collections
+import inspect
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from dcafy.graph.nodes import OWNER, VALUE, leaves, node_value
+from dcafy.graph.nodes import OWNER, VALUE, Remake, leaves, node_value
 from dcafy.graph.ops import alters_argument
-from dcafy.graph.paths import outermost
+from dcafy.graph.paths import joined, outermost, within
 from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
 
 
@@ -44,37 +46,47 @@ class Folded:
     entered: tuple[str, ...]
 
 
-def fold(
-    recording: Recording, visible: Iterable[fx.Node], apart: Iterable[tuple[fx.Node, frozenset[fx.Node]]] = ()
-) -> Folded:
+def fold(recording: Recording, visible: Iterable[fx.Node] = ()) -> Folded:
     """The graph in which only what must be seen is entered; everything else stays the user's module.
 
-    ``visible``: deep nodes that need a node of their own. ``apart``: (node, users): in the result these users
-    of the node must not share a call with other users of it. Raises :class:`CannotEnter` where
+    ``visible``: deep nodes that need a node of their own. Raises :class:`CannotEnter` where
     modules that must be entered decide by their mode or store what they compute.
     """
-    return _Fold(recording, frozenset(visible), tuple(apart)).run()
+    return _Fold(recording, frozenset(visible)).run()
+
+
+def fold_call(recording: Recording, call: Call | None) -> Folded:
+    """The graph of one call: what its module's own forward does, with what it calls as its own submodules.
+
+    ``None``: the call of the recorded module itself. Raises :class:`CannotEnter` where the forward cannot be written
+    down on its own.
+    """
+    return _Fold(recording, frozenset()).run(inside=True) if call is None else _Slice(recording, call).run(inside=True)
 
 
 class _Fold:
-    def __init__(
-        self, recording: Recording, visible: frozenset[fx.Node], apart: tuple[tuple[fx.Node, frozenset[fx.Node]], ...]
-    ) -> None:
+    path = ""
+    call: Call | None = None
+
+    def __init__(self, recording: Recording, visible: frozenset[fx.Node]) -> None:
         self.recording = recording
         self.visible = visible
-        self.apart = apart
         self.modules = recording.modules
         self.graph = fx.Graph()
         self.image: dict[fx.Node, fx.Node] = {}
         self.inside: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
-    def run(self) -> Folded:
+    def run(self, inside: bool = False) -> Folded:
+        """The folded graph; ``inside``: raises where a module inside would have to be entered."""
         folds, entered = self._plan()
+        if inside and entered:
+            raise CannotEnter({entered[0]: "what it computes is used outside of it, past what it returns"})
         held: dict[fx.Node, list[Decision]] = {}
         for decision in self.recording.held:
             held.setdefault(decision.node, []).append(decision)
+        self._begin()
         skipped: set[fx.Node] = set()
-        for node in self.recording.graph.nodes:
+        for node in self._nodes():
             if node in folds:
                 call = folds[node]
                 self._call(call)
@@ -82,34 +94,48 @@ class _Fold:
             if node in skipped:
                 continue
             if node.target is passed_through:
-                self.image[node] = self.image[node.args[0]]
+                self.image[node] = self._image(node.all_input_nodes[0])
                 continue
-            copied = self.graph.node_copy(node, self.image.__getitem__)
+            copied = self._copy(node)
             self.image[node] = copied
             self.inside[copied] = (node,)
             for decision in held.get(node, ()):
                 owner = str(node.meta.get(OWNER) or type(self.recording.model).__name__)
                 check = self.graph.call_function(check_decision, (copied, decision.answer, owner))
                 check.meta[OWNER] = node.meta.get(OWNER, "")
+        self._end()
         _drop_unused_queries(self.graph, self.image)
         return Folded(self.graph, self.image, self.inside, entered)
 
+    def _nodes(self) -> Iterable[fx.Node]:
+        return self.recording.graph.nodes
+
+    def _begin(self) -> None:
+        """What stands before the nodes; the root's placeholders are among them."""
+
+    def _end(self) -> None:
+        """What stands behind them."""
+
+    def _image(self, node: fx.Node) -> fx.Node:
+        return self.image[node]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        return self.graph.node_copy(node, self._image)
+
     def _plan(self) -> tuple[dict[fx.Node, Call], tuple[str, ...]]:
         """First node -> the call that is folded there; and the paths that are entered."""
-        order = {node: i for i, node in enumerate(self.recording.graph.nodes)}
         folds: dict[fx.Node, Call] = {}
         entered: dict[str, None] = {}
-        end = -1
-        refused = dict(self._refusal(""))
-        for call in self.recording.calls:
-            if not call.nodes or order[call.nodes[0]] <= end:
-                continue
+        refused = dict(self._refusal(self.path))
+        pending = list(reversed(self.recording.inside.get(self.call, ())))
+        while pending:
+            call = pending.pop()
             if self._can_fold(call):
                 folds[call.nodes[0]] = call
-                end = order[call.nodes[-1]]
             else:
                 refused.update(self._refusal(call.path))
                 entered[call.path] = None
+                pending += reversed(self.recording.inside.get(call, ()))
         if refused:
             raise CannotEnter(refused)
         return folds, tuple(entered)
@@ -131,10 +157,13 @@ class _Fold:
             own = node not in outputs and self._base(node) in nodes
             if own and any(user not in nodes for user in node.users):
                 return False
-        for node, users in self.apart:
-            inner = {user for user in node.users if user in nodes}
-            if node not in nodes and inner & users and inner - users:
-                return False
+        # What it hears of another module, no argument brings it.
+        given = {leaf for leaf in leaves((call.args, call.kwargs)) if isinstance(leaf, fx.Node)}
+        given.update(held for leaf in tuple(given) if _makes(leaf) for held in leaf.all_input_nodes)
+        for node in call.nodes:
+            for source in node.all_input_nodes:
+                if source not in nodes and source not in given and source.op != "get_attr":
+                    return False
         return True
 
     def _base(self, node: fx.Node) -> fx.Node:
@@ -144,9 +173,9 @@ class _Fold:
         return node
 
     def _call(self, call: Call) -> None:
-        args = map_arg(call.args, self.image.__getitem__)
-        kwargs = map_arg(call.kwargs, self.image.__getitem__)
-        node = self.graph.call_module(call.path, args, kwargs)
+        args = map_arg(call.args, self._image)
+        kwargs = map_arg(call.kwargs, self._image)
+        node = self.graph.call_module(self._local(call.path), args, kwargs)
         node.meta[VALUE] = map_arg(call.output, node_value)
         self.inside[node] = tuple(call.nodes)
         self._bind(call.output, node)
@@ -154,6 +183,9 @@ class _Fold:
             base = self._base(inner)
             if inner not in self.image and base in self.image:
                 self.image[inner] = self.image[base]
+
+    def _local(self, path: str) -> str:
+        return path
 
     def _bind(self, output: Any, node: fx.Node) -> None:
         """The nodes of a folded call's output, as items of its result."""
@@ -166,11 +198,94 @@ class _Fold:
                 self._bind(item, part)
 
 
+class _Slice(_Fold):
+    """The graph of one call below the root."""
+
+    def __init__(self, recording: Recording, call: Call) -> None:
+        super().__init__(recording, frozenset())
+        self.call = call
+        self.path = call.path
+        self.host = recording.modules[call.path]
+
+    def _nodes(self) -> Iterable[fx.Node]:
+        assert self.call is not None
+        return self.call.nodes
+
+    def _begin(self) -> None:
+        assert self.call is not None
+        if self.call.record:
+            raise CannotEnter({self.path: "it returns a container of a class of its own"})
+        names = iter(inspect.signature(self.host.forward).parameters.values())
+        given = [*enumerate(self.call.args), *self.call.kwargs.items()]
+        parameter = None
+        for key, value in given:
+            name = str(key)
+            if isinstance(key, int):
+                if parameter is None or parameter.kind is not parameter.VAR_POSITIONAL:
+                    parameter = next(names)
+                several = parameter.kind is parameter.VAR_POSITIONAL
+                name = f"{parameter.name}_{key}" if several else parameter.name
+            self._bind(value, self.graph.placeholder(name))
+
+    def _end(self) -> None:
+        assert self.call is not None
+        self.graph.output(map_arg(self.call.output, self._image))
+
+    def _image(self, node: fx.Node) -> fx.Node:
+        if node not in self.image:
+            if node.op != "get_attr":
+                raise CannotEnter({self.path: f"its forward reads what another made ({node.name})"})
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self.image[node] = self._copy(node)
+        return self.image[node]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """As the module sees it, and named by that: modules of one class and code are to have one source."""
+        args, kwargs = map_arg((node.args, node.kwargs), self._image)
+        copied = self.graph.create_node(node.op, self._target(node), args, kwargs)
+        copied.meta = dict(node.meta)
+        return copied
+
+    def _target(self, node: fx.Node) -> Any:
+        """Where what the node calls or reads is, as seen from the module."""
+        if node.op == "call_module":
+            return self._local(str(node.target))
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            if path in self.modules and within(path, self.path):
+                return joined(self._local(path), name)
+            return self._tied(str(node.target))
+        return node.target
+
+    def _local(self, path: str) -> str:
+        if within(path, self.path):
+            return path[len(self.path) + 1 :] if self.path else path
+        for local, module in self.host.named_modules(remove_duplicate=False):
+            if module is self.modules[path]:
+                return str(local)
+        raise CannotEnter({self.path: f"its forward calls {path}, which is no submodule of it"})
+
+    def _tied(self, target: str) -> str:
+        """The name, inside the module, of a tensor that the recording knows by another module's."""
+        owner, _, name = target.rpartition(".")
+        tensor = getattr(self.modules[owner], name, None)
+        for local, module in self.host.named_modules(remove_duplicate=False):
+            for own, value in (*module._parameters.items(), *module._buffers.items()):
+                if value is tensor and tensor is not None:
+                    return joined(local, own)
+        raise CannotEnter({self.path: f"its forward reads {target}, which is not its own"})
+
+
 def _items(output: Any) -> Iterable[tuple[Any, Any]]:
     """What can be taken out of a module's output, by key or index."""
     if isinstance(output, dict):
         return output.items()
     return enumerate(output) if isinstance(output, tuple | list) else ()
+
+
+def _makes(node: fx.Node) -> bool:
+    """Whether ``node`` makes a container, whose items are at hand without it."""
+    return node.op == "call_function" and (node.target is collections.OrderedDict or isinstance(node.target, Remake))
 
 
 def _foldable(output: Any) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,42 @@ from dcafy.wording import reason_of
 
 
 def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[str, Observed] | str:
-    """Path -> inputs of the first call of every submodule, in the order of the calls; or why it did not run.
+    """Path -> inputs of the first call of every submodule, in the order of the calls; or why it did not run."""
+
+    def watched(twin: nn.Module, run: Callable[[], Any]) -> dict[str, Observed]:
+        seen: dict[str, Observed] = {}
+        with contextlib.ExitStack() as hooks:
+            for path, child in twin.named_modules():
+                if path:
+
+                    def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                        seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
+
+                    hooks.callback(child.register_forward_pre_hook(note, with_kwargs=True).remove)
+            run()
+        return seen
+
+    return ran(module, inputs, evaluator, watched)
+
+
+Found = TypeVar("Found")
+
+
+def ran(
+    module: nn.Module, inputs: Observed, evaluator: Evaluator, watched: Callable[[nn.Module, Callable[[], Any]], Found]
+) -> Found | str:
+    """What ``watched`` makes of a copy of ``module`` and of what runs it on the inputs; or why it did not run.
 
     It is run without data where that works, else on the example (detectors look at scores and boxes). On a
     guessed example its values mean nothing, and no time is spent on computing them.
     """
+
+    def run(twin: nn.Module, args: tuple[Any, ...]) -> Found:
+        with torch.no_grad():
+            return watched(twin, lambda: twin.eval()(*args, **inputs.kwargs))
+
     try:
-        return _run(_without_computing(data_free_copy(module), evaluator), inputs.args, inputs.kwargs)
+        return run(_without_computing(data_free_copy(module), evaluator), inputs.args)
     except Exception as error:  # any forward may fail on meta tensors in any way
         reason = reason_of(error)
     if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
@@ -34,7 +64,7 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
         if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
             twin = _without_computing(twin, evaluator)
         with torch.random.fork_rng():
-            return _run(twin, real_inputs(inputs.real, module), inputs.kwargs)
+            return run(twin, real_inputs(inputs.real, module))
     except Exception as error:  # as above; the caller tells the user
         return reason_of(error)
 
@@ -47,7 +77,8 @@ def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
 
     def yielded(layer: nn.Module, value: Tensor, *rest: Any) -> Any:
         shape = evaluator.module(layer, (_without_data(value), *rest), {})
-        return torch.zeros(shape.shape, dtype=shape.dtype, device=value.device)
+        nothing = torch.zeros(shape.shape, dtype=shape.dtype, device=value.device)
+        return nothing + 0 * value.detach().flatten()[:1].sum()  # so that it comes of the input, as it should
 
     for layer, blank in zip(module.modules(), data_free_copy(module).modules(), strict=True):
         if type(layer) in KEEPS_LAYOUT:
@@ -55,20 +86,6 @@ def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
         elif type(layer) in _COSTLY:
             layer.__dict__["forward"] = functools.partial(yielded, blank)
     return module
-
-
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Observed]:
-    seen: dict[str, Observed] = {}
-    with contextlib.ExitStack() as hooks, torch.no_grad():
-        for path, child in module.named_modules():
-            if path:
-
-                def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                    seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
-
-                hooks.callback(child.register_forward_pre_hook(note, with_kwargs=True).remove)
-        module.eval()(*args, **kwargs)
-    return seen
 
 
 def _without_data(value: Any) -> Any:

@@ -36,6 +36,8 @@ def recorded_calls(tracer: ValueTracer) -> Iterator[None]:
     The names in ``torch`` are replaced while the trace runs: the C++ parser of ``torch.zeros`` refuses a proxy before
     any override is asked. Whether gradients are computed is as before afterwards, also where a forward fails half-way.
     """
+    import torch._dynamo  # which notes what ``len`` is when it is first imported, as operations on meta tensors do
+
     with_gradients = torch.is_grad_enabled()
     patches = [*_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]

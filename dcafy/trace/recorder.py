@@ -15,15 +15,15 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
-from dcafy.graph.emitted import EmittedModule
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import OWNER, VALUE, as_plain, mapped, values_of
+from dcafy.graph.nodes import VALUE, as_plain, is_record, mapped, values_of
 from dcafy.graph.paths import joined, within
+from dcafy.graph.rewritten import is_rewritten
 from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
 from dcafy.trace.named import Scripted
 from dcafy.trace.patches import recorded_calls, watched_functions
@@ -54,30 +54,15 @@ def is_layer(module: nn.Module) -> bool:
     (timm's ``BatchNormAct2d``, ``Conv2dSame``): entered, its mode and its padding would be baked.
     """
     kind = type(module)
+    if is_rewritten(module):
+        return False
     if kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")):
         return not isinstance(module, nn.Sequential)
     from_torch = any(base.__module__.startswith("torch.nn.") and base not in _LAYERS for base in kind.__mro__)
     return from_torch and all(next(child.parameters(), None) is None for child in module.children())
 
 
-class _OwnedInterpreter(fx.Interpreter):
-    """Replays a connected graph under a recorder, which gets the owner that each node was emitted with."""
-
-    def __init__(self, module: EmittedModule, recorder: Recorder, path: str) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self._recorder = recorder
-        self._path = path
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._recorder.call_function(target, *args, **kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        outer = self._recorder.owner
-        self._recorder.owner = joined(self._path, str(n.meta.get(OWNER, "")))
-        try:
-            return super().run_node(n)
-        finally:
-            self._recorder.owner = outer
+Connections = Literal["kept", "called", "entered"]
 
 
 class Recorder(ValueTracer):
@@ -92,10 +77,12 @@ class Recorder(ValueTracer):
         model: nn.Module,
         inputs: Observed,
         opaque: frozenset[str] = frozenset(),
+        connections: Connections = "kept",
     ) -> None:
         super().__init__(evaluator, model)
         self._inputs = inputs
         self._opaque = opaque
+        self.connections = connections
         self._paths = {id(module): path for path, module in self.modules.items()}
         self._observing: str | None = None
         self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
@@ -162,8 +149,6 @@ class Recorder(ValueTracer):
         if given or by_name:
             raise TypeError(f"the example has {len(given) + len(by_name)} more inputs than the model's forward takes")
         forward = self.root.forward
-        if isinstance(self.root, EmittedModule):
-            forward = self._interpreted("", self.root)
         return (lambda root, *values: forward(*values, **named)), [self.root, *args]
 
     def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
@@ -186,6 +171,12 @@ class Recorder(ValueTracer):
                         continue
             self.unwritten.setdefault(path, f"its forward changes self.{name}")
 
+    def on_wire(self, function: Callable[..., Any], dca: nn.Module, number: int, *values: Any) -> Any:
+        """What a connected module's code does at an end of the wire, as a node: its connections are kept."""
+        node = self.create_node("get_attr", joined(self.owner, "dca"), (), {})
+        node.meta[VALUE] = dca
+        return self.create_proxy("call_function", function, (ValueProxy(node, self), number, *values), {})
+
     # -- modules --------------------------------------------------------------------------------
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -196,19 +187,10 @@ class Recorder(ValueTracer):
             return forward(*args, **kwargs)
         if path is None:  # made on the fly (a slice of a Sequential): its children have paths, it has none
             return forward(*args, **kwargs)
-        if is_layer(m) or path in self._opaque or getattr(m, "is_connection", False):
+        connection = getattr(m, "is_connection", False)
+        if is_layer(m) or path in self._opaque or (connection and self.connections == "called"):
             return self._leaf(path, m, args, kwargs)
-        if isinstance(m, EmittedModule):
-            forward = self._interpreted(path, m)
         return self._enter(path, m, forward, args, kwargs)
-
-    def _interpreted(self, path: str, module: EmittedModule) -> Callable[..., Any]:
-        """The forward of a graph that dcafy emitted, node by node, each with its owner in the original."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return _OwnedInterpreter(module, self, path).run(*args, *kwargs.values())
-
-        return forward
 
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
@@ -228,15 +210,18 @@ class Recorder(ValueTracer):
         outer, self.owner = self.owner, path
         mode = module.__dict__["training"]
         state, own = self._state(args, kwargs), python_state(module)
+        lists = [(value, list(value)) for value in _lists((args, kwargs))]
         self.calls.append(call)
         module.__dict__["training"] = Mode(self, path)
         try:
             output = self._leave(forward(*args, **kwargs), before)
-            call.output = self.create_arg(as_plain(output))
+            call.output, call.record = self.create_arg(as_plain(output)), is_record(type(output))
         except Exception as error:  # any forward may raise anything; what cannot be entered is kept whole
             module.__dict__["training"] = mode
             self.owner = outer
             self._take_back(before, state)
+            for value, items in lists:  # a detector's head writes into the list that it is given
+                value[:] = items
             self.kept_whole[path] = reason_of(error)
             return self._leaf(path, module, args, kwargs)
         finally:
@@ -324,6 +309,16 @@ def _stored(modules: dict[str, nn.Module]) -> dict[str, str]:
         if stored:
             found[path] = f"its forward stores what it computes in self.{stored[0]}"
     return found
+
+
+def _lists(value: Any) -> Iterator[list[Any]]:
+    """The lists in arguments, outer before inner."""
+    kind = type(value)
+    if kind is list:
+        yield value
+    if kind in (list, tuple, dict):
+        for item in value.values() if kind is dict else value:
+            yield from _lists(item)
 
 
 def _last(graph: fx.Graph) -> fx.Node:

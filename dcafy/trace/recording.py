@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,23 +13,31 @@ from dcafy.errors import DcafyError
 from dcafy.graph.nodes import node_value
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
-    """One entered module call, and the nodes that it was recorded as."""
+    """One entered module call, and the nodes that it was recorded as.
+
+    ``record``: it returned a container of a class of its own, of which ``output`` has what is under its keys.
+    """
 
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     nodes: list[fx.Node] = field(default_factory=list)
     output: Any = None
+    record: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a forward asked of the value of ``node`` while it was recorded: its truth, or a number."""
+    """What a forward asked of the value of ``node`` while it was recorded: its truth, or a number.
+
+    ``asker``: the path of the module whose forward it was.
+    """
 
     node: fx.Node
     ask: Callable[[Any], Any]
+    asker: str = ""
 
     @property
     def answer(self) -> Any:
@@ -71,6 +80,48 @@ class Recording:
     model: nn.Module
     modules: dict[str, nn.Module]
     held: tuple[Decision, ...] = ()
+
+    @functools.cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """Where each node stands in the graph."""
+        return {node: i for i, node in enumerate(self.graph.nodes)}
+
+    @functools.cached_property
+    def home(self) -> dict[fx.Node, Call]:
+        """The innermost call that a node was recorded in; a node that the root's own forward made has none."""
+        return {node: call for call in self.calls for node in call.nodes}  # outer before inner
+
+    @functools.cached_property
+    def around(self) -> dict[Call, Call | None]:
+        """The call inside which each was made; ``None``: the root's."""
+        found: dict[Call, Call | None] = {}
+        open_: list[Call] = []
+        for call in self.calls:
+            if not call.nodes:
+                continue
+            while open_ and self.order[open_[-1].nodes[-1]] < self.order[call.nodes[0]]:
+                open_.pop()
+            found[call] = open_[-1] if open_ else None
+            open_.append(call)
+        return found
+
+    @functools.cached_property
+    def calls_of(self) -> dict[str, tuple[Call, ...]]:
+        """Path -> the calls of the module, in order."""
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            if call.nodes:
+                found.setdefault(call.path, []).append(call)
+        return {path: tuple(calls) for path, calls in found.items()}
+
+    @functools.cached_property
+    def inside(self) -> dict[Call | None, tuple[Call, ...]]:
+        """The calls made directly inside each."""
+        found: dict[Call | None, list[Call]] = {}
+        for call in self.calls:
+            if call.nodes:
+                found.setdefault(self.around[call], []).append(call)
+        return {call: tuple(inner) for call, inner in found.items()}
 
 
 def passed_through(value: Any) -> Any:

@@ -130,7 +130,7 @@ class ValueTracer(Answering):
         """What a forward wants to decide by; remembered, to be checked at other sizes."""
         if isinstance(node_value(proxy.node), Tensor):
             raise fx.proxy.TraceError("the forward decides by the content of a tensor")
-        decision = Decision(proxy.node, ask)
+        decision = Decision(proxy.node, ask, self.owner)
         answer = decision.answer
         self.settled.append(decision)
         return answer

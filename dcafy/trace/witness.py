@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,22 +18,30 @@ from dcafy.trace.recording import Decision, Observed, Recording
 
 
 def held(
-    recording: Recording, evaluator: Evaluator, inputs: Observed, again: Callable[[Observed], Recording]
+    recording: Recording,
+    evaluator: Evaluator,
+    inputs: Observed,
+    again: Callable[[Observed], Recording],
+    only: Collection[str] | None = None,
 ) -> tuple[Decision, ...]:
     """The decisions that went the same way at every size tried, though sizes of the input are asked.
 
+    ``only``: the paths of the modules whose decisions count.
     Raises ``CannotEnter`` where modules decided by the example's batch or image size alone.
 
     Most are about ranks, widths and options. Where one goes another way, the network is recorded ``again`` at the
     other size, and the graphs compared: a number that only an argument parser looked at is still symbolic in both.
     What ``if h % 8:`` was told is the same at twice the size, and yet not at every one: that is held.
     """
+    settled = tuple(d for d in recording.settled if only is None or d.asker in only)
+    if not settled:
+        return ()
     at_both = _values(recording, evaluator, lambda value: _other_image(_other_batch(value)))
-    everywhere = all(decision.node in at_both for decision in recording.settled)
-    if everywhere and not any(_asks_sizes(decision.node, at_both) for decision in recording.settled):
+    everywhere = all(decision.node in at_both for decision in settled)
+    if everywhere and not any(_asks_sizes(decision.node, at_both) for decision in settled):
         return ()
     looks = [(what, change, _values(recording, evaluator, change)) for what, change in _CHANGES]
-    by_size = tuple(d for d in recording.settled if any(_asks_sizes(d.node, values) for *_, values in looks))
+    by_size = tuple(d for d in settled if any(_asks_sizes(d.node, values) for *_, values in looks))
     changed: set[Decision] = set()
     for what, change, values in looks:
         other_way = {d for d in by_size if d.node in values and d.ask(values[d.node]) != d.answer}
@@ -46,7 +54,8 @@ def held(
             if change is _other_batch:
                 raise
             continue
-        baked = _innermost(_differences(recording, other))
+        differences = _differences(recording, other)
+        baked = _innermost({path: node for path, node in differences.items() if only is None or path in only})
         if baked:
             why = f"its forward bakes the {what} size of its input into its computation"
             raise CannotEnter({path: f"{why} ({node.name})" for path, node in baked.items()})
@@ -174,6 +183,9 @@ def _resized(least_rank: int, sizes: Callable[[torch.Size], tuple[int, ...]]) ->
 _other_batch = _resized(2, lambda shape: (shape[0] + 1, *shape[1:]))
 _single = _resized(2, lambda shape: (1, *shape[1:]))  # a batch of one image, which many a forward treats by itself
 _other_image = _resized(3, lambda shape: (*shape[:2], *(2 * n for n in shape[2:])))
+
+OTHER_SIZES = (_other_batch, _other_image)
+"""What gives an example another batch, and another image size."""
 
 _CHANGES = (("batch", _other_batch), ("batch", _single), ("image", _other_image))
 """What is changed for a look at other sizes, in this order."""

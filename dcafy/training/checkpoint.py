@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,41 @@ CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
 
 _KIND = "dcafy training checkpoint"
-_FORMAT = Format("version", 2)
+
+
+def _keyed_by_block(header: dict[str, Any]) -> dict[str, Any]:
+    """Checkpoints of version 2 name the connections by block, as folders of format 1 do."""
+    return {**header, "keyed_by": "block"}
+
+
+_FORMAT = Format("version", 3, {2: _keyed_by_block})
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors`` by name (``model/...``, ``optimizer/...``, ``rng/...``); ``facts`` is all that is no tensor."""
+    """``tensors`` by name (``model/...``, ``optimizer/...``, ``rng/...``); ``facts`` is all that is no tensor.
+
+    ``keyed_by``: whether connections are named by the ``module`` that hears, or by ``block`` as in older ones.
+    """
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+    keyed_by: str = "module"
+
+    def renamed(self, now: Callable[[str], str]) -> Checkpoint:
+        """The checkpoint with each name of the network's, in its state and in the optimizer's, as ``now`` says."""
+
+        def name(given: str) -> str:
+            part, _, rest = given.partition("/")
+            if part not in ("model", "average", "optimizer"):
+                return given
+            outer = "module." if rest.startswith("module.") else ""
+            key, slash, what = rest.removeprefix(outer).partition("/")
+            return f"{part}/{outer}{now(key)}{slash}{what}"
+
+        tied = {now(key): now(stored) for key, stored in self.facts["tied"].items()}
+        tensors = {name(given): tensor for given, tensor in self.tensors.items()}
+        return Checkpoint(tensors, {**self.facts, "tied": tied})
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -75,4 +101,4 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         raise CheckpointError(f"{shown} is damaged: its content is not what was written. Copy it again, or remove it.")
     if not isinstance(header.get("facts"), dict):
         raise CheckpointError(f"{shown} is damaged: it does not say where the run stood.")
-    return Checkpoint(tensors, header["facts"])
+    return Checkpoint(tensors, header["facts"], header.get("keyed_by", "module"))

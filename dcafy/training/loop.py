@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from dcafy.analysis.usage import Usage, measured_shares, usage
-from dcafy.converted import connections
-from dcafy.emit.dca import is_connected
+from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import InputError, TrainingError, UsageError
 from dcafy.graph.modes import evaluating
 from dcafy.images.order import Batches, Seeded, Spread, derived_seed

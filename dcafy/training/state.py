@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from dcafy.checkpoint.keys import Keys
 from dcafy.checkpoint.tensors import pack
+from dcafy.emit.dca import is_connected, recipes
 from dcafy.errors import CheckpointError
 from dcafy.training.checkpoint import Checkpoint
 from dcafy.training.history import Epoch
@@ -140,6 +142,9 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
             "and the number of processes that it was started with, or name another folder."
         )
     try:
+        if checkpoint.keyed_by == "block" and is_connected(now.model):
+            recipe = next(recipe for _, recipe in recipes(now.model))
+            checkpoint = checkpoint.renamed(Keys(now.model, recipe.plan).now)
         own = _part(checkpoint, "model")
         own |= {name: own[original] for name, original in facts["tied"].items()}
         now.model.load_state_dict(own, strict=True)

@@ -90,15 +90,18 @@ def test_values_of_gates_that_are_no_modules() -> None:
         model = lively(networks.with_attention(networks.CBAM))
     seen: dict[str, list[Tensor]] = {"channel": [], "spatial": []}
     with_sigmoid = {"channel": networks.ChannelGate, "spatial": networks.SpatialGate}
+    handles = []
     for kind, gate in with_sigmoid.items():
         for module in model.modules():
             if isinstance(module, gate):  # it yields x · T: T is told by dividing
-                module.register_forward_hook(lambda _m, i, out, kind=kind: seen[kind].append(out / i[0]))
+                hook = module.register_forward_hook(lambda _m, i, out, kind=kind: seen[kind].append(out / i[0]))
+                handles.append(hook)
     given = images(3)
     with torch.no_grad():
         model(given)
-    bare = copy.deepcopy(model)
-    found = attention_values(bare, given)
+    for handle in handles:
+        handle.remove()
+    found = attention_values(model, given)
     for kind, maps in seen.items():
         own = [block for block in found if block.dimension == kind]
         assert len(own) == len(maps) > 1

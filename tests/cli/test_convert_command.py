@@ -29,7 +29,8 @@ def test_writes_a_folder_that_loads(command: Run, tmp_path: Path) -> None:
     assert code == 0
     loaded = dcafy.load(folder)
     connections = dcafy.connections(loaded)
-    own = sum(p.numel() for name, p in loaded.named_parameters() if name.startswith("dca."))
+    own = sum(p.numel() for name, p in loaded.named_parameters() if "dca" in name.split("."))
+    assert own == sum(p.numel() for connection in connections.values() for p in connection.parameters()) > 0
     assert f"chain: {len(connections)} connections with {own:,} new parameters" in err
     assert out == f"{len(connections)} connections with {own:,} parameters, saved in {folder}.\n"
 

@@ -115,7 +115,7 @@ def test_every_detector_converts_or_says_why_not(name: str) -> None:
             dcafy.convert(model)
         return
     converted = dcafy.convert(model, attention=attention, verify=False)
-    assert type(converted) is type(model)
+    assert isinstance(converted, type(model))
     assert len(dcafy.connections(converted)) == expected
     images = pictures((60, 90), (90, 64), (33, 47))
     assert all(torch.equal(a, b) for a, b in zip(found(converted, images), found(model, images), strict=True))
@@ -266,8 +266,6 @@ def stages(model: nn.Module, images: Tensor) -> list[Tensor]:
     """The maps after layer2 to layer4."""
     seen: list[Tensor] = []
     body = model.get_submodule("backbone") if hasattr(model, "backbone") else model
-    nodes = torch.fx.Interpreter(body) if isinstance(body, torch.fx.GraphModule) else None
-    assert nodes is not None
     handles = [
         module.register_forward_hook(lambda _, __, output: seen.append(output))
         for name, module in body.named_modules()
@@ -371,7 +369,7 @@ def test_convert_finds_the_backbone_of_a_cascade() -> None:
         backbone = BackboneWithFPN(small_body(), layers, [512, 1024, 2048], 16)
         model = with_statistics(dcafy.insert(Cascade(backbone), "se", init="paper"))
     converted = dcafy.convert(model)
-    assert type(converted) is Cascade
+    assert isinstance(converted, Cascade)
     assert dcafy.inspect(model).islands == ("backbone",)
     assert len(dcafy.connections(converted)) == 4
     images = pictures((90, 60), (64, 96))

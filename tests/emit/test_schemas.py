@@ -125,7 +125,8 @@ def test_spatial_connection(
     """Maps that are a whole number of times larger; where the channels differ, their mean is broadcast."""
     theirs, ours = channels
     larger = (size[0] * ratio, size[1] * ratio)
-    connection = Connection("spatial", spatial_match(kind, larger, size), schema=schema).double()
+    averages = theirs not in (1, ours)
+    connection = Connection("spatial", spatial_match(kind, larger, size), schema=schema, averages=averages).double()
     with seeded(1):
         g = torch.rand(2, ours, *size, dtype=torch.float64) + 0.5
         t, g_prev = (torch.rand(2, theirs, *larger, dtype=torch.float64) + 0.5 for _ in range(2))
@@ -133,7 +134,7 @@ def test_spatial_connection(
         connection.alpha.fill_(factors[0])
         connection.beta.fill_(factors[1])
         carried = t * g_prev
-        if theirs not in (1, ours):
+        if averages:
             carried = carried.mean(1, keepdim=True)
         windows = carried.unflatten(3, (-1, ratio)).unflatten(2, (-1, ratio))
         carried = windows.mean((3, 5)) if kind == "avg" else windows.amax((3, 5))
@@ -327,7 +328,7 @@ def test_rules(
             assert not torch.equal(moved, output), f"the beta of {name} does nothing"
             connection.beta.zero_()
     source = model.state_dict()
-    assert list(source) == [key for key in converted.state_dict() if not key.startswith("dca.")]
+    assert list(source) == [key for key in converted.state_dict() if "dca" not in key.split(".")]
     for twin in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
         assert torch.equal(twin(images(size=48)), output)
     assert torch.equal(dcafy.revert(converted)(images(size=48)), output)
@@ -335,7 +336,10 @@ def test_rules(
 
 
 def assert_learns(converted: nn.Module) -> None:
-    own = {name: p for name, p in converted.named_parameters() if name.startswith("dca.")}
+    own = {name: p for name, p in converted.named_parameters() if "dca" in name.split(".")}
+    assert {id(p) for p in own.values()} == {
+        id(p) for connection in dcafy.connections(converted).values() for p in connection.parameters()
+    }
     optimizer = torch.optim.Adam(own.values(), lr=0.05)
     converted.train()
     with seeded(5):

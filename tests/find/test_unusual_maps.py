@@ -445,6 +445,7 @@ def test_a_map_without_axes_is_not_passed_on() -> None:
     model = nn.Sequential(conv_norm(3, 8), SELinear(8), OneNumber(8), conv_norm(8, 8), SELinear(8))
     model = trained_like(model, IMAGES).eval()
     plan = dcafy.inspect(model, example_inputs=IMAGES)
-    assert [skipped.name for skipped in plan.skipped] == ["4"]
+    assert [skipped.name for skipped in plan.skipped] == ["4", "Sequential"]
     assert "other axes than its context" in plan.skipped[0].reason
+    assert "is a container, whose class stays as it is" in plan.skipped[1].reason
     assert torch.equal(dcafy.convert(model, example_inputs=IMAGES).eval()(IMAGES), model(IMAGES))

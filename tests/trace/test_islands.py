@@ -50,9 +50,11 @@ def moved_by_beta(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]
 def test_detectors(name: str) -> None:
     model = with_statistics(DETECTORS[name]())
     converted = dcafy.convert(model)
-    assert type(converted) is type(model)
+    assert isinstance(converted, type(model))
+    assert type(converted).__name__ == type(model).__name__
+    assert not isinstance(converted, torch.fx.GraphModule)
     assert dcafy.inspect(model).islands == ("backbone",)
-    assert isinstance(converted.backbone, torch.fx.GraphModule)
+    assert type(converted.backbone) is type(model.backbone)
     assert getattr(converted.backbone, "out_channels", None) == getattr(model.backbone, "out_channels", None)
     assert len(dcafy.connections(converted)) == 7
 

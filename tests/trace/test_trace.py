@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import warnings
 from collections.abc import Callable
@@ -175,14 +176,56 @@ class GoesBySize(Net):
     ],
     ids=["multiples", "landscape", "small", "large", "loop", "equal"],
 )
-def test_a_path_that_goes_by_the_size_is_taken_at_that_size_only(decides, other) -> None:
-    """What was decided the same way at every size tried is checked when the graph runs: never a wrong result."""
+def test_a_path_around_attention_that_goes_by_the_size_is_taken_at_each_size(decides, other) -> None:
+    """That forward stays Python: at another size it decides otherwise, and the connections are heard all the same."""
     model, connected = converted(GoesBySize(decides))
+    assert list(dcafy.connections(connected)) == ["body.1.se", "body.2.se"]
+    decided = []
+    with torch.no_grad():
+        for shape in ((2, 3, 64, 64), (1, 3, 64, 64), (3, 3, 128, 128), other):
+            images = torch.rand(shape)
+            assert torch.equal(model(images), connected(images)), shape
+            decided.append(bool(decides(images.shape)))
+            for connection in dcafy.connections(connected).values():
+                connection.beta.fill_(0.5)
+                assert not torch.equal(model(images), connected(images)), shape
+                connection.beta.zero_()
+    assert decided[-1] is not decided[0]
+
+
+class AttentionBySize(SELinear):
+    """Attention that computes otherwise on some maps."""
+
+    def __init__(self, decides: Callable[[torch.Size], Any]) -> None:
+        super().__init__(16)
+        self.decides = decides
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.decides(x.shape) else 1)
+
+
+@pytest.mark.parametrize(
+    ("decides", "other"),
+    [
+        (lambda shape: shape[2] > shape[3], (2, 3, 96, 64)),
+        (lambda shape: shape[3] < 20, (2, 3, 64, 32)),
+        (lambda shape: max(shape[2:]) > 70, (2, 3, 160, 64)),
+        (lambda shape: len(range(min(shape[2], 24))) < 24, (2, 3, 32, 64)),
+    ],
+    ids=["landscape", "small", "large", "loop"],
+)
+def test_attention_that_goes_by_the_size_is_connected_for_that_size_only(decides, other) -> None:
+    """What its graph has decided the same way at every size tried is checked when it runs: never a wrong result."""
+    model = Net(*[Residual() for _ in range(3)])
+    for block in model.body:
+        block.se = AttentionBySize(decides)
+    model, connected = converted(model)
+    assert list(dcafy.connections(connected)) == ["body.1.se", "body.2.se"]
     with torch.no_grad():
         for shape in ((2, 3, 64, 64), (1, 3, 64, 64), (3, 3, 128, 128)):
             images = torch.rand(shape)
             assert torch.equal(model(images), connected(images)), shape
-        with pytest.raises(dcafy.DcafyError, match="GoesBySize goes by the size of its input"):
+        with pytest.raises(dcafy.DcafyError, match=r"body\.0\.se goes by the size of its input"):
             connected(torch.rand(other))
 
 
@@ -220,16 +263,26 @@ class BatchLoop(nn.Module):
         return torch.cat([self.inner(image[None]) for image in x])
 
 
-def test_a_loop_over_images_makes_an_island() -> None:
+def test_a_loop_over_images_treats_every_image_alike() -> None:
+    """However many images the example has: a block has one connection, and no image depends on its place."""
     model = trained_like(BatchLoop(Net(Residual(), Residual(), Residual())), IMAGES)
     plan = dcafy.inspect(model, example_inputs=IMAGES)
-    assert plan.islands == ("inner",)
     assert any("batch size" in item.reason for item in plan.skipped)
     connected = dcafy.convert(model, example_inputs=IMAGES).eval()
-    assert type(connected) is BatchLoop
-    assert isinstance(connected.inner, torch.fx.GraphModule)
+    assert isinstance(connected, BatchLoop)
     same_everywhere(model, connected)
-    assert all(key.startswith("inner.dca.") for key in connected.state_dict() if "dca" in key.split("."))
+    connections = dcafy.connections(connected)
+    assert list(connections) == ["inner.body.1.se", "inner.body.2.se"]
+    with torch.no_grad():
+        for i, connection in enumerate(connections.values()):
+            connection.beta.fill_(0.5 + i)
+        for count in (1, 2, 5):
+            image = torch.rand(1, 3, 64, 64)
+            scores = connected(image.expand(count, 3, 64, 64))
+            assert torch.equal(scores, connected.inner(image).expand(count, 10))
+            assert not torch.equal(scores, model(image.expand(count, 3, 64, 64)))
+        for connection in connections.values():
+            connection.beta.zero_()
     reverted = dcafy.revert(connected)
     assert reverted.state_dict().keys() == model.state_dict().keys()
     same_everywhere(model, reverted)
@@ -304,16 +357,27 @@ class TwoPaths(nn.Module):
 
 
 def test_both_paths_of_a_root_stay_alive() -> None:
+    """No island is needed: the root runs its own Python in both modes, and what it holds is heard in both."""
     model = trained_like(TwoPaths(), IMAGES)
     connected = dcafy.convert(model, example_inputs=IMAGES)
-    assert dcafy.inspect(model, example_inputs=IMAGES).islands == ("trunk",)
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert plan.islands == ()
+    assert ["no graph of the whole can be written" in item.reason for item in plan.skipped] == [True]
+    assert list(dcafy.connections(connected)) == ["trunk.3.se"]
     same_everywhere(model.eval(), connected.eval())
-    with seeded(2):
-        expected = model.train()(IMAGES)
-    with seeded(2):
-        actual = connected.train()(IMAGES)
-    assert len(actual) == 2
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+    def both(network: nn.Module) -> tuple[Tensor, Tensor]:
+        with seeded(2), torch.no_grad():
+            outputs = copy.deepcopy(network).train()(IMAGES)
+        assert len(outputs) == 2
+        return outputs
+
+    expected = both(model)
+    assert all(torch.equal(a, b) for a, b in zip(both(connected), expected, strict=True))
+    with torch.no_grad():
+        dcafy.connections(connected)["trunk.3.se"].beta.fill_(0.5)
+    assert not any(torch.equal(a, b) for a, b in zip(both(connected), expected, strict=True))
+    assert not torch.equal(connected.eval()(IMAGES), model.eval()(IMAGES))
 
 
 class Dropping(Residual):
@@ -360,11 +424,19 @@ def test_modules_without_attention_are_called_and_not_inlined() -> None:
     assert seen == [1]
 
 
-def test_hooks_that_no_longer_fire_are_reported() -> None:
+def test_hooks_around_attention_fire() -> None:
+    """Of blocks, and of the attention itself; in a conversion they see no stand-ins for tensors, and nobody warns."""
     model = trained_like(Net(Residual(), Residual()), IMAGES)
-    model.body[0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match=r"body\.0"):
-        dcafy.convert(model, example_inputs=IMAGES)
+    seen: list[tuple[nn.Module, type, bool]] = []
+    for module in (model.body[0], model.body[1].se, model.body[1]):
+        module.register_forward_hook(lambda m, _, y: seen.append((m, type(y), y.is_meta)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        connected = dcafy.convert(model, example_inputs=IMAGES)
+    assert {(kind, meta) for _, kind, meta in seen} <= {(Tensor, False)}
+    seen.clear()
+    connected(IMAGES)
+    assert [module for module, *_ in seen] == [connected.body[0], connected.body[1].se, connected.body[1]]
 
 
 class Optional(nn.Module):
@@ -380,15 +452,20 @@ class Optional(nn.Module):
         return {"out": self.net(x) * scale}
 
 
-def test_defaulted_arguments_keep_their_defaults() -> None:
+def test_defaulted_arguments_keep_their_defaults_and_may_be_given() -> None:
     model = Optional().eval()
     connected = dcafy.convert(model, example_inputs=IMAGES).eval()
     expected = model(IMAGES)["out"]
     assert torch.equal(connected(IMAGES)["out"], expected)
     assert torch.equal(connected(IMAGES, None)["out"], expected)
     assert torch.equal(connected(IMAGES, mask=None, scale=1.0)["out"], expected)
-    with pytest.raises(dcafy.DcafyError, match="scale"):
-        connected(IMAGES, scale=2.0)
+    mask = (IMAGES > 0.5).float()
+    assert torch.equal(connected(IMAGES, scale=2.0)["out"], model(IMAGES, scale=2.0)["out"])
+    assert torch.equal(connected(IMAGES, mask)["out"], model(IMAGES, mask)["out"])
+    assert not torch.equal(connected(IMAGES, mask)["out"], expected)
+    with torch.no_grad():
+        dcafy.connections(connected)["net.body.1.se"].beta.fill_(0.5)
+    assert not torch.equal(connected(IMAGES, mask, 2.0)["out"], model(IMAGES, mask, 2.0)["out"])
 
 
 class Caching(Residual):
@@ -459,15 +536,15 @@ class Remembers(Residual):
 
 
 @pytest.mark.parametrize("remember", [counts, appends, keeps_in_an_object, keeps_in_a_global, gives_a_buffer_new_data])
-def test_what_a_forward_changes_in_python_is_changed_when_the_graph_runs(remember: Any) -> None:
-    """The module is kept as it is, and said to be; the others are connected."""
+def test_what_a_forward_around_attention_changes_in_python_is_changed_at_each_run(remember: Any) -> None:
+    """Once for each run, and not while it is converted; the attention inside is connected like any other."""
     SEEN.clear()
     model = trained_like(Net(Remembers(remember), Residual(), Residual()), IMAGES)
     SEEN.clear()
     dcafy.inspect(model, example_inputs=IMAGES)
     assert [type(item) for item in SEEN if type(item) is not Tensor] == []
     connected = dcafy.convert(model, example_inputs=IMAGES, verify=False).eval()
-    assert list(dcafy.connections(connected)) == ["body.2.se"]
+    assert list(dcafy.connections(connected)) == ["body.1.se", "body.2.se"]
     for _ in range(4):
         SEEN.clear()
         expected = model(IMAGES)
@@ -506,12 +583,29 @@ class Switching(Residual):
 
 
 def test_contexts_inside_a_forward_are_not_lost() -> None:
+    """They are its own Python; the attention that runs in them hears and is heard, in whatever precision that is."""
     model = trained_like(Net(Switching(), Residual(), Residual()), IMAGES)
     connected = dcafy.convert(model, example_inputs=IMAGES).eval()
-    assert list(dcafy.connections(connected)) == ["body.2.se"]
-    assert any("autocast" in item.reason for item in dcafy.inspect(model, example_inputs=IMAGES).skipped)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        assert torch.equal(connected(IMAGES), model(IMAGES))
+    connections = dcafy.connections(connected)
+    assert list(connections) == ["body.1.se", "body.2.se"]
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert ["no graph of the whole" in item.reason and "autocast" in item.reason for item in plan.skipped] == [True]
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), torch.no_grad():
+            expected = model(IMAGES)
+            assert torch.equal(connected(IMAGES), expected)
+            for connection in connections.values():
+                connection.beta.fill_(2.0)
+                assert not torch.equal(connected(IMAGES), expected)
+                connection.beta.zero_()
+    for network in (model, connected):
+        types: list[torch.dtype] = []
+        linear = network.body[0].se.excite[0]
+        handle = linear.register_forward_hook(lambda _m, _x, y, types=types: types.append(y.dtype))
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            network(IMAGES)
+        handle.remove()
+        assert types == [torch.float32]
 
 
 class FreezesByCall(nn.Module):
@@ -580,10 +674,14 @@ class Group(nn.Module):
 
 
 def test_every_one_of_identical_modules_is_looked_into() -> None:
+    """What decides by the mode around attention parts no chain."""
     model, connected = converted(Net(Group(), Group(), Group()))
     plan = dcafy.inspect(model, example_inputs=IMAGES)
     assert [block.name for block in plan.blocks] == [f"body.{i}.units.{j}.se" for i in range(3) for j in range(2)]
-    assert list(dcafy.connections(connected)) == [f"body.{i}.units.1.se" for i in range(3)]
+    assert list(dcafy.connections(connected)) == [block.name for block in plan.blocks[1:]]
+    assert [(link.source, link.target) for link in plan.links] == [
+        (one.name, other.name) for one, other in itertools.pairwise(plan.blocks)
+    ]
     same_everywhere(model, connected)
 
 

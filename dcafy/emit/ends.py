@@ -1,0 +1,122 @@
+"""The wire of one conversion, its lines from block to block, and the ends of them that a module has."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+Before = dict[str, tuple[str, int, int | None]]
+
+
+class Line:
+    """From one value of a block to one reader: holds it, on each thread, from when it is told until it is heard.
+
+    A line is found through the modules at its ends and never by a name: code that ``torch.compile`` makes for one block
+    then serves all of the same kind. It stays itself in copies and pickles of what holds it, so that a block that was
+    copied and put back still talks.
+    """
+
+    def __init__(self, wire: Wire, number: int) -> None:
+        self.wire = wire
+        self.number = number
+        self.here = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Line:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _line, (self.wire, self.number)
+
+
+class Wire:
+    """All lines of one conversion, and how often each module at their ends was called in the run.
+
+    ``token``   the same in all copies of what was converted
+    ``before``  block -> the block that it hears and the lines on which it does, if those who hear the first could hear
+                that as well
+    """
+
+    def __init__(self, token: str, lines: int, hosts: int, before: Before) -> None:
+        self.token = token
+        self.before = before
+        self.lines = tuple(Line(self, i) for i in range(lines))
+        self.calls = tuple(Line(self, -1 - i) for i in range(hosts))
+        self.here = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wire:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return wire_of, (self.token, len(self.lines), len(self.calls), self.before)
+
+
+_wires: weakref.WeakValueDictionary[str, Wire] = weakref.WeakValueDictionary()
+
+
+def wire_of(token: str, lines: int, hosts: int, before: Before) -> Wire:
+    """The wire of the conversion of that token: the one that is there, or a new one."""
+    wire = _wires.get(token)
+    if wire is None or (len(wire.lines), len(wire.calls)) != (lines, hosts):
+        wire = _wires[token] = Wire(token, lines, hosts, before)
+    return wire
+
+
+def _line(wire: Wire, number: int) -> Line:
+    return wire.lines[number] if number >= 0 else wire.calls[-1 - number]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a port hears in one call of its module.
+
+    ``reader``      who hears: the block
+    ``connection``  where the connection is below ``dca``; empty: ``dca`` itself
+    ``sources``     per block that is heard: the line of its T, and of its G or ``None``
+    ``batch``       per source: whether its messages have the batch size of G
+    ``source``      the block that is heard, where it is one: if it is taken out, what it would have heard is heard
+    """
+
+    reader: str
+    connection: str
+    sources: tuple[tuple[Line, Line | None], ...]
+    batch: tuple[bool, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a port tells in one call of its module: the lines that each value goes to; ``source``: the block."""
+
+    source: str
+    lines: tuple[tuple[Line, ...], ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """A place in a module's code where something is heard or told.
+
+    ``calls``   for each call of the module in a run that the recording knows: what happens, if anything
+    ``enters``  whether it is the first place in the code, at which a call is counted
+    """
+
+    calls: tuple[Heard | Told | None, ...]
+    enters: bool = False
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The ends of the wire in one module, kept by its ``dca``.
+
+    ``count``      how often the module was called in the run; ``None``: any number of times, every time alike
+    ``addresses``  name of each connection -> its path below ``dca``
+    """
+
+    wire: Wire
+    count: Line | None
+    ports: tuple[Port, ...]
+    addresses: tuple[tuple[str, str], ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ends:
+        return self

@@ -1,0 +1,124 @@
+"""The root of a connected model: the user's own forward, in a run of the wire; and an ``fx.GraphModule`` besides."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
+from torch import fx, nn
+
+from dcafy.emit.dca import Connections, Example, Recipe, dca_of
+from dcafy.emit.ends import Wire
+from dcafy.emit.whole import written
+from dcafy.emit.wire import Opened
+from dcafy.graph.rewritten import Forward, forward_of, hold, refusal, rewrite, rows_of
+
+
+class Whole(fx.GraphModule):
+    """What makes a connected root a ``GraphModule``: its graph is the whole connected network, written when asked for.
+
+    The root runs the user's own forward, unless a graph is assigned: then that runs, as users of fx expect. This class
+    stands behind the user's, and is never built: what ``GraphModule`` has of its own for that is put back to what
+    ``nn.Module`` does.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(cls)
+
+    __init__ = nn.Module.__init__
+    __str__ = nn.Module.__repr__
+    __reduce__ = object.__reduce__  # type: ignore[assignment]
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy._reconstruct(self, memo, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
+
+    def __copy__(self) -> Any:
+        return copy._reconstruct(self, None, *self.__reduce_ex__(4))  # type: ignore[attr-defined]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The whole connected network, with its connections as plain edges."""
+        if self not in _GRAPHS:
+            _GRAPHS[self] = written(self)
+        return _GRAPHS[self]
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        _GRAPHS[self] = graph
+        self.recompile()
+
+    _graph = graph
+
+    @property
+    def code(self) -> str:
+        """The graph as Python."""
+        return str(self.graph.python_code("self").src)
+
+    _code = code
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What passes note beside the graph."""
+        return _META.setdefault(self, {})
+
+    @meta.setter
+    def meta(self, value: dict[str, Any]) -> None:
+        _META[self] = value
+
+    def recompile(self) -> Any:
+        """Has the graph run, as it is now, in the place of the user's forward."""
+        forward = forward_of(self)
+        assert forward is not None
+        rewrite(self, dataclasses.replace(forward, rows=rows_of(self.graph), usual=None))
+        return self.graph.python_code("self")
+
+
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, fx.Graph] = weakref.WeakKeyDictionary()
+"""The graph of each root that was asked for it; not in the root, which is copied and pickled without it."""
+
+_META: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def open_runs(model: nn.Module, recipe: Recipe, wire: Wire, example: Any, *, whole: bool) -> None:
+    """Has every call of ``model`` open a run, and puts the recipe on its ``dca``.
+
+    ``example``: inputs to write the graph with. ``whole``: whether there is one.
+    """
+    reason = refusal(model)
+    if dca_of(model) is None:
+        hold(model, "dca", Connections().train(model.training))
+    dca: Any = model.dca
+    dca.recipe, dca.wire, dca.example = recipe, wire, Example(example)
+    if reason is not None or isinstance(model, fx.GraphModule):
+        model.register_forward_pre_hook(_open)
+        model.register_forward_hook(_close, always_call=True)
+        return
+    forward = forward_of(model) or Forward()
+    mixins = (Whole,) if whole else ()
+    rewrite(model, dataclasses.replace(forward, around=Opened, mixins=mixins))
+
+
+def _open(model: nn.Module, args: Any) -> None:
+    run = Opened(model)
+    run.__enter__()
+    _here.runs = (*getattr(_here, "runs", ()), run)
+
+
+_here = threading.local()
+
+
+def _close(model: nn.Module, args: Any, output: Any) -> None:
+    *_here.runs, run = _here.runs
+    run.__exit__()
+
+
+def close_runs(model: nn.Module) -> None:
+    """Undoes :func:`open_runs`, but for the class."""
+    for hooks, own in ((model._forward_pre_hooks, _open), (model._forward_hooks, _close)):
+        for number in [number for number, hook in hooks.items() if hook is own]:
+            del hooks[number]
+            model._forward_hooks_always_called.pop(number, None)

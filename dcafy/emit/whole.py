@@ -1,0 +1,105 @@
+"""The whole connected network as one graph: a recording of the result, in which messages are plain edges."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dcafy.emit.dca import dca_of, require_connected
+from dcafy.errors import InputError, TracingError
+from dcafy.graph.copies import own_copy
+from dcafy.graph.evaluator import Evaluator, device_of
+from dcafy.graph.nodes import mapped_tensors
+from dcafy.graph.rewritten import is_rewritten
+from dcafy.trace import Recordable, judged, recorded
+from dcafy.trace.fold import CannotEnter, fold
+from dcafy.trace.recording import Observed, Recording, check_decision, check_default
+
+
+def written(model: nn.Module, *, entered: bool = False) -> fx.Graph:
+    """The graph of a connected model; a call of a module stays one where no message passes in or out.
+
+    ``entered``: what connections compute is written out, too. Raises ``TracingError`` where there is none.
+    """
+    dca: Any = model.dca
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    example = mapped_tensors(dca.example.inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)
+    inputs = Observed(example, {})
+    recordable = Recordable(model, inputs, Evaluator(device_of(model)), connections="entered" if entered else "called")
+    try:
+        recording = judged(recordable, recorded(recordable))
+        folded = fold(recording, _of_dcafy(recording))
+    except CannotEnter as error:
+        raise TracingError(f"No graph of the whole {type(model).__name__} can be written: {error.reason}.") from error
+    for node in folded.graph.nodes:
+        node.meta = {}
+    return folded.graph
+
+
+def _of_dcafy(recording: Recording) -> Iterator[fx.Node]:
+    """The nodes that modules of generated classes made, and connections."""
+    for node, call in recording.home.items():
+        module = recording.modules[call.path]
+        if is_rewritten(module) or getattr(module, "is_connection", False):
+            yield node
+
+
+def flat(model: nn.Module) -> fx.GraphModule:
+    """A plain, trainable ``fx.GraphModule`` that computes what the connected ``model`` does, without a wire.
+
+    Its modules are copies of the network's own and plain torch layers, and nothing in it is of dcafy: for
+    ``torch.jit.script``, for tools that know graphs only, and for machines without dcafy. Its state dict has the keys
+    of ``model``, those of unused modules left out.
+
+    Raises ``InputError`` for a model that was not converted, ``TracingError`` where the whole of it cannot be written
+    down as one graph, with the reason.
+
+    >>> import dcafy, torch, torchvision
+    >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small()).eval()
+    >>> plain = dcafy.flat(model)
+    >>> x = torch.rand(1, 3, 64, 64)
+    >>> torch.equal(plain(x), model(x))
+    True
+    """
+    require_connected(model)
+    if not hasattr(dca_of(model), "recipe"):
+        raise InputError(
+            f"{type(model).__name__} is no converted model, but has one inside. Pass the very module that "
+            "dcafy.convert returned."
+        )
+    taken = next((name for name in ("graph", "code", "meta") if name in model._modules), None)
+    if taken is not None:
+        raise TracingError(f"No GraphModule can have a submodule called {taken!r}, as {type(model).__name__} does.")
+    twin = own_copy(model)
+    graph = written(twin, entered=True)
+    for node in list(graph.nodes):
+        if node.target is check_decision:
+            value, answer, module = node.args
+            with graph.inserting_before(node):
+                same = graph.call_function(operator.eq, (value, answer))
+                graph.call_function(torch._assert, (same, f"{module} computes otherwise at this size of its input"))
+            graph.erase_node(node)
+        elif node.target is check_default:
+            placeholder = node.args[0]
+            graph.erase_node(node)
+            if not placeholder.users:
+                graph.erase_node(placeholder)
+    own = [n for n in graph.nodes if n.op == "call_function" and _home(n.target).startswith("dcafy.")]
+    if own:
+        raise TracingError(
+            f"No plain graph of {type(model).__name__} can be written: it calls {own[0].target.__name__}, which needs "
+            "dcafy to run."
+        )
+    made = fx.GraphModule(twin, graph, class_name=type(model).__name__)
+    modes = {path: module.training for path, module in twin.named_modules()}
+    for path, module in made.named_modules():
+        module.training = modes.get(path, model.training)
+    return made
+
+
+def _home(function: Any) -> str:
+    return str(getattr(function, "__module__", None) or type(function).__module__)

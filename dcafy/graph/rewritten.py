@@ -1,0 +1,568 @@
+"""A module whose forward is a graph, and whose class is still the user's: a generated subclass of it.
+
+::
+
+    class SEBlock(nn.Module): ...        ─▶        class SEBlock(SEBlock):  # made here, set by ``__class__``
+        def forward(self, x): ...                      def forward(self, *args, **kwargs):
+                                                           if usual: the graph's code
+                                                           else:     the user's own forward
+
+A ``GraphModule`` made of the module would be of another class, and would lose what is not in the graph. Here the very
+object stays, with its hooks, attributes and submodules; copies and pickles are made in the user's own way and given
+the generated class again. Modules of one class and code share one generated class.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import enum
+import functools
+import importlib
+import inspect
+import itertools
+import linecache
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from dcafy.errors import InputError
+from dcafy.graph.nodes import OWNER, mapped, node_value
+from dcafy.wording import warn
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Classes that are never changed: a slice of a ``Sequential`` makes a new one of its class from all its children."""
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What a graph was recorded for; where it differs, the user's own forward runs.
+
+    ``arguments``   what the call was given by position, with :class:`Varies` for what may differ; ``None``: whatever
+    ``named``       the same, by keyword
+    ``attributes``  plain values of the module that its class reads
+    ``children``    names of submodules that its class reads -> whether there is one
+    ``absent``      what its class reads of itself, and the module has no value of its own for
+    """
+
+    arguments: tuple[Any, ...] | None = None
+    named: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()
+    children: tuple[tuple[str, bool], ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def differs(self, module: nn.Module) -> str | None:
+        """The attribute of ``module`` that has another value, if there is one."""
+        own = module.__dict__
+        for name, value in self.attributes:
+            if name not in own or not _same(own[name], value):
+                return name
+        for name in self.absent:
+            if name in own:
+                return name
+        modules = own["_modules"]
+        for name, there in self.children:
+            if (modules.get(name) is not None) is not there:
+                return name
+        return None
+
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is given what the recorded one was given, in the same way."""
+        if self.arguments is None:
+            return True
+        if len(args) != len(self.arguments) or len(kwargs) != len(self.named):
+            return False
+        for wanted, value in zip(self.arguments, args, strict=True):
+            if not _fits(wanted, value):
+                return False
+        return all(name in kwargs and _fits(wanted, kwargs[name]) for name, wanted in self.named)
+
+
+class Varies(enum.Enum):
+    """Stands for what may differ from call to call."""
+
+    TENSOR = "a tensor"
+    VALUE = "anything"
+
+
+_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, tuple) and isinstance(value, dict):
+        return _same(tuple(value.items()), wanted)
+    if isinstance(wanted, tuple) and isinstance(value, tuple | list):
+        return len(value) == len(wanted) and all(map(_same, value, wanted))
+    return value is wanted or (type(value) is type(wanted) and bool(value == wanted))
+
+
+_TENSORS = (Tensor, fx.Proxy)
+
+
+def _fits(wanted: Any, value: Any) -> bool:
+    if wanted is Varies.TENSOR:
+        return isinstance(value, _TENSORS)
+    if wanted is Varies.VALUE:
+        return True
+    if isinstance(wanted, tuple | list):
+        return isinstance(value, tuple | list) and len(value) == len(wanted) and all(map(_fits, wanted, value))
+    if isinstance(wanted, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == wanted.keys()
+            and all(_fits(wanted[k], value[k]) for k in wanted)
+        )
+    return _same(value, wanted)
+
+
+def template(arguments: Any) -> Any:
+    """Arguments of a recorded call as a :class:`Usual` has them: nodes stand for what varies."""
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return leaf
+        return Varies.TENSOR if isinstance(node_value(leaf), Tensor) else Varies.VALUE
+
+    return mapped(arguments, change)
+
+
+def reads(module: nn.Module) -> Usual:
+    """The plain values and the submodules of ``module`` that its class, or a forward of its own, speaks of."""
+    kind = original_class(module)
+    names = _names(kind, module.__dict__.get("forward"))
+    own = module.__dict__
+    attributes: list[tuple[str, Any]] = []
+    for name in sorted(names & own.keys() - _BOOKKEEPING - {"forward"}):
+        value = own[name]
+        if isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
+            attributes.append((name, tuple(value)))
+        elif isinstance(value, dict) and all(isinstance(item, _PLAIN) for pair in value.items() for item in pair):
+            attributes.append((name, tuple(value.items())))
+        elif isinstance(value, _PLAIN) or callable(value):
+            attributes.append((name, value))
+    shadowed = tuple(
+        name for name in sorted(names - own.keys() - own["_modules"].keys()) if _is_plain_of_class(kind, name)
+    )
+    children = tuple((name, own["_modules"][name] is not None) for name in sorted(names & own["_modules"].keys()))
+    return Usual(attributes=tuple(attributes), absent=shadowed, children=children)
+
+
+_BOOKKEEPING = frozenset(nn.Module().__dict__)
+
+
+def _is_plain_of_class(kind: type, name: str) -> bool:
+    """Whether ``name`` is a plain value that the class has and its instances may have one of their own for."""
+    return isinstance(inspect.getattr_static(kind, name, ...), (*_PLAIN, tuple, list))
+
+
+def _names(kind: Any, own: Any = None) -> frozenset[str]:
+    """Every name that the forward looks up, and what it calls of its own class.
+
+    ``own``: a forward that the module itself has.
+    """
+    names: set[str] = set()
+    pending = [own, inspect.getattr_static(kind, "forward", None)]
+    while pending:
+        new = _names_of(pending.pop()) - names
+        names |= new
+        pending += [inspect.getattr_static(kind, name, None) for name in new]
+    return frozenset(names)
+
+
+def _names_of(value: Any) -> set[str]:
+    """The names that a function looks up, and those of the functions inside it."""
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
+    of_user = isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith("torch.")
+    names: set[str] = set()
+    pending = [value.__code__] if of_user else []
+    while pending:
+        code = pending.pop()
+        names.update(code.co_names)
+        pending += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return names
+
+
+# --- the generated class ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a generated class is made of, besides the user's own.
+
+    ``rows``     the graph as data; ``None``: the user's own forward
+    ``usual``    what the graph was recorded for; ``None``: everything
+    ``behind``   what the output goes through, called with the module and the output
+    ``around``   the context that the forward runs in, made of the module
+    ``mixins``   classes that stand behind the user's
+    ``needs``    the submodule without which the user's own forward runs
+    ``own``      the user's own forward, where the module had one that is not its class's
+    """
+
+    rows: tuple[tuple[Any, ...], ...] | None = None
+    usual: Usual | None = Usual()
+    behind: Callable[[nn.Module, Any], Any] | None = None
+    around: Callable[[nn.Module], Any] | None = None
+    mixins: tuple[type, ...] = ()
+    needs: str = "dca"
+    own: Callable[..., Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        return self
+
+    def __reduce__(self) -> Any:
+        rows = None if self.rows is None else _targets(self.rows, _by_name)
+        return _forward_from, (rows, self.usual, self.behind, self.around, self.mixins, self.needs, self.own)
+
+
+def _forward_from(rows: Any, *rest: Any) -> Forward:
+    return Forward(None if rows is None else _targets(rows, _found), *rest)
+
+
+def rewrite(module: nn.Module, forward: Forward) -> None:
+    """Gives ``module`` the generated class; ``TypeError`` where Python does not let an object change its class."""
+    module.__class__ = rewritten_class(original_class(module), forward)
+
+
+def restore(module: nn.Module) -> None:
+    """Gives ``module`` the user's class back, and the forward of its own, if it had one."""
+    forward = forward_of(module)
+    if forward is not None:
+        module.__class__ = original_class(module)
+        if forward.own is not None:
+            module.__dict__["forward"] = types.MethodType(forward.own, module)
+
+
+def taken_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward that ``module`` has of its own, as a function of it; it has none any more."""
+    own = module.__dict__.pop("forward", None)
+    return None if own is None else getattr(own, "__func__", own)
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether the class of ``module`` was generated here."""
+    return "_written" in type(module).__dict__
+
+
+def forward_of(module: nn.Module) -> Forward | None:
+    """What the class of ``module`` was generated from, if it was."""
+    written = type(module).__dict__.get("_written")
+    return None if written is None else written[1]
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The user's class of ``module``."""
+    written = type(module).__dict__.get("_written")
+    return type(module) if written is None else written[0]
+
+
+_CLASSES: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
+    """The one generated subclass of ``kind`` with that forward."""
+    known = _CLASSES.get((kind, id(forward)))
+    if known is not None:
+        return known
+    code = None if forward.rows is None else graph_from(forward.rows).python_code("self")
+    spoken = () if code is None else tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+    rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own
+    key = kind, code and code.src, spoken, repr(forward.usual), rest
+    made = _CLASSES.get(key)
+    if made is None:
+        space: dict[str, Any] = {
+            # To tracers what is of torch is a leaf, and they would not see what is heard and told in it.
+            "__module__": __name__ if kind.__module__.startswith("torch.") else kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__doc__": kind.__doc__,
+            "__reduce_ex__": _reduce_ex,
+            "__prepare_scriptable__": _no_script,
+            "forward": _forward(kind, forward, code),
+            "_written": (kind, forward),
+        }
+        metaclass: Any = type(kind)
+        if "__deepcopy__" in dir(kind) and kind.__deepcopy__ is not None:  # type: ignore[attr-defined]
+            space["__deepcopy__"] = _deepcopy
+        quiet = () if kind.__init_subclass__.__qualname__ == "object.__init_subclass__" else (_Quiet,)
+        made = metaclass(kind.__name__, (*quiet, kind, *forward.mixins), space)
+        _CLASSES[key] = _CLASSES[kind, id(forward)] = made  # it keeps this very forward, and so the number is its own
+    assert made is not None
+    return made
+
+
+class _Quiet:
+    """Stands before a class that keeps a register of its subclasses, each name once."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+_TEMPLATE = """
+def forward(self, *args, **kwargs):
+    if needs not in self._modules and needs not in self.__dict__:  # made anew, by its class
+        return original(self, *args, **kwargs)
+{body}
+"""
+
+_BODIES = {
+    "whole": "    return written(self, *args, **kwargs)",
+    "graph": """    if usual.differs(self) is None:
+        if usual.fits(args, kwargs):
+            return written(self, *args, **kwargs)
+        again = other_way(self, usual, original, args, kwargs)
+        if again is not None:
+            return written(self, *again[0], **again[1])
+    else:
+        say(self, usual)
+    return original(self, *args, **kwargs)""",
+    "own": "    return original(self, *args, **kwargs)",
+    "behind": """    return behind(self, original(self, *args, **kwargs))""",
+}
+"""What the forward does: a graph whatever it is given, a graph where all is usual, the user's, what lies behind it."""
+
+
+def _body(forward: Forward) -> str:
+    if forward.rows is not None:
+        return _BODIES["whole" if forward.usual is None else "graph"]
+    return _BODIES["own" if forward.behind is None else "behind"]
+
+
+_numbers = itertools.count()
+
+
+def _forward(kind: type[nn.Module], forward: Forward, code: Any) -> Callable[..., Any]:
+    """The forward of a generated class.
+
+    Its source is one of the fixed texts above and no name of the user's is in it. It is compiled anew for each class:
+    ``torch.compile`` counts what it compiled by code object.
+    """
+    original = forward.own or kind.forward
+    body = _body(forward)
+    if forward.around is not None:
+        inner = "\n".join(f"    {line}" for line in body.splitlines())
+        body = f"    with around(self):\n{inner}"
+    scope: dict[str, Any] = {
+        "original": original,
+        "usual": forward.usual,
+        "behind": forward.behind,
+        "around": forward.around,
+        "needs": forward.needs,
+        "other_way": _other_way,
+        "say": _say,
+    }
+    if code is not None:
+        scope["written"] = _compiled(code.src, "forward", dict(code.globals))
+    made = _compiled(_TEMPLATE.format(body=body), "forward", scope)
+    return functools.update_wrapper(made, original)
+
+
+def _compiled(source: str, name: str, scope: dict[str, Any]) -> Callable[..., Any]:
+    file = str(Path(__file__).with_name(f"<written {next(_numbers)}>"))  # of the package, as warnings look at it
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
+    exec(compile(source, file, "exec"), scope)
+    function: Callable[..., Any] = scope[name]
+    return function
+
+
+def _other_way(
+    module: nn.Module, usual: Usual, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A call that says the same in other words (by keyword, with a default written out), as the recorded one was."""
+    signature = inspect.signature(original)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if usual.arguments is None or kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return None
+    try:
+        given = signature.bind(module, *args, **kwargs)
+    except TypeError:  # the user's own forward says what is wrong with it
+        return None
+    given.apply_defaults()
+    values = dict(itertools.islice(given.arguments.items(), 1, None))
+    named = dict(usual.named)
+    again_named = {name: values.pop(name) for name in named if name in values}
+    again = tuple(values.values())[: len(usual.arguments)]
+    rest = list(values)[len(usual.arguments) :]
+    defaults = all(_same(values[name], signature.parameters[name].default) for name in rest)
+    return (again, again_named) if defaults and usual.fits(again, again_named) else None
+
+
+def _say(module: nn.Module, usual: Usual) -> None:
+    name = usual.differs(module)
+    said = module.__dict__.setdefault("_said", set())
+    if name not in said:
+        said.add(name)
+        warn(
+            f"{type(module).__name__}.{name} is no longer what it was when the model was converted, so that its own "
+            "forward runs and its attention block is not connected. Set it back, or take dcafy.revert(model) and "
+            "convert that anew."
+        )
+
+
+def _no_script(self: nn.Module) -> NoReturn:
+    raise InputError(
+        f"{type(self).__name__} runs code that dcafy wrote, which TorchScript cannot compile. Script the plain graph "
+        "of the whole model: torch.jit.script(dcafy.flat(model))."
+    )
+
+
+# --- copies and pickles -------------------------------------------------------------------------------------
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    kind, forward = type(self)._written  # type: ignore[attr-defined]
+    reduced = kind.__reduce_ex__(self, protocol)
+    if not isinstance(reduced, tuple):
+        return reduced
+    make, args, *rest = reduced
+    return (_remade, (kind, forward, make, tuple(kind if a is type(self) else a for a in args)), *rest)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """The user's own copy of the module without what was put into it, which is copied as well."""
+    kind, forward = type(self)._written  # type: ignore[attr-defined]
+    plain = object.__new__(kind)
+    own = {name: value for name, value in self.__dict__.items() if name != forward.needs}
+    own["_modules"] = {name: module for name, module in self._modules.items() if name != forward.needs}
+    object.__setattr__(plain, "__dict__", own)
+    twin: nn.Module = kind.__deepcopy__(plain, memo)
+    memo[id(self)] = twin
+    hold(twin, forward.needs, copy.deepcopy(getattr(self, forward.needs), memo))
+    twin.__class__ = type(self)
+    return twin
+
+
+def hold(module: nn.Module, name: str, held: nn.Module) -> None:
+    """Puts ``held`` under ``name`` of ``module``: as a submodule where it has any of its own, else beside them.
+
+    ``nn.Sequential(*module.children())`` has no use for what holds nothing.
+    """
+    if next(held.children(), None) is None and next(held.parameters(), None) is None:
+        module.__dict__[name] = held
+    else:
+        module._modules[name] = held
+
+
+def _remade(kind: type[nn.Module], forward: Forward, make: Callable[..., Any], args: tuple[Any, ...]) -> nn.Module:
+    module: nn.Module = make(*args)
+    module.__class__ = rewritten_class(kind, forward)
+    return module
+
+
+def _found(target: Any) -> Any:
+    return target.found() if isinstance(target, _Function) else target
+
+
+def _targets(rows: Iterable[tuple[Any, ...]], change: Callable[[Any], Any]) -> tuple[tuple[Any, ...], ...]:
+    return tuple((op, name, change(target), *rest) for op, name, target, *rest in rows)
+
+
+# --- graphs as data -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A node of a graph that is written down as data."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function that pickle does not find by itself: ``F.max_pool2d`` is a closure under a module's name."""
+
+    module: str
+    name: str
+
+    def found(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+def _by_name(target: Any) -> Any:
+    """What a node calls, as something that pickle can write."""
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    known = _Function(target.__module__, target.__name__)
+    return known if getattr(sys.modules.get(known.module), known.name, None) is target else target
+
+
+def rows_of(graph: fx.Graph) -> tuple[tuple[Any, ...], ...]:
+    """The graph as data: (op, name, target, args, kwargs, owner), nodes as references."""
+
+    def refer(value: Any) -> Any:
+        return _Ref(value.name) if isinstance(value, fx.Node) else value
+
+    return tuple(
+        (n.op, n.name, n.target, map_aggregate(n.args, refer), map_aggregate(n.kwargs, refer), n.meta.get(OWNER, ""))
+        for n in graph.nodes
+    )
+
+
+def graph_from(rows: Iterable[tuple[Any, ...]]) -> fx.Graph:
+    """The graph that :func:`rows_of` wrote down."""
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        return nodes[value.name] if isinstance(value, _Ref) else value
+
+    for op, name, target, args, kwargs, owner in rows:
+        node = graph.create_node(op, target, map_aggregate(args, resolve), map_aggregate(kwargs, resolve), name=name)
+        node.meta[OWNER] = owner
+        nodes[name] = node
+    return graph
+
+
+# --- what cannot be rewritten -------------------------------------------------------------------------------
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why no subclass can take the place of the class of ``module``, if there is a reason."""
+    kind = original_class(module)
+    if not is_rewritten(module) and ("dca" in module._modules or "dca" in module.__dict__):
+        return f"{kind.__name__} has a 'dca' of its own"
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(own, "__self__", None) is not module:
+        return f"the forward of {kind.__name__} was replaced by what is no method of it"
+    if isinstance(module, CONTAINERS):
+        return f"{kind.__name__} is a container, whose class stays as it is"
+    for name, function in _methods(kind):
+        if _asks_super_of_its_type(function):
+            return (
+                f"{kind.__name__}.{name} calls super(type(self), self), which finds itself again in any subclass; "
+                "write super() there"
+            )
+    return None
+
+
+def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
+    for base in kind.__mro__:
+        if base.__module__.startswith(("torch.nn.", "builtins")):
+            continue
+        for name, value in vars(base).items():
+            value = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(value, types.FunctionType):
+                yield name, value
+
+
+@functools.lru_cache(maxsize=4096)
+def _asks_super_of_its_type(function: types.FunctionType) -> bool:
+    """Whether the code has ``super(type(self), ...)`` or ``super(self.__class__, ...)``."""
+    code = function.__code__
+    if "super" not in code.co_names or not ({"type", "__class__"} & set(code.co_names)):
+        return False
+    after: list[Any] | None = None
+    for step in dis.get_instructions(code):
+        if step.argval == "super":
+            after = []
+        elif after is not None:
+            after.append(step.argval)
+            if step.argval in ("type", "__class__") and len(after) <= 4:
+                return True
+    return False

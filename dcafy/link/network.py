@@ -1,0 +1,71 @@
+"""The regions of a model as one network: all its blocks in the order data meets them, and who could hear whom."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from dcafy.find.roles import Found
+from dcafy.link.message import Message, Unlinkable, mismatch
+from dcafy.link.region import Region
+
+
+@dataclass(frozen=True)
+class Network:
+    """All regions of a model.
+
+    ``order``    the names of the blocks, in the order data meets them
+    ``earlier``  block name -> the earlier blocks of its dimension whose outputs reach it, nearest last
+    ``repeats``  paths of regions and modules that a run calls any number of times, each time alike
+    """
+
+    regions: tuple[Region, ...]
+    order: tuple[str, ...]
+    earlier: dict[str, tuple[str, ...]]
+    repeats: frozenset[str] = frozenset()
+
+    def without(self, names: Collection[str]) -> Network:
+        """The network in which these blocks are none."""
+        earlier = {
+            n: tuple(o for o in before if o not in names) for n, before in self.earlier.items() if n not in names
+        }
+        return dataclasses.replace(
+            self,
+            regions=tuple(region.without(names) for region in self.regions),
+            order=tuple(name for name in self.order if name not in names),
+            earlier={name: before for name, before in earlier.items() if before},
+        )
+
+    @functools.cached_property
+    def _home(self) -> dict[str, Region]:
+        return {block.name: region for region in self.regions for block in region.found}
+
+    def region(self, name: str) -> Region:
+        """The region that a block is in."""
+        return self._home[name]
+
+    def __getitem__(self, name: str) -> Found:
+        return self._home[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
+    @property
+    def found(self) -> tuple[Found, ...]:
+        """The blocks, in order."""
+        return tuple(self[name] for name in self.order)
+
+    def message(self, name: str) -> Message | Unlinkable:
+        """What a block passes on, or why it cannot."""
+        return self._home[name].messages[name]
+
+    def obstacle(self, source: str, target: str) -> str | None:
+        """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
+        message = self.message(source)
+        return str(message) if isinstance(message, Unlinkable) else mismatch(message, self[target])
+
+    def apart(self, source: str, target: str) -> bool:
+        """Whether two blocks lie in different regions, and the first is not known to reach the second."""
+        return self.region(source) is not self.region(target) and source not in self.earlier.get(target, ())
