@@ -10,7 +10,8 @@ from dcafy.emit.dca import dca_of, is_ours, own_parameters, require_connected
 from dcafy.emit.root import close_runs
 from dcafy.graph.copies import own_copy
 from dcafy.graph.modes import keep_in_eval
-from dcafy.graph.rewritten import graph_from, restore
+from dcafy.graph.rewritten import restore
+from dcafy.graph.rows import graph_from
 
 
 def parameter_groups(

@@ -22,7 +22,8 @@ from dcafy.analysis.stages import Stage, stages
 from dcafy.find.roles import Found
 from dcafy.graph.copies import shared_copy
 from dcafy.graph.paths import free_name, joined
-from dcafy.graph.rewritten import Forward, forward_of, rewrite, rows_of
+from dcafy.graph.rewritten import Forward, forward_of, rewrite
+from dcafy.graph.rows import rows_of
 from dcafy.link.region import Region
 from dcafy.link.sites import NoPlace
 from dcafy.plan.blocks import Skipped

@@ -23,11 +23,12 @@ from dcafy.attention.sk import SK
 from dcafy.attention.units import Kernel, Unit, units
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError, UsageError
+from dcafy.graph import usual
 from dcafy.graph.copies import own_copy, shared_copy
 from dcafy.graph.evaluator import device_of
 from dcafy.graph.paths import free_name, joined
-from dcafy.graph.rewritten import Forward, refusal, rewrite, rows_of, taken_forward
-from dcafy.graph.rewritten import reads as reads_of
+from dcafy.graph.rewritten import Forward, original_class, refusal, rewrite, taken_forward
+from dcafy.graph.rows import rows_of
 from dcafy.plan.options import Init
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
@@ -122,7 +123,10 @@ def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int, init: I
     for node in folded.graph.nodes:
         node.meta = {}
     host.add_module(name, module)
-    rewrite(host, Forward(rows_of(folded.graph), reads_of(host), needs=name, own=taken_forward(host)))
+    rewrite(
+        host,
+        Forward(rows_of(folded.graph), usual.reads(host, original_class(host)), needs=name, own=taken_forward(host)),
+    )
 
 
 def _require_last(unit: Unit, host: nn.Module, reads: tuple[fx.Node, ...]) -> None:

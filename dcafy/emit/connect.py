@@ -28,7 +28,9 @@ from dcafy.emit.wiring import Wiring, wires
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, joined
-from dcafy.graph.rewritten import Forward, hold, reads, rewrite, rows_of, taken_forward, template
+from dcafy.graph.rewritten import Forward, hold, original_class, rewrite, taken_forward
+from dcafy.graph.rows import rows_of
+from dcafy.graph.usual import reads, template
 from dcafy.link.message import Message
 from dcafy.link.network import Network
 from dcafy.link.region import Region
@@ -193,7 +195,7 @@ class _Host:
             folded = self.region.sites.folded(self.path)
             ports = _Edits(self, folded, places).ports()
             call = self.region.sites.calls(self.path)[0]
-            usual = reads(module)
+            usual = reads(module, original_class(module))
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)

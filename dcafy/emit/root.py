@@ -14,7 +14,8 @@ from dcafy.emit.dca import Connections, Example, Recipe, dca_of
 from dcafy.emit.ends import Wire
 from dcafy.emit.whole import written
 from dcafy.emit.wire import Opened
-from dcafy.graph.rewritten import Forward, forward_of, hold, refusal, rewrite, rows_of
+from dcafy.graph.rewritten import Forward, forward_of, hold, refusal, rewrite
+from dcafy.graph.rows import rows_of
 
 
 class Whole(fx.GraphModule):

@@ -16,178 +16,26 @@ from __future__ import annotations
 
 import copy
 import dis
-import enum
 import functools
-import importlib
 import inspect
 import itertools
 import linecache
-import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch import nn
 
 from dcafy.errors import InputError
-from dcafy.graph.nodes import OWNER, mapped, node_value
+from dcafy.graph.rows import Rows, found, graph_from, portable
+from dcafy.graph.usual import Usual, same
 from dcafy.wording import warn
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Classes that are never changed: a slice of a ``Sequential`` makes a new one of its class from all its children."""
-
-
-@dataclass(frozen=True)
-class Usual:
-    """What a graph was recorded for; where it differs, the user's own forward runs.
-
-    ``arguments``   what the call was given by position, with :class:`Varies` for what may differ; ``None``: whatever
-    ``named``       the same, by keyword
-    ``attributes``  plain values of the module that its class reads
-    ``children``    names of submodules that its class reads -> whether there is one
-    ``absent``      what its class reads of itself, and the module has no value of its own for
-    """
-
-    arguments: tuple[Any, ...] | None = None
-    named: tuple[tuple[str, Any], ...] = ()
-    attributes: tuple[tuple[str, Any], ...] = ()
-    children: tuple[tuple[str, bool], ...] = ()
-    absent: tuple[str, ...] = ()
-
-    def differs(self, module: nn.Module) -> str | None:
-        """The attribute of ``module`` that has another value, if there is one."""
-        own = module.__dict__
-        for name, value in self.attributes:
-            if name not in own or not _same(own[name], value):
-                return name
-        for name in self.absent:
-            if name in own:
-                return name
-        modules = own["_modules"]
-        for name, there in self.children:
-            if (modules.get(name) is not None) is not there:
-                return name
-        return None
-
-    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is given what the recorded one was given, in the same way."""
-        if self.arguments is None:
-            return True
-        if len(args) != len(self.arguments) or len(kwargs) != len(self.named):
-            return False
-        for wanted, value in zip(self.arguments, args, strict=True):
-            if not _fits(wanted, value):
-                return False
-        return all(name in kwargs and _fits(wanted, kwargs[name]) for name, wanted in self.named)
-
-
-class Varies(enum.Enum):
-    """Stands for what may differ from call to call."""
-
-    TENSOR = "a tensor"
-    VALUE = "anything"
-
-
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, tuple) and isinstance(value, dict):
-        return _same(tuple(value.items()), wanted)
-    if isinstance(wanted, tuple) and isinstance(value, tuple | list):
-        return len(value) == len(wanted) and all(map(_same, value, wanted))
-    return value is wanted or (type(value) is type(wanted) and bool(value == wanted))
-
-
-_TENSORS = (Tensor, fx.Proxy)
-
-
-def _fits(wanted: Any, value: Any) -> bool:
-    if wanted is Varies.TENSOR:
-        return isinstance(value, _TENSORS)
-    if wanted is Varies.VALUE:
-        return True
-    if isinstance(wanted, tuple | list):
-        return isinstance(value, tuple | list) and len(value) == len(wanted) and all(map(_fits, wanted, value))
-    if isinstance(wanted, dict):
-        return (
-            isinstance(value, dict)
-            and value.keys() == wanted.keys()
-            and all(_fits(wanted[k], value[k]) for k in wanted)
-        )
-    return _same(value, wanted)
-
-
-def template(arguments: Any) -> Any:
-    """Arguments of a recorded call as a :class:`Usual` has them: nodes stand for what varies."""
-
-    def change(leaf: Any) -> Any:
-        if not isinstance(leaf, fx.Node):
-            return leaf
-        return Varies.TENSOR if isinstance(node_value(leaf), Tensor) else Varies.VALUE
-
-    return mapped(arguments, change)
-
-
-def reads(module: nn.Module) -> Usual:
-    """The plain values and the submodules of ``module`` that its class, or a forward of its own, speaks of."""
-    kind = original_class(module)
-    names = _names(kind, module.__dict__.get("forward"))
-    own = module.__dict__
-    attributes: list[tuple[str, Any]] = []
-    for name in sorted(names & own.keys() - _BOOKKEEPING - {"forward"}):
-        value = own[name]
-        if isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
-            attributes.append((name, tuple(value)))
-        elif isinstance(value, dict) and all(isinstance(item, _PLAIN) for pair in value.items() for item in pair):
-            attributes.append((name, tuple(value.items())))
-        elif isinstance(value, _PLAIN) or callable(value):
-            attributes.append((name, value))
-    shadowed = tuple(
-        name for name in sorted(names - own.keys() - own["_modules"].keys()) if _is_plain_of_class(kind, name)
-    )
-    children = tuple((name, own["_modules"][name] is not None) for name in sorted(names & own["_modules"].keys()))
-    return Usual(attributes=tuple(attributes), absent=shadowed, children=children)
-
-
-_BOOKKEEPING = frozenset(nn.Module().__dict__)
-
-
-def _is_plain_of_class(kind: type, name: str) -> bool:
-    """Whether ``name`` is a plain value that the class has and its instances may have one of their own for."""
-    return isinstance(inspect.getattr_static(kind, name, ...), (*_PLAIN, tuple, list))
-
-
-def _names(kind: Any, own: Any = None) -> frozenset[str]:
-    """Every name that the forward looks up, and what it calls of its own class.
-
-    ``own``: a forward that the module itself has.
-    """
-    names: set[str] = set()
-    pending = [own, inspect.getattr_static(kind, "forward", None)]
-    while pending:
-        new = _names_of(pending.pop()) - names
-        names |= new
-        pending += [inspect.getattr_static(kind, name, None) for name in new]
-    return frozenset(names)
-
-
-def _names_of(value: Any) -> set[str]:
-    """The names that a function looks up, and those of the functions inside it."""
-    value = getattr(value, "__func__", getattr(value, "fget", value))
-    value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
-    of_user = isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith("torch.")
-    names: set[str] = set()
-    pending = [value.__code__] if of_user else []
-    while pending:
-        code = pending.pop()
-        names.update(code.co_names)
-        pending += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return names
 
 
 # --- the generated class ------------------------------------------------------------------------------------
@@ -206,8 +54,8 @@ class Forward:
     ``own``      the user's own forward, where the module had one that is not its class's
     """
 
-    rows: tuple[tuple[Any, ...], ...] | None = None
-    usual: Usual | None = Usual()
+    rows: Rows | None = None
+    usual: Usual | None = field(default_factory=Usual)
     behind: Callable[[nn.Module, Any], Any] | None = None
     around: Callable[[nn.Module], Any] | None = None
     mixins: tuple[type, ...] = ()
@@ -218,12 +66,12 @@ class Forward:
         return self
 
     def __reduce__(self) -> Any:
-        rows = None if self.rows is None else _targets(self.rows, _by_name)
+        rows = None if self.rows is None else portable(self.rows)
         return _forward_from, (rows, self.usual, self.behind, self.around, self.mixins, self.needs, self.own)
 
 
 def _forward_from(rows: Any, *rest: Any) -> Forward:
-    return Forward(None if rows is None else _targets(rows, _found), *rest)
+    return Forward(None if rows is None else found(rows), *rest)
 
 
 def rewrite(module: nn.Module, forward: Forward) -> None:
@@ -389,7 +237,7 @@ def _other_way(
     again_named = {name: values.pop(name) for name in named if name in values}
     again = tuple(values.values())[: len(usual.arguments)]
     rest = list(values)[len(usual.arguments) :]
-    defaults = all(_same(values[name], signature.parameters[name].default) for name in rest)
+    defaults = all(same(values[name], signature.parameters[name].default) for name in rest)
     return (again, again_named) if defaults and usual.fits(again, again_named) else None
 
 
@@ -453,70 +301,6 @@ def _remade(kind: type[nn.Module], forward: Forward, make: Callable[..., Any], a
     module: nn.Module = make(*args)
     module.__class__ = rewritten_class(kind, forward)
     return module
-
-
-def _found(target: Any) -> Any:
-    return target.found() if isinstance(target, _Function) else target
-
-
-def _targets(rows: Iterable[tuple[Any, ...]], change: Callable[[Any], Any]) -> tuple[tuple[Any, ...], ...]:
-    return tuple((op, name, change(target), *rest) for op, name, target, *rest in rows)
-
-
-# --- graphs as data -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """A node of a graph that is written down as data."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Function:
-    """A function that pickle does not find by itself: ``F.max_pool2d`` is a closure under a module's name."""
-
-    module: str
-    name: str
-
-    def found(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.name)
-
-
-def _by_name(target: Any) -> Any:
-    """What a node calls, as something that pickle can write."""
-    if "<locals>" not in getattr(target, "__qualname__", ""):
-        return target
-    known = _Function(target.__module__, target.__name__)
-    return known if getattr(sys.modules.get(known.module), known.name, None) is target else target
-
-
-def rows_of(graph: fx.Graph) -> tuple[tuple[Any, ...], ...]:
-    """The graph as data: (op, name, target, args, kwargs, owner), nodes as references."""
-
-    def refer(value: Any) -> Any:
-        return _Ref(value.name) if isinstance(value, fx.Node) else value
-
-    return tuple(
-        (n.op, n.name, n.target, map_aggregate(n.args, refer), map_aggregate(n.kwargs, refer), n.meta.get(OWNER, ""))
-        for n in graph.nodes
-    )
-
-
-def graph_from(rows: Iterable[tuple[Any, ...]]) -> fx.Graph:
-    """The graph that :func:`rows_of` wrote down."""
-    graph = fx.Graph()
-    nodes: dict[str, fx.Node] = {}
-
-    def resolve(value: Any) -> Any:
-        return nodes[value.name] if isinstance(value, _Ref) else value
-
-    for op, name, target, args, kwargs, owner in rows:
-        node = graph.create_node(op, target, map_aggregate(args, resolve), map_aggregate(kwargs, resolve), name=name)
-        node.meta[OWNER] = owner
-        nodes[name] = node
-    return graph
 
 
 # --- what cannot be rewritten -------------------------------------------------------------------------------
