@@ -101,7 +101,7 @@ def convert(
     check(conversion, CHOICES, dashes=False)
     given = model
     model = with_attention(given, conversion, example_inputs=example_inputs, copy=copy)
-    copy = copy and model is given  # attention was put into a copy already
+    copied, copy = copy, copy and model is given  # attention was put into a copy already
     original = given if conversion.init == "identity" else model  # the paper's own form is no no-op
     seen = survey(model, example_inputs)
     if is_connected(model):
@@ -126,7 +126,7 @@ def convert(
         if inexact:
             tell_drift(inexact[0], original, converted, seen.inputs if verify else None)
         elif verify:
-            verify_outputs(original, converted, seen.inputs)
+            verify_outputs(original, converted, seen.inputs, copied=copied)
     return converted  # type: ignore[return-value]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import threading
 import types
@@ -22,6 +23,7 @@ from networks import with_attention
 from snapshot import differences, snapshot
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from trained import trained
 
 import dcafy
 from dcafy.errors import InputError, NoAttentionError, PlanError, TracingError
@@ -507,6 +509,28 @@ def test_verification_fails() -> None:
     """The last step fails, after everything has been built: the model is as it was all the same."""
     message = refused(dcafy.convert, Restless().train(), dcafy.errors.VerificationError, example_inputs=IMAGES)
     assert "verify=False" in message or "report" in message.lower()
+
+
+class Rounded(networks.SELinear):
+    """Its copies compute a little otherwise, as those of weights do that a file maps into memory."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        first = self.excite[0]
+        twin = memo[id(self)] = type(self)(first.in_features).train(self.training)
+        twin.load_state_dict(self.state_dict())
+        with torch.no_grad():
+            twin.excite[0].weight.mul_(1 + 1e-3)
+        return twin
+
+
+def test_a_model_whose_plain_copy_differs() -> None:
+    """Weights elsewhere in memory may be summed in another order: the result is equal to a copy, and says so."""
+    model = trained(functools.partial(with_attention, Rounded), IMAGES).eval()
+    twin = copy.deepcopy(model)
+    assert not torch.equal(twin(IMAGES), model(IMAGES))
+    with pytest.warns(UserWarning, match="copy=False it is equal to the model"):
+        converted = dcafy.convert(model, example_inputs=IMAGES)
+    assert torch.equal(converted(IMAGES), twin(IMAGES))
 
 
 def test_messages_do_not_leak_the_copy() -> None:

@@ -279,6 +279,16 @@ def test_export(network: Network) -> None:
         torch.testing.assert_close(evaluate(program.module(), images), evaluate(model, images))
 
 
+def test_an_exported_program_is_the_network_only(tmp_path: Path) -> None:
+    """An export runs the graph of a ``GraphModule``, which is written then: no step of that is in the program."""
+    images = NETWORK.images()
+    model = under_way(NETWORK)
+    program = torch.export.export(model, (images,))
+    torch.export.save(program, tmp_path / "program.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "program.pt2").module()(images), evaluate(model, images))
+    assert len(torch.export.export(model, (images,)).graph.nodes) == len(program.graph.nodes)
+
+
 @pytest.mark.slow
 def test_onnx(model: torch.fx.GraphModule, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")

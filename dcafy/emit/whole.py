@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,8 +24,14 @@ from dcafy.trace.recording import Observed, Recording, check_decision, check_def
 def written(model: nn.Module, *, entered: bool = False) -> fx.Graph:
     """The graph of a connected model; a call of a module stays one where no message passes in or out.
 
-    ``entered``: what connections compute is written out, too. Raises ``TracingError`` where there is none.
+    ``entered``: what connections compute is written out, too. Raises ``TracingError`` where there is none. It is
+    written on a thread of its own: modes that whoever asks is in (an export, autocast, ``no_grad``) are not on there.
     """
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(_written, model, entered).result()
+
+
+def _written(model: nn.Module, entered: bool) -> fx.Graph:
     dca: Any = model.dca
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     example = mapped_tensors(dca.example.inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)

@@ -22,6 +22,7 @@ import users_classes
 from networks import Classifier, SELinear, with_attention
 from subjects import cases, subject
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.optimization import fuse
 from trained import evaluate, images, moved, seeded, trained, with_betas
 from users_classes import ATTENTIONS, ROOTS, WITHOUT_GRAPH, SEReading, blocks, inline_reading, trained_network
@@ -572,6 +573,16 @@ def test_the_graph_computes_what_the_network_does(name: str) -> None:
             outputs.append(run(twin))
     assert torch.equal(outputs[1], outputs[0])
     assert torch.equal(outputs[2], outputs[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode, lambda: torch.autocast("cpu")])
+def test_the_graph_is_the_same_in_every_mode(mode: Callable[[], Any]) -> None:
+    """An export runs a ``GraphModule`` by its graph: what writes it must not become part of the program."""
+    _, d = started(with_attention(SELinear))
+    _, twin = started(with_attention(SELinear))
+    with mode():
+        written = twin.graph
+    assert str(written) == str(d.graph)
 
 
 def test_the_graph_has_the_connections_as_plain_edges() -> None:
