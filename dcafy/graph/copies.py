@@ -73,7 +73,7 @@ def _copies(value: Any, memo: dict[int, Any]) -> bool:
 
 def _held(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that ``model`` has: in its modules, and in containers and plain objects that they have."""
-    pending = [value for module in model.modules() for value in module.__dict__.values()]
+    pending = [value for module in model.modules() for value in module.__dict__.values() if not is_nothing(value)]
     seen = set()
     while pending:
         value = pending.pop()
@@ -89,6 +89,14 @@ def _held(model: nn.Module) -> Iterator[Tensor]:
             pending += value
         pending += getattr(value, "__dict__", {}).values()
 
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value of a module is plain or an empty container, as most of the dozen that ``nn.Module`` makes are."""
+    kind = type(value)
+    return kind in _SHARED or (kind in _EMPTY and not value)
+
+
+_EMPTY = frozenset({dict, collections.OrderedDict, set, list, tuple})
 
 _ATOMS = (nn.Module, type, types.FunctionType, types.ModuleType)
 """What is no container of its own: a module is looked into by its path, the rest is never copied."""
@@ -144,7 +152,7 @@ def _copied(value: Any, memo: dict[int, Any], tensor_of: Callable[[Tensor], Tens
     if isinstance(value, Tensor):  # in a cache of the module's own
         memo[id(value)] = tensor_of(value)
         return memo[id(value)]
-    if kind in (dict, collections.OrderedDict, set, list, tuple) and not value:
+    if kind in _EMPTY and not value:
         return kind()
     if kind is dict:
         twin = memo[id(value)] = {}

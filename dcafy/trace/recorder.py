@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from dcafy.graph.copies import is_nothing
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import VALUE, as_plain, is_record, mapped, values_of
 from dcafy.graph.paths import joined, within
@@ -305,7 +306,8 @@ def _stored(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Modules on which a forward stored what it computed: a side effect that no graph has."""
     found: dict[str, str] = {}
     for path, module in modules.items():
-        stored = [name for name, value in (*module._buffers.items(), *module.__dict__.items()) if holds_proxy(value)]
+        own = (item for item in (*module._buffers.items(), *module.__dict__.items()) if not is_nothing(item[1]))
+        stored = [name for name, value in own if holds_proxy(value)]
         if stored:
             found[path] = f"its forward stores what it computes in self.{stored[0]}"
     return found
