@@ -120,4 +120,4 @@ def require_connected(model: nn.Module) -> None:
 
 def own_parameters(model: nn.Module) -> set[int]:
     """The identities of all parameters that the connections have."""
-    return {id(p) for _, module, _ in connected_hosts(model) for p in module.dca.parameters()}  # type: ignore[union-attr]
+    return {id(p) for _, module, _ in connected_hosts(model) for p in dca_of(module).parameters()}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.emit.dca import connected_hosts, connection_at, require_connected
+from dcafy.emit.dca import connected_hosts, connection_at, own_parameters, require_connected
 from dcafy.emit.ends import Ends, Heard, Line, Port, Told, Wire
 from dcafy.emit.recomputation import backward, frames, is_reentrant
 from dcafy.wording import warn
@@ -193,7 +193,10 @@ def hear(dca: Any, number: int, G: Tensor) -> Tensor:
         _keep(frame, port, heard, messages)
     if heard is None:
         return G
-    result: Tensor = connection_at(dca, heard.connection)(G, *messages)
+    connection = connection_at(dca, heard.connection)
+    if not traced and dca.training and torch.is_grad_enabled() and not connection.alpha.requires_grad:
+        _check_frozen(ends.wire)
+    result: Tensor = connection(G, *messages)
     return result
 
 
@@ -328,4 +331,25 @@ def _check_checkpoints(dca: Any, heard: Any, messages: tuple[Any, ...]) -> None:
             f"The attention block {heard.reader} runs inside a backward pass and hears nothing of the block before it: "
             "a reentrant checkpoint runs it again. Use checkpoint(..., use_reentrant=False). If it is a part of the "
             "model that you run there yourself, put `with dcafy.run(model):` around it."
+        )
+
+
+# --- connections that stand still ---------------------------------------------------------------------------
+
+_looked_at: set[str] = set()
+
+
+def _check_frozen(wire: Wire) -> None:
+    """Warns, once, of connections that stand still in a model that trains: wrappers freeze what they do not know."""
+    root: nn.Module | None = getattr(wire.here, "root", None)
+    if root is None or wire.token in _looked_at:
+        return
+    _looked_at.add(wire.token)
+    own = own_parameters(root)
+    trained = {id(p) for p in root.parameters() if p.requires_grad}
+    if trained and not trained & own:
+        warn(
+            f"The connections of {type(root).__name__} are frozen while other parts of it train: they stay as they "
+            "are. With peft, pass modules_to_save=['dca']; else set requires_grad of the parameters of "
+            "dcafy.connections(model)."
         )
