@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
 from dcafy.find.layout import PERMUTES, Layouts, is_arithmetic
-from dcafy.graph.nodes import OWNER, node_value
+from dcafy.graph.nodes import PLACE, node_value
 from dcafy.graph.ops import Op, gate_of, op_name
 from dcafy.plan.blocks import AttentionBlock, FusionKind
 from dcafy.plan.options import Dimension
@@ -217,9 +217,9 @@ class Roles:
         return one_channel and op in (Op.LAYOUT, Op.PARAMETRIC)
 
     def _home(self, nodes: list[fx.Node]) -> str:
-        """The path of the innermost module that holds all of ``nodes``."""
+        """The path of the innermost module that holds all of ``nodes``, as they are called there."""
         own = [n for n in nodes if not self.flow.is_connection(n)]
-        paths = [str(n.target) if n.op == "call_module" else str(n.meta.get(OWNER, "")) for n in own]
+        paths = [str(n.meta.get(PLACE, "")) for n in own]
         common = paths[0].split(".")
         for path in paths[1:]:
             parts = path.split(".")
