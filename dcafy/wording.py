@@ -19,14 +19,23 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
-def quoted(name: str, most: int = 60) -> str:
-    """``name`` in quotes as a message has it: printable, and shortened where it is long.
+def short(text: str, most: int = 100) -> str:
+    """``text`` on one line, printable, and cut in the middle where it is longer than ``most``.
 
-    >>> quoted("a" * 100, most=10)
-    "'aaaaaaaaaa...'"
+    >>> short("a name" + 100 * "!", 20)
+    'a name!!! ... !!!!!!'
     """
-    shown = printable(name[: most + 1])
-    return f"'{shown[:most]}...'" if len(shown) > most else f"'{shown}'"
+    text = printable(" ".join(text.split()) if text.strip() else text)
+    return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
+
+
+def quoted(name: str) -> str:
+    """``name`` in quotes as a message has it.
+
+    >>> quoted("a b")
+    "'a b'"
+    """
+    return f"'{short(name, 60)}'"
 
 
 def counted(number: int, noun: str) -> str:

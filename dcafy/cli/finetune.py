@@ -13,10 +13,11 @@ import typer
 from dcafy import errors
 from dcafy.cli.app import app
 from dcafy.cli.configured import given_options, with_options
-from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion
 from dcafy.runs.options import RunOptions, with_defaults_of
+from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable
 
@@ -33,9 +34,8 @@ def finetune_command(
     training: TrainingConfig,
     images: DataOptions,
     conversion: Conversion,
-    arch: Arch = None,
+    file: FileOptions,
     settings: Settings = None,
-    trust_pickle: TrustPickle = False,
 ) -> None:
     """Connect a network and train it on. Under torchrun it trains in several processes or on several machines."""
     if run.resume and run.output is None:
@@ -61,11 +61,21 @@ def finetune_command(
             training = with_defaults_of(run.task, training, given)
             seeds = run.seeds if run.compare else 0
             asked = Request(
-                model, run.data, arch, settings_given(settings), conversion, images, training, seeds, run.task
+                model,
+                run.data,
+                file.arch,
+                settings_given(settings),
+                conversion,
+                images,
+                training,
+                seeds,
+                run.task,
+                prefix=file.prefix,
+                ignore_head=file.ignore_head,
             ).anchored()
             if is_main_process():
                 _require_free(output)
-        printed = _run(asked, output, run, trust_pickle)
+        printed = _run(asked, output, run, file)
     print(printed, end="")
 
 
@@ -99,7 +109,7 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     if "settings" in given:
         given["settings"] = settings_given(given["settings"])
     known = {
-        **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings")},
+        **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings", *_PLACES)},
         "compare": asked.seeds > 0,
         "seeds": max(asked.seeds, 1),
         **dataclasses.asdict(asked.conversion),
@@ -115,6 +125,9 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     changed = {name: given[name] for name in _MAY_CHANGE if name in given}
     return dataclasses.replace(asked, training=dataclasses.replace(asked.training, **changed))
 
+
+_PLACES = ("prefix", "ignore_head")
+"""Options that say where among the weights in a file the network is."""
 
 _MAY_CHANGE = ("workers", "cpu", "checkpoint_steps")
 """Options of a training that do not change what it computes."""
@@ -138,7 +151,7 @@ def _tell(amiss: tuple[str, ...]) -> None:
         print(f"{len(amiss)} such boxes in all; --strict stops at the first.", file=sys.stderr)
 
 
-def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> str:
+def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> str:
     """Runs what was asked for; the summary, for the main process."""
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, subject, train
@@ -154,16 +167,14 @@ def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> s
         # Whatever is wrong with the network, the data or the log shows here, before there is a run.
         if run.json_log is not None and is_main_process():
             JsonLines(run.json_log).require_writable()
-        on = subject(asked, seed=asked.training.seed, trust_pickle=trust_pickle)
+        on = subject(asked, seed=asked.training.seed, file=file)
         if is_main_process():
             _tell(on.data.amiss)
             write_request(output, asked)
         if asked.seeds:
             from dcafy.runs.compare import compare
 
-            comparison = compare(
-                asked, output, trust_pickle=trust_pickle, listener_for=listeners, is_main=is_main_process()
-            )
+            comparison = compare(asked, output, file=file, listener_for=listeners, is_main=is_main_process())
             return of_comparison(comparison) if is_main_process() else ""
         history = train(asked, on, output, seed=asked.training.seed, resume=run.resume, listeners=listeners())
         if not is_main_process():
