@@ -12,6 +12,7 @@ from dcafy.graph.copies import own_copy
 from dcafy.graph.modes import keep_in_eval
 from dcafy.graph.rewritten import restore
 from dcafy.graph.rows import graph_from
+from dcafy.graph.source import require_writable
 
 
 def parameter_groups(
@@ -66,7 +67,9 @@ def revert(model: nn.Module) -> nn.Module:
     for module in [module for module in twin.modules() if is_ours(dca_of(module))]:
         before = getattr(dca_of(module), "before", None)
         if before is not None:
-            module.graph = graph_from(before.rows)  # type: ignore[assignment]
+            graph = graph_from(before.rows)
+            require_writable(graph)
+            module.graph = graph  # type: ignore[assignment]
         restore(module)
         close_runs(module)
         for held in (module._modules, module.__dict__):

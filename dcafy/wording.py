@@ -19,6 +19,16 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
+def quoted(name: str, most: int = 60) -> str:
+    """``name`` in quotes as a message has it: printable, and shortened where it is long.
+
+    >>> quoted("a" * 100, most=10)
+    "'aaaaaaaaaa...'"
+    """
+    shown = printable(name[: most + 1])
+    return f"'{shown[:most]}...'" if len(shown) > most else f"'{shown}'"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 block``, ``2 blocks``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

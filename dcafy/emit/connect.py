@@ -30,6 +30,7 @@ from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, joined
 from dcafy.graph.rewritten import Forward, hold, original_class, rewrite, taken_forward
 from dcafy.graph.rows import rows_of
+from dcafy.graph.source import require_writable
 from dcafy.graph.usual import reads, template
 from dcafy.link.message import Message
 from dcafy.link.network import Network
@@ -205,7 +206,8 @@ class _Host:
         hold(module, "dca", dca)
         if isinstance(module, fx.GraphModule) and not self.is_layer:  # which has a graph, and a class that goes with it
             dca.before = Forward(rows_of(module.graph), None)  # type: ignore[assignment]
-            module.graph = self.region.sites.folded(self.path).graph
+            require_writable(folded.graph)
+            module.graph = folded.graph
             return
         rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
 

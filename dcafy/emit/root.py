@@ -16,6 +16,7 @@ from dcafy.emit.whole import written
 from dcafy.emit.wire import Opened
 from dcafy.graph.rewritten import Forward, forward_of, hold, refusal, rewrite
 from dcafy.graph.rows import rows_of
+from dcafy.graph.source import source_of
 
 
 class Whole(fx.GraphModule):
@@ -57,7 +58,7 @@ class Whole(fx.GraphModule):
     @property
     def code(self) -> str:
         """The graph as Python."""
-        return str(self.graph.python_code("self").src)
+        return str(source_of(rows_of(self.graph)).src)
 
     _code = code
 
@@ -75,7 +76,7 @@ class Whole(fx.GraphModule):
         forward = forward_of(self)
         assert forward is not None
         rewrite(self, dataclasses.replace(forward, rows=rows_of(self.graph), usual=None))
-        return self.graph.python_code("self")
+        return source_of(rows_of(self.graph))
 
 
 _GRAPHS: weakref.WeakKeyDictionary[nn.Module, fx.Graph] = weakref.WeakKeyDictionary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from dcafy.graph.copies import own_copy
 from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import mapped_tensors
 from dcafy.graph.rewritten import is_rewritten
+from dcafy.graph.source import require_writable
 from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.fold import CannotEnter, fold
 from dcafy.trace.recording import Observed, Recording, check_decision, check_default
@@ -101,6 +103,10 @@ def flat(model: nn.Module) -> fx.GraphModule:
             f"No plain graph of {type(model).__name__} can be written: it calls {own[0].target.__name__}, which needs "
             "dcafy to run."
         )
+    require_writable(graph)
+    for part in (part for node in graph.nodes for part in str(node.target).split(".")):
+        if keyword.iskeyword(part):
+            raise TracingError(f"No GraphModule can have a submodule called {part!r}, which is a word of Python's.")
     made = fx.GraphModule(twin, graph, class_name=type(model).__name__)
     modes = {path: module.training for path, module in twin.named_modules()}
     for path, module in made.named_modules():

@@ -30,7 +30,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from dcafy.errors import InputError
-from dcafy.graph.rows import Rows, found, graph_from, portable
+from dcafy.graph.rows import Rows, found, portable
+from dcafy.graph.source import source_of
 from dcafy.graph.usual import Usual, same
 from dcafy.wording import warn
 
@@ -119,7 +120,7 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     known = _CLASSES.get((kind, id(forward)))
     if known is not None:
         return known
-    code = None if forward.rows is None else graph_from(forward.rows).python_code("self")
+    code = None if forward.rows is None else source_of(forward.rows)
     spoken = () if code is None else tuple(sorted((name, id(value)) for name, value in code.globals.items()))
     rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own
     key = kind, code and code.src, spoken, repr(forward.usual), rest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CellType, FunctionType
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dcafy.errors import InputError
 from dcafy.graph.paths import joined
+from dcafy.graph.source import ALLOWED, is_plain
 from dcafy.trace.recorder import is_layer
+from dcafy.wording import quoted
 
 
 def require_module(model: Any) -> None:
@@ -32,6 +34,7 @@ def require_module(model: Any) -> None:
         raise InputError(f"The model is wrapped by {known_as}. Pass model.{inner}, and wrap the result again.")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("A TorchScript module holds no Python to trace. Pass the model it was scripted from.")
+    _require_plain_names(model)
     for path, module in model.named_modules():
         if type(module).__name__ in _WRAPPERS and not isinstance(module, LOOKED_THROUGH):
             known_as, inner = _WRAPPERS[type(module).__name__]
@@ -57,6 +60,26 @@ def require_module(model: Any) -> None:
                     f"{joined(path, name)} is not initialized yet (a lazy module). Run the model once on an input "
                     "first."
                 )
+
+
+def _require_plain_names(model: nn.Module) -> None:
+    """Every name below becomes source, whatever file or code it is from; see :mod:`dcafy.graph.source`."""
+    pending, seen = [model], {model}
+    while pending:
+        module = pending.pop()
+        held: dict[str, Iterable[Any]] = {
+            "module": module._modules,
+            "parameter": module._parameters,
+            "buffer": module._buffers,
+            "tensor": [name for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)],
+        }
+        for what, names in held.items():
+            for name in names:
+                if not is_plain(name):
+                    raise InputError(f"A {what} is named {quoted(str(name))}; {ALLOWED}. Rename it.")
+        inner = [child for child in module._modules.values() if isinstance(child, nn.Module) and child not in seen]
+        seen.update(inner)
+        pending += inner
 
 
 _WRAPPERS = {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import enum
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor, fx, nn
 
 from dcafy.graph.evaluator import Evaluator
@@ -16,6 +18,14 @@ from dcafy.graph.ops import alters_argument
 from dcafy.graph.paths import joined
 from dcafy.trace.proxy import Answering, Mode, ValueProxy
 from dcafy.trace.recording import Decision
+
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    bool: lambda value: value,
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+}
+"""A class of constants -> what makes one of that very class of an instance of a subclass."""
 
 
 class ValueTracer(Answering):
@@ -73,6 +83,10 @@ class ValueTracer(Answering):
             return self._made(Remake(kind), parts(a, self.create_arg), a)
         if isinstance(a, Tensor):
             return self._tensor(a).node
+        if not isinstance(a, enum.Enum):  # fx writes the ``repr`` of a number into source, whatever class it is of
+            a = a.item() if isinstance(a, np.generic) else a
+            plain = next((plain for base, plain in _PLAIN.items() if isinstance(a, base)), None)
+            a = a if plain is None else plain(a)
         return super().create_arg(a)
 
     def _made(self, make: Callable[..., Any], args: tuple[Any, ...], container: Any) -> fx.Node:

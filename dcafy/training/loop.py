@@ -31,7 +31,7 @@ from dcafy.training.state import Progress, Standing, captured, restored, unlike_
 from dcafy.training.tasks import Classification, Task
 from dcafy.training.telling import Listener, Silent
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
-from dcafy.wording import needing
+from dcafy.wording import needing, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -96,14 +96,24 @@ def accelerator_for(config: TrainingConfig) -> Accelerator:
     # They live as long as the process, and would refuse a second training with another precision, or in shards.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
-        rng_types=[],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=config.cpu,
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
+            rng_types=[],
+        )
+    except ValueError as error:  # what a device cannot do
+        raise UsageError(
+            f"Accelerate cannot train that way here: {one_line(error)} Choose another --precision, or change its "
+            "configuration (accelerate config)."
+        ) from error
     check_kind(accelerator)
+    if config.precision != "no" and not accelerator.native_amp:  # Accelerate would train in float32, without a word
+        raise UsageError(
+            f"--precision {config.precision} cannot be had on the {accelerator.device.type}. Choose bf16, or no."
+        )
     if config.batch_size % accelerator.num_processes:
         raise UsageError(
             f"--batch-size {config.batch_size} cannot be split between {accelerator.num_processes} processes. Choose a "

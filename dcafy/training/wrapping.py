@@ -27,9 +27,14 @@ class Replicated:
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._accelerator, self._model = accelerator, model
-        self._own = {name: model.__dict__[name] for name in _FORWARD if name in model.__dict__}
-        self.model = accelerator.prepare_model(model)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self._own = {name: model.__dict__[name] for name in _LEFT if name in model.__dict__}
+        model.__dict__.pop(_PREPARED, None)
+        try:
+            self.model = accelerator.prepare_model(model)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        except BaseException:
+            self._clear()
+            raise
 
     def gather(self) -> None:
         """Brings the user's network up to date, which it is."""
@@ -41,8 +46,11 @@ class Replicated:
     def close(self, *, failed: bool) -> None:
         """Gives network and optimizer back."""
         self._accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        # Accelerate leaves a forward bound to this very object, which a copy would then call.
-        for name in _FORWARD:
+        self._clear()
+
+    def _clear(self) -> None:
+        """Takes off the user's network what Accelerate leaves on it."""
+        for name in _LEFT:
             self._model.__dict__.pop(name, None)
         self._model.__dict__.update(self._own)
 
@@ -106,7 +114,11 @@ _KINDS: Mapping[str, Callable[..., Replicated | Sharded]] = {
 }
 """Accelerate's kinds of training -> how a network is wrapped for it."""
 
-_FORWARD = ("forward", "_original_forward")
+_PREPARED = "_is_accelerate_prepared"
+"""With this on it Accelerate hands a network back as it is: in float32, though its precision is bf16."""
+
+_LEFT = ("forward", "_original_forward", _PREPARED)
+"""What Accelerate leaves on a network; the forward is bound to that very object, and a copy would call it."""
 
 
 def check_kind(accelerator: Accelerator) -> None:

@@ -284,14 +284,66 @@ def test_images_are_mixed_as_their_labels_are(options):
     assert torch.equal(mixed(0, training=False).labels, torch.arange(8) % 4)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_layers_compute_in_the_precision_asked_for(precision, dtype):
-    model, seen = connected(), set()
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    last.register_forward_hook(lambda module, args, output: seen.add(output.dtype) if module.training else None)
-    finetune(model, TRAIN, VAL, config(epochs=1, precision=precision))
-    assert seen == {dtype}
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+class Dtypes(Listener):
+    """What the last layer computes in while it is trained, epoch by epoch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: list[set[torch.dtype]] = [set()]
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        last.register_forward_hook(
+            lambda module, _, output: self.seen[-1].add(output.dtype) if module.training else None
+        )
+
+    def epoch_ended(self, epoch) -> None:
+        self.seen.append(set())
+
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request, monkeypatch):
+    """fp16 is taken on GPUs only; the CPU computes in it well enough to see the dtype."""
+    if request.param == "fp16":
+
+        def halved(options: TrainingConfig):
+            accelerator = accelerator_for(dataclasses.replace(options, precision="bf16"))
+            accelerator.state._mixed_precision = "fp16"
+            return accelerator
+
+        monkeypatch.setattr("dcafy.training.loop.accelerator_for", halved)
+    return request.param
+
+
+def test_fp16_is_never_float32_without_a_word():
+    with pytest.raises(UsageError, match="bf16"):
+        finetune(connected(), TRAIN, VAL, config(precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(more, marks=pytest.mark.slow) for more in ({"freeze_base_epochs": 1}, {"ema": 0.9}))],
+    ids=str,
+)
+def test_layers_compute_in_the_precision_asked_for_in_every_epoch_and_run(precision, options):
+    model = connected()
+    for twin in (model, model, copy.deepcopy(model)):
+        dtypes = Dtypes(twin)
+        finetune(twin, TRAIN, VAL, config(epochs=2, precision=precision, **options), listener=dtypes)
+        assert dtypes.seen == [{PRECISIONS[precision]}] * 2 + [set()]
+        assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32}
+
+
+def test_a_run_that_failed_leaves_nothing_of_its_precision(precision):
+    model, ways = connected(), {*connected().__dict__}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, TRAIN, VAL, config(precision=precision), listener=StopAfter(2))
+    assert {*model.__dict__} == ways
+    model._is_accelerate_prepared = True  # as a model that somebody else has prepared
+    dtypes = Dtypes(model)
+    finetune(model, TRAIN, VAL, config(precision=precision), listener=dtypes)
+    assert dtypes.seen == [{PRECISIONS[precision]}] * 2 + [set()]
+    assert model._is_accelerate_prepared
 
 
 def test_gradients_of_several_batches_are_one_step():
