@@ -103,7 +103,7 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def _remove_unused(leftover: Path) -> None:
     """Removes what a run left as it was killed; what another is still writing stays."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RecursionError):
         if not stat.S_ISDIR(leftover.lstat().st_mode):
             leftover.unlink()
             return

@@ -206,7 +206,7 @@ class Folder:
         """Inside it what the file system refuses becomes a ``CheckpointError``."""
         try:
             yield
-        except (OSError, SafetensorError, ValueError) as error:  # ValueError: a NUL in the path
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:  # a NUL in the path; a deep folder
             raise CheckpointError(f"{self} could not be {verb}: {refused(error)}.") from error
 
 
