@@ -127,11 +127,12 @@ class ChannelGate(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
+        hidden = max(channels // reduction, 1)
         self.mlp = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(channels, channels // reduction),
+            nn.Linear(channels, hidden),
             nn.ReLU(),
-            nn.Linear(channels // reduction, channels),
+            nn.Linear(hidden, channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,10 @@ import torch
 from subjects import case, subject
 from torch import Tensor, nn
 from trained import seeded
-from zoo import Network, channel_chain, one_chain
+from zoo import Network, both_chains, channel_chain, in_blocks, one_chain
 
 import dcafy
+import dcafy.attention
 
 Settings = dict[str, tuple[Tensor, Tensor, nn.Module]]
 """Block -> α, β and the match layers of the connection that it receives."""
@@ -205,6 +207,7 @@ class HookedCBAM:
 
     model: nn.Module
     settings: Settings
+    blocks: int = 4
     contexts: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     channel: list[Tensor] = field(default_factory=list)
@@ -212,14 +215,17 @@ class HookedCBAM:
     handles: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> HookedCBAM:
-        for i in range(4):
+        for i in range(self.blocks):
             name = f"blocks.{i}.attention"
             block = self.model.get_submodule(name)
+            if any(row.endswith("channel") for row in self.settings):
+                self.handles += (
+                    block.channel.mlp.register_forward_pre_hook(self.pooled(f"{name}.channel")),
+                    block.channel.mlp.register_forward_hook(self.transformed),
+                )
             rows = (
-                block.channel.mlp.register_forward_pre_hook(self.pooled(f"{name}.channel")),
-                block.channel.mlp.register_forward_hook(self.transformed),
                 block.spatial.conv.register_forward_pre_hook(self.stacked(f"{name}.spatial")),
-                block.spatial.norm.register_forward_hook(self.mapped),
+                block.spatial.norm.register_forward_hook(self.mapped(getattr(block.spatial, "gate", torch.sigmoid))),
             )
             self.handles += rows
         return self
@@ -259,8 +265,11 @@ class HookedCBAM:
 
         return enter
 
-    def mapped(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.spatial = torch.sigmoid(output) * self.contexts.pop()
+    def mapped(self, gate: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+        def leave(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.spatial = gate(output) * self.contexts.pop()
+
+        return leave
 
 
 @pytest.mark.xdist_group("cbam")
@@ -281,6 +290,27 @@ def test_channel_and_spatial_attention_together() -> None:
             assert (original(images) - expected).abs().max() > 1e-5 * expected.abs().max()
     scale = expected.abs().max()
     assert (expected - plain).abs().max() > 1e-4 * scale
+    assert (output - expected).abs().max() <= 1e-9 * scale
+
+
+@pytest.mark.parametrize("width", [2, 4, 8, 12, 15, 16, 17])
+@pytest.mark.parametrize("attention", [networks.CBAM, dcafy.attention.CBAM], ids=["by hand", "inserted"])
+def test_spatial_attention_in_narrow_units(attention: Callable[[int], nn.Module], width: int) -> None:
+    """CBAM's spatial part as eq. 3 has it, however few channels there are: G is maximum and mean, T a gate on them."""
+    build = functools.partial(networks.with_attention, attention, (width, width, width))
+    network = Network("narrow", build, both_chains((), in_blocks("attention.spatial", 3)), image=32, other=None)
+    original = network.trained().double()
+    converted = dcafy.convert(original, example_inputs=network.images().double(), dimension="spatial").eval()
+    settings = as_trained(converted)
+    assert set(settings) == {f"blocks.{i}.attention.spatial" for i in (1, 2)}
+    images = network.images(2, seed=26).double()
+    with torch.no_grad():
+        plain = original(images)
+        with HookedCBAM(original, settings, blocks=3):
+            expected = original(images)
+        output = converted(images)
+    scale = expected.abs().max()
+    assert (expected - plain).abs().max() > 1e-5 * scale
     assert (output - expected).abs().max() <= 1e-9 * scale
 
 

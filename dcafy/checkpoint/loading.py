@@ -20,9 +20,8 @@ from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connect
 from dcafy.conversion import convert
 from dcafy.emit.dca import is_connected
 from dcafy.errors import CheckpointError, DcafyError, InputError
-from dcafy.graph.nodes import mapped_tensors
 from dcafy.trace.accepted import require_module
-from dcafy.trace.inputs import from_data
+from dcafy.trace.inputs import from_data, in_dtype_of
 from dcafy.wording import printable
 from dcafy.zoos.fitting import difference
 
@@ -194,7 +193,7 @@ def _require_same_weights(network: nn.Module, base: Mapping[str, Facts]) -> None
 
 
 def _converted(network: nn.Module, description: Description, *, copy: bool) -> nn.Module:
-    inputs = None if description.inputs is None else _cast(from_data(description.inputs), network)
+    inputs = None if description.inputs is None else in_dtype_of(network, from_data(description.inputs))
     with warnings.catch_warnings():
         # Where the connections start says nothing about those that are loaded next.
         warnings.filterwarnings("ignore", message="The schema .* is not the identity")
@@ -210,12 +209,6 @@ def _converted(network: nn.Module, description: Description, *, copy: bool) -> n
             dca.recipe, model=description.model.name, arguments=description.model.arguments
         )
     return converted
-
-
-def _cast(inputs: Any, network: nn.Module) -> Any:
-    """``inputs`` in the dtype of the network, which may have been cast after it was converted."""
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    return mapped_tensors(inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)
 
 
 def _require_data(model: nn.Module) -> None:

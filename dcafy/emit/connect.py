@@ -27,7 +27,7 @@ from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, wires
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
-from dcafy.graph.paths import above, joined
+from dcafy.graph.paths import above, below, joined
 from dcafy.graph.rewritten import Forward, hold, original_class, rewrite, taken_forward
 from dcafy.graph.rows import rows_of
 from dcafy.graph.source import require_writable
@@ -69,14 +69,14 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         region = network.region(target)
         sites = region.hearing(target)
         single = heard[0].source if len(heard) == 1 else ""
-        for wire in wires(network, tuple(heard), _place(target, modules)):
-            host(region, sites[wire.contexts[0]]).wires.append((target, wire))
-            for i in wire.contexts:
+        for wiring in wires(network, tuple(heard), _place(target, modules)):
+            host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
+            for i in wiring.contexts:
                 pairs = [_source(network, link, i) for link in heard]
                 reader = f"{target}|{i}"
                 numbered = tuple((line(T, reader), None if G is None else line(G, reader)) for T, G in pairs)
                 batch = tuple(_same_batch(network, link, i) for link in heard)
-                asked.append((host(region, sites[i]), _Hears(target, sites[i], wire, batch, source=single), numbered))
+                asked.append((host(region, sites[i]), _Hears(target, sites[i], wiring, batch, source=single), numbered))
     told: dict[tuple[str, str, str, int], list[tuple[str, Site]]] = {}
     for source in dict.fromkeys(link.source for link in links):
         region = network.region(source)
@@ -84,18 +84,18 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
             if name in heard_by:
                 host(region, site)
                 told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
-    wire_ = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
+    wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
     for one, hears, numbered in asked:
-        lines = tuple((wire_.lines[T], None if G is None else wire_.lines[G]) for T, G in numbered)
+        lines = tuple((wire.lines[T], None if G is None else wire.lines[G]) for T, G in numbered)
         one.hears.append(dataclasses.replace(hears, lines=lines))
     for (source, path, local, _), values in told.items():
-        to = tuple(tuple(wire_.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
+        to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
         numbers = tuple(int(name.rpartition("|")[2][1:] or 0) for name, _ in values)
         tells = _Tells(source, tuple(site for _, site in values), numbers, Told(source, to))
         hosts[path, local].tells.append(tells)
     for number, ((path, local), one) in enumerate(hosts.items()):
-        one.rewrite(modules[joined(path, local)], wire_, number)
-    open_runs(model, recipe, wire_, example, whole=whole)
+        one.rewrite(modules[joined(path, local)], wire, number)
+    open_runs(model, recipe, wire, example, whole=whole)
 
 
 def _before(
@@ -201,7 +201,7 @@ class _Host:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
             forward = Forward(rows_of(folded.graph), usual)
-        dca.ends = Ends(wire, None if self.repeats else wire.calls[number], ports, addresses)  # type: ignore[assignment]
+        dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
         hold(module, "dca", dca)
         if isinstance(module, fx.GraphModule) and not self.is_layer:  # which has a graph, and a class that goes with it
@@ -216,21 +216,21 @@ class _Host:
         places: dict[int, str] = {}
         addresses: list[tuple[str, str]] = []
         targets = list(dict.fromkeys(target for target, _ in self.wires))
-        for target, wire in self.wires:
+        for target, wiring in self.wires:
             several = str(targets.index(target)) if len(targets) > 1 else ""
-            places[id(wire)] = at = joined(several, wire.suffix)
-            addresses += [(name, joined(at, inner)) for name, inner in wire.names.items()]
+            places[id(wiring)] = at = joined(several, wiring.suffix)
+            addresses += [(name, joined(at, inner)) for name, inner in wiring.names.items()]
         if len(self.wires) == 1 and not self.wires[0][1].suffix:
             return self.wires[0][1].module, tuple(addresses), places
         dca = Connections()
-        for _, wire in self.wires:
-            *around, last = places[id(wire)].split(".")
+        for _, wiring in self.wires:
+            *around, last = places[id(wiring)].split(".")
             parent: nn.Module = dca
             for part in around:
                 if part not in parent._modules:
                     parent.add_module(part, nn.Module())
                 parent = parent.get_submodule(part)
-            parent.add_module(last, wire.module)
+            parent.add_module(last, wiring.module)
         return dca, tuple(addresses), places
 
 
@@ -361,12 +361,11 @@ class _Edits:
         assert message.fused_output is not None
         copies = {message.source: self.image[canonical(message.fused_output)]}
         last = copies[message.source]
-        prefix = f"{self.host.path}." if self.host.path else ""
         for node in message.extraction:
             with self.graph.inserting_after(last):
                 last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self._read(n, canonical(n)))
             if node.op == "call_module":
-                last.target = str(node.target).removeprefix(prefix)
+                last.target = below(str(node.target), self.host.path)
             copies[node] = last
         contexts = self.host.region[one.source].contexts
         return tuple(copies[contexts[i]] for i in one.outputs)
@@ -376,6 +375,5 @@ class _Edits:
             return self.image[canonical]
         assert node.op == "get_attr"
         with self.graph.inserting_before(self.dca):
-            prefix = f"{self.host.path}." if self.host.path else ""
-            self.image[canonical] = self.graph.get_attr(str(node.target).removeprefix(prefix))
+            self.image[canonical] = self.graph.get_attr(below(str(node.target), self.host.path))
         return self.image[canonical]

@@ -95,6 +95,11 @@ class JoinedConnection(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.schema = first.schema
 
+    @property
+    def alpha(self) -> nn.Parameter:
+        """The one α of all parts."""
+        return self.parts[0].alpha  # type: ignore[return-value]
+
     def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
         """G connected to every earlier block; ``messages``: T and G (or ``None``) of each, one after the other."""
         terms = tuple(
@@ -102,5 +107,4 @@ class JoinedConnection(nn.Module):
             for part, T_prev, G_prev in zip(self.parts, messages[::2], messages[1::2], strict=True)
             if T_prev is not None
         )
-        alpha: Tensor = self.parts[0].alpha  # type: ignore[assignment]
-        return SCHEMAS[self.schema].of(G, alpha, terms)  # type: ignore[arg-type]
+        return SCHEMAS[self.schema].of(G, self.alpha, terms)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from dcafy.emit.connection import Connection
-from dcafy.emit.ends import Ends, Told
+from dcafy.emit.ends import Ends
 from dcafy.errors import InputError
 from dcafy.plan.plan import Plan
 
@@ -48,7 +48,7 @@ class Connections(nn.Module):
 
     def extra_repr(self) -> str:
         ends: Ends | None = self.__dict__.get("ends")
-        told = [] if ends is None else [what for port in ends.ports for what in port.calls if isinstance(what, Told)]
+        told = () if ends is None else ends.told
         return f"tells {', '.join(dict.fromkeys(what.source for what in told))}" if told else ""
 
 
@@ -59,7 +59,7 @@ def dca_of(module: nn.Module) -> Any:
 
 def is_ours(dca: Any) -> bool:
     """Whether what a module has under ``dca`` is what a conversion put there."""
-    return isinstance(getattr(dca, "ends", None), Ends) or isinstance(getattr(dca, "recipe", None), Recipe)
+    return ends_of(dca) is not None or isinstance(getattr(dca, "recipe", None), Recipe)
 
 
 def ends_of(dca: Any) -> Ends | None:
@@ -120,4 +120,4 @@ def require_connected(model: nn.Module) -> None:
 
 def own_parameters(model: nn.Module) -> set[int]:
     """The identities of all parameters that the connections have."""
-    return {id(p) for _, module, _ in connected_hosts(model) for p in module.dca.parameters()}  # type: ignore[union-attr]
+    return {id(p) for _, module, _ in connected_hosts(model) for p in dca_of(module).parameters()}

@@ -30,8 +30,23 @@ class Line:
         return _line, (self.wire, self.number)
 
 
+class Count:
+    """How often, on each thread, a module at an end of the wire was called in the run; found as a :class:`Line` is."""
+
+    def __init__(self, wire: Wire, number: int) -> None:
+        self.wire = wire
+        self.number = number
+        self.here = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Count:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _count, (self.wire, self.number)
+
+
 class Wire:
-    """All lines of one conversion, and how often each module at their ends was called in the run.
+    """All lines of one conversion, and a count for each module at their ends.
 
     ``token``   the same in all copies of what was converted
     ``before``  block -> the block that it hears and the lines on which it does, if those who hear the first could hear
@@ -42,14 +57,14 @@ class Wire:
         self.token = token
         self.before = before
         self.lines = tuple(Line(self, i) for i in range(lines))
-        self.calls = tuple(Line(self, -1 - i) for i in range(hosts))
+        self.counts = tuple(Count(self, i) for i in range(hosts))
         self.here = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wire:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return wire_of, (self.token, len(self.lines), len(self.calls), self.before)
+        return wire_of, (self.token, len(self.lines), len(self.counts), self.before)
 
 
 _wires: weakref.WeakValueDictionary[str, Wire] = weakref.WeakValueDictionary()
@@ -58,13 +73,17 @@ _wires: weakref.WeakValueDictionary[str, Wire] = weakref.WeakValueDictionary()
 def wire_of(token: str, lines: int, hosts: int, before: Before) -> Wire:
     """The wire of the conversion of that token: the one that is there, or a new one."""
     wire = _wires.get(token)
-    if wire is None or (len(wire.lines), len(wire.calls)) != (lines, hosts):
+    if wire is None or (len(wire.lines), len(wire.counts)) != (lines, hosts):
         wire = _wires[token] = Wire(token, lines, hosts, before)
     return wire
 
 
 def _line(wire: Wire, number: int) -> Line:
-    return wire.lines[number] if number >= 0 else wire.calls[-1 - number]
+    return wire.lines[number]
+
+
+def _count(wire: Wire, number: int) -> Count:
+    return wire.counts[number]
 
 
 @dataclass(frozen=True)
@@ -109,14 +128,19 @@ class Port:
 class Ends:
     """The ends of the wire in one module, kept by its ``dca``.
 
-    ``count``      how often the module was called in the run; ``None``: any number of times, every time alike
+    ``count``      the count of its calls; ``None``: it is called any number of times, every time alike
     ``addresses``  name of each connection -> its path below ``dca``
     """
 
     wire: Wire
-    count: Line | None
+    count: Count | None
     ports: tuple[Port, ...]
     addresses: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def told(self) -> tuple[Told, ...]:
+        """Everything that is told in the module."""
+        return tuple(what for port in self.ports for what in port.calls if isinstance(what, Told))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ends:
         return self

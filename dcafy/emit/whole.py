@@ -15,11 +15,11 @@ from dcafy.emit.dca import dca_of, require_connected
 from dcafy.errors import InputError, TracingError
 from dcafy.graph.copies import own_copy
 from dcafy.graph.evaluator import Evaluator, device_of
-from dcafy.graph.nodes import mapped_tensors
 from dcafy.graph.rewritten import is_rewritten
 from dcafy.graph.source import require_writable
 from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.fold import CannotEnter, fold
+from dcafy.trace.inputs import in_dtype_of
 from dcafy.trace.recording import Observed, Recording, check_decision, check_default
 
 
@@ -35,9 +35,7 @@ def written(model: nn.Module, *, entered: bool = False) -> fx.Graph:
 
 def _written(model: nn.Module, entered: bool) -> fx.Graph:
     dca: Any = model.dca
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    example = mapped_tensors(dca.example.inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)
-    inputs = Observed(example, {})
+    inputs = Observed(in_dtype_of(model, dca.example.inputs), {})
     recordable = Recordable(model, inputs, Evaluator(device_of(model)), connections="entered" if entered else "called")
     try:
         recording = judged(recordable, recorded(recordable))

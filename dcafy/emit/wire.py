@@ -13,13 +13,12 @@ again gives it what it heard the first time. A message is heard only by a G of i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.emit.dca import connected_hosts, connection_at, require_connected
+from dcafy.emit.dca import connected_hosts, connection_at, own_parameters, require_connected
 from dcafy.emit.ends import Ends, Heard, Line, Port, Told, Wire
 from dcafy.emit.recomputation import backward, frames, is_reentrant
 from dcafy.wording import warn
@@ -31,7 +30,7 @@ class _Contents:
     def __init__(self, wires: tuple[Wire, ...], task: int, root: nn.Module) -> None:
         self.wires = wires
         self.messages: list[list[Any]] = [[None] * len(wire.lines) for wire in wires]
-        self.counts: list[list[int]] = [[0] * len(wire.calls) for wire in wires]
+        self.counts: list[list[int]] = [[0] * len(wire.counts) for wire in wires]
         self.tasks: list[int | None] = [task] * len(wires)
         self.roots: list[Any] = [root] * len(wires)
 
@@ -39,12 +38,12 @@ class _Contents:
         """Puts this on the lines, and keeps what was there."""
         for i, wire in enumerate(self.wires):
             self.messages[i], messages = _messages_on(wire), self.messages[i]
-            self.counts[i], counts = [getattr(line.here, "count", 0) for line in wire.calls], self.counts[i]
+            self.counts[i], counts = [getattr(one.here, "count", 0) for one in wire.counts], self.counts[i]
             self.tasks[i], task = getattr(wire.here, "task", None), self.tasks[i]
             for line, message in zip(wire.lines, messages, strict=True):
                 line.here.message = message
-            for line, count in zip(wire.calls, counts, strict=True):
-                line.here.count = count
+            for one, count in zip(wire.counts, counts, strict=True):
+                one.here.count = count
             wire.here.task = task
             self.roots[i], root = getattr(wire.here, "root", None), self.roots[i]
             wire.here.root = root
@@ -143,8 +142,8 @@ def _begin_anew(ends: Ends) -> None:
     kept = [getattr(line.here, "message", None) for line in own]
     for line in ends.wire.lines:
         line.here.message = None
-    for line in ends.wire.calls:
-        line.here.count = 0
+    for count in ends.wire.counts:
+        count.here.count = 0
     for line, message in zip(own, kept, strict=True):
         line.here.message = message
 
@@ -193,7 +192,10 @@ def hear(dca: Any, number: int, G: Tensor) -> Tensor:
         _keep(frame, port, heard, messages)
     if heard is None:
         return G
-    result: Tensor = connection_at(dca, heard.connection)(G, *messages)
+    connection = connection_at(dca, heard.connection)
+    if not traced and dca.training and torch.is_grad_enabled() and not connection.alpha.requires_grad:
+        _check_frozen(ends.wire)
+    result: Tensor = connection(G, *messages)
     return result
 
 
@@ -234,7 +236,7 @@ def _messages(wire: Wire, heard: Any, G: Tensor, traced: bool) -> tuple[Any, ...
 
 def _instead(wire: Wire, heard: Heard) -> tuple[Any, Any]:
     """What the block before a source told, where the user has taken the source out of the model."""
-    there = {what.source for _, _, ends in connected_hosts(wire.here.root) for what in _tells(ends)}
+    there = {what.source for _, _, ends in connected_hosts(wire.here.root) for what in ends.told}
     gone = heard.source
     while gone not in there and gone in wire.before:
         before, first, second = wire.before[gone]
@@ -243,10 +245,6 @@ def _instead(wire: Wire, heard: Heard) -> tuple[Any, Any]:
             return T, G_prev
         gone = before
     return None, None
-
-
-def _tells(ends: Ends) -> Iterator[Told]:
-    return (what for port in ends.ports for what in port.calls if isinstance(what, Told))
 
 
 def _take(line: Line) -> Any:
@@ -328,4 +326,25 @@ def _check_checkpoints(dca: Any, heard: Any, messages: tuple[Any, ...]) -> None:
             f"The attention block {heard.reader} runs inside a backward pass and hears nothing of the block before it: "
             "a reentrant checkpoint runs it again. Use checkpoint(..., use_reentrant=False). If it is a part of the "
             "model that you run there yourself, put `with dcafy.run(model):` around it."
+        )
+
+
+# --- connections that stand still ---------------------------------------------------------------------------
+
+_looked_at: set[str] = set()
+
+
+def _check_frozen(wire: Wire) -> None:
+    """Warns, once, of connections that stand still in a model that trains: wrappers freeze what they do not know."""
+    root: nn.Module | None = getattr(wire.here, "root", None)
+    if root is None or wire.token in _looked_at:
+        return
+    _looked_at.add(wire.token)
+    own = own_parameters(root)
+    trained = {id(p) for p in root.parameters() if p.requires_grad}
+    if trained and not trained & own:
+        warn(
+            f"The connections of {type(root).__name__} are frozen while other parts of it train: they stay as they "
+            "are. With peft, pass modules_to_save=['dca']; else set requires_grad of the parameters of "
+            "dcafy.connections(model)."
         )

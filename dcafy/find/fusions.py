@@ -112,15 +112,30 @@ class _Finder:
                 continue
             if self._is_foreign(core, large):
                 continue
-            for ratio in RATIOS:
-                walk = Walk(self.flow, ratio, large, maps)
-                if walk.reaches_frontier(core, self.flow.sizes[core]) and self._is_attention(core, kind, walk):
-                    walk.give_back_inner()
-                    if not self._is_soft_pooling(node, core, walk) and not self._gates_itself(core, large):
-                        yield Candidate(core, node, kind, frozenset(walk.frontier), frozenset(walk.between | {core}))
-                    return
-                if not walk.narrow:
-                    break
+            walk = self._walk(core, large, kind, maps)
+            if walk is None:
+                continue
+            walk.give_back_inner()
+            if not self._is_soft_pooling(node, core, walk) and not self._gates_itself(core, large):
+                yield Candidate(core, node, kind, frozenset(walk.frontier), frozenset(walk.between | {core}))
+            return
+
+    def _walk(self, core: fx.Node, large: fx.Node, kind: FusionKind, maps: frozenset[fx.Node]) -> Walk | None:
+        """The walk back from a map that shows it to be attention, at the highest ratio that does.
+
+        One that ended at windows or a 1-channel layer and had let a reduction of narrow maps pass is the last choice:
+        at a lower ratio that very reduction may be the extraction (CBAM's spatial part in 8 channels).
+        """
+        local = None
+        for ratio in RATIOS:
+            walk = Walk(self.flow, ratio, large, maps)
+            shown = walk.reaches_frontier(core, self.flow.sizes[core]) and self._is_attention(core, kind, walk)
+            if shown and not (walk.local and walk.narrow):
+                return walk if local is None or walk.frontier != local.frontier else local
+            local = local or (walk if shown else None)
+            if not walk.narrow:
+                break
+        return local
 
     def _operands(self, node: fx.Node) -> tuple[FusionKind | None, list[fx.Node]]:
         """How ``node`` fuses, and the two tensors that it fuses."""

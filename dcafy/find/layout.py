@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from dcafy.find.dataflow import Dataflow
@@ -127,6 +128,9 @@ class Layouts:
 
     def _axis(self, node: fx.Node, rank: int, wide: int) -> int | None:
         """Which axis of G holds the channels of what it reduced, if any does."""
+        if op_name(node, self.flow.modules) == "stack" and wide > 1:
+            (axis,) = _reduced(node, rank) or {0}
+            return axis
         reduction = self._reduction(node)
         sources = [n for n in self.flow.inputs(reduction) if isinstance(node_value(n), Tensor)]
         source = max(sources, key=lambda n: self.flow.sizes[n], default=reduction)
@@ -165,9 +169,8 @@ class Layouts:
             if op is Op.PARAMETRIC:
                 name = op_name(node, self.flow.modules).lower()
                 return -1 if "linear" in name or name in ("layernorm", "layer_norm") else 1
-            if op_name(node, self.flow.modules) == "permute":
-                order = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-                return -1 if tuple(order)[-1] == 1 else 1
+            if op_name(node, self.flow.modules) in PERMUTES and isinstance(value, Tensor):
+                return -1 if _comes_last(node, value) else 1
             sources = [n for n in self.flow.inputs(node) if isinstance(node_value(n), Tensor)]
             same = [n for n in sources if isinstance(value, Tensor) and node_value(n).ndim == value.ndim]
             if not same:
@@ -176,8 +179,17 @@ class Layouts:
         return 1
 
 
+PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
+
+
+def _comes_last(node: fx.Node, value: Tensor) -> bool:
+    """Whether the axis after the first, where maps have their channels, is the last one behind a permutation."""
+    axes = torch.empty([1, 2, *(1 for _ in value.shape[2:])], device="meta")
+    return bool(getattr(axes, op_name(node, {}))(*node.args[1:], **node.kwargs).shape[-1] == 2)
+
+
 def _reduced(node: fx.Node, rank: int) -> set[int]:
-    """The axes that ``node`` reduces, of so many; none where it does not say."""
+    """The axes that ``node`` reduces, or makes, of so many; none where it does not say."""
     given = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else ()))
     axes = given if isinstance(given, tuple | list) else (given,)
     return {axis % rank for axis in axes if isinstance(axis, int)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
-from dcafy.find.layout import Layouts, is_arithmetic
+from dcafy.find.layout import PERMUTES, Layouts, is_arithmetic
 from dcafy.graph.nodes import OWNER, node_value
 from dcafy.graph.ops import Op, gate_of, op_name
 from dcafy.plan.blocks import AttentionBlock, FusionKind
@@ -44,7 +44,8 @@ class Found:
 _QUOTIENTS = frozenset({"div", "truediv", "itruediv", "true_divide"})
 
 _SHUFFLES = frozenset({"channel_shuffle", "ChannelShuffle"})
-_PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "rearrange"})
+_TOTALS = frozenset({"sum", "nansum", "cumsum"})
+"""What a number makes a mean of."""
 
 _JOINS = frozenset({Op.JOIN, Op.SLICE, Op.LAYOUT, Op.GATE, Op.MULTIPLY, Op.ELEMENTWISE})
 
@@ -104,7 +105,7 @@ class Roles:
 
     def _mixes_channels(self, node: fx.Node) -> bool:
         name = op_name(node, self.flow.modules)
-        return name in _SHUFFLES or (name in _PERMUTES and not is_vector(node_value(node)))
+        return name in _SHUFFLES or (name in {*PERMUTES, "rearrange"} and not is_vector(node_value(node)))
 
     def _reached_only_from(
         self, contexts: set[fx.Node] | frozenset[fx.Node], frontier: frozenset[fx.Node], between: frozenset[fx.Node]
@@ -120,7 +121,7 @@ class Roles:
 
     def _joined(self, candidate: Candidate) -> frozenset[fx.Node]:
         """The frontier, with reductions replaced by what only joins them: a concatenation (CBAM), a quotient."""
-        frontier = set(candidate.frontier)
+        frontier = {self._mean(node, candidate.between) for node in candidate.frontier}
         for node in sorted(candidate.between, key=self.flow.order.__getitem__):
             if op_name(node, self.flow.modules) in _QUOTIENTS:
                 frontier = self._with_quotient(node, frontier, candidate.between)
@@ -130,6 +131,17 @@ class Roles:
             if len(sources) > 1 and sources <= frontier and not any(is_vector(node_value(s)) for s in sources):
                 frontier = (frontier - sources) | {node}
         return frozenset(frontier)
+
+    def _mean(self, node: fx.Node, between: frozenset[fx.Node]) -> fx.Node:
+        """The mean that a number makes of the sum ``node``, where nothing reads the sum itself; else ``node``."""
+        if op_name(node, self.flow.modules) in _TOTALS:
+            readers = [user for user in node.users if self.flow.ops[user] is not Op.QUERY]
+            scales = {*_QUOTIENTS, "mul", "imul", "multiply"}
+            if len(readers) == 1 and readers[0] in between and op_name(readers[0], self.flow.modules) in scales:
+                (mean,) = readers
+                if self.flow.inputs(mean) == [node] and self.flow.sizes[mean] == self.flow.sizes[node]:
+                    return mean
+        return node
 
     def _with_quotient(self, node: fx.Node, frontier: set[fx.Node], between: frozenset[fx.Node]) -> set[fx.Node]:
         """``frontier`` with a weighted mean that is normalised by hand in place of the two sums of the quotient."""
@@ -196,7 +208,7 @@ class Roles:
     def _is_extraction_step(self, node: fx.Node) -> bool:
         """Part of the pooling rather than of X: a reduction, softmax weights, a 1-channel mask."""
         op = self.flow.ops[node]
-        if op is Op.SLICE:
+        if op is Op.SLICE or op_name(node, self.flow.modules) in _QUOTIENTS:
             return any(self.flow.ops[source] in REDUCES for source in self.flow.inputs(node))
         if op in REDUCES or op is Op.MULTIPLY or gate_of(node, self.flow.modules) == "softmax":
             return True

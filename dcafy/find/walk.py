@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from dcafy.find.dataflow import REDUCES, Dataflow, positions
+from dcafy.find.dataflow import REARRANGES, REDUCES, Dataflow, positions
 from dcafy.graph.nodes import node_value, tensors_in
 from dcafy.graph.ops import Op
 
-RATIOS = (16, 6, 3)
-"""How many times smaller than what it reduces G must be; the lower ones are for tiny maps."""
+RATIOS = (16, 6, 3, 2)
+"""How many times smaller than what it reduces G must be; the lower ones are for tiny maps.
+
+At the last one only a reduction of all channels counts: of two, to one (CBAM in 2 channels, a group of 2 in SGE).
+"""
 
 POOLED = 64
 """A tensor so many times smaller than X is pooled already: a sum over it belongs to the transformation."""
@@ -90,6 +93,22 @@ class Walk:
     def _is_pooled(self, size: int) -> bool:
         return size * POOLED < self.flow.sizes[self.other]
 
+    def _is_full(self, node: fx.Node) -> bool:
+        """Whether ``node`` has as much as X in as many places: a full map, no stack of statistics."""
+        if self.flow.sizes[node] < self.flow.sizes[self.other] or positions(node) < positions(self.other):
+            return False
+        return not self._is_stack(node, joined=False)
+
+    def _is_stack(self, node: fx.Node, *, joined: bool) -> bool:
+        """Whether ``node`` joins reductions, and nothing was computed of them since but number by number."""
+        core = self.flow.core(node)
+        if self.flow.ops[core] in REDUCES and self._is_frontier(core, self.flow.sizes[node]):
+            return joined
+        op = self.flow.ops[node]
+        joined = joined or op is Op.JOIN
+        parts = self.flow.inputs(node) if op in (Op.JOIN, Op.ELEMENTWISE, *REARRANGES) else []
+        return bool(parts) and all(self._is_stack(part, joined=joined) for part in parts)
+
     def _mixes_features(self, node: fx.Node) -> bool:
         """Scores of a self-attention (features times features); a pooling's weights are far smaller than X."""
         sizes = sorted(self.flow.sizes[n] for n in self.flow.inputs(node))
@@ -129,13 +148,26 @@ class Walk:
             return False
         if positions(node) == 1 and not self.flow.covers(node):
             return False
-        if largest >= self.ratio * ref:
+        if largest >= max(self.ratio, RATIOS[-2]) * ref or (largest >= self.ratio * ref and self._reduces_all(node)):
             return True
         self.narrow = self.narrow or largest >= RATIOS[-1] * ref
         if self.flow.ops[node] is Op.POOL and own > 1 and positions(node) > 1:
             self.local = True
             return True
         return False
+
+    def _reduces_all(self, node: fx.Node) -> bool:
+        """Whether ``node`` makes one of all channels that X has, or that a group of them has; no branches."""
+        value, source = node_value(node), node_value(self.flow.inputs(node)[0])
+        if isinstance(value, tuple | list):
+            value = value[0]
+        if not isinstance(source, Tensor) or source.numel() != self.flow.sizes[self.other]:
+            return False
+        shape, left = tuple(source.shape), tuple(value.shape)
+        axes = [
+            i for i in range(1, len(shape)) if left in (shape[:i] + shape[i + 1 :], (*shape[:i], 1, *shape[i + 1 :]))
+        ]
+        return any(axis > 1 or len(shape) <= 4 for axis in axes)
 
     def _joins_samples(self, node: fx.Node) -> bool:
         """Whether ``node`` reduces the first axis: that of a batch, or of tokens that come first."""
@@ -149,10 +181,7 @@ class Walk:
         A convolution to one channel may be the extraction itself (spatial squeeze-excite), where nothing
         behind it reduces.
         """
-        full = any(
-            self.flow.sizes[n] >= self.flow.sizes[self.other] and positions(n) >= positions(self.other) for n in inputs
-        )
-        if not full:
+        if not any(self._is_full(n) for n in inputs):
             snapshot = (set(self.frontier), set(self.between), dict(self.verdicts), self.local)
             if self._pass(node, ref, inputs):
                 return True

@@ -32,6 +32,15 @@ def within(path: str, around: str) -> bool:
     return not around or f"{path}.".startswith(f"{around}.")
 
 
+def below(path: str, around: str) -> str:
+    """``path`` as seen from the module ``around`` that it lies in.
+
+    >>> below("layer1.0.se", "layer1")
+    '0.se'
+    """
+    return path[len(around) + 1 :] if around and within(path, around) else path
+
+
 def outermost(paths: Iterable[str]) -> tuple[str, ...]:
     """The modules, by path, that lie inside no other one of them."""
     known = tuple(dict.fromkeys(paths))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from dcafy.find.dataflow import REDUCES
 from dcafy.find.layout import DIMENSIONS
 from dcafy.find.roles import Found
 from dcafy.graph.evaluator import Evaluator
@@ -95,6 +96,10 @@ def _unbounded(found: Found, map_: Tensor, context: Tensor) -> Message | Unlinka
     )
 
 
+_EXTRACTS = REDUCES | {Op.JOIN, Op.SLICE, Op.LAYOUT, Op.ELEMENTWISE, Op.MULTIPLY}
+"""What lies between G and the tensor it is extracted from; a mean by hand is a sum that is divided by a number."""
+
+
 class _Refusion:
     """The extraction, applied once more to the fused output."""
 
@@ -121,15 +126,14 @@ class _Refusion:
         sources = set()
         for context in self.found.contexts:
             node = context
-            if op_of(node, self.modules) is Op.ELEMENTWISE:
-                raise Unlinkable("its extraction is a mean whose weights belong to the unfused map")
-            while op_of(node, self.modules) in (Op.JOIN, Op.SLICE, Op.LAYOUT, Op.REDUCE, Op.POOL, Op.CONTRACT):
+            while (op := op_of(node, self.modules)) in _EXTRACTS:
                 inputs = [n for n in node.all_input_nodes if next(tensors_in(node_value(n)), None) is not None]
                 if not inputs:
                     break
-                reduces = op_of(node, self.modules) in (Op.REDUCE, Op.POOL, Op.CONTRACT)
+                if op in (Op.ELEMENTWISE, Op.MULTIPLY) and len(inputs) > 1:
+                    raise Unlinkable("its extraction is a mean whose weights belong to the unfused map")
                 node = max(inputs, key=lambda n: sum(t.numel() for t in tensors_in(node_value(n))))
-                if reduces and op_of(node, self.modules) is not Op.LAYOUT:
+                if op in REDUCES:
                     break
             sources.add(node)
         if len(sources) != 1:

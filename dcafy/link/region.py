@@ -46,10 +46,6 @@ class Region:
     def _by_name(self) -> dict[object, Found]:
         return {block.name: block for block in self.found}
 
-    def local(self, name: str) -> str:
-        """A block's name as seen from the region."""
-        return name.removeprefix(f"{self.path}.") if self.path else name
-
     @functools.cached_property
     def sites(self) -> Sites:
         """The places in this recording's modules."""

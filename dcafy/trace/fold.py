@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 from dcafy.graph.nodes import OWNER, VALUE, Remake, leaves, node_value
 from dcafy.graph.ops import alters_argument
-from dcafy.graph.paths import joined, outermost, within
+from dcafy.graph.paths import below, joined, outermost, within
 from dcafy.trace.recording import Call, Decision, Recording, check_decision, passed_through
 
 
@@ -43,7 +43,6 @@ class Folded:
     graph: fx.Graph
     image: dict[fx.Node, fx.Node]
     inside: dict[fx.Node, tuple[fx.Node, ...]]
-    entered: tuple[str, ...]
 
 
 def fold(recording: Recording, visible: Iterable[fx.Node] = ()) -> Folded:
@@ -105,7 +104,7 @@ class _Fold:
                 check.meta[OWNER] = node.meta.get(OWNER, "")
         self._end()
         _drop_unused_queries(self.graph, self.image)
-        return Folded(self.graph, self.image, self.inside, entered)
+        return Folded(self.graph, self.image, self.inside)
 
     def _nodes(self) -> Iterable[fx.Node]:
         return self.recording.graph.nodes
@@ -259,7 +258,7 @@ class _Slice(_Fold):
 
     def _local(self, path: str) -> str:
         if within(path, self.path):
-            return path[len(self.path) + 1 :] if self.path else path
+            return below(path, self.path)
         for local, module in self.host.named_modules(remove_duplicate=False):
             if module is self.modules[path]:
                 return str(local)

@@ -91,6 +91,12 @@ def real_inputs(inputs: Any, model: nn.Module) -> Any:
     return mapped_tensors(inputs, fill)
 
 
+def in_dtype_of(model: nn.Module, inputs: Any) -> Any:
+    """``inputs`` in the dtype of the model, which may have been cast since they were noted."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return mapped_tensors(inputs, lambda value: value.to(dtype) if value.is_floating_point() else value)
+
+
 _SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "list": list}
 
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
