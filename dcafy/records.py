@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import json
 import re
+import reprlib
+import sys
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -45,9 +47,15 @@ class Unknown(ValueError):
 
 
 def short(value: object) -> str:
-    """A value out of a file as a message may show it."""
-    text = printable(str(value) if isinstance(value, BaseException) else repr(value))
+    """A value out of a file as a message may show it, whatever its size and depth."""
+    text = printable(str(value) if isinstance(value, BaseException) else _SHOWN.repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxdict = 4, 8
+_SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxset = _SHOWN.maxfrozenset = 16
+_SHOWN.maxstring = _SHOWN.maxlong = _SHOWN.maxother = 90
 
 
 # --- text <-> JSON values -------------------------------------------------------------------------------
@@ -56,9 +64,27 @@ def short(value: object) -> str:
 def parsed(text: str | bytes) -> Any:
     """The JSON value in ``text``; ``ValueError`` for anything else, and for what readers of JSON take differently."""
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        return shallow(json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant))
     except RecursionError as error:
         raise ValueError("lists in lists without end") from error
+
+
+def shallow(value: Any) -> Any:
+    """The value from JSON; ``ValueError`` where lists and objects lie deeper in one another than is ever meant.
+
+    Whoever copies, compares or shows such a value goes into each of them, and Python's stack ends at about a thousand.
+    """
+    level = [value]
+    for _ in range(_DEEPEST):
+        inside = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [item for items in inside for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise ValueError("lists in lists without end")
+
+
+_DEEPEST = 64
+"""Lists and objects that may lie in one another; plans and requests have less than ten."""
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -137,6 +163,8 @@ def _plain(kind: Any) -> Check:
     def reader(value: Any, where: str) -> Any:
         if not isinstance(value, types_) or (isinstance(value, bool) and kind not in (bool, Any)):
             raise Wrong(where, expected, value)
+        if kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise Wrong(where, f"{expected} of less than 309 digits", value)
         return value
 
     return reader

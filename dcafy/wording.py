@@ -91,6 +91,11 @@ def one_line(error: BaseException) -> str:
     return (text[:400] + " ..." if len(text) > 400 else text) or "no message"
 
 
+def refused(error: Exception) -> str:
+    """Why a file could not be read or written, in the words of the system or of a library."""
+    return printable((error.strerror if isinstance(error, OSError) else None) or one_line(error)[:200])
+
+
 def reason_of(error: BaseException) -> str:
     """One line: what went wrong, and in which line of the user's code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from dcafy.checkpoint.description import FILES, Description, described, read
 from dcafy.checkpoint.tensors import facts, fingerprint
-from dcafy.disk import flush
+from dcafy.disk import content, flush, is_file_itself, permitted_as
 from dcafy.errors import CheckpointError
-from dcafy.wording import printable
+from dcafy.wording import printable, quoted, refused
 
 _STAGED = ".dcafy-"
 """How the names of folders begin that hold what is being saved."""
@@ -37,7 +37,7 @@ _STAGED = ".dcafy-"
 OF_A_RUN = frozenset({"checkpoint.safetensors", "compare.json", "finetune.json", "log.jsonl", "seeds"})
 """What ``dcafy finetune`` keeps in a folder beside the model."""
 
-_LARGEST = 2**26
+_LARGEST = 2**24
 """Bytes that ``dcafy.json`` may have; a thousand attention blocks take about one million."""
 
 
@@ -49,16 +49,16 @@ class Folder:
         self.marker = self.path / MARKER
 
     def __str__(self) -> str:
-        return repr(printable(str(self.path)))
+        return quoted(str(self.path), 200)
 
     # -- writing -----------------------------------------------------------------------------------------
 
     def require_replaceable(self) -> None:
         """Nothing where a model may be saved here; ``CheckpointError`` where that would mix with other things."""
-        if self.path.exists() and not self.path.is_dir():
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise CheckpointError(f"{self} is a file. Name a folder to save into.")
         with self._unless_refused("read"):
-            names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+            names = sorted(entry.name for entry in self.path.iterdir()) if os.path.exists(self.path) else []
         others = [name for name in names if not name.startswith(".") and name not in OF_A_RUN]
         if others and MARKER not in others:
             shown = ", ".join(map(printable, others[:3])) + (", ..." if len(others) > 3 else "")
@@ -86,10 +86,11 @@ class Folder:
         unfinished = self.path / f"{_STAGED}new-{secrets.token_hex(8)}"
         unfinished.mkdir()
         marker, file = unfinished / MARKER, unfinished / description.weights.file
-        marker.write_text(described(description), encoding="utf-8")
-        save_file(tensors, file, metadata={"format": "pt"})
-        # safetensors makes files for their owner alone; the user's umask says who may read.
-        file.chmod(marker.stat().st_mode & 0o777)
+        old = self.path / file.name
+        with permitted_as(self.marker, marker):
+            marker.write_text(described(description), encoding="utf-8")
+        with permitted_as(old if is_file_itself(old) else self.marker, file):
+            save_file(tensors, file, metadata={"format": "pt"})
         for path in (marker, file, unfinished):
             flush(path)
         staged = self._staging(description.weights.sha256)
@@ -100,13 +101,19 @@ class Folder:
     def _staging(self, sha256: str) -> Path:
         return self.path / f"{_STAGED}{sha256[:32]}"
 
+    def _staged(self, sha256: str, file: str) -> Path | None:
+        """The tensors that a killed save left to be moved into place; a link would take them out of another folder."""
+        folder = self._staging(sha256)
+        return folder / file if not folder.is_symlink() and is_file_itself(folder / file) else None
+
     def _tidy_up(self) -> None:
         """Moves tensors that count into their place, and removes what does not count."""
         current = self._current()
         if current is not None:
             sha256, file = current
-            with contextlib.suppress(FileNotFoundError):  # they are in place already
-                os.replace(self._staging(sha256) / file, self.path / file)
+            staged = self._staged(sha256, file)
+            if staged is not None:
+                os.replace(staged, self.path / file)
             for other in set(FILES.values()) - {file}:
                 (self.path / other).unlink(missing_ok=True)
         for leftover in self.path.glob(f"{_STAGED}*"):
@@ -156,27 +163,24 @@ class Folder:
 
     def _stamp(self) -> tuple[int, int] | None:
         """What every save changes: which file the marker is."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             found = self.marker.stat()
             return found.st_ino, found.st_mtime_ns
         return None
 
     def _text(self) -> bytes:
-        if not self.path.is_dir():
-            what = "is not a folder" if self.path.exists() else "does not exist"
+        if not os.path.isdir(self.path):
+            what = "is not a folder" if os.path.exists(self.path) else "does not exist"
             raise CheckpointError(f"{self} {what}. Name a folder that dcafy.save wrote.")
-        if not self.marker.is_file():
+        if not os.path.lexists(self.marker):
             raise CheckpointError(f"{self} has no {MARKER}: dcafy.save did not write it, or did not finish.")
-        with self._unless_refused("read"), self.marker.open("rb") as file:
-            text = file.read(_LARGEST + 1)
-        if len(text) > _LARGEST:
-            raise CheckpointError(f"{str(self.marker)!r} is too large for one that dcafy.save wrote.")
-        return text
+        with self._unless_refused("read"):
+            return content(self.marker, _LARGEST)
 
     def _tensors(self, description: Description) -> dict[str, Tensor]:
         weights = description.weights
-        for path in (self._staging(weights.sha256) / weights.file, self.path / weights.file):
-            if path.is_file():
+        for path in (self._staged(weights.sha256, weights.file), self.path / weights.file):
+            if path is not None and os.path.isfile(path):
                 with contextlib.suppress(FileNotFoundError):  # moved into its place just now
                     return self._tensors_in(path, weights.sha256)
         raise CheckpointError(f"{self} has no {weights.file}, which its {MARKER} names. Copy the folder again.")
@@ -187,14 +191,13 @@ class Folder:
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            reason = printable(" ".join(str(error).split())[:200])
             raise CheckpointError(
-                f"{str(path)!r} is damaged or truncated ({reason}). Copy the folder again."
+                f"{quoted(str(path), 200)} is damaged or truncated ({refused(error)}). Copy the folder again."
             ) from error
         if fingerprint({key: facts(value) for key, value in tensors.items()}) != sha256:
             raise CheckpointError(
-                f"{str(path)!r} holds other tensors than {MARKER} describes: one of the two was damaged or replaced. "
-                "Copy the folder again, or save the model again."
+                f"{quoted(str(path), 200)} holds other tensors than {MARKER} describes: one of the two was damaged or "
+                "replaced. Copy the folder again, or save the model again."
             )
         return tensors
 
@@ -203,9 +206,8 @@ class Folder:
         """Inside it what the file system refuses becomes a ``CheckpointError``."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise CheckpointError(f"{self} could not be {verb}: {printable(reason)}.") from error
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:  # a NUL in the path; a deep folder
+            raise CheckpointError(f"{self} could not be {verb}: {refused(error)}.") from error
 
 
 MARKER = "dcafy.json"

@@ -104,6 +104,10 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
                 f"The network of this run is built by code: {spec}. Name it, so that it is run because you say so: "
                 + (f"--arch {spec}." if spec == asked.arch else f"dcafy finetune {spec} -o {output} --resume")
             )
+    if asked.images.follow_links and not given.get("follow_links"):
+        raise errors.UsageError(
+            "This run reads what links lead to outside of its folder of images. Say that it may: --follow-links."
+        )
     again = dataclasses.replace(asked, model=model or asked.model, data=given.get("data") or asked.data).anchored()
     given = {**given, "model": again.model, "data": again.data}
     if "settings" in given:
@@ -117,13 +121,14 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
         **dataclasses.asdict(asked.training),
     }
     for name, value in given.items():
-        if name in known and name not in _MAY_CHANGE and known[name] != value:
+        if name in known and name not in (*_MAY_CHANGE, "download") and known[name] != value:
             raise errors.UsageError(
                 f"The run in {str(output)!r} was started {_as_given(name, known[name])}. Leave it out to go on with "
                 "it, or start another run."
             )
     changed = {name: given[name] for name in _MAY_CHANGE if name in given}
-    return dataclasses.replace(asked, training=dataclasses.replace(asked.training, **changed))
+    images = dataclasses.replace(asked.images, download=given.get("download", False))  # no file chooses to fetch
+    return dataclasses.replace(asked, images=images, training=dataclasses.replace(asked.training, **changed))
 
 
 _PLACES = ("prefix", "ignore_head")
@@ -148,7 +153,7 @@ def _tell(amiss: tuple[str, ...]) -> None:
     for text in amiss[:10]:
         print(printable(text), file=sys.stderr)
     if len(amiss) > 1:
-        print(f"{len(amiss)} such boxes in all; --strict stops at the first.", file=sys.stderr)
+        print(f"{len(amiss)} such places in all; --strict stops at the first.", file=sys.stderr)
 
 
 def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> str:

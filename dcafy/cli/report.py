@@ -53,6 +53,13 @@ def report_command(
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Print the report; a page is written only with -o.")] = False,
     most: Annotated[int, typer.Option(min=1, help="How many images are looked at; the first 8 are shown.")] = 64,
+    follow_links: Annotated[
+        bool,
+        typer.Option(
+            "--follow-links",
+            help="Look also at what links in a folder of images lead to outside of it.  [default: name and skip it]",
+        ),
+    ] = False,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels.  [default: the network's own]")
     ] = None,
@@ -63,6 +70,7 @@ def report_command(
     page = output or (None if text else Path("report.html"))
     with contextlib.redirect_stdout(sys.stderr), _progress() as told:
         told("opening the network")
+        from dcafy.images.options import DataOptions
         from dcafy.report import make_report, prepared_for, read_epochs, run_in
         from dcafy.sources import open_model
 
@@ -87,7 +95,10 @@ def report_command(
             most=most,
             epochs=read_epochs(Path(model)),
             data=data,
-            options=run.images if run is not None else None,
+            options=dataclasses.replace(
+                run.images if run is not None else DataOptions(), follow_links=follow_links, download=False
+            ),
+            follow_links=follow_links,
             command=shlex.join(["dcafy", *sys.argv[1:]]),
             told=told,
         )

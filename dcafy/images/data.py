@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dcafy.disk import regular
 from dcafy.errors import InputError
 from dcafy.images.order import derived_seed
 from dcafy.images.pictures import decoded, opened
@@ -27,7 +29,7 @@ class Data:
     """Training and validation images, each a sequence of (picture, label), and the names of the classes.
 
     ``drawn``: whether the pictures are small drawings (digits, clothes) which a flip would turn into others. ``amiss``:
-    what was found wrong with the labels, and what was done about it.
+    what was found wrong with the labels and folders, and what was done about it.
     """
 
     spec: str
@@ -39,17 +41,17 @@ class Data:
 
 
 class FileImages(Dataset[tuple[Image.Image, int]]):
-    """Pictures in files, read when they are asked for."""
+    """Pictures in files, read when they are asked for; ``root``: the folder that they have to lie in, if any."""
 
-    def __init__(self, files: Sequence[tuple[str, int]]) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[tuple[str, int]], root: Path | None = None) -> None:
+        self.files, self.root = list(files), root
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        return opened(path), label
+        return opened(path, self.root), label
 
 
 class IndexedImages(Dataset[tuple[Image.Image, int]]):
@@ -85,17 +87,26 @@ def split(labels: Sequence[int], fraction: float) -> tuple[list[int], list[int]]
 
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
+_LARGEST_ARRAY = 2**28
+"""Bytes of an array in an idx file; the images of Fashion-MNIST are 47 million."""
+
 
 def read_idx(path: Path) -> np.ndarray[Any, Any]:
-    """The array in an idx file, packed with gzip or not; ``InputError`` where it is none or is cut short."""
+    """The array in an idx file, packed with gzip or not; ``InputError`` where it is none, is cut short or too large."""
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-        zero, kind, rank = struct.unpack(">HBB", content[:4])
-        shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
-        if zero != 0:
-            raise ValueError("it does not begin as one")
-        values = np.frombuffer(content, _IDX_DTYPES[kind], offset=4 + 4 * rank)
+        with regular(path) as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if packed else file as stream:
+                zero, kind, rank = struct.unpack(">HBB", stream.read(4))
+                shape = struct.unpack(f">{rank}I", stream.read(4 * rank))
+                dtype = np.dtype(_IDX_DTYPES[kind])
+                size = math.prod(shape) * dtype.itemsize
+                if zero != 0:
+                    raise ValueError("it does not begin as one")
+                if size > _LARGEST_ARRAY:
+                    raise ValueError(f"its array is larger than {_LARGEST_ARRAY:,} bytes")
+                values = np.frombuffer(stream.read(size + 1), dtype)
         return values.reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, KeyError, ValueError) as error:
         raise InputError(f"{path} is no whole idx file ({error}). Fetch it again.") from error

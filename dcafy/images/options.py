@@ -26,6 +26,9 @@ class DataOptions:
         choices=("auto", "none", "shift", "standard", "trivial"),
     )
     download: bool = setting(False, "Fetch a torchvision data set that is not there.")
+    follow_links: bool = setting(
+        False, "Read also what links in a folder of images lead to outside of it. [default: name, count and skip it]"
+    )
     strict: bool = setting(False, "Stop at an image that cannot be read. [default: name, count and skip it]")
 
     def __post_init__(self) -> None:

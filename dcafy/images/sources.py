@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcafy.errors import InputError, UsageError
 from dcafy.images.options import DataOptions
-from dcafy.wording import nearest, needing, printable
+from dcafy.wording import nearest, needing, one_line, printable, quoted, refused
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +35,10 @@ def open_data(spec: str, options: DataOptions) -> Data:
     """
     kind, _, rest = spec.partition(":")
     if kind not in SOURCES:
-        raise UsageError(f"--data {spec!r} is not known.{nearest(kind, list(SOURCES))} It is {forms()}.")
+        raise UsageError(f"--data {quoted(spec)} is not known.{nearest(kind, list(SOURCES))} It is {forms()}.")
     data = SOURCES[kind].open(spec, rest, options)
+    if data.amiss and options.strict:
+        raise InputError(f"{data.amiss[0]}, and --strict was given. Mend it, or remove it.")
     if len(data.classes) < 2:
         raise InputError(
             f"{spec!r} has one class only ({printable(', '.join(data.classes))}). A classifier needs two or more: "
@@ -55,21 +57,22 @@ def open_data(spec: str, options: DataOptions) -> Data:
 def _folder(spec: str, path: str, options: DataOptions) -> Data:
     from dcafy.images.data import Data, FileImages, split
 
-    root = Path(path)
-    if not path or not root.is_dir():
+    if not os.path.isdir(path):
         raise UsageError(
-            f"There is no folder {path!r}. --data imagefolder:PATH names one with a folder for each class."
+            f"There is no folder {quoted(path, 200)}. --data imagefolder:PATH names one with a folder for each class."
         )
+    root = Path(path)
+    within = None if options.follow_links else root
     val = next((root / name for name in ("val", "valid", "validation") if (root / name).is_dir()), None)
     if (root / "train").is_dir() and val is None:
         raise InputError(f"{root} has a folder train and no folder val. Add {root / 'val'}, with the same classes.")
     if val is None or not (root / "train").is_dir():
-        classes, files = _class_folders(root)
+        classes, files, amiss = _class_folders(root, within)
         labels = [label for _, label in files]
-        train, held_out = split(labels, options.val_fraction)
-        return Data(spec, FileImages([files[i] for i in train]), FileImages([files[i] for i in held_out]), classes)
-    classes, files = _class_folders(root / "train")
-    others, val_files = _class_folders(val)
+        shown, held_out = (FileImages([files[i] for i in part], within) for part in split(labels, options.val_fraction))
+        return Data(spec, shown, held_out, classes, amiss=amiss)
+    classes, files, amiss = _class_folders(root / "train", within)
+    others, val_files, amiss_too = _class_folders(val, within)
     if classes != others:
         only = [f"{name} only in {side}" for names, side in ((set(classes) - set(others), "train"),
                 (set(others) - set(classes), val.name)) for name in sorted(names)]  # fmt: skip
@@ -77,34 +80,46 @@ def _folder(spec: str, path: str, options: DataOptions) -> Data:
             f"The classes of {root / 'train'} and {val} differ: {printable(', '.join(only[:6]))}. Both need a folder "
             "for each class."
         )
-    return Data(spec, FileImages(files), FileImages(val_files), classes)
+    return Data(spec, FileImages(files, within), FileImages(val_files, within), classes, amiss=amiss + amiss_too)
 
 
 _PARTS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
-def _class_folders(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """The names of the classes, and (file, label) of every picture."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+def _class_folders(place: Path, within: Path | None) -> tuple[tuple[str, ...], list[tuple[str, int]], tuple[str, ...]]:
+    """The names of the classes, (file, label) of every picture, and the folders that are passed over, with reasons.
 
-    classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    ``within``: the folder that links may not lead out of. A class, or all of them, outside of it is an ``InputError``.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from dcafy.images.pictures import leads_out, lies_in, pictures_in
+
+    try:
+        found = sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{quoted(str(place), 200)} cannot be read: {refused(error)}.") from error
+    for folder in (place, *found):
+        if within is not None and not lies_in(folder, within):
+            raise InputError(f"{quoted(str(folder), 200)} is a link: {leads_out(within)}.")
+    classes = tuple(folder.name for folder in found)
     if not classes:
-        raise InputError(f"{root} has no folders in it. Put the images of each class into a folder of its own.")
+        raise InputError(f"{place} has no folders in it. Put the images of each class into a folder of its own.")
     if all(name.lower() in _PARTS for name in classes):
         raise InputError(
-            f"The folders in {root} are no classes: {printable(', '.join(classes))}. Name them train and val, with a "
+            f"The folders in {place} are no classes: {printable(', '.join(classes))}. Name them train and val, with a "
             "folder for each class in both."
         )
-    numbers = {name: number for number, name in enumerate(classes)}
-    files = make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-    filled = {label for _, label in files}
-    empty = [name for name in classes if numbers[name] not in filled]
+    listings = [pictures_in(folder, IMG_EXTENSIONS, within) for folder in found]
+    empty = [name for name, listing in zip(classes, listings, strict=True) if not listing.files]
     if empty:
         raise InputError(
-            f"{printable(', '.join(empty[:5]))} in {root} has no images. Remove the empty folder, or put images "
+            f"{printable(', '.join(empty[:5]))} in {place} has no images. Remove the empty folder, or put images "
             f"({', '.join(IMG_EXTENSIONS)}) into it."
         )
-    return classes, files
+    files = [(file, label) for label, listing in enumerate(listings) for file in listing.files]
+    amiss = (f"{printable(path)}: {reason}" for listing in listings for path, reason in listing.passed_over)
+    return classes, files, tuple(amiss)
 
 
 # --- torchvision's data sets ----------------------------------------------------------------------------
@@ -150,12 +165,12 @@ def _torchvision(spec: str, rest: str, options: DataOptions) -> Data:
     fetch = {"download": options.download} if "download" in accepts else {}
     try:
         made = [builder(root, **arguments, **fetch) for arguments in _SPLITS[name] if arguments is not None]
-    except (RuntimeError, OSError) as error:
+        labels = [_labels(dataset) for dataset in made]
+    except Exception as error:  # each of them reads files of its own kind, which may be damaged in any way
         raise InputError(
-            f"{spec!r} cannot be opened: {' '.join(str(error).split())[:200]} If it is not there yet, --download "
-            "fetches it."
+            f"{quoted(spec, 200)} cannot be opened: {printable(one_line(error)[:200])} If it is not there yet, "
+            "--download fetches it."
         ) from error
-    labels = [_labels(dataset) for dataset in made]
     numbers = sorted({label for part in labels for label in part})
     classes = tuple(str(c) for c in getattr(made[0], "classes", None) or getattr(made[0], "categories", ()) or numbers)
     places: Sequence[Sequence[int]] = [range(len(part)) for part in labels]

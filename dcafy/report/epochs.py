@@ -8,11 +8,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcafy.disk import content
 from dcafy.errors import SourceError
-from dcafy.records import read
+from dcafy.records import read, shallow
 from dcafy.training.history import ConnectionState
 from dcafy.training.telling import LOG
-from dcafy.wording import printable
+from dcafy.wording import quoted, refused
+
+_LARGEST = 2**25
+"""Bytes that a log may have; an epoch of a network with fifty connections takes some ten thousand."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,20 @@ def read_epochs(folder: Path) -> EpochLog | None:
     is damaged; an incomplete last line is what a killed run leaves, and is not read.
     """
     path = folder / LOG
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return None
     rows: dict[int, dict[str, ConnectionState]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = content(path, _LARGEST).split(b"\n")
         for line in filter(None, lines[:-1]):
-            event = json.loads(line)
+            event = shallow(json.loads(line))
             if event["event"] == "epoch":
                 rows[read(int, event["epoch"], "epoch")] = read(dict[str, ConnectionState], event["connections"])
         made = {key: _series(rows, key) for key in ("contribution", "message_share")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = printable(" ".join(str(error).split())[:120])
         raise SourceError(
-            f"{printable(str(path))!r} is no log of dcafy finetune ({reason}). Move it away to report without it."
+            f"{quoted(str(path), 200)} is no log of dcafy finetune ({refused(error)[:120]}). Move it away to report "
+            "without it."
         ) from error
     return EpochLog(tuple(sorted(rows)), **made) if rows else None
 

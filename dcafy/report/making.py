@@ -42,6 +42,7 @@ def make_report(
     data: str | None = None,
     options: DataOptions | None = None,
     command: str = "",
+    follow_links: bool = False,
     told: Callable[[str], None] = lambda _: None,
 ) -> Findings:
     """What there is to report of ``model`` on ``images``, written to ``output`` as one HTML file where that is given.
@@ -51,7 +52,8 @@ def make_report(
     Grad-CAM; the predicted ones where absent. ``how``: how images are made ready; the way of the model's weights
     where absent. ``most``: images that are looked at. ``epochs``: :func:`dcafy.report.epochs.read_epochs` of a run.
     ``data``: labelled images on which each connection is cut, a spec as for ``dcafy finetune --data``; ``options``
-    say which of them are held out. ``told`` is called with what is being done, step by step.
+    say which of them are held out. ``follow_links``: look also at images outside of the folder, to which links in it
+    lead. ``told`` is called with what is being done, step by step.
 
     Raises ``UsageError`` for images that are none and for an output that cannot be written, before anything is
     computed; after any error ``output`` is as it was.
@@ -76,7 +78,7 @@ def make_report(
             check_images(images)
             pictures = as_pictures(images[:most], how)
         else:
-            pictures = read_pictures(images, how, most=most)
+            pictures = read_pictures(images, how, most=most, follow_links=follow_links)
         labels = None if data is None else labelled(data, how, options or DataOptions())
         named, looks = title or type(model).__name__, write is not None
         wanted = Wanted(named, against, target, epochs, labels, looks, command)

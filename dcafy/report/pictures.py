@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from dcafy.errors import UsageError
 from dcafy.images.order import UnreadableImage
-from dcafy.images.pictures import opened
+from dcafy.images.pictures import named, opened, pictures_in
 from dcafy.images.preparation import Preparation, Prepared
 from dcafy.plan.blocks import Skipped
-from dcafy.wording import printable
+from dcafy.wording import printable, quoted
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -40,26 +41,30 @@ class Pictures:
         return len(self.names)
 
 
-def read_pictures(folder: Path, how: Preparation, *, most: int) -> Pictures:
+def read_pictures(folder: Path, how: Preparation, *, most: int, follow_links: bool = False) -> Pictures:
     """The first ``most`` images in ``folder`` and the folders in it, in the order of their names.
 
-    Raises ``UsageError`` where there are none; one that cannot be read is skipped and named.
+    ``follow_links``: read also what links lead to outside of the folder. Raises ``UsageError`` where there are none;
+    one that cannot be read is skipped and named.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--images {str(folder)!r} is no folder. Name one with images in it.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not os.path.isdir(folder):
+        raise UsageError(f"--images {quoted(str(folder), 200)} is no folder. Name one with images in it.")
+    within = None if follow_links else folder
+    listing = pictures_in(folder, SUFFIXES, within)
+    files = sorted(map(Path, listing.files))
     if not files:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise UsageError(f"--images {str(folder)!r} has no images in it ({kinds}).")
     prepare = Prepared(how)
-    names, tensors, skipped = [], [], []
+    names, tensors = [], []
+    skipped = [Skipped(printable(os.path.relpath(path, folder)), reason) for path, reason in listing.passed_over]
     rest = iter(files)
     for path in rest:
         name = printable(str(path.relative_to(folder)))
         try:
-            picture = opened(path)
+            picture = opened(path, within)
         except UnreadableImage as error:
-            skipped.append(Skipped(name, printable(str(error).removeprefix(f"{path}: "))))
+            skipped.append(Skipped(name, str(error).removeprefix(f"{named(path)}: ")))
             continue
         names.append(name)
         tensors.append(prepare(picture, 0)[0])

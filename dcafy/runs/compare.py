@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dcafy.analysis.complexity import complexity
 from dcafy.analysis.usage import Usage
 from dcafy.disk import replace_file
-from dcafy.errors import Interrupted
+from dcafy.errors import CheckpointError, Interrupted
 from dcafy.runs.recipes import PURPOSES
 from dcafy.runs.request import Request
 from dcafy.runs.run import Subject, finish, subject, train
@@ -24,6 +24,7 @@ from dcafy.runs.timing import step_times
 from dcafy.sources import FileOptions
 from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
+from dcafy.wording import printable
 
 COMPARISON = "compare.json"
 """The name of the comparison in the folder of a run."""
@@ -120,8 +121,7 @@ def compare(
     for seed in seeds:
         for side in SIDES:
             on = subject(request, seed=seed, connect=side == "connected", file=file)
-            place = directory / "seeds" / f"{seed}-{side}"
-            place.mkdir(parents=True, exist_ok=True)
+            place = _own_folder(directory, f"{seed}-{side}")
             listeners = listener_for(f"seed {seed}, {side}")
             try:
                 history = train(request, on, place, seed=seed, resume=True, listeners=listeners)
@@ -145,6 +145,18 @@ def compare(
         replace_file(directory / COMPARISON, lambda beside: beside.write_text(text, encoding="utf-8"))
         finish(first["connected"], directory)
     return comparison
+
+
+def _own_folder(directory: Path, name: str) -> Path:
+    """Where one training of a comparison is kept; ``CheckpointError`` where a link leads it out of the run's folder."""
+    place = directory / "seeds" / name
+    for part in (place.parent, place):
+        if part.is_symlink():
+            raise CheckpointError(
+                f"{printable(str(part))!r} is a link, and a run writes into its own folder. Remove it."
+            )
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def _sides(

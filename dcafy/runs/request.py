@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from dcafy.disk import replace_file
+from dcafy.disk import content, replace_file
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.images.options import DataOptions
 from dcafy.images.sources import anchored
@@ -18,7 +18,7 @@ from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
 from dcafy.runs.options import TASKS
 from dcafy.training.options import TrainingConfig
-from dcafy.wording import printable
+from dcafy.wording import printable, quoted, refused
 
 REQUEST = "finetune.json"
 """The name of the request in the folder of a run."""
@@ -31,6 +31,9 @@ def _without_places(request: dict[str, Any]) -> dict[str, Any]:
 
 FORMAT = Format("version", 2, {1: _without_places})
 """The version of the request on the disk."""
+
+_LARGEST = 2**20
+"""Bytes that a request may have; one takes about two thousand."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,15 @@ class Request:
 def require_empty(directory: Path) -> None:
     """Nothing where a run may begin: a new or empty folder; ``CheckpointError`` where it holds other things."""
     try:
-        others = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
+        others = sorted(entry.name for entry in directory.iterdir()) if os.path.exists(directory) else []
     except OSError as error:
         raise CheckpointError(
-            f"{printable(str(directory))!r} cannot be a folder for a run: {error.strerror}."
+            f"{quoted(str(directory), 200)} cannot be a folder for a run: {error.strerror}."
         ) from error
     others = [name for name in others if not name.startswith(".")]
     if others:
         raise CheckpointError(
-            f"{printable(str(directory))!r} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
+            f"{quoted(str(directory), 200)} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
             "empty folder."
         )
 
@@ -83,16 +86,16 @@ def read_request(directory: Path) -> Request:
     A request is data: where it names code to import, the command asks for that name again.
     """
     file = directory / REQUEST
-    shown = repr(printable(str(file)))
+    shown = quoted(str(file), 200)
     try:
-        data = parsed(file.read_bytes())
+        data = parsed(content(file, _LARGEST))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{printable(str(directory))!r} has no {REQUEST}, so no run was started in it. Start one: dcafy finetune "
-            f"MODEL --data DATA -o {printable(str(directory))}"
+            f"{quoted(str(directory), 200)} has no {REQUEST}, so no run was started in it. Start one: dcafy finetune "
+            "MODEL --data DATA -o DIR"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown} is damaged ({printable(str(error)[:100])}). Start the run anew.") from error
+        raise CheckpointError(f"{shown} is damaged ({refused(error)[:100]}). Start the run anew.") from error
     try:
         entries = FORMAT.opened(data if isinstance(data, dict) else {})
     except OtherVersion as other:

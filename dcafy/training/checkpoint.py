@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcafy.checkpoint.tensors import apart, facts, fingerprint
-from dcafy.disk import replace_file
+from dcafy.disk import regular, replace_file
 from dcafy.errors import CheckpointError
 from dcafy.records import Format, OtherVersion
-from dcafy.wording import printable
+from dcafy.wording import printable, quoted
 
 CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
@@ -79,10 +80,11 @@ def _sha256(tensors: Mapping[str, Tensor], plain: Any) -> str:
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at ``path``, ``None`` where there is none; ``CheckpointError`` where it is damaged or foreign."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    shown = repr(printable(str(path)))
+    shown = quoted(str(path), 200)
     try:
+        regular(path).close()
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("dcafy", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -13,6 +13,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
 from dcafy.training.history import Epoch, History
 from dcafy.training.options import TrainingConfig
@@ -184,11 +185,14 @@ class JsonLines(Listener):
         """Nothing where the log can be written; ``CheckpointError`` says why it cannot."""
         self._write()
 
-    def _write(self, *rows: dict[str, Any], mode: str = "a") -> None:
+    def _lines(self, *rows: dict[str, Any]) -> str:
         own = {"run": self.title} if self.title else {}
+        return "".join(json.dumps({**row, **own}) + "\n" for row in rows)
+
+    def _write(self, *rows: dict[str, Any]) -> None:
         try:
-            with self.path.open(mode, encoding="utf-8") as file:
-                file.writelines(json.dumps({**row, **own}) + "\n" for row in rows)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._lines(*rows))
         except OSError as error:
             raise CheckpointError(f"{printable(str(self.path))!r} cannot be written: {error.strerror}.") from error
 
@@ -196,8 +200,11 @@ class JsonLines(Listener):
         row = {"event": "begin", "config": dataclasses.asdict(config), "steps": steps, "done": done}
         if self.steps:
             self._write(row)
-        else:  # what a killed run had written after its last checkpoint happens again
-            self._write(row, *(epoch.to_dict() for epoch in epochs), mode="w")
+        else:
+            # What a killed run had written after its last checkpoint happens again. A new file: the old one may be a
+            # link, in a folder that somebody else made.
+            text = self._lines(row, *(epoch.to_dict() for epoch in epochs))
+            replace_file(self.path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
     def wants(self, step: int) -> bool:
         return self.steps

@@ -326,7 +326,7 @@ def test_a_run_reports_average_precision(command: Run, shapes: Path) -> None:
     code, out, err = command(MODEL, *data, "--epochs", 2, "-o", "run")
     assert code == 0, err
     assert "has no area (0 x 9): left out" in err
-    assert "2 such boxes in all" in err
+    assert "2 such places in all" in err
     assert "000005.png" in err
     assert "AP50" in out
     assert "images could not be read" in out

@@ -1,0 +1,320 @@
+"""Thousands of hostile files, folders and arguments: each ends in a result or in one short line, and runs nothing.
+
+    python benchmarks/faults.py --seed 1 --inputs 20000
+    python benchmarks/faults.py --seed 1 --inputs 500 --parts coco pictures --keep found
+
+Each input is opened in a fork of one warm process, with limits on time and memory. A *finding* is an exception that is
+not dcafy's own, a crash, more than 5 s of processor time, more than 1 GB beyond the file, a message that is not one
+short printable line, a file written elsewhere, a program or a connection started, or code of the input's that ran. The
+last line has the totals as JSON; the exit code is 1 where there is any finding. What the inputs are: ``hostile.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+SECONDS = 5.0
+"""Processor time that an input may take."""
+
+MEGABYTES = 1024.0
+"""Memory that an input may take, beyond what its file has."""
+
+PATIENCE = 120.0
+"""Seconds on the clock after which an input hangs: it waits for something, for its processor time is bounded."""
+
+LONGEST = 1000
+"""Characters of a message."""
+
+_PROGRAMS = (
+    *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork", "os.forkpty", "pty.spawn"),
+    *("subprocess.Popen", "socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request", "webbrowser.open"),
+    *("os.chown", "os.link", "ftplib.connect", "http.client.connect"),
+)
+"""What an opened file has no reason to do, as Python's audit events call it."""
+
+
+@dataclass
+class Verdict:
+    """What became of one input.
+
+    ``end``       accepted, refused, or what went wrong: ``traceback``, ``crash``, ``slow``, ``hang``
+    ``said``      the message, or where it went wrong
+    ``findings``  kind -> what was found
+    """
+
+    end: str
+    said: str = ""
+    seconds: float = 0.0
+    megabytes: float = 0.0
+    findings: dict[str, str] = field(default_factory=dict)
+
+
+# --- in the process of one input --------------------------------------------------------------------------
+
+
+def _status(key: str) -> float:
+    """A number of this process's status, in MB."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
+
+
+def _limit(work: Path) -> None:
+    """Bounds what this process may take; these only end what has already gone too far."""
+    space = int((_status("VmSize") + 6 * MEGABYTES) * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (space, space))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(2 * SECONDS), int(2 * SECONDS) + 2))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.environ["HOME"] = os.environ["XDG_CACHE_HOME"] = str(work)
+    with open(os.devnull, "r+b") as nowhere:
+        for number in (0, 1, 2):
+            os.dup2(nowhere.fileno(), number)
+
+
+def _watched(work: Path) -> dict[str, str]:
+    """What this process does that no input may make it do, as it comes to be known."""
+    found: dict[str, str] = {}
+    inside = (str(work), tempfile.gettempdir(), "/dev/", "/proc/")
+
+    def is_elsewhere(path: str) -> bool:
+        return os.path.isabs(path) and not path.startswith(inside)
+
+    def hook(event: str, given: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = given
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and isinstance(path, str | bytes) and is_elsewhere(os.fsdecode(path)):
+                found["file"] = os.fsdecode(path)
+        elif event in ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree") and is_elsewhere(str(given[0])):
+            found["file"] = f"{event} {given[0]}"
+        elif event in _PROGRAMS:
+            found["program"] = f"{event} {given!r}"[:300]
+
+    sys.addaudithook(hook)
+    return found
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/dcafy/" in frame.filename and "site-packages" not in frame.filename]
+    last = f" ({Path(frames[-1].filename).name}:{frames[-1].name})" if frames else ""
+    return (f"{ours[-1].filename.rpartition('/dcafy/')[2]}:{ours[-1].name}" if ours else "?") + last
+
+
+def _judged(act: Callable[[], None], work: Path) -> Verdict:
+    from dcafy.errors import DcafyError, NoAttentionError
+
+    found = _watched(work)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the peak counts from here
+    before, start = _status("VmRSS"), time.process_time()
+    findings: dict[str, str] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            act()
+        end, said = "accepted", ""
+    except DcafyError as error:
+        end, said = "refused", str(error)
+        lines = said.split("\n") if isinstance(error, NoAttentionError) else [said]
+        if not all(line.isprintable() for line in lines) or len(said) > LONGEST:
+            findings["message"] = f"{type(error).__name__}, {len(said)} characters: {said[:200]!a}"
+    except BaseException as error:
+        end, said = "traceback", f"{type(error).__name__}: {str(error)[:200]!a} @ {_where(error)}"
+        findings["traceback"] = said
+    seconds, megabytes = time.process_time() - start, _status("VmHWM") - before
+    files = sum(path.stat().st_size for path in work.rglob("*") if path.is_file() and not path.is_symlink()) / 2**20
+    if seconds > SECONDS:
+        findings["slow"] = f"{seconds:.1f} s of processor time"
+    if megabytes > MEGABYTES + files:
+        findings["memory"] = f"{megabytes:.0f} MB"
+    return Verdict(end, said, seconds, megabytes, {**findings, **found})
+
+
+def opened(act: Callable[[], None], work: Path, marker: Path) -> Verdict:
+    """What becomes of ``act`` in a process of its own."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reads)
+        try:
+            _limit(work)
+            verdict = _judged(act, work)
+            with open(writes, "w", encoding="utf-8") as pipe:
+                pipe.write(json.dumps(vars(verdict)))
+        finally:
+            os._exit(0)
+    os.close(writes)
+    with open(reads, encoding="utf-8") as pipe:
+        ready, _, _ = select.select([pipe], [], [], PATIENCE)
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+        text = pipe.read()
+    _, status, used = os.wait4(child, 0)
+    if text:
+        verdict = Verdict(**json.loads(text))
+    else:
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        late = number in (signal.SIGXCPU, signal.SIGKILL)
+        end = "hang" if not ready else "slow" if late else "crash"
+        said = f"ended by {signal.Signals(number).name}" if number else "it ended without a word"
+        verdict = Verdict(end, said, used.ru_utime + used.ru_stime, 0, {end: said})
+    if marker.exists():
+        marker.unlink()
+        verdict.findings["code"] = "the input's code ran"
+    return verdict
+
+
+# --- all inputs ---------------------------------------------------------------------------------------------
+
+
+class Faults:
+    """Counts what became of all inputs, and keeps the first of every kind of finding."""
+
+    def __init__(self, keep: Path | None) -> None:
+        self.keep = keep
+        self.inputs: collections.Counter[str] = collections.Counter()
+        self.ends: collections.Counter[str] = collections.Counter()
+        self.findings: collections.Counter[str] = collections.Counter()
+        self.groups: dict[tuple[str, str, str], list[str]] = {}
+        self.slowest, self.largest = 0.0, 0.0
+
+    def add(self, part: str, plan: Any, verdict: Verdict, work: Path) -> None:
+        self.inputs[part] += 1
+        self.ends[verdict.end] += 1
+        self.slowest, self.largest = max(self.slowest, verdict.seconds), max(self.largest, verdict.megabytes)
+        for kind, what in verdict.findings.items():
+            self.findings[kind] += 1
+            group = part, kind, re.sub(r"0x[0-9a-f]+|\d+", "#", what)[:160]
+            first = group not in self.groups
+            self.groups.setdefault(group, []).append(what)
+            if first:
+                print(f"{part}: {kind}: {what[:300]}\n    {plan!a}"[:1500], flush=True)
+                if self.keep is not None:
+                    place = self.keep / f"{part}-{kind}-{len(self.groups)}"
+                    with contextlib.suppress(OSError, shutil.Error):  # pipes and devices cannot be copied
+                        shutil.copytree(work, place, symlinks=True)
+                    (place.parent / f"{place.name}.txt").write_text(f"{what}\n{plan!a}\n", encoding="utf-8")
+
+    def totals(self, seed: int) -> dict[str, Any]:
+        kinds = ("traceback", "crash", "slow", "hang", "memory", "message", "code", "program", "file")
+        return {
+            "seed": seed,
+            "inputs": sum(self.inputs.values()),
+            "parts": dict(self.inputs),
+            "accepted": self.ends["accepted"],
+            "refused": self.ends["refused"],
+            "findings": {kind: self.findings[kind] for kind in kinds},
+            "slowest_seconds": round(self.slowest, 2),
+            "largest_megabytes": round(self.largest),
+        }
+
+
+def search(seed: int, inputs: int, parts: list[str], root: Path, keep: Path | None) -> Faults:
+    """Opens so many inputs of these parts."""
+    import hypothesis
+    from hostile import MARKER, PARTS, Seeds
+
+    seeds = Seeds.made(root)
+    faults = Faults(keep)
+    whole = sum(PARTS[name].share for name in parts)
+    wanted = {name: inputs * PARTS[name].share // whole for name in parts}
+    wanted[parts[0]] += inputs - sum(wanted.values())
+
+    def opens(name: str, act: Callable[[Seeds, Path, Any], None]) -> Callable[[Any], None]:
+        def one(plan: Any) -> None:
+            if faults.inputs[name] >= wanted[name]:
+                return
+            work = Path(tempfile.mkdtemp(dir=root))
+            os.chdir(work)
+            verdict = opened(lambda: act(seeds, work, plan), work, root / MARKER)
+            if (work / MARKER).exists():
+                verdict.findings["code"] = "a program that the input names ran"
+            faults.add(name, plan, verdict, work)
+            os.chdir(root)
+            shutil.rmtree(work, ignore_errors=True)
+
+        return one
+
+    for name in parts:
+        test = hypothesis.given(PARTS[name].plans)(opens(name, PARTS[name].act))
+        rounds, before = 0, -1
+        while before < faults.inputs[name] < wanted[name]:  # it ends early where all that there is has been drawn
+            before = faults.inputs[name]
+            bounded = hypothesis.settings(
+                max_examples=wanted[name] - before,
+                deadline=None,
+                database=None,
+                phases=[hypothesis.Phase.generate],
+                suppress_health_check=list(hypothesis.HealthCheck),
+            )(test)
+            hypothesis.seed(seed * 1000 + rounds)(bounded)()
+            rounds += 1
+    return faults
+
+
+def _warm() -> None:
+    """Imports what the inputs need, once."""
+    import torch
+
+    torch.set_num_threads(1)
+    import accelerate  # noqa: F401
+    import hostile  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import timm  # noqa: F401
+    import torchvision.transforms.v2  # noqa: F401
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--parts", nargs="+", help="pt, safetensors, folders, runs, coco, pictures, arguments")
+    parser.add_argument("--keep", type=Path, help="a folder for the first input of every kind of finding")
+    asked = parser.parse_args()
+    start = time.time()
+    _warm()
+    from hostile import PARTS
+
+    unknown = set(asked.parts or ()) - set(PARTS)
+    if unknown:
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if asked.keep is not None:
+        asked.keep = asked.keep.resolve()
+        asked.keep.mkdir(parents=True, exist_ok=True)
+    home = Path.cwd()
+    root = Path(tempfile.mkdtemp(prefix="faults-"))
+    try:
+        faults = search(asked.seed, asked.inputs, asked.parts or list(PARTS), root, asked.keep)
+    finally:
+        os.chdir(home)
+        shutil.rmtree(root, ignore_errors=True)
+    for (part, kind, what), found in sorted(faults.groups.items(), key=lambda item: -len(item[1])):
+        print(f"{len(found)} x {part}: {kind}: {what}")
+    print(json.dumps({**faults.totals(asked.seed), "minutes": round((time.time() - start) / 60, 1)}))
+    return 1 if faults.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
