@@ -157,8 +157,8 @@ def _nothing_to_connect(plan: Plan, lost: tuple[str, ...]) -> str:
     skipped = "".join(f"\n  skipped {few(names)}: {reason}" for reason, names in reasons.items())
     if len(found) > 1:  # a second attention beside the one that is there would be of no help
         return (
-            f"{what}{skipped}\nWhat was skipped says what stands between them: change the forward that it names, or pass "
-            "example_inputs with which it goes another way."
+            f"{what}{skipped}\nWhat was skipped says what stands between them: change the forward that it names, or "
+            "pass example_inputs with which it goes another way."
         )
     return (
         f"{what}{skipped}\nAttention can be added to a network before converting it: dcafy.insert(model, 'se') puts it "

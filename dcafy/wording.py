@@ -29,13 +29,13 @@ def short(text: str, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
 
 
-def quoted(name: str) -> str:
-    """``name`` in quotes as a message has it.
+def quoted(name: str, most: int = 60) -> str:
+    """``name`` in quotes, as :func:`short` has it.
 
     >>> quoted("a b")
     "'a b'"
     """
-    return f"'{short(name, 60)}'"
+    return f"'{short(name, most)}'"
 
 
 def counted(number: int, noun: str) -> str:
