@@ -1,4 +1,4 @@
-"""Does the converted model compute what the original does? Both are run, in eval mode, and left as they were."""
+"""Does the converted model compute what the original does? Copies of both are run, in eval mode."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcafy.draws import drawing_apart
 from dcafy.errors import InputError, VerificationError
-from dcafy.graph.copies import own_copy
+from dcafy.graph.copies import copy_to_run, own_copy
 from dcafy.graph.nodes import tensors_in
 from dcafy.trace.inputs import real_inputs
 from dcafy.wording import reason_of, warn
@@ -67,18 +68,9 @@ def tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tupl
 
 
 def _output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return model(*inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
-                    buffer.copy_(before)
+    """What a copy in eval mode puts out, which shares the model's parameters: others may use the model meanwhile."""
+    twin = copy_to_run(model)
+    for module in twin.modules():
+        module.training = False
+    with torch.no_grad():
+        return drawing_apart(lambda: twin(*inputs), seed=0)
