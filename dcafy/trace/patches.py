@@ -57,9 +57,9 @@ def _factories(tracer: ValueTracer) -> Iterator[_Patch]:
     def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
             if tracer.running:  # among values, where everything is on the meta device
-                return factory(*args, **{**kwargs, "device": "meta"})
+                return factory(*args, **(kwargs if tracer.on_data else {**kwargs, "device": "meta"}))
             node = tracer.create_node("call_function", factory, tracer.create_arg(args), tracer.create_arg(kwargs))
-            with tracer.run(), torch.no_grad():
+            with tracer.evaluating(node), torch.no_grad():
                 node.meta[VALUE] = factory(*values_of(args), **{**values_of(kwargs), "device": "meta"})
             return ValueProxy(node, tracer)
 
