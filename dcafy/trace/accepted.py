@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from dcafy.errors import InputError
 from dcafy.graph.paths import joined
 from dcafy.graph.source import ALLOWED, is_plain
+from dcafy.trace.effects import is_filled
 from dcafy.trace.recorder import is_layer
 from dcafy.wording import quoted
 
@@ -123,17 +124,9 @@ def _keeps_hold_of_a_module(value: Any) -> bool:
         if not isinstance(function, FunctionType) or function in seen:
             continue
         seen.add(function)
-        held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        held = [cell.cell_contents for cell in function.__closure__ or () if is_filled(cell)]
         held += function.__defaults__ or ()
         if any(isinstance(getattr(item, "__self__", item), nn.Module) for item in held):
             return True
         pending += held
     return False
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

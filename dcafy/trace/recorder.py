@@ -31,6 +31,7 @@ from dcafy.trace.named import Scripted
 from dcafy.trace.patches import recorded_calls, watched_functions
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.recording import Call, Observed, Recording, check_default, passed_through
+from dcafy.trace.sizes import symbolic_numbers
 from dcafy.trace.tracer import ValueTracer
 from dcafy.wording import reason_of
 
@@ -105,6 +106,7 @@ class Recorder(ValueTracer):
             watched_globals(modules.values(), self.unwritten.setdefault),
             recorded_calls(self),
             watched_functions(modules.values(), self.call_function),
+            symbolic_numbers(self, modules.values()),
         ):
             model.__dict__["training"] = Mode(self, "")
             before = python_state(model)
@@ -369,7 +371,7 @@ def _has_weight(module: nn.Module) -> bool:
 
 
 def _layout(leaf: Any) -> tuple[Any, ...] | None:
-    """What is the same whatever the data; ``None`` for a number, which may be computed from it, and for what is empty."""
+    """What is the same whatever the data; ``None`` for a number, which may be computed from it, and what is empty."""
     if isinstance(leaf, torch.Tensor) and leaf.numel():
         return leaf.shape, leaf.stride(), leaf.dtype
     return () if leaf is None else None
