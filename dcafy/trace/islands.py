@@ -49,22 +49,23 @@ def ran(
     guessed example its values mean nothing, and no time is spent on computing them.
     """
 
-    def run(twin: nn.Module, args: tuple[Any, ...]) -> Found:
+    def run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
         with torch.no_grad():
-            return watched(twin, lambda: twin.eval()(*args, **inputs.kwargs))
+            return watched(twin, lambda: twin.eval()(*args, **kwargs))
 
     try:
-        return run(_without_computing(data_free_copy(module), evaluator), inputs.args)
+        return run(_without_computing(data_free_copy(module), evaluator), inputs.args, inputs.kwargs)
     except Exception as error:  # any forward may fail on meta tensors in any way
         reason = reason_of(error)
-    if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
+    if any(p.device.type == "meta" for p in module.parameters()):
         return reason
     try:
         twin = shared_copy(module)
-        if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
+        given = (inputs.args if inputs.real is None else inputs.real, inputs.kwargs)
+        if all(value.device.type == "meta" for value in tensors_in(given)):
             twin = _without_computing(twin, evaluator)
         with torch.random.fork_rng():
-            return run(twin, real_inputs(inputs.real, module))
+            return run(twin, *real_inputs(given, module))
     except Exception as error:  # as above; the caller tells the user
         return reason_of(error)
 

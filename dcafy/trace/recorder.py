@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from dcafy.errors import InputError
 from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
@@ -47,6 +48,9 @@ class _State:
     attributes: dict[str, ValueProxy]
     given: list[tuple[ValueProxy, fx.Node]]
 
+
+REWRITE = "Write it into a subclass, or as a function of self and set it with types.MethodType(function, module)."
+"""What is said of forwards that use modules which are not their own."""
 
 _LAYERS = (nn.modules.container.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
 
@@ -89,6 +93,12 @@ class Recorder(ValueTracer):
         self._opaque = opaque
         self.connections = connections
         self._paths = {id(module): path for path, module in self.modules.items()}
+        self._originals = {
+            id(module): path
+            for path, module in original.named_modules()
+            if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+        }
+        self.outside: str | None = None
         self._names: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(module), []).append(path)
@@ -114,6 +124,12 @@ class Recorder(ValueTracer):
                 graph = self.trace(model)
             finally:
                 model.__dict__["training"] = False
+                if self.outside is not None:
+                    raise InputError(
+                        f"A forward in {type(model).__name__} calls {self.outside or 'the model'} otherwise than as a "
+                        "part of itself (by a closure, a global name or a registry), and in a copy of the model it would "
+                        f"go on using that very module. {REWRITE}"
+                    )
             self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
             for path, why in self.refused:
                 self.unwritten.setdefault(path, f"it goes on after an error that only its recording raises: {why}")
@@ -197,6 +213,9 @@ class Recorder(ValueTracer):
             if self._observing is not None and path is not None and path.startswith(self._observing):
                 self.observed.setdefault(path, Observed(*mapped((args, kwargs), lambda own: own)))
             return forward(*args, **kwargs)
+        if path is None and id(m) in self._originals:
+            self.outside = self._originals[id(m)]
+            raise self.refusal(f"its forward calls {self.outside} of the model that was copied")
         if path is None:  # made on the fly (a slice of a Sequential): its children have paths, it has none
             return forward(*args, **kwargs)
         connection = getattr(m, "is_connection", False)
@@ -227,7 +246,7 @@ class Recorder(ValueTracer):
             self._observing = outer
 
     def _yields_on_data(self, path: str, args: Any, kwargs: Any, error: Exception) -> Any:
-        """The value of what a leaf returns for any data; raises what it raises, or where that is another for other data."""
+        """The value of what a leaf returns, whatever the data; raises what it raises, or where that differs."""
 
         def run(args: Any, kwargs: Any) -> Any:
             return running_copy(self.original.get_submodule(path))(*args, **kwargs)
