@@ -15,6 +15,7 @@ from dcafy.cli.configured import with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
 from dcafy.plan.options import Conversion
 from dcafy.sources.options import FileOptions
+from dcafy.wording import printable
 
 
 @app.command("convert")
@@ -51,5 +52,5 @@ def convert_command(
     print(
         f"{len(connections(connected))} connections with {own:,} parameters"
         + (f", {conversion.attention} with {added:,}" if conversion.attention else "")
-        + f", saved in {output}."
+        + f", saved in {printable(str(output))}."
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from dcafy.errors import UsageError
-from dcafy.wording import nearest
+from dcafy.wording import nearest, shown
 
 Dimension = Literal["channel", "spatial"]
 """What attention maps vary over."""
@@ -56,11 +56,15 @@ def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = Non
         choices = meta["choices"] or (tables or {}).get(item.name, ())
         may_be_none = value is None and item.default is None
         if choices and not may_be_none and not (isinstance(value, str) and value in choices):
-            asked = f"{option} {value!r}" if dashes else f"{option}={value!r}"
+            asked = f"{option} {shown(value)}" if dashes else f"{option}={shown(value)}"
             known = list(choices)
-            raise UsageError(f"{asked} is not known.{nearest(str(value), known)} Use one of: {', '.join(known)}.")
+            raise UsageError(f"{asked} is not known.{nearest(shown(value), known)} Use one of: {', '.join(known)}.")
         if meta["bounds"] and not may_be_none:
             _check_bounds(option, value, *meta["bounds"], whole=str(item.type).startswith("int"))
+
+
+_MOST = 2**63
+"""What no whole number reaches: torch counts up to there, and so do the readers of a run's file."""
 
 
 def _check_bounds(
@@ -68,12 +72,14 @@ def _check_bounds(
 ) -> None:
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     lowest = -math.inf if least is None else least
+    if type(value) is int and value >= _MOST:
+        below = min(below, _MOST)
     if is_number and value >= lowest and (above is None or value > above) and value < below:
         return
     low = f"above {above:g}" if least is None else f"at least {least:g}"
     high = f" and below {below:g}" if below < math.inf else "" if whole else " and finite"
     kind = "a whole number of " if whole and not (option.startswith("--") and is_number) else ""
-    raise UsageError(f"{option} must be {kind}{low}{high}, not {value!r}.")
+    raise UsageError(f"{option} must be {kind}{low}{high}, not {shown(value)}.")
 
 
 @dataclass(frozen=True)
