@@ -32,7 +32,7 @@ class DcafyError(Exception):
         super().__init__("\n".join(line[: _indent(line)] + short(line, _MOST) for line in lines))
 
 
-_MOST = 1200
+_MOST = 900
 """Characters that a line of a message may have."""
 
 

@@ -89,7 +89,7 @@ class _ToStderr(logging.Handler):
     """What the package logs, one line each, on what is stderr at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"dcafy: {short(record.getMessage(), 1200)}", file=sys.stderr)
+        print(f"dcafy: {short(record.getMessage(), 900)}", file=sys.stderr)
 
 
 class _Commands(TyperGroup):
