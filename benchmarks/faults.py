@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import os
 import re
@@ -238,6 +239,8 @@ def search(seed: int, inputs: int, parts: list[str], root: Path, keep: Path | No
 
     seeds = Seeds.made(root)
     faults = Faults(keep)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would write to every page
     whole = sum(PARTS[name].share for name in parts)
     wanted = {name: inputs * PARTS[name].share // whole for name in parts}
     wanted[parts[0]] += inputs - sum(wanted.values())

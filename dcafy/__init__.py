@@ -36,18 +36,40 @@ if TYPE_CHECKING:
     from dcafy.emit.dca import connections
     from dcafy.emit.whole import flat
     from dcafy.emit.wire import run
-    from dcafy.errors import DcafyError
+    from dcafy.errors import (
+        CheckpointError,
+        DcafyError,
+        InputError,
+        Interrupted,
+        NoAttentionError,
+        PlanError,
+        SourceError,
+        TracingError,
+        TrainingError,
+        UsageError,
+        VerificationError,
+    )
     from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped
     from dcafy.plan.plan import Plan
 
 _HOME = {
     "AttentionBlock": "plan.blocks",
     "Chain": "plan.blocks",
+    "CheckpointError": "errors",
     "Connection": "emit.connection",
     "DcafyError": "errors",
+    "InputError": "errors",
+    "Interrupted": "errors",
     "Link": "plan.blocks",
+    "NoAttentionError": "errors",
     "Plan": "plan.plan",
+    "PlanError": "errors",
     "Skipped": "plan.blocks",
+    "SourceError": "errors",
+    "TracingError": "errors",
+    "TrainingError": "errors",
+    "UsageError": "errors",
+    "VerificationError": "errors",
     "connections": "emit.dca",
     "convert": "conversion",
     "flat": "emit.whole",
@@ -66,11 +88,21 @@ _HOME = {
 __all__ = [
     "AttentionBlock",
     "Chain",
+    "CheckpointError",
     "Connection",
     "DcafyError",
+    "InputError",
+    "Interrupted",
     "Link",
+    "NoAttentionError",
     "Plan",
+    "PlanError",
     "Skipped",
+    "SourceError",
+    "TracingError",
+    "TrainingError",
+    "UsageError",
+    "VerificationError",
     "__version__",
     "connections",
     "convert",

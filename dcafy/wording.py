@@ -29,6 +29,16 @@ def quoted(name: str, most: int = 60) -> str:
     return f"'{shown[:most]}...'" if len(shown) > most else f"'{shown}'"
 
 
+def short(text: str, most: int = 100) -> str:
+    """``text`` on one line, printable, and cut in the middle where it is longer than ``most``.
+
+    >>> short("a name" + 100 * "!", 20)
+    'a name!!! ... !!!!!!'
+    """
+    text = printable(" ".join(text.split()) if text.strip() else text)
+    return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
+
+
 def counted(number: int, noun: str) -> str:
     """``1 block``, ``2 blocks``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

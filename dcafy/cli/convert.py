@@ -12,8 +12,9 @@ import typer
 
 from dcafy.cli.app import app
 from dcafy.cli.configured import with_options
-from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, example_input, settings_given
+from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
 from dcafy.plan.options import Conversion
+from dcafy.sources.options import FileOptions
 
 
 @app.command("convert")
@@ -24,14 +25,13 @@ def convert_command(
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
     ],
     conversion: Conversion,
+    file: FileOptions,
     base: Annotated[
         bool, typer.Option("--base/--connections-only", help="Write all weights, or only the connections'.")
     ] = True,
     verify: Annotated[bool, typer.Option(help="Run both networks and compare their outputs bit by bit.")] = True,
     input_size: InputSize = None,
-    arch: Arch = None,
     settings: Settings = None,
-    trust_pickle: TrustPickle = False,
 ) -> None:
     """Connect the attention blocks of a network and save the result as a folder."""
     given, example = settings_given(settings), example_input(input_size)
@@ -42,7 +42,7 @@ def convert_command(
         from dcafy.emit.dca import connections
         from dcafy.sources import open_model
 
-        network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model
+        network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         before = sum(parameter.numel() for parameter in network.parameters())
         connected = convert(network, example_inputs=example, verify=verify, **dataclasses.asdict(conversion))
         save(connected, output, base=base)

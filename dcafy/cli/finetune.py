@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ import typer
 from dcafy import errors
 from dcafy.cli.app import app
 from dcafy.cli.configured import given_options, with_options
-from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion
 from dcafy.runs.options import RunOptions, with_defaults_of
+from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable
 
@@ -33,9 +35,8 @@ def finetune_command(
     training: TrainingConfig,
     images: DataOptions,
     conversion: Conversion,
-    arch: Arch = None,
+    file: FileOptions,
     settings: Settings = None,
-    trust_pickle: TrustPickle = False,
 ) -> None:
     """Connect a network and train it on. Under torchrun it trains in several processes or on several machines."""
     if run.resume and run.output is None:
@@ -49,7 +50,7 @@ def finetune_command(
         from dcafy.runs.request import REQUEST, Request
         from dcafy.training.parallel import is_main_process
 
-        if run.resume and (output / REQUEST).exists():
+        if run.resume and os.path.exists(output / REQUEST):
             asked = _known(output, model, given)
         elif run.data is None or not model:
             raise errors.UsageError(
@@ -61,11 +62,21 @@ def finetune_command(
             training = with_defaults_of(run.task, training, given)
             seeds = run.seeds if run.compare else 0
             asked = Request(
-                model, run.data, arch, settings_given(settings), conversion, images, training, seeds, run.task
+                model,
+                run.data,
+                file.arch,
+                settings_given(settings),
+                conversion,
+                images,
+                training,
+                seeds,
+                run.task,
+                prefix=file.prefix,
+                ignore_head=file.ignore_head,
             ).anchored()
             if is_main_process():
                 _require_free(output)
-        printed = _run(asked, output, run, trust_pickle)
+        printed = _run(asked, output, run, file)
     print(printed, end="")
 
 
@@ -73,7 +84,7 @@ def _require_free(output: Path) -> None:
     """Nothing where a run may begin."""
     from dcafy.runs.request import REQUEST, require_empty
 
-    if (output / REQUEST).exists():
+    if os.path.exists(output / REQUEST):
         raise errors.UsageError(
             f"There is a run in {str(output)!r} already. Go on with it: dcafy finetune {output} --resume. Or name "
             "another folder."
@@ -103,7 +114,7 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     if "settings" in given:
         given["settings"] = settings_given(given["settings"])
     known = {
-        **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings")},
+        **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings", *_PLACES)},
         "compare": asked.seeds > 0,
         "seeds": max(asked.seeds, 1),
         **dataclasses.asdict(asked.conversion),
@@ -120,6 +131,9 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     images = dataclasses.replace(asked.images, download=given.get("download", False))  # no file chooses to fetch
     return dataclasses.replace(asked, images=images, training=dataclasses.replace(asked.training, **changed))
 
+
+_PLACES = ("prefix", "ignore_head")
+"""Options that say where among the weights in a file the network is."""
 
 _MAY_CHANGE = ("workers", "cpu", "checkpoint_steps")
 """Options of a training that do not change what it computes."""
@@ -143,7 +157,7 @@ def _tell(amiss: tuple[str, ...]) -> None:
         print(f"{len(amiss)} such places in all; --strict stops at the first.", file=sys.stderr)
 
 
-def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> str:
+def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> str:
     """Runs what was asked for; the summary, for the main process."""
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, subject, train
@@ -159,16 +173,14 @@ def _run(asked: Request, output: Path, run: RunOptions, trust_pickle: bool) -> s
         # Whatever is wrong with the network, the data or the log shows here, before there is a run.
         if run.json_log is not None and is_main_process():
             JsonLines(run.json_log).require_writable()
-        on = subject(asked, seed=asked.training.seed, trust_pickle=trust_pickle)
+        on = subject(asked, seed=asked.training.seed, file=file)
         if is_main_process():
             _tell(on.data.amiss)
             write_request(output, asked)
         if asked.seeds:
             from dcafy.runs.compare import compare
 
-            comparison = compare(
-                asked, output, trust_pickle=trust_pickle, listener_for=listeners, is_main=is_main_process()
-            )
+            comparison = compare(asked, output, file=file, listener_for=listeners, is_main=is_main_process())
             return of_comparison(comparison) if is_main_process() else ""
         history = train(asked, on, output, seed=asked.training.seed, resume=run.resume, listeners=listeners())
         if not is_main_process():

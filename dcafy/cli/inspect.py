@@ -12,7 +12,9 @@ import typer
 
 from dcafy import errors
 from dcafy.cli.app import app
-from dcafy.cli.options import Arch, InputSize, Model, Settings, TrustPickle, example_input, settings_given
+from dcafy.cli.configured import with_options
+from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
+from dcafy.sources.options import FileOptions
 
 if TYPE_CHECKING:
     import torch
@@ -22,20 +24,20 @@ if TYPE_CHECKING:
 
 
 @app.command("inspect")
+@with_options
 def inspect_command(
     model: Model,
+    file: FileOptions,
     nodes: Annotated[bool, typer.Option("--nodes", help="Also list every node of each block with its role.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
     input_size: InputSize = None,
-    arch: Arch = None,
     settings: Settings = None,
-    trust_pickle: TrustPickle = False,
 ) -> None:
     """Show the attention blocks of a network and how they will be connected. Changes nothing."""
     chosen, example = settings_given(settings), example_input(input_size)
     # What the user's code prints while it is imported must not end up in the document.
     with contextlib.redirect_stdout(sys.stderr):
-        plan = _found(model, example, arch=arch, settings=chosen, trust_pickle=trust_pickle)
+        plan = _found(model, example, settings=chosen, **dataclasses.asdict(file))
     if as_json:
         print(json.dumps(plan_document(plan), indent=2))
     else:

@@ -22,16 +22,6 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        "--arch",
-        metavar="SPEC",
-        help="What the weights in a file belong to: torchvision:NAME, timm:NAME or package.module:factory. Without "
-        "it, dcafy names the architectures that fit.",
-        show_default=False,
-    ),
-]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -40,14 +30,6 @@ Settings = Annotated[
         help="An argument for the factory or architecture, read as JSON where it is JSON and as text otherwise. May "
         "be given several times.",
         show_default=False,
-    ),
-]
-TrustPickle = Annotated[
-    bool,
-    typer.Option(
-        "--trust-pickle",
-        help="Open a pickle that wants more than tensors and known network classes. This runs code that the file "
-        "chooses.  [default: refuse]",
     ),
 ]
 InputSize = Annotated[

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dcafy.cli.app import app
-from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.cli.configured import with_options
+from dcafy.cli.options import Model, Settings, settings_given
+from dcafy.sources.options import FileOptions
 from dcafy.wording import counted
 
 if TYPE_CHECKING:
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 
 @app.command("report")
+@with_options
 def report_command(
     model: Model,
+    file: FileOptions,
     images: Annotated[
         Path, typer.Option("--images", metavar="FOLDER", help="A folder of images to look at.", show_default=False)
     ],
@@ -59,9 +63,7 @@ def report_command(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels.  [default: the network's own]")
     ] = None,
-    arch: Arch = None,
     settings: Settings = None,
-    trust_pickle: TrustPickle = False,
 ) -> None:
     """Show what the attention of a network does on your images: one page, to look at and to send to somebody."""
     given = settings_given(settings)
@@ -72,14 +74,15 @@ def report_command(
         from dcafy.report import make_report, prepared_for, read_epochs, run_in
         from dcafy.sources import open_model
 
-        # --arch is about weights in a file, be they MODEL's or ORIGINAL's.
+        # --arch, --prefix and --ignore-head are about weights in a file, be they MODEL's or ORIGINAL's.
         files = [spec for spec in (model, against) if spec is not None and os.path.exists(spec)]
-        whose = arch if model in files or not files else None
-        source = open_model(model, arch=whose, settings=given, trust_pickle=trust_pickle)
+        unsaid = dataclasses.replace(file, arch=None, prefix=None, ignore_head=False)
+        whose = file if model in files or not files else unsaid
+        source = open_model(model, settings=given, **dataclasses.asdict(whose))
         other = None
         if against is not None:
-            whose = arch if against in files else None
-            other = open_model(against, arch=whose, trust_pickle=trust_pickle).model
+            whose = file if against in files else unsaid
+            other = open_model(against, **dataclasses.asdict(whose)).model
         run = run_in(model)
         findings = make_report(
             source.model,

@@ -21,6 +21,7 @@ from dcafy.runs.recipes import PURPOSES
 from dcafy.runs.request import Request
 from dcafy.runs.run import Subject, finish, subject, train
 from dcafy.runs.timing import step_times
+from dcafy.sources import FileOptions
 from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
 from dcafy.wording import printable
@@ -104,7 +105,7 @@ def compare(
     request: Request,
     directory: Path,
     *,
-    trust_pickle: bool = False,
+    file: FileOptions | None = None,
     listener_for: Callable[[str], tuple[Listener, ...]] = lambda title: (),
     is_main: bool = True,
 ) -> Comparison:
@@ -119,7 +120,7 @@ def compare(
     first: dict[str, Subject] = {}
     for seed in seeds:
         for side in SIDES:
-            on = subject(request, seed=seed, connect=side == "connected", trust_pickle=trust_pickle)
+            on = subject(request, seed=seed, connect=side == "connected", file=file)
             place = _own_folder(directory, f"{seed}-{side}")
             listeners = listener_for(f"seed {seed}, {side}")
             try:

@@ -24,7 +24,12 @@ REQUEST = "finetune.json"
 """The name of the request in the folder of a run."""
 
 
-FORMAT = Format("version", 1)
+def _without_places(request: dict[str, Any]) -> dict[str, Any]:
+    """Requests of version 1 say nothing about where in a file the weights are."""
+    return {**request, "prefix": None, "ignore_head": False}
+
+
+FORMAT = Format("version", 2, {1: _without_places})
 """The version of the request on the disk."""
 
 _LARGEST = 2**20
@@ -44,6 +49,8 @@ class Request:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seeds: int = 0
     task: Annotated[str, one_of(TASKS)] = "classification"
+    prefix: str | None = None
+    ignore_head: bool = False
 
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""

@@ -27,7 +27,7 @@ from dcafy.images.order import seeded
 from dcafy.plan.options import Conversion
 from dcafy.runs.recipes import PURPOSES, Ready
 from dcafy.runs.request import Request
-from dcafy.sources import open_model
+from dcafy.sources import FileOptions, open_model
 from dcafy.training.history import History
 from dcafy.training.loop import finetune
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
@@ -43,7 +43,7 @@ class Subject:
     ready: Ready
 
 
-def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: bool = False) -> Subject:
+def subject(request: Request, *, seed: int, connect: bool = True, file: FileOptions | None = None) -> Subject:
     """The network that ``request`` names with a head for its data, connected or not, and the data.
 
     Whatever is new in the network follows from ``seed``; it is the same whether the network is connected or not.
@@ -52,7 +52,9 @@ def subject(request: Request, *, seed: int, connect: bool = True, trust_pickle: 
     purpose.task(request.training)  # refuses options that mean nothing for it
     data = purpose.open_data(request.data, request.images)
     with seeded(seed, 3):  # a network without weights of its own begins with those that follow from the seed
-        source = open_model(request.model, arch=request.arch, settings=request.settings, trust_pickle=trust_pickle)
+        whose = {name: getattr(request, name) for name in ("arch", "prefix", "ignore_head")}
+        options = dataclasses.asdict(dataclasses.replace(file or FileOptions(), **whose))
+        source = open_model(request.model, settings=request.settings, **options)
     network = source.model
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)

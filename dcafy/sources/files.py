@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import logging
 import pickle
-import pickletools
 import shlex
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +14,11 @@ from typing import IO, Any
 import torch
 
 from dcafy.errors import SourceError
-from dcafy.sources.pickles import COMPUTED, PickleContents, lent_classes, load_pickled, read_pickle
-from dcafy.wording import few, one_line, printable
+from dcafy.sources.archives import Opened, allowance, read_legacy, read_zip, records_of
+from dcafy.sources.insides import Odd, fill
+from dcafy.sources.options import FileOptions
+from dcafy.sources.pickles import Damaged, TooLarge
+from dcafy.wording import few, short
 from dcafy.zoos.factories import working_folder_importable
 
 log = logging.getLogger(__name__)
@@ -32,32 +31,32 @@ _SAVE_AGAIN = "save model.state_dict() with torch.save or safetensors, and open 
 class NamedFile:
     """A file to open, and what the user said about it.
 
-    ``spec`` and ``arch`` are what the user wrote, for the messages; ``trust`` says that the file may run code.
+    ``spec`` is what the user wrote, for the messages; ``options`` how he wants it opened.
     """
 
     path: Path
     spec: str
-    arch: str | None
-    trust: bool
+    options: FileOptions
 
     @property
     def accepting(self) -> str:
         """The command that accepts the risk of opening this pickle."""
-        arch = f" --arch {shlex.quote(self.arch)}" if self.arch else ""
-        return f"dcafy inspect {shlex.quote(self.spec)}{arch} --trust-pickle"
+        given = {"--arch": self.options.arch, "--prefix": self.options.prefix}
+        also = "".join(f" {option} {shlex.quote(value)}" for option, value in given.items() if value)
+        return f"dcafy inspect {shlex.quote(self.spec)}{also} --trust-pickle"
 
     def error(self, what: str) -> SourceError:
         """``SourceError`` that says something about this file."""
-        return SourceError(f"{self.spec!r} {what}")
+        return SourceError(f"{short(repr(self.spec), 200)} {what}")
 
 
-def read_object(path: Path, spec: str, arch: str | None, trust: bool) -> Any:
+def read_object(path: Path, spec: str, options: FileOptions) -> Any:
     """What the file holds: a network, a state dict, or whatever else was saved.
 
     ``SourceError`` says in one line why a file cannot be opened. No code of the file's choosing runs
-    unless ``trust`` is set.
+    unless ``options.trust_pickle`` is set.
     """
-    named = NamedFile(path, spec, arch, trust)
+    named = NamedFile(path, spec, options)
     if not path.is_file():
         raise named.error("is not a regular file.")
     try:
@@ -65,8 +64,18 @@ def read_object(path: Path, spec: str, arch: str | None, trust: bool) -> Any:
             opener = _opener(named, file)
             file.seek(0)
             return opener(named, file)
+    except Damaged as error:
+        raise named.error(f"is truncated or damaged ({short(str(error))}): copy or download it again.") from error
+    except TooLarge as error:
+        raise named.error(
+            f"{error}: dcafy reads no further. If you know that it is meant to be like that, add --any-size."
+        ) from error
+    except Odd as error:
+        raise named.error(
+            f"holds a network with odd insides: {error}. Save it anew, or better: {_SAVE_AGAIN}."
+        ) from error
     except OSError as error:
-        raise named.error(f"could not be read ({one_line(error)}).") from error
+        raise named.error(f"could not be read ({short(str(error))}).") from error
 
 
 def listing(folder: Path) -> str:
@@ -99,6 +108,9 @@ _STRANGERS: tuple[tuple[int, bytes, str], ...] = (
 _LONGEST_HEADER = 100_000_000
 """Bytes that the header of a safetensors file may have, by that format's definition."""
 
+_USUAL_HEADER = 5_000_000
+"""Bytes that it has for the weights of a network, 50,000 tensors and more."""
+
 
 def _opener(named: NamedFile, file: IO[bytes]) -> Callable[[NamedFile, IO[bytes]], Any]:
     """The function that opens this kind of file."""
@@ -127,10 +139,18 @@ def _open_safetensors(named: NamedFile, file: IO[bytes]) -> dict[str, torch.Tens
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if int.from_bytes(file.read(8), "little") > _USUAL_HEADER and not named.options.any_size:
+        raise TooLarge("has a header of more tensors than any network has")
     try:
         return load_file(str(named.path))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise named.error(f"is a truncated or damaged safetensors file ({one_line(error)}).") from error
+    except (MemoryError, RuntimeError) as error:  # a file that may not be mapped, or more than there is memory for
+        raise named.error(f"could not be read into memory ({short(str(error))}).") from error
+    except SafetensorError as error:
+        raise named.error(f"is a truncated or damaged safetensors file ({short(str(error))}).") from error
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise named.error(
+            "is a truncated or damaged safetensors file (with a tensor of a shape or type that PyTorch does not have)."
+        ) from error
 
 
 _EXPORTED = f"is a .pt2 archive of torch.export, which holds a finished graph and no network to work on: {_SAVE_AGAIN}."
@@ -148,55 +168,27 @@ _ARCHIVES: tuple[tuple[str, str], ...] = (
 
 
 def _open_zip(named: NamedFile, file: IO[bytes]) -> Any:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = {name.partition("/")[2] or name for name in archive.namelist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise named.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
+    records = records_of(file)
     for record, meaning in _ARCHIVES:
         if record in records:
             raise named.error(meaning)
     if "data.pkl" not in records:
         raise named.error("is a zip archive that torch.save did not write.")
-    if named.trust:
+    if named.options.trust_pickle:
         return _trusted(named)
-    try:
-        # torch's own reader and not zipfile's: what is judged must be the very bytes that will be loaded.
-        pickled = torch._C.PyTorchFileReader(str(named.path)).get_record("data.pkl")
-    except RuntimeError as error:
-        raise named.error(f"is truncated or damaged ({one_line(error)}): copy or download it again.") from error
-    contents = _read(named, io.BytesIO(pickled), pickles=1)
-    return _guarded(named, file, contents)
-
-
-_PICKLES_IN_A_LEGACY_FILE = 5
-"""Magic number, protocol, system, the object, the keys of its storages; raw numbers follow."""
+    return _content(named, read_zip(file, records, allowance(file, named.options.any_size)))
 
 
 def _open_legacy(named: NamedFile, file: IO[bytes]) -> Any:
     """A file as torch.save wrote them before PyTorch 1.6: pickles one after the other."""
-    try:
-        first = [argument for _, argument, _ in itertools.islice(pickletools.genops(file), 4)]
-    except (ValueError, LookupError) as error:
-        raise named.error(f"is truncated or damaged ({one_line(error)}).") from error
-    if torch.serialization.MAGIC_NUMBER not in first:
+    opened = read_legacy(file, allowance(file, named.options.any_size))
+    if opened is None:
         raise named.error("is a Python pickle that torch.save did not write: " + _SAVE_AGAIN + ".")
-    if named.trust:
-        return _trusted(named)
-    file.seek(0)
-    contents = _read(named, file, pickles=_PICKLES_IN_A_LEGACY_FILE)
-    classes, wanted = lent_classes(contents)
-    # There, a network's classes came wrapped together with their source code, which torch only unwraps unsafely.
-    if classes and set(wanted) <= {COMPUTED}:
-        raise named.error(
-            "is a whole network in the format from before PyTorch 1.6, which can only be opened by running what it "
-            f"says. Instead {_SAVE_AGAIN}; or, if you trust where it comes from, accept the risk: {named.accepting}"
-        )
-    return _guarded(named, file, contents)
+    return _trusted(named) if named.options.trust_pickle else _content(named, opened)
 
 
 def _open_tar(named: NamedFile, file: IO[bytes]) -> Any:
-    if named.trust:
+    if named.options.trust_pickle:
         return _trusted(named)
     raise named.error(
         "is a tar archive. If torch.save wrote it (before PyTorch 0.1.10), it can only be opened by running what it "
@@ -204,57 +196,30 @@ def _open_tar(named: NamedFile, file: IO[bytes]) -> Any:
     )
 
 
-# --- opening pickles --------------------------------------------------------------------------------
+# --- what was opened --------------------------------------------------------------------------------
 
 
-def _read(named: NamedFile, stream: IO[bytes], pickles: int) -> PickleContents:
-    try:
-        parts = [read_pickle(stream) for _ in range(pickles)]
-    except (ValueError, LookupError, UnicodeError, TypeError) as error:
-        raise named.error(f"is truncated or damaged ({one_line(error)}).") from error
-    return PickleContents(
-        frozenset().union(*(part.names for part in parts)),
-        frozenset().union(*(part.calls for part in parts)),
-        max(part.protocol for part in parts),
-    )
-
-
-def _guarded(named: NamedFile, file: IO[bytes], contents: PickleContents) -> Any:
-    """What the file holds, opened without running code of its choosing; ``SourceError`` where that cannot be."""
-    classes, wanted = lent_classes(contents)
-    if wanted:
-        asked = few([printable(name) for name in wanted], 12)
+def _content(named: NamedFile, opened: Opened) -> Any:
+    """What the file holds; ``SourceError`` where it asks for more than data and known network classes."""
+    if opened.wanted:
+        asked = few([short(name) for name in opened.wanted], 12)
         raise named.error(
             f"is a pickle that wants {asked}. Opening it would run code that the file chooses; dcafy opens "
-            "only tensors and the network classes of torch.nn, torchvision and timm. Better, "
+            "only tensors, plain data and the network classes of torch.nn, torchvision and timm. Better, "
             f"{_SAVE_AGAIN}. If you trust where the file comes from, accept the risk: {named.accepting}"
         )
-    file.seek(0)
-    try:
-        return load_pickled(file, classes.items())
-    except Exception as error:
-        other = f" It is written in pickle protocol {contents.protocol}, torch.save's own is 2."
-        hint = other if contents.protocol > 2 else ""
-        raise named.error(
-            f"could not be opened without running code, it may be damaged ({type(error).__name__}: "
-            f"{_first_sentence(error)}).{hint} If you trust where it comes from, accept the risk: {named.accepting}"
-        ) from error
+    fill(opened.built)
+    return opened.content
 
 
 def _trusted(named: NamedFile) -> Any:
-    log.warning("opening %s with --trust-pickle: this runs code that the file chooses", named.spec)
+    log.warning("opening %s with --trust-pickle: this runs code that the file chooses", short(named.spec))
     try:
         with working_folder_importable(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(named.path, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as error:
         raise named.error(
-            f"could not be unpickled ({type(error).__name__}: {one_line(error)}). Its classes must be importable: "
-            "run from the folder that holds their code."
+            f"could not be unpickled ({type(error).__name__}: {short(str(error), 400)}). Its classes must be "
+            "importable: run from the folder that holds their code."
         ) from error
-
-
-def _first_sentence(error: BaseException) -> str:
-    """torch's reason, without its advice to switch the safe reader off."""
-    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
-    return printable(reason.partition(" Please use")[0].partition(". ")[0][:200])

@@ -14,9 +14,11 @@ from torch import nn
 from dcafy.checkpoint.folder import MARKER
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.errors import SourceError, UsageError
+from dcafy.plan.options import takes
 from dcafy.sources.contents import network_or_weights
 from dcafy.sources.files import listing, read_object
-from dcafy.wording import few
+from dcafy.sources.options import FileOptions
+from dcafy.wording import few, short
 from dcafy.zoos.factories import is_factory
 from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
 from dcafy.zoos.packages import ZOOS
@@ -40,21 +42,21 @@ class Source:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+@takes(FileOptions)
 def open_model(
     spec: str,
     *,
-    arch: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    trust_pickle: bool = False,
     on_meta: bool = False,
+    **options: Any,
 ) -> Source:
     """The network that ``spec`` names: an architecture, a factory, a file, or a folder of ``dcafy.save``.
 
-    ``arch`` is the spec of the architecture that a file's bare weights belong to; ``settings`` are the
-    arguments with which an architecture or a factory is called. A ``package.module:factory`` runs code,
-    and so does a pickle opened with ``trust_pickle``; nothing else does. With ``on_meta`` an architecture
-    that is named without weights is built on the meta device, quickly and only to look at its shapes.
-    The global random state is left as it was.
+    ``settings`` are the arguments with which an architecture or a factory is called. With ``on_meta`` an
+    architecture that is named without weights is built on the meta device, quickly and only to look at its shapes.
+    The further ``options`` are those of a file (:class:`FileOptions`): ``arch`` is the spec of the architecture that
+    its bare weights belong to, ``prefix`` where among them. A ``package.module:factory`` runs code, and so does a
+    pickle opened with ``trust_pickle``; nothing else does. The global random state is left as it was.
 
     Raises ``UsageError`` for a name or an argument that is not known, ``SourceError`` for a file that
     cannot be opened or weights that cannot be fetched.
@@ -63,23 +65,30 @@ def open_model(
     >>> open_model("torchvision:mobilenet_v3_small").architecture
     'torchvision:mobilenet_v3_small'
     """
-    chosen = dict(settings or {})
+    chosen, how = dict(settings or {}), FileOptions(**options)
     named = spec.partition(":")[0] in ZOOS and ":" in spec
     with torch.random.fork_rng(devices=[]):
         if not named and os.path.isdir(spec):
-            return _folder(Path(spec), spec, arch, chosen)
+            return _folder(Path(spec), spec, how, chosen)
         if not named and os.path.exists(spec):
-            return _file(Path(spec), spec, arch, chosen, trust_pickle)
+            return _file(Path(spec), spec, how, chosen)
         if named or is_factory(spec):
-            return _named(spec, arch, chosen, on_meta)
+            return _named(spec, how, chosen, on_meta)
     raise _missing(spec)
 
 
-def _named(spec: str, arch: str | None, settings: dict[str, Any], on_meta: bool) -> Source:
-    if arch is not None:
-        raise UsageError(f"--arch says what a file's weights belong to; {spec!r} is no file. Leave --arch out.")
+def _named(spec: str, how: FileOptions, settings: dict[str, Any], on_meta: bool) -> Source:
+    _require_no("a file's weights", f"{spec!r} is no file", how)
     blueprint = parse(spec, settings)
     return _source(spec, blueprint, blueprint.build(on_meta=on_meta and blueprint.weights is None))
+
+
+def _require_no(what: str, why: str, how: FileOptions, *allowed: str) -> None:
+    """Nothing; ``UsageError`` where options are given that are about something else than what was named."""
+    for name in ("arch", "prefix", "ignore_head"):
+        if getattr(how, name) and name not in allowed:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is about {what}; {why}. Leave {option} out.")
 
 
 def _source(spec: str, blueprint: Blueprint, model: nn.Module) -> Source:
@@ -91,7 +100,7 @@ def _source(spec: str, blueprint: Blueprint, model: nn.Module) -> Source:
     return Source(model, spec, plain.spec, plain.settings)
 
 
-def _folder(path: Path, spec: str, arch: str | None, settings: dict[str, Any]) -> Source:
+def _folder(path: Path, spec: str, how: FileOptions, settings: dict[str, Any]) -> Source:
     """A folder that ``dcafy.save`` wrote."""
     if not (path / MARKER).is_file():
         inside = listing(path)
@@ -99,48 +108,54 @@ def _folder(path: Path, spec: str, arch: str | None, settings: dict[str, Any]) -
             f"{spec!r} is a folder without a {MARKER}, so dcafy.save did not write it."
             + (f" Name one of its files instead: {inside}." if inside else "")
         )
-    if settings and arch is None:
+    _require_no("a file's weights", f"{spec!r} is a folder", how, "arch")
+    if settings and how.arch is None:
         raise UsageError(f"--set has nothing to set: the folder {spec!r} says how its model is built.")
     from dcafy.checkpoint import load
 
-    blueprint = None if arch is None else parse(arch, settings)
+    blueprint = None if how.arch is None else parse(how.arch, settings)
     return Source(load(path, None if blueprint is None else blueprint.build()), spec)
 
 
-def _file(path: Path, spec: str, arch: str | None, settings: dict[str, Any], trust_pickle: bool) -> Source:
-    """A file: a whole network, or weights for ``arch``."""
-    blueprint = None if arch is None else parse(arch, settings)
-    held = network_or_weights(read_object(path, spec, arch, trust_pickle), spec)
+def _file(path: Path, spec: str, how: FileOptions, settings: dict[str, Any]) -> Source:
+    """A file: a whole network, or weights for ``how.arch``."""
+    blueprint = None if how.arch is None else parse(how.arch, settings)
+    held = network_or_weights(read_object(path, spec, how), spec, how)
     if isinstance(held, nn.Module):
-        if blueprint is not None or settings:
-            option = "--set" if blueprint is None else "--arch"
-            raise UsageError(f"{spec!r} holds a whole network, so {option} has nothing to say. Leave it out.")
+        _require_no("bare weights", f"{spec!r} holds a whole network", how)
+        if settings:
+            raise UsageError(f"{spec!r} holds a whole network, so --set has nothing to say. Leave it out.")
         return Source(held, spec)
     if blueprint is None:
         raise _needs_architecture(spec, held)
-    model, used = load_into(blueprint, held, spec)
+    model, used = load_into(blueprint, held, spec, ignore_head=how.ignore_head)
     return _source(spec, used, model)
 
 
 def _needs_architecture(spec: str, state: Mapping[str, torch.Tensor]) -> SourceError:
-    start = f"{spec!r} holds weights only ({len(state)} tensors), not the network they belong to. "
+    start = f"{short(repr(spec), 200)} holds weights only ({len(state)} tensors), not the network they belong to. "
     if any(is_connection(key) for key in state):
         return SourceError(
             f"{start}They are those of a converted model: name the folder that dcafy.save wrote (with its {MARKER}), "
             "not the file in it."
         )
-    found = architectures_that_fit(state)
+    found, near = architectures_that_fit(state)
     if not found:
+        nearest = f" The nearest is {near[0]}." if near else ""
+        if near and near[0].fits[0].head:
+            nearest += f" Without that head they are read by --arch {near[0].spec} --ignore-head."
         return SourceError(
-            f"{start}No architecture of torchvision or timm that is installed here has these keys and shapes. Say "
-            "which network they are for: --arch package.module:factory, with --set key=value for its arguments."
+            f"{start}No architecture of torchvision or timm that is installed here has these keys and shapes.{nearest} "
+            "Say which network they are for: --arch package.module:factory, with --set key=value for its arguments."
         )
-    fit = few(found, 8)
-    return SourceError(f"{start}Their keys and shapes fit: {fit}. Say which one it is, such as --arch {found[0]}.")
+    fit, how_well = few([guess.spec for guess in found], 8), "; ".join(map(str, found[:3]))
+    return SourceError(
+        f"{start}Their keys and shapes fit: {fit}. Say which one it is, such as --arch {found[0].spec}. {how_well}."
+    )
 
 
 def _missing(spec: str) -> SourceError | UsageError:
     """The error for a spec that is neither a name nor anything on the disk."""
     if "/" in spec or "\\" in spec or Path(spec).suffix.lower() in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
-        return SourceError(f"There is no file or folder {spec!r} (looked in {str(Path.cwd())!r}).")
+        return SourceError(f"There is no file or folder {short(repr(spec), 200)} (looked in {str(Path.cwd())!r}).")
     return unknown(spec)
