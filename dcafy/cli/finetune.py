@@ -20,7 +20,7 @@ from dcafy.plan.options import Conversion
 from dcafy.runs.options import RunOptions, with_defaults_of
 from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
-from dcafy.wording import printable
+from dcafy.wording import printable, quoted
 
 if TYPE_CHECKING:
     from dcafy.runs.request import Request
@@ -54,7 +54,7 @@ def finetune_command(
             asked = _known(output, model, given)
         elif run.data is None or not model:
             raise errors.UsageError(
-                f"There is no run in {str(output)!r} to go on with."
+                f"There is no run in {quoted(str(output), 200)} to go on with."
                 if run.resume
                 else "--data names no images. Write --data imagefolder:PATH, or --data digits to try."
             )
@@ -86,7 +86,7 @@ def _require_free(output: Path) -> None:
 
     if os.path.exists(output / REQUEST):
         raise errors.UsageError(
-            f"There is a run in {str(output)!r} already. Go on with it: dcafy finetune {output} --resume. Or name "
+            f"There is a run in {quoted(str(output), 200)} already. Go on with it: --resume. Or name "
             "another folder."
         )
     require_empty(output)
@@ -124,7 +124,7 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     for name, value in given.items():
         if name in known and name not in (*_MAY_CHANGE, "download") and known[name] != value:
             raise errors.UsageError(
-                f"The run in {str(output)!r} was started {_as_given(name, known[name])}. Leave it out to go on with "
+                f"The run in {quoted(str(output), 200)} was started {_as_given(name, known[name])}. Leave it out to go on with "
                 "it, or start another run."
             )
     changed = {name: given[name] for name in _MAY_CHANGE if name in given}
