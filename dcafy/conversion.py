@@ -113,7 +113,7 @@ def convert(
     chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.network)
     chosen = shaped(chosen, seen.network, dimension=conversion.dimension, topology=conversion.topology)
     if not chosen.links:
-        raise NoAttentionError(_nothing_to_connect(chosen))
+        raise NoAttentionError(_nothing_to_connect(chosen, seen.lost))
     chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):
         price = cost(conversion.topology, chosen, seen.network, conversion)
@@ -145,16 +145,21 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
     )
 
 
-def _nothing_to_connect(plan: Plan) -> str:
-    if not plan.blocks:
-        what = f"{plan.model or 'The model'} has no attention block that could be connected."
+def _nothing_to_connect(plan: Plan, lost: tuple[str, ...]) -> str:
+    model, found = plan.model or "The model", [*(block.name for block in plan.blocks), *lost]
+    if not found:
+        what = f"{model} has no attention block that could be connected."
     else:
-        names = few([block.name for block in plan.blocks])
-        what = f"{plan.model or 'The model'} has attention ({names}), but no block that could hear an earlier one."
+        what = f"{model} has attention ({few(found)}), but no block that could hear an earlier one."
     reasons: dict[str, list[str]] = {}
     for item in plan.skipped:
         reasons.setdefault(item.reason, []).append(item.name)
     skipped = "".join(f"\n  skipped {few(names)}: {reason}" for reason, names in reasons.items())
+    if len(found) > 1:  # a second attention beside the one that is there would be of no help
+        return (
+            f"{what}{skipped}\nWhat was skipped says what stands between them: change the forward that it names, or "
+            "pass example_inputs with which it goes another way."
+        )
     return (
         f"{what}{skipped}\nAttention can be added to a network before converting it: dcafy.insert(model, 'se') puts it "
         "at the end of each residual branch, and dcafy.convert(model, attention='se') does both."

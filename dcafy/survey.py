@@ -48,12 +48,14 @@ class Survey:
 
     ``inputs``  those it was recorded with (meta tensors where guessed)
     ``whole``   whether one graph of the whole connected model can be written
+    ``lost``    the attention blocks that were found and cannot be connected where they are
     """
 
     plan: Plan
     network: Network
     inputs: tuple[Any, ...]
     whole: bool
+    lost: tuple[str, ...] = ()
 
 
 def survey(model: nn.Module, example_inputs: Any = None) -> Survey:
@@ -145,7 +147,8 @@ class _Surveyor:
             islands=tuple(region.path for region in network.regions if region.path),
             model=self.name,
         )
-        return Survey(plan, network, inputs, obstacle is None)
+        lost = (found.name for region in look.regions for found in region.found if found.name not in network)
+        return Survey(plan, network, inputs, obstacle is None, tuple(lost))
 
     def _no_graph(self, network: Network, links: list[Link]) -> str | None:
         """Why the whole connected model cannot be written down as one graph, if there is a reason."""

@@ -12,21 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from dcafy.errors import UsageError
-
-
-def printable(name: str) -> str:
-    """``name`` with everything that could steer a terminal written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-
-
-def quoted(name: str, most: int = 60) -> str:
-    """``name`` in quotes as a message has it: printable, and shortened where it is long.
-
-    >>> quoted("a" * 100, most=10)
-    "'aaaaaaaaaa...'"
-    """
-    shown = printable(name[: most + 1])
-    return f"'{shown[:most]}...'" if len(shown) > most else f"'{shown}'"
+from dcafy.errors import printable as printable
 
 
 def short(text: str, most: int = 100) -> str:
@@ -37,6 +23,15 @@ def short(text: str, most: int = 100) -> str:
     """
     text = printable(" ".join(text.split()) if text.strip() else text)
     return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
+
+
+def quoted(name: str, most: int = 60) -> str:
+    """``name`` in quotes, as :func:`short` has it.
+
+    >>> quoted("a b")
+    "'a b'"
+    """
+    return f"'{short(name, most)}'"
 
 
 def counted(number: int, noun: str) -> str:

@@ -86,8 +86,7 @@ def _require_free(output: Path) -> None:
 
     if os.path.exists(output / REQUEST):
         raise errors.UsageError(
-            f"There is a run in {quoted(str(output), 200)} already. Go on with it: --resume. Or name "
-            "another folder."
+            f"There is a run in {quoted(str(output), 200)} already. Go on with it: --resume. Or name another folder."
         )
     require_empty(output)
 
@@ -124,8 +123,8 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     for name, value in given.items():
         if name in known and name not in (*_MAY_CHANGE, "download") and known[name] != value:
             raise errors.UsageError(
-                f"The run in {quoted(str(output), 200)} was started {_as_given(name, known[name])}. Leave it out to go on with "
-                "it, or start another run."
+                f"The run in {quoted(str(output), 200)} was started {_as_given(name, known[name])}. Leave it out to "
+                "go on with it, or start another run."
             )
     changed = {name: given[name] for name in _MAY_CHANGE if name in given}
     images = dataclasses.replace(asked.images, download=given.get("download", False))  # no file chooses to fetch

@@ -116,7 +116,7 @@ def _size(network: Network, source: str) -> tuple[object, ...]:
     message, found = network.message(source), network[source]
     assert isinstance(message, Message)
     single = len(found.contexts) == 1 and message.kind in ("product", "map")
-    return message.kind, message.channels, message.size, found.axis, single or source
+    return message.kind, message.extents, message.kinds, message.axis, found.axis, single or source
 
 
 def _source(network: Network, link: Link, i: int) -> tuple[str, str | None]:

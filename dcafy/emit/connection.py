@@ -16,8 +16,8 @@ class Connection(nn.Module):
     ``T̃`` is ``T ⊙ G_prev`` where ``bounded``, else ``T`` (paper 3.1). ``match`` is a chain of plain layers or
     ``nn.Identity``; it works on ``[N, C]`` for channel attention, on ``[N, k, *size]`` for spatial attention.
 
-    ``target_axis``, ``source_axis``: where the maps of this block and of the earlier one have their channels
-    (1, -1, or ``None`` for ``[N, H, W]``); channel attention ignores them: any layout of a vector will do.
+    ``target_axis``, ``source_axis``, ``map_axis``: where this block's G, the earlier one's and its T have their
+    channels (1, -1, or ``None`` for ``[N, H, W]``); channel attention ignores them: any layout of a vector will do.
     ``averages``: whether the earlier map's channels are averaged into one; ``grows``: whether it is the smaller one.
 
     >>> from dcafy.emit.matching import channel_match
@@ -37,6 +37,7 @@ class Connection(nn.Module):
         schema: str = "direct",
         bounded: bool = True,
         source_axis: int | None = 1,
+        map_axis: int | None = 1,
         target_axis: int | None = 1,
         averages: bool = False,
         grows: bool = False,
@@ -48,6 +49,7 @@ class Connection(nn.Module):
         self.schema = schema
         self.bounded = bounded
         self.source_axis = source_axis
+        self.map_axis = map_axis
         self.target_axis = target_axis
         self.averages = averages
         self.grows = grows

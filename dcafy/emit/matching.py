@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dcafy.errors import UsageError
-from dcafy.find.layout import Extent
+from dcafy.find.layout import DIMENSIONS, Extent
 from dcafy.plan.blocks import Link
 
 
@@ -96,8 +96,23 @@ def spatial_match(
     return nn.Sequential(shrink(ratio, channels, **place))
 
 
+class EachPlace(nn.Sequential):
+    """Layers for vectors, applied to the channels ``[N, C, *size]`` of every place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map of as many channels as the layers yield."""
+        x = x.movedim(1, -1)
+        for layer in self:
+            x = layer(x)
+        return x.movedim(-1, 1).contiguous()  # else what is added to G takes another layout, and layers other kernels
+
+
 class _Channel:
-    option = "channel_match"
+    options: tuple[str, ...] = ("channel_match",)
+
+    def needs_layers(self, channels: int, own: int) -> bool:
+        """Whether only layers bring maps of so many channels to G's."""
+        return DIMENSIONS["channel"].needs_layers(channels, own)
 
     def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
         """The layers that a link with all its settings takes; ``place``: device and dtype."""
@@ -115,22 +130,35 @@ class _Channel:
         return _typed(_shaped(message, G.shape), G)
 
 
-class _Spatial:
-    option = "spatial_match"
+class _Spatial(_Channel):
+    options = ("spatial_match", "channel_match")
+
+    def needs_layers(self, channels: int, own: int) -> bool:
+        return DIMENSIONS["spatial"].needs_layers(channels, own)
 
     def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
-        channels = message[0] if message[0] == own[0] else 1
-        return spatial_match(str(link.spatial_match), message[1] or (), own[1] or (), channels=channels, **place)
+        """Places first, axis by axis; then the channels of each place, as channel attention's."""
+        more = self.needs_layers(message[0], own[0])
+        channels = message[0] if more or message[0] == own[0] else 1
+        shrunk = spatial_match(str(link.spatial_match), message[1] or (), own[1] or (), channels=channels, **place)
+        if not more:
+            return shrunk
+        layers = super().layers(link, message, own, place)
+        assert isinstance(layers, nn.Sequential)
+        return nn.Sequential(*(shrunk if isinstance(shrunk, nn.Sequential) else ()), EachPlace(*layers))
 
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         target = _channels_first(G, connection.target_axis)
-        message = _channels_first(T_prev, connection.source_axis)
+        message = _channels_first(T_prev, connection.map_axis)
         if connection.bounded and G_prev is not None:
             message = message * _channels_first(G_prev, connection.source_axis)
-        several = message.shape[1] not in (1, target.shape[1]) if not _is_traced(message) else connection.averages
-        if several:  # maps of one channel broadcast over G's
+        if connection.averages:  # maps of one channel broadcast over G's
             message = message.mean(1, keepdim=True)
-        message = _to_size(connection.match(message), target.shape[2:], connection.grows)
+        for layer in connection.match if isinstance(connection.match, nn.Sequential) else ():
+            if isinstance(layer, EachPlace):
+                message = _to_size(message, target.shape[2:], connection.grows)
+            message = layer(message)
+        message = _to_size(message, target.shape[2:], connection.grows)
         return _typed(_channels_back(message, connection.target_axis), G)
 
 
@@ -152,13 +180,13 @@ def _channels_first(value: Tensor, axis: int | None) -> Tensor:
     """A map as ``[N, k, *size]``."""
     if axis is None:
         return value.unsqueeze(1)
-    return value.movedim(-1, 1) if axis == -1 else value
+    return value if axis == 1 else value.movedim(axis, 1)
 
 
 def _channels_back(value: Tensor, axis: int | None) -> Tensor:
     if axis is None:
         return value.squeeze(1)
-    return value.movedim(1, -1) if axis == -1 else value
+    return value if axis == 1 else value.movedim(1, axis)
 
 
 def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
@@ -181,5 +209,5 @@ def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
     return F.interpolate(value, size=size, mode=mode, align_corners=False)
 
 
-MATCHES: dict[str, _Channel | _Spatial] = {"channel": _Channel(), "spatial": _Spatial()}
-"""Dimension -> how it brings a message to the size of G; ``option``: which of a link's settings says by what."""
+MATCHES: dict[str, _Channel] = {"channel": _Channel(), "spatial": _Spatial()}
+"""Dimension -> how it brings a message to the size of G; ``options``: which of a link's settings say by what."""

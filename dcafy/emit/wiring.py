@@ -12,7 +12,8 @@ from dcafy.emit.connection import Connection, JoinedConnection
 from dcafy.emit.matching import MATCHES
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import PlanError, UsageError
-from dcafy.link.message import Message, Unlinkable
+from dcafy.find.layout import widest
+from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.network import Network
 from dcafy.link.topology import TOPOLOGIES, shaped
 from dcafy.plan.blocks import Cost, Link, hearing
@@ -90,8 +91,8 @@ def _connection(network: Network, link: Link, place: dict[str, Any], matches: di
     """``matches``: matching layers that are there already, by what they match; those of one width are shared."""
     source, target, message = network[link.source], network[link.target], message_for(network, link)
     matching = MATCHES[target.block.dimension]
-    extent, own = (message.channels, message.size), (target.block.channels, target.block.size)
-    key = (getattr(link, matching.option), link.reduction, link.min_hidden, extent)
+    extent, own = widest(message.extents), widest(extents(target))
+    key = (*(getattr(link, option) for option in matching.options), link.reduction, link.min_hidden, extent)
     if key not in matches:
         matches[key] = matching.layers(link, extent, own, place)
     return Connection(
@@ -100,9 +101,10 @@ def _connection(network: Network, link: Link, place: dict[str, Any], matches: di
         schema=link.schema or "direct",
         bounded=message.kind in ("product", "branches"),
         source_axis=source.axis,
+        map_axis=message.axis,
         target_axis=target.axis,
-        averages=message.channels not in (1, target.block.channels),
-        grows=any(a < b for a, b in zip(message.size or (), target.block.size or (), strict=False)),
+        averages=extent[0] not in (1, own[0]) and not matching.needs_layers(extent[0], own[0]),
+        grows=any(a < b for a, b in zip(extent[1] or (), own[1] or (), strict=False)),
         **place,
     )
 

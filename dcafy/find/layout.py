@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
+from dcafy.find.axes import PERMUTES, Axes, Origins, axes_named, comes_last
 from dcafy.find.dataflow import Dataflow
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, gate_of, op_name
@@ -20,16 +20,23 @@ from dcafy.plan.options import Dimension
 
 @dataclass(frozen=True)
 class Layout:
-    """``dimension`` of the maps, ``axis`` of G's channels (1, -1 or ``None``), their number, and G's spatial size."""
+    """``dimension`` of the maps, ``axis`` of G's channels or ``None``, their number, G's spatial size, and its kind."""
 
     dimension: Dimension
     axis: int | None
     channels: int
     size: tuple[int, ...] | None
+    kind: Origins = ()
 
 
 Extent = tuple[int, "tuple[int, ...] | None"]
 """(channels, size) of a map, as a block has them."""
+
+
+def widest(extents: Sequence[Extent]) -> Extent:
+    """The extent that covers all: strips of rows and of columns have that of the map."""
+    sizes = [size for _, size in extents if size is not None]
+    return extents[0][0], tuple(max(along) for along in zip(*sizes, strict=True)) if sizes else None
 
 
 class Maps:
@@ -44,32 +51,52 @@ class Maps:
         """The extent of a tensor in the layout of G; ``None`` where it has other axes."""
         if axis is None:
             return 1, tuple(value.shape[1:])
-        if value.ndim < 3:
+        if value.ndim < 3 or not -value.ndim <= axis < value.ndim:
             return None
-        shape = (value.shape[-1], *value.shape[1:-1]) if axis == -1 else tuple(value.shape[1:])
+        shape = tuple(value.movedim(axis, 1).shape[1:])
         return shape[0], shape[1:]
 
     def extent_of_map(self, map_: Tensor, context: Tensor, axis: int | None) -> Extent | None:
         """The extent of T itself, passed on as it is; ``None`` where it has other axes than G."""
         return self.extent(map_, axis)
 
-    def is_like(self, map_: Tensor, contexts: Sequence[Tensor], own: Extent, axis: int | None) -> bool:
-        """Whether T ⊙ G has a meaning."""
-        found = self.extent(map_, axis) if map_.ndim == contexts[0].ndim else None
-        return found is not None and found[1] == own[1] and found[0] in (1, own[0])
+    def axis_of_map(self, map_: Tensor, contexts: Sequence[Tensor], axis: int | None) -> list[int | None]:
+        """Where T has its channels, if T ⊙ G has a meaning for each G; empty where it has none."""
+        return [one for one in dict.fromkeys((axis, 1, -1)) if self._is_like(map_, one, contexts, axis)][:1]
 
-    def mismatch(self, theirs: Extent, contexts: Sequence[Tensor], ours: Extent) -> str | None:
-        """Why a message of ``theirs`` cannot be brought to these extraction outputs; ``None`` where it can."""
-        if len({context.ndim for context in contexts}) > 1:
-            return _UNLIKE
+    def _is_like(self, map_: Tensor, map_axis: int | None, contexts: Sequence[Tensor], axis: int | None) -> bool:
+        theirs = self.extent(map_, map_axis)
+        for context in contexts:
+            own = self.extent(context, axis)
+            if theirs is None or own is None or theirs[0] not in (1, own[0]):
+                return False
+            sizes = (theirs[1] or (), own[1] or ())
+            if len(sizes[0]) != len(sizes[1]) or any(a not in (1, b) for a, b in zip(*sizes, strict=True)):
+                return False
+        return True
+
+    def are_alike(self, contexts: Sequence[Tensor]) -> bool:
+        """Whether one connection can serve all of a block's extraction outputs."""
+        return len({context.ndim for context in contexts}) == 1
+
+    def mismatch(self, theirs: Extent, their_kind: Origins, ours: Extent, our_kind: Origins) -> str | None:
+        """Why a message of one extent and kind cannot be brought to a G of another; ``None`` where it can."""
         (channels, size), (own_channels, own_size) = theirs, ours
         if size is None or own_size is None or len(size) != len(own_size):
             return f"its map {size} and this one {own_size} have different axes"
-        if max(own_channels, channels) > _FEW and own_channels != channels and 1 not in (own_channels, channels):
-            return f"maps of {channels} and of {own_channels} channels, which only a layer of their own could match"
-        if 1 in (*size, *own_size) and size != own_size:
-            return f"its map {size} and this one {own_size} are strips of different lengths"
+        along = zip(size, own_size, their_kind[1:], our_kind[1:], strict=True)
+        for n, own, origin, own_origin in along:
+            if origin != own_origin and (n != own or n > 1):
+                return f"its map {size} and this one {own_size} extend over different axes"
+            if n != own and len(origin) > 1:
+                return f"its map {size} and this one {own_size} are flattened: pooling would mix their rows"
+        if self.needs_layers(channels, own_channels) and their_kind[0] != our_kind[0]:
+            return f"maps of {channels} and of {own_channels} channels, which are not of one kind"
         return None
+
+    def needs_layers(self, channels: int, own: int) -> bool:
+        """Whether only layers bring maps of so many channels to G's; few are averaged into one."""
+        return max(own, channels) > _FEW and own != channels and 1 not in (own, channels)
 
 
 class _ChannelMaps(Maps):
@@ -83,14 +110,18 @@ class _ChannelMaps(Maps):
     def extent_of_map(self, map_: Tensor, context: Tensor, axis: int | None) -> Extent | None:
         return self.extent(map_, axis) if map_.shape[:1] == context.shape[:1] else None
 
-    def is_like(self, map_: Tensor, contexts: Sequence[Tensor], own: Extent, axis: int | None) -> bool:
-        return all(map_.shape[:1] == c.shape[:1] and map_.numel() == c.numel() for c in contexts)
+    def axis_of_map(self, map_: Tensor, contexts: Sequence[Tensor], axis: int | None) -> list[int | None]:
+        return [axis] if all(map_.shape[:1] == c.shape[:1] and map_.numel() == c.numel() for c in contexts) else []
 
-    def mismatch(self, theirs: Extent, contexts: Sequence[Tensor], ours: Extent) -> str | None:
-        return _UNLIKE if len({context[0].numel() for context in contexts}) > 1 else None
+    def are_alike(self, contexts: Sequence[Tensor]) -> bool:
+        return len({context[0].numel() for context in contexts}) == 1
 
+    def mismatch(self, theirs: Extent, their_kind: Origins, ours: Extent, our_kind: Origins) -> str | None:
+        return None
 
-_UNLIKE = "its extraction yields statistics of different sizes"
+    def needs_layers(self, channels: int, own: int) -> bool:
+        return channels != own
+
 
 _FEW = 4
 """Up to so many channels a map is a stack of descriptors (CBAM's mean and max), not a feature map."""
@@ -112,6 +143,7 @@ class Layouts:
 
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
+        self.axes = Axes(flow)
 
     def of(self, node: fx.Node) -> Layout:
         """The layout of the extraction output ``node``, read off its shape and what it reduced."""
@@ -120,16 +152,23 @@ class Layouts:
         axis = self._axis(node, len(shape), len(wide))
         if len(wide) <= 1 and (len(shape) > 3 or axis is None or axis % len(shape) in (*wide, 0)):
             return Layout("channel", 1, math.prod(shape[1:]), None)
-        if axis is not None:
-            axis = axis % len(shape)
-            size = tuple(n for i, n in enumerate(shape) if i not in (0, axis))
-            return Layout("spatial", 1 if axis == 1 else -1, shape[axis], size)
-        return Layout("spatial", None, 1, shape[1:])
+        origins = self.axes.of(node)
+        if axis is None and len(shape) > 3 and shape[1] == 1:
+            axis = 1
+        if axis is None:
+            return Layout("spatial", None, 1, shape[1:], ("", *origins[1:]))
+        axis = axis % len(shape)
+        if not origins[axis] and "c" in origins:  # a map over channels and columns (triplet attention)
+            axis = origins.index("c")
+        others = [i for i in range(1, len(shape)) if i != axis]
+        kind = (origins[axis], *(origins[i] for i in others))
+        last = axis == len(shape) - 1
+        return Layout("spatial", -1 if last else axis, shape[axis], tuple(shape[i] for i in others), kind)
 
     def _axis(self, node: fx.Node, rank: int, wide: int) -> int | None:
         """Which axis of G holds the channels of what it reduced, if any does."""
         if op_name(node, self.flow.modules) == "stack" and wide > 1:
-            (axis,) = _reduced(node, rank) or {0}
+            (axis,) = axes_named(node, rank) or {0}
             return axis
         reduction = self._reduction(node)
         sources = [n for n in self.flow.inputs(reduction) if isinstance(node_value(n), Tensor)]
@@ -137,7 +176,7 @@ class Layouts:
         ranks = node_value(source).ndim if isinstance(node_value(source), Tensor) else rank
         if ranks == rank:
             return self._channel_axis(source)
-        kept = [i for i in range(ranks) if i not in _reduced(reduction, ranks)]
+        kept = [i for i in range(ranks) if i not in axes_named(reduction, ranks)]
         channels = self._channel_axis(source) % ranks
         known = wide > 1 and len(kept) == rank and channels in kept[1:] and not self._is_grouped(source)
         return kept.index(channels) if known else None
@@ -170,26 +209,10 @@ class Layouts:
                 name = op_name(node, self.flow.modules).lower()
                 return -1 if "linear" in name or name in ("layernorm", "layer_norm") else 1
             if op_name(node, self.flow.modules) in PERMUTES and isinstance(value, Tensor):
-                return -1 if _comes_last(node, value) else 1
+                return -1 if comes_last(node, value.ndim) else 1
             sources = [n for n in self.flow.inputs(node) if isinstance(node_value(n), Tensor)]
             same = [n for n in sources if isinstance(value, Tensor) and node_value(n).ndim == value.ndim]
             if not same:
                 return 1
             node = max(same, key=lambda n: self.flow.sizes[n])
         return 1
-
-
-PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
-
-
-def _comes_last(node: fx.Node, value: Tensor) -> bool:
-    """Whether the axis after the first, where maps have their channels, is the last one behind a permutation."""
-    axes = torch.empty([1, 2, *(1 for _ in value.shape[2:])], device="meta")
-    return bool(getattr(axes, op_name(node, {}))(*node.args[1:], **node.kwargs).shape[-1] == 2)
-
-
-def _reduced(node: fx.Node, rank: int) -> set[int]:
-    """The axes that ``node`` reduces, or makes, of so many; none where it does not say."""
-    given = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else ()))
-    axes = given if isinstance(given, tuple | list) else (given,)
-    return {axis % rank for axis in axes if isinstance(axis, int)}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from dcafy.find.axes import PERMUTES, Origins
 from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
-from dcafy.find.layout import PERMUTES, Layouts, is_arithmetic
-from dcafy.graph.nodes import OWNER, node_value
+from dcafy.find.layout import Layouts, is_arithmetic
+from dcafy.graph.nodes import PLACE, node_value
 from dcafy.graph.ops import Op, gate_of, op_name
 from dcafy.plan.blocks import AttentionBlock, FusionKind
 from dcafy.plan.options import Dimension
@@ -25,6 +26,7 @@ class Found:
     ``between``    the transformation: every node from G (excluded) to T
     ``bounded``    whether T itself is bounded
     ``axis``       where G has its channels: 1, -1, or ``None`` where it has no channel axis
+    ``kinds``      what the axes of each G extend over: only maps of one kind are alike
     """
 
     block: AttentionBlock
@@ -34,6 +36,7 @@ class Found:
     between: frozenset[fx.Node]
     axis: int | None
     bounded: bool
+    kinds: tuple[Origins, ...] = ()
 
     @property
     def name(self) -> str:
@@ -47,7 +50,7 @@ _SHUFFLES = frozenset({"channel_shuffle", "ChannelShuffle"})
 _TOTALS = frozenset({"sum", "nansum", "cumsum"})
 """What a number makes a mean of."""
 
-_JOINS = frozenset({Op.JOIN, Op.SLICE, Op.LAYOUT, Op.GATE, Op.MULTIPLY, Op.ELEMENTWISE})
+_JOINS = frozenset({Op.JOIN, Op.ADD, Op.SLICE, Op.LAYOUT, Op.GATE, Op.MULTIPLY, Op.ELEMENTWISE})
 
 
 @dataclass(frozen=True)
@@ -125,17 +128,33 @@ class Roles:
         for node in sorted(candidate.between, key=self.flow.order.__getitem__):
             if op_name(node, self.flow.modules) in _QUOTIENTS:
                 frontier = self._with_quotient(node, frontier, candidate.between)
-            if self.flow.ops[node] is not Op.JOIN:
+            if self.flow.ops[node] not in (Op.JOIN, Op.ADD):
                 continue
             sources = {self._before_layout(n, frontier) for n in self.flow.inputs(node)}
-            if len(sources) > 1 and sources <= frontier and not any(is_vector(node_value(s)) for s in sources):
+            if len(sources) < 2 or not sources <= frontier:
+                continue
+            # Strips of rows and of columns stay apart: each is brought to another size along its own axis.
+            layouts = [self.layouts.of(source) for source in sources]
+            if layouts[0].dimension == "spatial" and len({layout.kind for layout in layouts}) == 1:
                 frontier = (frontier - sources) | {node}
-        return frozenset(frontier)
+        return frozenset(self._unfolded(node, candidate.between) for node in frontier)
+
+    def _unfolded(self, node: fx.Node, between: frozenset[fx.Node]) -> fx.Node:
+        """A flattened map where it has its rows and columns again, if nothing reads it before that."""
+        if not any(len(origin) > 1 for origin in self.layouts.axes.of(node)):
+            return node
+        view, readers = node, _readers(node, self.flow)
+        while len(readers) == 1 and readers[0] in between and self.flow.ops[readers[0]] is Op.LAYOUT:
+            (view,) = readers
+            if all(len(origin) < 2 for origin in self.layouts.axes.of(view)):
+                return view
+            readers = _readers(view, self.flow)
+        return node
 
     def _mean(self, node: fx.Node, between: frozenset[fx.Node]) -> fx.Node:
         """The mean that a number makes of the sum ``node``, where nothing reads the sum itself; else ``node``."""
         if op_name(node, self.flow.modules) in _TOTALS:
-            readers = [user for user in node.users if self.flow.ops[user] is not Op.QUERY]
+            readers = _readers(node, self.flow)
             scales = {*_QUOTIENTS, "mul", "imul", "multiply"}
             if len(readers) == 1 and readers[0] in between and op_name(readers[0], self.flow.modules) in scales:
                 (mean,) = readers
@@ -173,7 +192,10 @@ class Roles:
         layout = self.layouts.of(contexts[0])
         gates = [g for n in sorted(between, key=self.flow.order.__getitem__) if (g := gate_of(n, self.flow.modules))]
         extraction = sorted(self._extraction(contexts), key=self.flow.order.__getitem__)
-        visible = sorted((n for n in between if self.flow.ops[n] is not Op.QUERY), key=self.flow.order.__getitem__)
+        visible = sorted(
+            (n for n in between if self.flow.ops[n] is not Op.QUERY and n not in extraction),
+            key=self.flow.order.__getitem__,
+        )
         block = AttentionBlock(
             name=self._home([*extraction, *visible]),
             dimension=layout.dimension,
@@ -185,7 +207,8 @@ class Roles:
             transformation=tuple(n.name for n in visible if not self.flow.is_connection(n)),
             fusion=tuple(n.name for n in fusions),
         )
-        return Found(block, tuple(contexts), map_, fusions, between, layout.axis, block.bounded)
+        kinds = tuple(self.layouts.of(context).kind for context in contexts)
+        return Found(block, tuple(contexts), map_, fusions, between, layout.axis, block.bounded, kinds)
 
     def _extraction(self, contexts: list[fx.Node]) -> set[fx.Node]:
         """The contexts, what they concatenate, and the weights of a soft pooling (GC's mask)."""
@@ -208,7 +231,7 @@ class Roles:
     def _is_extraction_step(self, node: fx.Node) -> bool:
         """Part of the pooling rather than of X: a reduction, softmax weights, a 1-channel mask."""
         op = self.flow.ops[node]
-        if op is Op.SLICE or op_name(node, self.flow.modules) in _QUOTIENTS:
+        if op in (Op.SLICE, Op.ADD) or op_name(node, self.flow.modules) in _QUOTIENTS:
             return any(self.flow.ops[source] in REDUCES for source in self.flow.inputs(node))
         if op in REDUCES or op is Op.MULTIPLY or gate_of(node, self.flow.modules) == "softmax":
             return True
@@ -217,15 +240,20 @@ class Roles:
         return one_channel and op in (Op.LAYOUT, Op.PARAMETRIC)
 
     def _home(self, nodes: list[fx.Node]) -> str:
-        """The path of the innermost module that holds all of ``nodes``."""
+        """The path of the innermost module that holds all of ``nodes``, as they are called there."""
         own = [n for n in nodes if not self.flow.is_connection(n)]
-        paths = [str(n.target) if n.op == "call_module" else str(n.meta.get(OWNER, "")) for n in own]
+        paths = [str(n.meta.get(PLACE, "")) for n in own]
         common = paths[0].split(".")
         for path in paths[1:]:
             parts = path.split(".")
             same = next((i for i, (a, b) in enumerate(zip(common, parts, strict=False)) if a != b), None)
             common = common[: same if same is not None else min(len(common), len(parts))]
         return ".".join(common)
+
+
+def _readers(node: fx.Node, flow: Dataflow) -> list[fx.Node]:
+    """Who reads ``node``, and not only its size."""
+    return [user for user in node.users if flow.ops[user] is not Op.QUERY]
 
 
 def _wide(value: object) -> tuple[int, ...]:

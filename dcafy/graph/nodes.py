@@ -18,6 +18,9 @@ VALUE = "value"
 OWNER = "owner"
 """The key, in ``node.meta``, of the path of the module whose forward made the node."""
 
+PLACE = "place"
+"""The key of the path under which that module, or the one that the node calls, was called: a shared one has several."""
+
 
 def node_value(node: fx.Node) -> Any:
     """What ``node`` computes on the example: a meta tensor, a number, a tuple, ... or ``None``."""

@@ -168,6 +168,7 @@ _BODIES = {
         again = other_way(self, usual, original, args, kwargs)
         if again is not None:
             return written(self, *again[0], **again[1])
+        say_called(self)
     else:
         say(self, usual)
     return original(self, *args, **kwargs)""",
@@ -205,6 +206,7 @@ def _forward(kind: type[nn.Module], forward: Forward, code: Any) -> Callable[...
         "needs": forward.needs,
         "other_way": _other_way,
         "say": _say,
+        "say_called": _say_called,
     }
     if code is not None:
         scope["written"] = _compiled(code.src, "forward", dict(code.globals))
@@ -244,14 +246,29 @@ def _other_way(
 
 def _say(module: nn.Module, usual: Usual) -> None:
     name = usual.differs(module)
+    _once(
+        module,
+        name,
+        f"{type(module).__name__}.{name} is no longer what it was when the model was converted, so that its own "
+        "forward runs and its attention block is not connected. Set it back, or take dcafy.revert(model) and "
+        "convert that anew.",
+    )
+
+
+def _say_called(module: nn.Module) -> None:
+    _once(
+        module,
+        "",
+        f"{type(module).__name__} is given other arguments than when the model was converted, so that its own forward "
+        "runs and its attention block is not connected. Convert it with example_inputs with which it is called so.",
+    )
+
+
+def _once(module: nn.Module, about: str | None, message: str) -> None:
     said = module.__dict__.setdefault("_said", set())
-    if name not in said:
-        said.add(name)
-        warn(
-            f"{type(module).__name__}.{name} is no longer what it was when the model was converted, so that its own "
-            "forward runs and its attention block is not connected. Set it back, or take dcafy.revert(model) and "
-            "convert that anew."
-        )
+    if about not in said:
+        said.add(about)
+        warn(message)
 
 
 def _no_script(self: nn.Module) -> NoReturn:

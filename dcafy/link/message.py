@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from dcafy.find.axes import Origins
 from dcafy.find.dataflow import REDUCES
-from dcafy.find.layout import DIMENSIONS
+from dcafy.find.layout import DIMENSIONS, Extent
 from dcafy.find.roles import Found
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import node_value, tensors_in
@@ -28,30 +29,54 @@ class Message:
 
     ``branches``  Tᵢ ⊙ Gᵢ, once per branch: there is a map and a descriptor of each (SK as the paper has it)
 
-    ``maps`` holds each branch's map, in the order of the block's extraction outputs, for ``branches``;
-    ``fused_output`` and ``extraction`` (with ``source``, which it is to be replaced by) say how, for ``fused``.
+    ``extents`` and ``kinds`` are those of what is passed on for each of the block's extraction outputs, the last one
+    for all that follow; ``axis``: where T has its channels. ``maps`` holds each branch's map, in the order of the
+    block's extraction outputs, for ``branches``; ``fused_output`` and ``extraction`` (with ``source``, which it is to
+    be replaced by) say how, for ``fused``.
     """
 
     kind: Literal["product", "map", "fused", "branches"]
-    channels: int
-    size: tuple[int, ...] | None
+    extents: tuple[Extent, ...]
+    kinds: tuple[Origins, ...]
+    axis: int | None
     source: fx.Node | None = None
     fused_output: fx.Node | None = None
     extraction: tuple[fx.Node, ...] = ()
     maps: tuple[fx.Node, ...] = ()
+
+    @property
+    def extent(self) -> Extent:
+        """Channels and size of what is passed on for the first extraction output."""
+        return self.extents[0]
+
+    def heard_by(self, output: int) -> tuple[Extent, Origins]:
+        """Extent and kind of what another block's extraction output of that number hears."""
+        return self.extents[min(output, len(self.extents) - 1)], self.kinds[min(output, len(self.kinds) - 1)]
 
 
 class Unlinkable(Exception):
     """Why nothing can be passed on from a block."""
 
 
+def extents(found: Found) -> tuple[Extent, ...]:
+    """The extent of each of a block's extraction outputs."""
+    maps = DIMENSIONS[found.block.dimension]
+    all_ = (maps.extent(node_value(context), found.axis) for context in found.contexts)
+    return tuple(extent for extent in all_ if extent is not None)
+
+
 def mismatch(message: Message, target: Found) -> str | None:
     """Why ``message`` cannot be brought to the size of the target's G, or ``None`` where it can."""
     if message.kind == "branches" and len(message.maps) != len(branch_maps(target)):
         return f"it has a map for each of its {len(message.maps)} branches, and this block has no such branches"
-    extents = (message.channels, message.size), (target.block.channels, target.block.size)
-    contexts = [node_value(context) for context in target.contexts]
-    return DIMENSIONS[target.block.dimension].mismatch(extents[0], contexts, extents[1])
+    maps = DIMENSIONS[target.block.dimension]
+    if not maps.are_alike([node_value(context) for context in target.contexts]):
+        return "its extraction yields statistics of different sizes"
+    for i, (own, kind) in enumerate(zip(extents(target), target.kinds, strict=True)):
+        reason = maps.mismatch(*message.heard_by(i), own, kind)
+        if reason is not None:
+            return reason
+    return None
 
 
 def message_of(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> Message | Unlinkable:
@@ -61,12 +86,12 @@ def message_of(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator
         return Unlinkable("its attention map is not one tensor")
     if not found.bounded:
         return _unbounded(found, map_, context)
-    own, branches = DIMENSIONS[found.block.dimension], branch_maps(found)
-    if branches and own.has_branches:
-        return Message("branches", found.block.channels, None, maps=branches)
-    extent = found.block.channels, found.block.size
-    if own.is_like(map_, [node_value(context) for context in found.contexts], extent, found.axis):
-        return Message("product", *extent)
+    maps, contexts = DIMENSIONS[found.block.dimension], [node_value(context) for context in found.contexts]
+    own, branches = extents(found), branch_maps(found)
+    if branches and maps.has_branches:
+        return Message("branches", own, found.kinds, found.axis, maps=branches)
+    for axis in maps.axis_of_map(map_, contexts, found.axis) if len(set(found.kinds)) == 1 else []:
+        return Message("product", own, found.kinds, axis)
     try:
         return _Refusion(found, modules, evaluator).message()
     except Unlinkable as reason:
@@ -92,12 +117,22 @@ def branch_maps(found: Found) -> tuple[fx.Node, ...]:
 def _unbounded(found: Found, map_: Tensor, context: Tensor) -> Message | Unlinkable:
     extent = DIMENSIONS[found.block.dimension].extent_of_map(map_, context, found.axis)
     return (
-        Unlinkable("its attention map has other axes than its context") if extent is None else Message("map", *extent)
+        Unlinkable("its attention map has other axes than its context")
+        if extent is None
+        else Message("map", (extent,), found.kinds[:1], found.axis)
     )
 
 
-_EXTRACTS = REDUCES | {Op.JOIN, Op.SLICE, Op.LAYOUT, Op.ELEMENTWISE, Op.MULTIPLY}
+_EXTRACTS = REDUCES | {Op.JOIN, Op.ADD, Op.SLICE, Op.LAYOUT, Op.ELEMENTWISE, Op.MULTIPLY}
 """What lies between G and the tensor it is extracted from; a mean by hand is a sum that is divided by a number."""
+
+
+_FUSES = REDUCES | {Op.JOIN, Op.ADD, Op.SLICE, Op.LAYOUT, Op.EXPAND, Op.ELEMENTWISE, Op.MULTIPLY}
+"""What lies between a block's fusions and its fused output: branches are added up, and no layer works on them."""
+
+
+def _numel(node: fx.Node) -> int:
+    return sum(tensor.numel() for tensor in tensors_in(node_value(node)))
 
 
 class _Refusion:
@@ -109,17 +144,33 @@ class _Refusion:
         self.evaluator = evaluator
 
     def message(self) -> Message:
-        source = self._source()
+        """What is passed on; raises ``Unlinkable``."""
+        try:
+            return self._from(self._source())
+        except Unlinkable as reason:
+            fusion = self.found.fusions[
+                0
+            ]  # X itself, where G is pooled from what layers made of it (polarized attention)
+            whole = max((n for n in fusion.all_input_nodes if n is not self.found.map), key=_numel)
+            try:
+                return self._from(whole)
+            except Unlinkable:
+                raise reason from None
+
+    def _from(self, source: fx.Node) -> Message:
         steps = self._steps(source)
         fused = self._fused_output(node_value(source).ndim)
         values = self._evaluate(source, steps, fused)
-        contexts = [values[c] for c in self.found.contexts]
+        contexts = [values[c] for c in self.found.contexts if c in values]
+        if len(contexts) < len(self.found.contexts):
+            raise Unlinkable("its extraction reads more than one tensor")
         if not all(isinstance(v, Tensor) for v in contexts):
             raise Unlinkable("its extraction does not yield a tensor on the fused output")
-        extent = DIMENSIONS[self.found.block.dimension].extent(contexts[0], self.found.axis)
-        if extent is None:
+        maps = DIMENSIONS[self.found.block.dimension]
+        extents = tuple(e for v in contexts if (e := maps.extent(v, self.found.axis)) is not None)
+        if len(extents) < len(contexts):
             raise Unlinkable("its extraction yields no map on the fused output")
-        return Message("fused", *extent, source, fused, steps)
+        return Message("fused", extents, self.found.kinds, self.found.axis, source, fused, steps)
 
     def _source(self) -> fx.Node:
         """The tensor that is extracted from, before it was only rearranged."""
@@ -130,9 +181,11 @@ class _Refusion:
                 inputs = [n for n in node.all_input_nodes if next(tensors_in(node_value(n)), None) is not None]
                 if not inputs:
                     break
+                if op is Op.ADD and len(inputs) > 1:
+                    raise Unlinkable("its extraction reads more than one tensor")
                 if op in (Op.ELEMENTWISE, Op.MULTIPLY) and len(inputs) > 1:
                     raise Unlinkable("its extraction is a mean whose weights belong to the unfused map")
-                node = max(inputs, key=lambda n: sum(t.numel() for t in tensors_in(node_value(n))))
+                node = max(inputs, key=_numel)
                 if op in REDUCES:
                     break
             sources.add(node)
@@ -171,7 +224,7 @@ class _Refusion:
             through = {node} & wanted
             for source in node.all_input_nodes:
                 through |= seen.get(source, set())
-            if not through:
+            if not through or (node not in wanted and op_of(node, self.modules) not in _FUSES):
                 continue
             seen[node] = through
             value = node_value(node)

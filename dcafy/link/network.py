@@ -61,6 +61,11 @@ class Network:
         """What a block passes on, or why it cannot."""
         return self._home[name].messages[name]
 
+    def nearest(self, target: str) -> tuple[str, ...]:
+        """The earlier blocks that reach one, nearest last, those of its own kind of map behind all others."""
+        kinds = self[target].kinds
+        return tuple(sorted(self.earlier.get(target, ()), key=lambda name: self[name].kinds[:1] == kinds[:1]))
+
     def obstacle(self, source: str, target: str) -> str | None:
         """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
         message = self.message(source)

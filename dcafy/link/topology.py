@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 Names = tuple[str, ...]
 Topology = Callable[[Names, Names], Names]
-"""(earlier blocks that reach a block, nearest last; those of them that a plan has it hear) -> those that it hears."""
+"""(earlier blocks that reach a block, nearest last, those of its own kind behind all others; those of them that a plan
+has it hear) -> those that it hears."""
 
 
 def _chain(earlier: Names, planned: Names) -> Names:
@@ -44,7 +45,7 @@ def links_in(network: Network, topology: str = "chain", plan: Plan | None = None
     planned = hearing(plan.links) if plan else {}
     kept = {name for chain in plan.chains for name in chain.blocks} if plan else set(network.order)
     for target in network.order:
-        earlier, given = network.earlier.get(target, ()), {link.source: link for link in planned.get(target, ())}
+        earlier, given = network.nearest(target), {link.source: link for link in planned.get(target, ())}
         if plan is not None and not given:
             continue
         for source in TOPOLOGIES[topology](tuple(name for name in earlier if name in kept), tuple(given)):

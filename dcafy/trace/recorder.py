@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from dcafy.graph.copies import is_nothing
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import VALUE, as_plain, is_record, mapped, values_of
+from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, mapped, values_of
 from dcafy.graph.paths import joined, within
 from dcafy.graph.rewritten import is_rewritten
 from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
@@ -85,6 +85,9 @@ class Recorder(ValueTracer):
         self._opaque = opaque
         self.connections = connections
         self._paths = {id(module): path for path, module in self.modules.items()}
+        self._names: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(id(module), []).append(path)
         self._observing: str | None = None
         self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
         self.calls: list[Call] = []
@@ -195,6 +198,7 @@ class Recorder(ValueTracer):
 
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
+        node.meta[PLACE] = self._place(module)
         whole = path in self._opaque or path in self.kept_whole
         evaluate = self.evaluator.anew if whole else self.evaluator.module  # each one is looked into
         outer, self._observing = self._observing, f"{path}." if whole else self._observing
@@ -208,7 +212,8 @@ class Recorder(ValueTracer):
     def _enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = Call(path, self.create_arg(args), self.create_arg(kwargs))
         before = _last(self.graph)
-        outer, self.owner = self.owner, path
+        outer = self.owner, self.place
+        self.owner, self.place = path, self._place(module)
         mode = module.__dict__["training"]
         state, own = self._state(args, kwargs), python_state(module)
         lists = [(value, list(value)) for value in _lists((args, kwargs))]
@@ -219,7 +224,7 @@ class Recorder(ValueTracer):
             call.output, call.record = self.create_arg(as_plain(output)), is_record(type(output))
         except Exception as error:  # any forward may raise anything; what cannot be entered is kept whole
             module.__dict__["training"] = mode
-            self.owner = outer
+            self.owner, self.place = outer
             self._take_back(before, state)
             for value, items in lists:  # a detector's head writes into the list that it is given
                 value[:] = items
@@ -227,10 +232,22 @@ class Recorder(ValueTracer):
             return self._leaf(path, module, args, kwargs)
         finally:
             module.__dict__["training"] = mode
-            self.owner = outer
+            self.owner, self.place = outer
         self._watch(path, module, own, call.args, call.kwargs)
         call.nodes = list(_after(before, self.graph))
         return output
+
+    def _place(self, module: nn.Module) -> str:
+        """The path of ``module`` that is nearest to where it is called: one activation may serve all blocks."""
+        names = self._names[id(module)]
+        here = self.place.split(".")
+
+        def apart(name: str) -> tuple[int, int]:
+            parts = name.split(".")
+            same = next((i for i, (a, b) in enumerate(zip(here, parts, strict=False)) if a != b), None)
+            return -(min(len(here), len(parts)) if same is None else same), len(parts)
+
+        return names[0] if len(names) == 1 else min(names, key=apart)
 
     def _leave(self, output: Any, before: fx.Node) -> Any:
         """``output`` with what came from outside the call marked, so that the call has nodes of its own."""

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import OWNER, VALUE, Remake, is_record, node_value, parts, values_of
+from dcafy.graph.nodes import OWNER, PLACE, VALUE, Remake, is_record, node_value, parts, values_of
 from dcafy.graph.ops import alters_argument
 from dcafy.graph.paths import joined
 from dcafy.trace.proxy import Answering, Mode, ValueProxy
@@ -32,6 +32,7 @@ class ValueTracer(Answering):
     """Makes the nodes of one trace of ``model``, which must be data-free: each with its value and its owner.
 
     ``owner``      the path of the module whose forward runs
+    ``place``      the path under which it was called: a module that several share has several
     ``running``    real code runs on values, and nothing is recorded
     ``settled``    what forwards decided by
     ``unwritten``  module path -> what its forward does besides, which no graph has
@@ -43,6 +44,7 @@ class ValueTracer(Answering):
         self.modules = dict(model.named_modules())
         self.evaluator = evaluator
         self.owner = ""
+        self.place = ""
         self.running = False
         self.mode_read: set[str] = set()
         self.settled: list[Decision] = []
@@ -67,7 +69,7 @@ class ValueTracer(Answering):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
-        node.meta[OWNER] = self.owner
+        node.meta[OWNER], node.meta[PLACE] = self.owner, self.place
         return node
 
     def create_arg(self, a: Any) -> Any:

@@ -21,7 +21,7 @@ from dcafy.checkpoint.tensors import apart, facts, fingerprint
 from dcafy.disk import regular, replace_file
 from dcafy.errors import CheckpointError
 from dcafy.records import Format, OtherVersion
-from dcafy.wording import quoted, refused, short
+from dcafy.wording import quoted, short
 
 CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
@@ -89,7 +89,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             header = json.loads((file.metadata() or {}).get("dcafy", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, MemoryError, RuntimeError) as error:  # a RecursionError, too: of the header
-        raise CheckpointError(f"{shown} could not be read ({refused(error)}).") from error
+        raise CheckpointError(f"{shown} could not be read ({short(str(error), 160)}).") from error
     except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{shown} is damaged ({short(str(error), 160)}). Copy it again, or remove it: then --resume starts over."
