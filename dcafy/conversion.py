@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from dcafy.attention.insertion import insert
 from dcafy.choices import CHOICES
+from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
 from dcafy.emit.dca import Recipe, is_connected
 from dcafy.emit.schemas import SCHEMAS
@@ -120,7 +118,7 @@ def convert(
         log.info(
             "%s: %d connections with %s new parameters", price.topology, price.connections, f"{price.parameters:,}"
         )
-    with _preserved_rng(model), uncollected():
+    with OwnDraws(), uncollected():
         converted = _connected(model, seen, chosen, conversion, copy)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
         if inexact:
@@ -171,11 +169,3 @@ def _connected(model: nn.Module, known: Survey, plan: Plan, options: Linking, co
     recipe = Recipe(plan, options.overridden(Overrides()), inputs=as_data(known.inputs))
     connect(host, known.network, recipe, probe(known.inputs), whole=known.whole)
     return host
-
-
-@contextmanager
-def _preserved_rng(model: nn.Module) -> Iterator[None]:
-    """Initialising the matching layers and running a model draw random numbers; nobody else notices."""
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        yield

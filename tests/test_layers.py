@@ -13,7 +13,7 @@ import dcafy
 
 LAYERS = (
     # ground
-    ("version", "errors", "fronts", "wording"),
+    ("version", "errors", "fronts", "wording", "threads", "draws"),
     ("records", "disk"),
     ("zoos",),
     # words and material

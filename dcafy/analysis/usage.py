@@ -19,6 +19,7 @@ from dcafy.emit.connection import Connection, JoinedConnection
 from dcafy.emit.dca import connections
 from dcafy.errors import InputError
 from dcafy.graph.modes import evaluating
+from dcafy.wording import reason_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str
     ones whenever it is gone through; it is gone through once as it is, once for each connection and once for all.
     ``device``: where the batches go; default: where the model is. Modes and parameters are as they were.
 
-    Raises ``InputError`` for a model without connections, or a loader without labelled batches.
+    Raises ``InputError`` for a model without connections, a loader without labelled batches, and batches or labels
+    that the model does not take.
 
     >>> import dcafy, torch, torchvision
     >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(num_classes=3), verify=False)
@@ -151,17 +153,51 @@ def _scores(model: nn.Module, loader: Iterable[Any], device: torch.device | str)
     for batch in loader:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise InputError("The loader should give batches of images and labels, as (images, labels).")
-        inputs, labels = batch[0].to(device), batch[1].to(device)
-        outputs = model(inputs)
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-            raise InputError("The model is no classifier: its outputs are not of shape [N, classes].")
+        inputs, labels = _moved(batch[0], device), _moved(batch[1], device)
+        outputs = _outputs(model, inputs)
+        _check_labels(labels, *outputs.shape)
         counted = labels >= 0
         images += int(counted.sum())
-        loss += float(F.cross_entropy(outputs.float(), labels, reduction="sum", ignore_index=-1))
+        loss += float(F.cross_entropy(outputs.float(), labels.long(), reduction="sum", ignore_index=-1))
         right += int(((outputs.argmax(1) == labels) & counted).sum())
     if not images:
         raise InputError("The loader gave no images, so there is nothing to measure. Pass one that is not used up.")
     return images, loss / images, right / images
+
+
+def _moved(value: Any, device: torch.device | str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise InputError(
+            f"The loader gives images and labels of {type(value).__name__}, and tensors are needed. Collate them first."
+        )
+    return value.to(device)
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        outputs = model(inputs)
+    except Exception as error:  # any forward may refuse its input in any way
+        raise InputError(
+            f"{type(model).__name__} does not run on a batch of the loader, of shape {tuple(inputs.shape)}: "
+            f"{reason_of(error)}. Give it batches that it accepts."
+        ) from error
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(inputs):
+        raise InputError("The model is no classifier: its outputs are not of shape [N, classes].")
+    return outputs
+
+
+def _check_labels(labels: Tensor, images: int, classes: int) -> None:
+    if labels.shape != (images,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(
+            f"Labels of shape {tuple(labels.shape)} and {labels.dtype} are no class numbers for {images} images. Give "
+            "whole numbers, [N]."
+        )
+    for label in (int(labels.min()), int(labels.max())) if images else ():
+        if not -1 <= label < classes:
+            raise InputError(
+                f"A label is {label}, and the model has {classes} classes, counted from 0. Give labels that are among "
+                "them, or -1 for images that do not count."
+            )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import fx, nn
 from dcafy.attention.kinds import ATTENTIONS, INSERTED, Insertion
 from dcafy.attention.sk import SK
 from dcafy.attention.units import Kernel, Unit, units
+from dcafy.draws import OwnDraws
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError, UsageError
 from dcafy.graph import usual
@@ -72,8 +73,9 @@ def insert(
         raise InputError("The model is connected already. Insert attention first, then convert the result.")
     chosen = units(model, where, example_inputs)
     host = own_copy(model) if copy else shared_copy(model)
-    for unit in chosen:
-        _attend(unit, host.get_submodule(unit.path), attention, reduction, init)
+    with OwnDraws():
+        for unit in chosen:
+            _attend(unit, host.get_submodule(unit.path), attention, reduction, init)
     before = getattr(model, INSERTED, ())
     host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
     return host

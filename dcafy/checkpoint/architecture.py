@@ -28,6 +28,7 @@ from dcafy.attention.insertion import insert
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import is_connection
+from dcafy.draws import OwnDraws
 from dcafy.emit.dca import Recipe
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
 from dcafy.graph.rewritten import is_rewritten, original_class
@@ -78,7 +79,7 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
     """The network, with the attention that was inserted into it."""
     model = _blueprint(how).build(on_meta=on_meta)
     example = None if inputs is None else from_data(inputs)
-    with torch.random.fork_rng(devices=[]):
+    with OwnDraws():
         try:
             for insertion in how.insertions:
                 model = insert(model, **dataclasses.asdict(insertion), example_inputs=example, copy=False)

@@ -174,8 +174,10 @@ class Folder:
             raise CheckpointError(f"{self} {what}. Name a folder that dcafy.save wrote.")
         if not os.path.lexists(self.marker):
             raise CheckpointError(f"{self} has no {MARKER}: dcafy.save did not write it, or did not finish.")
-        with self._unless_refused("read"):
+        try:
             return content(self.marker, _LARGEST)
+        except OSError as error:
+            raise CheckpointError(f"{quoted(str(self.marker), 200)} could not be read: {refused(error)}.") from error
 
     def _tensors(self, description: Description) -> dict[str, Tensor]:
         weights = description.weights

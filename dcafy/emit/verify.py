@@ -1,14 +1,15 @@
-"""Does the converted model compute what the original does? Both are run, in eval mode, and left as they were."""
+"""Does the converted model compute what the original does? Copies of both are run, in eval mode."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dcafy.draws import drawing_apart
 from dcafy.errors import InputError, VerificationError
-from dcafy.graph.copies import own_copy
+from dcafy.graph.copies import copy_to_run, own_copy
 from dcafy.graph.nodes import tensors_in
 from dcafy.trace.inputs import real_inputs
 from dcafy.wording import reason_of, warn
@@ -20,15 +21,7 @@ def verify_outputs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ..
     ``copied``: whether ``converted`` has weights of its own. Kernels may round otherwise where these lie elsewhere (a
     file that is mapped into memory lays them at odd addresses); then a plain copy is what it has to be equal to.
     """
-    example = real_inputs(inputs, model)
-    try:
-        expected = _output(model, example)
-    except Exception as error:  # any forward may refuse its input in any way
-        raise InputError(
-            f"{type(model).__name__} does not run on the example input: {reason_of(error)}. "
-            "Pass example_inputs that it accepts."
-        ) from error
-    actual = _output(converted, example)
+    example, expected, actual = _both(model, converted, inputs)
     difference = _difference(actual, expected)
     if difference is None:
         return
@@ -40,45 +33,69 @@ def verify_outputs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ..
         )
         return
     raise VerificationError(
-        f"The converted model differs from the original by up to {difference:.3g} on the example. If the model draws "
-        "random numbers in eval mode, that is expected: pass verify=False. If not, please report it with the model's "
-        "code."
+        f"The converted model differs from the original by up to {difference:.3g} on the example. {_ADVICE}"
     )
 
 
-def _difference(ours: Any, theirs: Any) -> float | None:
+_ADVICE = (
+    "If the model draws random numbers in eval mode, that is expected: pass verify=False. If not, please report it "
+    "with the model's code."
+)
+
+
+def _both(
+    model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], list[Tensor], list[Tensor]]:
+    """The example as data, and the tensors that both put out, in pairs of one shape."""
+    example = real_inputs(inputs, model)
+    try:
+        expected = _output(model, example)
+    except Exception as error:  # any forward may refuse its input in any way
+        raise InputError(
+            f"{type(model).__name__} does not run on the example input: {reason_of(error)}. "
+            "Pass example_inputs that it accepts."
+        ) from error
+    try:
+        actual = _output(converted, example)
+    except Exception as error:  # as above, where it goes by what it draws, or by how often it was called
+        raise VerificationError(
+            f"The converted model does not run on the example input: {reason_of(error)}. The original does. {_ADVICE}"
+        ) from error
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
+        raise VerificationError(f"The converted model puts out other shapes than the original. {_ADVICE}")
+    return example, expected, actual
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float | None:
     """By how much outputs differ at most; ``None`` where they are the same bits."""
-    pairs = list(zip(tensors_in(ours), tensors_in(theirs), strict=True))
+    pairs = list(zip(ours, theirs, strict=True))
     if all(torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
         return None
-    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel())
+    return max(_size(_wide(a) - _wide(b)) for a, b in pairs)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def _size(value: Tensor) -> float:
+    return float(_wide(value).abs().max()) if value.numel() else 0.0
 
 
 def tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...] | None) -> None:
     """Warns that a schema is not the identity at the start, and tells by how much where ``inputs`` are given."""
     message = f"The schema {schema!r} is not the identity at α = 1, β = 0, so that the outputs have moved"
     if inputs is not None:
-        example = real_inputs(inputs, model)
-        pairs = zip(tensors_in(_output(model, example)), tensors_in(_output(converted, example)), strict=True)
-        drifts = [(float((a - b).abs().max()), float(a.abs().max())) for a, b in pairs if a.is_floating_point()]
-        drift, largest = max(drifts)
+        _, expected, actual = _both(model, converted, inputs)
+        drift, largest = _difference(actual, expected) or 0.0, max(map(_size, expected), default=0.0)
         message += f": by up to {drift:.3g} on the example, where the largest output is {largest:.3g}"
     warn(f"{message}. Train before you use it.")
 
 
-def _output(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        torch.manual_seed(0)
-        with torch.no_grad():
-            return model(*inputs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
-                    buffer.copy_(before)
+def _output(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that a copy in eval mode puts out; others may use the model meanwhile, and it is as it was."""
+    twin = copy_to_run(model)
+    for module in twin.modules():
+        module.training = False
+    with torch.no_grad():
+        return list(tensors_in(drawing_apart(lambda: twin(*inputs), seed=0)))

@@ -107,6 +107,11 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return _twin(model, lambda tensor: tensor)
 
 
+def copy_to_run(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters with ``model``, and nothing that a run alters."""
+    return _twin(model, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone())
+
+
 def _twin(model: nn.Module, tensor_of: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy whose tensors are ``tensor_of`` the model's.
 

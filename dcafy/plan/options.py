@@ -55,7 +55,7 @@ def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = Non
         option = f"--{item.name.replace('_', '-')}" if dashes else item.name
         choices = meta["choices"] or (tables or {}).get(item.name, ())
         may_be_none = value is None and item.default is None
-        if choices and not may_be_none and value not in choices:
+        if choices and not may_be_none and not (isinstance(value, str) and value in choices):
             asked = f"{option} {value!r}" if dashes else f"{option}={value!r}"
             known = list(choices)
             raise UsageError(f"{asked} is not known.{nearest(str(value), known)} Use one of: {', '.join(known)}.")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dcafy.draws import drawing_apart
 from dcafy.graph.copies import data_free_copy, shared_copy
 from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator
 from dcafy.graph.nodes import mapped_tensors, tensors_in
@@ -51,7 +52,7 @@ def ran(
 
     def run(twin: nn.Module, args: tuple[Any, ...]) -> Found:
         with torch.no_grad():
-            return watched(twin, lambda: twin.eval()(*args, **inputs.kwargs))
+            return drawing_apart(lambda: watched(twin, lambda: twin.eval()(*args, **inputs.kwargs)))
 
     try:
         return run(_without_computing(data_free_copy(module), evaluator), inputs.args)
@@ -63,8 +64,7 @@ def ran(
         twin = shared_copy(module)
         if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
             twin = _without_computing(twin, evaluator)
-        with torch.random.fork_rng():
-            return run(twin, real_inputs(inputs.real, module))
+        return run(twin, real_inputs(inputs.real, module))
     except Exception as error:  # as above; the caller tells the user
         return reason_of(error)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 
-from dcafy.graph.nodes import VALUE, values_of
+from dcafy.graph.nodes import VALUE, leaves, values_of
+from dcafy.threads import Patch, Swap
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy
@@ -25,33 +27,66 @@ _FACTORIES = (
 
 _CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
 
-_Patch = tuple[Any, str, Any]
-"""What has a name, the name, and what it stands for meanwhile."""
 
+def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[..., Any]) -> Swap:
+    """What has calls become nodes that no proxy sees: of modules, tensor factories, ``len``, ``autograd.Function``.
 
-@contextlib.contextmanager
-def recorded_calls(tracer: ValueTracer) -> Iterator[None]:
-    """Has calls become nodes that no proxy sees: tensor factories, ``len``, ``autograd.Function``; tells of contexts.
+    The names in ``torch`` have to be replaced while the trace runs: the C++ parser of ``torch.zeros`` refuses a proxy
+    before any override is asked. ``fx`` replaces those of ``nn.Module`` for every thread, so its ``trace`` is not used.
 
-    The names in ``torch`` are replaced while the trace runs: the C++ parser of ``torch.zeros`` refuses a proxy before
-    any override is asked. Whether gradients are computed is as before afterwards, also where a forward fails half-way.
+    The functions that the modules' forwards find beside their classes go through ``call(function, ...)``.
     """
-    import torch._dynamo  # which notes what ``len`` is when it is first imported, as operations on meta tensors do
 
-    with_gradients = torch.is_grad_enabled()
-    patches = [*_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)]
-    before = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
-    try:
-        for owner, name, value in patches:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-        torch.set_grad_enabled(with_gradients)
+    scopes = _scopes(modules)
+    leaves = list(_leaves(tracer, scopes))
+    taken = {(id(scope), name) for scope, name, _ in leaves}
+    beside = [patch for patch in _functions(scopes, call) if (id(patch[0]), patch[1]) not in taken]
+    of_torch = *_modules(tracer), *_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)
+    return Swap((*of_torch, *_seeds(), *leaves, *beside))
 
 
-def _factories(tracer: ValueTracer) -> Iterator[_Patch]:
+def _modules(tracer: ValueTracer) -> Iterator[Patch]:
+    call, get = nn.Module.__call__, nn.Module.__getattr__
+
+    def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return tracer.call_module(module, functools.partial(call, module), args, kwargs)
+
+    yield nn.Module, "__call__", called
+    yield nn.Module, "__getattr__", lambda module, name: tracer.getattr(name, get(module, name), {})
+
+
+def _leaves(tracer: ValueTracer, scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:
+    """Functions of ``math``, and those that ``torch.fx.wrap`` names: nodes wherever they are given a proxy."""
+
+    def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(issubclass(type(value), fx.Proxy) for value in leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    known = {id(value) for name, value in vars(math).items() if not name.startswith("_") and callable(value)}
+    for scope in (vars(math), *scopes):
+        for name, value in list(scope.items()):
+            if id(value) in known and not name.startswith("_"):
+                yield scope, name, leaf(value)
+    for (_, name), scope in _symbolic_trace._wrapped_fns_to_patch.copy().items():
+        yield scope, name, leaf(scope[name] if name in scope else getattr(builtins, name))
+    for kind, name in _symbolic_trace._wrapped_methods_to_patch:
+        yield kind, name, _leaf_method(tracer, getattr(kind, name), name)
+
+
+def _leaf_method(tracer: ValueTracer, method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(issubclass(type(value), fx.Proxy) for value in leaves((args, kwargs))):
+            return tracer.create_proxy("call_method", name, args, kwargs)
+        return method(*args, **kwargs)
+
+    return call
+
+
+def _factories(tracer: ValueTracer) -> Iterator[Patch]:
     """Tensors that a forward makes become nodes: baked, a random number would stay the same for ever."""
 
     def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +104,13 @@ def _factories(tracer: ValueTracer) -> Iterator[_Patch]:
         yield torch, name, recorded(getattr(torch, name))
 
 
-def _questions(tracer: ValueTracer) -> Iterator[_Patch]:
+def _seeds() -> Iterator[Patch]:
+    """A forward that sets the seed sets it when the graph runs, too: by its user, not by who looks at it."""
+    for owner in (torch, torch.random):
+        yield owner, "manual_seed", lambda seed: torch.default_generator
+
+
+def _questions(tracer: ValueTracer) -> Iterator[Patch]:
     """``len`` has to return a real number: ``x.view(len(x), -1)`` would have the example's batch size for ever."""
     real, is_tensor = builtins.len, torch.is_tensor
 
@@ -82,7 +123,7 @@ def _questions(tracer: ValueTracer) -> Iterator[_Patch]:
     yield torch, "is_tensor", lambda value: is_tensor(value) or _stands_for_tensor(value)
 
 
-def _function(tracer: ValueTracer) -> _Patch:
+def _function(tracer: ValueTracer) -> Patch:
     real = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,10 +131,10 @@ def _function(tracer: ValueTracer) -> _Patch:
             return real.__get__(None, cls)(*args, **kwargs)
         return tracer.create_proxy("call_function", Applied(cls), args, kwargs)
 
-    return torch.autograd.Function, "apply", classmethod(apply)
+    return torch.autograd.Function, "apply", apply
 
 
-def _contexts(tracer: ValueTracer) -> Iterator[_Patch]:
+def _contexts(tracer: ValueTracer) -> Iterator[Patch]:
     def entered(context: Any, enter: Callable[..., Any]) -> Callable[..., Any]:
         def tell(self: Any) -> Any:
             tracer.switches(f"torch.{context.__name__}")
@@ -119,39 +160,24 @@ def _contexts(tracer: ValueTracer) -> Iterator[_Patch]:
     yield torch.set_grad_enabled, "__init__", set_grad_enabled
 
 
-@contextlib.contextmanager
-def watched_functions(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
-    """Has the functions that the modules' forwards find beside their classes go through ``call(function, ...)``.
-
-    ``isinstance`` is another one there: asked whether a proxy is a tensor, it looks at what the proxy stands for.
-    To be entered before fx patches functions itself, and left after.
-    """
+def _scopes(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """The names that the modules' forwards find beside their classes, and in others' modules among those."""
     scopes = {id(scope): scope for scope in (forward_globals(module) for module in modules)}
     for scope in list(scopes.values()):  # ``einops.reduce``: a function in a module
         scopes.update((id(vars(v)), vars(v)) for v in scope.values() if isinstance(v, ModuleType) and _is_others(v))
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for scope in scopes.values():
-            for name, value in list(scope.items()):
-                if type(value) is FunctionType and _is_users(value.__module__):
-                    before.append((scope, name, value))
-                    scope[name] = functools.wraps(value)(functools.partial(call, value))
-                elif isinstance(value, torch.jit.ScriptFunction):
-                    before.append((scope, name, value))
-                    scope[name] = functools.partial(call, Scripted(value, scope["__name__"], name))
-            if "isinstance" not in scope and _is_users(scope.get("__name__")):
-                before.append((scope, "isinstance", _ABSENT))
-                scope["isinstance"] = _isinstance
-        yield
-    finally:
-        for scope, name, value in before:
-            if value is _ABSENT:
-                del scope[name]
-            else:
-                scope[name] = value
+    return list(scopes.values())
 
 
-_ABSENT = object()
+def _functions(scopes: Iterable[dict[str, Any]], call: Callable[..., Any]) -> Iterator[Patch]:
+    """``isinstance`` is another one there: asked whether a proxy is a tensor, it looks at what the proxy stands for."""
+    for scope in scopes:
+        for name, value in list(scope.items()):
+            if type(value) is FunctionType and _is_users(value.__module__):
+                yield scope, name, functools.partial(call, value)
+            elif isinstance(value, torch.jit.ScriptFunction):
+                yield scope, name, functools.partial(call, Scripted(value, scope["__name__"], name))
+        if "isinstance" not in scope and _is_users(scope.get("__name__")):
+            yield scope, "isinstance", _isinstance
 
 
 def _is_users(module: str | None) -> bool:

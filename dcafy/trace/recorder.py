@@ -25,9 +25,10 @@ from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, mapped, values_of
 from dcafy.graph.paths import joined, within
 from dcafy.graph.rewritten import is_rewritten
+from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
 from dcafy.trace.named import Scripted
-from dcafy.trace.patches import recorded_calls, watched_functions
+from dcafy.trace.patches import swap_for
 from dcafy.trace.proxy import Mode, ValueProxy
 from dcafy.trace.recording import Call, Observed, Recording, check_default, passed_through
 from dcafy.trace.tracer import ValueTracer
@@ -97,20 +98,22 @@ class Recorder(ValueTracer):
     def record(self) -> Recording:
         """The recording; a recorder makes one."""
         model, modules = self.model, self.modules
-        with (
-            watched_globals(modules.values(), self.unwritten.setdefault),
-            recorded_calls(self),
-            watched_functions(modules.values(), self.call_function),
-        ):
-            model.__dict__["training"] = Mode(self, "")
-            before = python_state(model)
+        with ONE_AT_A_TIME, watched_globals(modules.values(), self.unwritten.setdefault):
+            swap, with_gradients = swap_for(self, modules.values(), self.call_function), torch.is_grad_enabled()
             try:
-                graph = self.trace(model)
+                swap.put()
+                model.__dict__["training"] = Mode(self, "")
+                before = python_state(model)
+                try:
+                    graph = self.trace(model)
+                finally:
+                    model.__dict__["training"] = False
+                self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
+                stored = _stored(modules)
+                self._tell_changes(stored)
             finally:
-                model.__dict__["training"] = False
-            self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
-            stored = _stored(modules)
-            self._tell_changes(stored)
+                swap.put_back()
+                torch._C._set_grad_enabled(with_gradients)  # a forward may have failed half-way
         return Recording(
             graph,
             tuple(self.calls),

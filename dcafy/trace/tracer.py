@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import OWNER, PLACE, VALUE, Remake, is_record, node_value, parts, values_of
@@ -64,6 +66,29 @@ class ValueTracer(Answering):
             yield
         finally:
             self.running = outer
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """As ``fx.Tracer`` does it, but for what it replaces for every thread: see :mod:`dcafy.trace.patches`."""
+        flags = getattr(_symbolic_trace, "_is_fx_tracing_tls", _symbolic_trace)
+        flag = "_is_fx_tracing_flag" if flags is _symbolic_trace else "flag"
+        outer = getattr(flags, flag, False)
+        try:
+            setattr(flags, flag, True)
+            self.root, self.root_module_name = root, type(root).__name__
+            self.submodule_paths = {module: path for path, module in root.named_modules()}
+            self.graph = fx.Graph(tracer_cls=type(self))
+            self.tensor_attrs = {
+                value: joined(path, name)
+                for path, module in root.named_modules()
+                for name, value in module.__dict__.items()
+                if isinstance(value, Tensor | torch.ScriptObject)
+            }
+            forward, args = self.create_args_for_root(type(root).forward, True, concrete_args)
+            self.create_node("output", "output", (self.create_arg(forward(*args)),), {})
+            self.submodule_paths = None
+        finally:
+            setattr(flags, flag, outer)
+        return self.graph
 
     # -- the questions that fx asks -------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.optimization import optimizer_for, scheduler_for
 from dcafy.training.options import TrainingConfig
 from dcafy.training.signals import Interruption, stopped
-from dcafy.training.state import Progress, Standing, captured, restored, unlike_numbers
+from dcafy.training.state import Progress, Standing, captured, draws_kept, restored, seed_draws, unlike_numbers
 from dcafy.training.tasks import Classification, Task
 from dcafy.training.telling import Listener, Silent
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
@@ -53,7 +53,8 @@ def finetune(
 
     ``train`` and ``val``: data sets of (image tensor ``[C, H, W]``, class number), with a length and an index each.
     Under one ``config.seed`` the order of the images, their random transforms and dropout are the same again, whatever
-    the number of ``workers``. ``model`` may be converted or not; its connections learn at a rate of their own.
+    the number of ``workers``; afterwards torch's generators, Python's and numpy's are where they were. ``model`` may be
+    converted or not; its connections learn at a rate of their own.
 
     ``task``: what is trained for; classification where absent. ``directory``: where a checkpoint is kept, from which
     ``resume`` goes on; without one it starts over. ``new_layers``: modules that are trained also where the base is
@@ -82,7 +83,8 @@ def finetune(
             raise InputError(f"{name} has no images.")
     run = _Run(model, train, val, config, task or Classification(config), new_layers, listener or Silent())
     try:
-        return run.train(None if directory is None else Path(directory), resume)
+        with draws_kept(run.accelerator.device):
+            return run.train(None if directory is None else Path(directory), resume)
     finally:
         run.listener.closes()
 
@@ -150,14 +152,13 @@ class _Run:
         steps = -(-self.order.in_all // config.accumulate)
         self.schedule = scheduler_for(self.optimizer, config, steps)
         self.total_steps = steps * config.epochs
-        self.rate = float(self.schedule.get_last_lr()[0])  # of the last step
         self.average: AveragedModel | None = None
         if config.ema:
             decayed: Any = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(model, multi_avg_fn=decayed)
         self.new_layers = [model.get_submodule(path) for path in new_layers]
         self.wrapped: Replicated | Sharded | None = None
-        self.progress = Progress()
+        self.progress = Progress(rate=float(self.schedule.get_last_lr()[0]))
         self.epochs: list[Epoch] = []
         self.skipped: dict[str, None] = {}
 
@@ -182,7 +183,7 @@ class _Run:
     def train(self, directory: Path | None, resume: bool) -> History:
         """All epochs that are left."""
         self.file = None if directory is None else directory / CHECKPOINT
-        torch.manual_seed(derived_seed(self.config.seed, self.accelerator.process_index))
+        seed_draws(derived_seed(self.config.seed, self.accelerator.process_index), self.accelerator.device)
         with Interruption() as self.interruption:
             if resume and self.file is not None:
                 self._resume(self.file)
@@ -246,7 +247,7 @@ class _Run:
     def _stepped(self, loss: Tensor, wrapped: Replicated | Sharded) -> None:
         """After a step of the optimizer."""
         self.progress.step += 1
-        self.rate = float(self.schedule.get_last_lr()[0])
+        self.progress.rate = float(self.schedule.get_last_lr()[0])
         if not wrapped.optimizer.step_was_skipped:
             self.schedule.step()
         if self.average is not None:
@@ -257,7 +258,7 @@ class _Run:
             self._look_round(due)
         if not self.listener.wants(self.progress.step):
             return
-        self.listener.stepped(self.progress.step, float(loss.detach()), self.progress.means(), self.rate)
+        self.listener.stepped(self.progress.step, float(loss.detach()), self.progress.means(), self.progress.rate)
 
     def _look_round(self, due: bool, *, always: bool = False) -> None:
         """Stops for a loss that is no number and for a signal; writes a checkpoint where one is due.
@@ -302,7 +303,7 @@ class _Run:
             Epoch(
                 self.progress.epoch + 1,
                 self.progress.step,
-                self.rate,
+                self.progress.rate,
                 loss,
                 accuracy,
                 metrics,

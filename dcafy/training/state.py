@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 class Progress:
     """Where a training stands: ``batch`` batches into ``epoch`` (from 0), after ``step`` steps in all.
 
-    The sums are of this epoch and process; they stay on the device, so that no step waits for them.
+    The sums are of this epoch and process; they stay on the device, so that no step waits for them. ``rate``: of the
+    last step.
     """
 
     epoch: int = 0
@@ -52,6 +54,7 @@ class Progress:
     right: Any = None
     images: int = 0
     broken: Any = field(default=False)
+    rate: float = 0.0
 
     def add(self, loss: Tensor, right: Tensor | None, images: int) -> None:
         """Adds one batch."""
@@ -247,6 +250,24 @@ def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, An
         "numpy": [kind, keys.tolist(), place, has_gauss, gauss],
         "python": [version, list(words), following],
     }
+
+
+@contextmanager
+def draws_kept(device: torch.device) -> Iterator[None]:
+    """Inside it generators may be seeded and drawn from; then they are where they were."""
+    state = _random_state(device)
+    try:
+        yield
+    finally:
+        _draw_from(*state, device)
+
+
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Seeds the generators of torch that a training draws from, and no other device's."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _draw_from(generators: Mapping[str, Tensor], plain: Mapping[str, Any], device: torch.device) -> None:

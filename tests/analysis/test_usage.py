@@ -125,6 +125,41 @@ def test_a_loader_without_labelled_batches(loader, says):
         dcafy.usage(connected(), loader)
 
 
+IMAGES = torch.zeros(2, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ((IMAGES, torch.tensor([1, CLASSES])), f"A label is {CLASSES}.* {CLASSES} classes"),
+        ((IMAGES, torch.tensor([1, -2])), "A label is -2"),
+        ((IMAGES, torch.tensor([2**62, 0])), "A label is 4611686018427387904"),
+        ((IMAGES, torch.tensor([0.5, 1.0])), "no class numbers"),
+        ((IMAGES, torch.tensor([True, False])), "no class numbers"),
+        ((IMAGES, torch.tensor([1])), "no class numbers"),
+        ((IMAGES, torch.zeros(2, CLASSES)), "no class numbers"),
+        ((IMAGES, [1, 2]), "of list"),
+        ((["a", "b"], torch.tensor([1, 2])), "of list"),
+        ((IMAGES[:, :1], torch.tensor([1, 2])), "does not run on a batch"),
+        ((IMAGES.long(), torch.tensor([1, 2])), "does not run on a batch"),
+    ],
+    ids=str,
+)
+def test_batches_that_the_model_does_not_take(batch, says):
+    model = with_betas(connected(), 0.4, 0.1).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=says):
+        dcafy.usage(model, [batch])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_labels_of_any_whole_type_count():
+    model, data = with_betas(connected(), 0.4, 0.1), batches()
+    small = [(images, labels.to(torch.int8)) for images, labels in data]
+    assert dcafy.usage(model, small) == dcafy.usage(model, data)
+
+
 def test_a_model_without_connections():
     with pytest.raises(InputError):
         dcafy.usage(network(), batches())

@@ -290,7 +290,7 @@ def test_missing_pieces(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "is not a folder" in refused(tmp_path / "file", None)
     os.mkfifo(folder / "dcafy.json")
-    assert "has no dcafy.json" in refused(folder, network())
+    assert "dcafy.json' could not be read: it is no regular file" in refused(folder, network())
 
 
 # A folder from a stranger --------------------------------------------------------------------------

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import math
 import os
+import random
 import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -123,6 +126,28 @@ def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(way, step, tmp_p
     end, epochs = unbroken_end(way)
     assert same(weights(resumed), end)
     assert [dataclasses.replace(epoch, seconds=0) for epoch in history.epochs] == epochs
+
+
+def test_an_epoch_that_was_cut_off_at_its_end_has_the_rate_of_its_last_step(tmp_path):
+    options = config(checkpoint_steps=1, schedule="cosine", warmup_epochs=0.5)
+    unbroken = finetune(connected(), TRAIN, VAL, options)
+    for step in (3, 6):  # the last of each epoch
+        with pytest.raises(KeyboardInterrupt):
+            finetune(connected(), TRAIN, VAL, options, directory=tmp_path, resume=True, listener=StopAfter(step))
+    resumed = finetune(connected(), TRAIN, VAL, options, directory=tmp_path, resume=True)
+    assert [epoch.lr for epoch in resumed.epochs] == [epoch.lr for epoch in unbroken.epochs]
+
+
+@pytest.mark.parametrize("end", ["whole", "failed"])
+def test_random_numbers_go_on_where_they_were(end):
+    model = connected()
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    listener = StopAfter(2) if end == "failed" else Listener()
+    with pytest.raises(KeyboardInterrupt) if end == "failed" else contextlib.nullcontext():
+        finetune(model, TRAIN, VAL, config(epochs=1), listener=listener)
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
 
 
 def test_dropout_goes_on_where_it_was(tmp_path):

@@ -1,0 +1,300 @@
+"""What one thread converts, another does not notice: names of torch, its random numbers, the mode of a model."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import math
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import with_attention
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+import dcafy
+from dcafy.draws import OwnDraws, drawing_apart
+from dcafy.threads import ONE_AT_A_TIME, Swap
+
+X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+OWNERS = (torch, builtins, math, nn.Module, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.autocast)
+OWNERS += (torch.set_grad_enabled, torch.autograd.Function, torch.random, F, torch_module)
+
+
+def names() -> dict[tuple[str, str], int]:
+    """Every name that could stand for something else, and what it stands for."""
+    owners = [(str(owner), vars(owner)) for owner in (*OWNERS, networks, sys.modules[__name__])]
+    return {(owner, name): id(value) for owner, held in owners for name, value in held.items() if name[0] != "_"} | {
+        (owner, name): id(held[name]) for owner, held in owners for name in held if name in DUNDERS
+    }
+
+
+DUNDERS = ("__call__", "__getattr__", "__enter__", "__init__")
+
+
+@pytest.fixture(autouse=True)
+def everything_is_as_it_was() -> Iterator[None]:
+    dcafy.inspect(network(), example_inputs=X)  # what is imported on the way is imported
+    before, interval = names(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(interval)
+    changed = [name for name, value in names().items() if before.get(name, value) != value]
+    assert not changed
+    assert torch.is_grad_enabled()
+    assert ONE_AT_A_TIME.acquire(blocking=False)
+    ONE_AT_A_TIME.release()
+
+
+def network() -> nn.Module:
+    return with_attention(networks.SELinear)
+
+
+class Ordinary(nn.Module):
+    """Calls what a recording replaces: factories, ``len``, ``isinstance``, contexts, parameters by name; and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(16, 16), nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[0], 1) * torch.randint(0, 2, (len(x), 1))
+        with torch.no_grad():
+            shift = torch.arange(16) / math.sqrt(16)
+        assert isinstance(self.scale, nn.Parameter)
+        return self.layer(F.dropout(x * mask, 0.3) + torch.randn(len(x), 16) * self.scale) + shift
+
+
+def trained(steps: int) -> list[Tensor]:
+    """The weights after so many steps; on the way everything has to be what it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = Ordinary()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        for _ in range(steps):
+            x = torch.ones(4, 16)
+            loss = model(x).square().mean()
+            assert type(x) is type(loss) is Tensor
+            assert model.training
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return [*model.state_dict().values()]
+
+
+def beside(*jobs: Callable[[], Any]) -> list[Any]:
+    """What the jobs return, each in a thread of its own."""
+    results: list[Any] = [None] * len(jobs)
+
+    def run(number: int) -> None:
+        try:
+            results[number] = jobs[number]()
+        except BaseException as error:  # the main thread tells
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def train_beside(conversions: int) -> None:
+    """Training in one thread goes as it goes alone, through so many conversions in another."""
+    steps = 200
+    alone = trained(steps)
+    done, models = threading.Event(), (network(), plain())  # building them draws random numbers
+
+    def train() -> list[list[Tensor]]:
+        ends = []
+        while not done.is_set():
+            ends.append(trained(steps))
+        return ends
+
+    def convert() -> None:
+        try:
+            for number in range(conversions):
+                options: dict[str, Any] = {"attention": "se"} if number % 4 == 3 else {}
+                connected = dcafy.convert(models[bool(options)], example_inputs=X, **options)
+                if not options:
+                    assert {torch.ones, torch.arange}.isdisjoint(node.target for node in connected.graph.nodes)
+        finally:
+            done.set()
+
+    ends, _ = beside(train, convert)
+    assert ends
+    for end in ends:
+        assert all(map(torch.equal, end, alone))
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.norm(self.first(x)).relu())
+
+
+def plain() -> nn.Module:
+    """A network of residual units, without attention."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Unit(), Unit())
+
+
+def test_a_training_beside_conversions_goes_as_it_goes_alone() -> None:
+    train_beside(8)
+
+
+@pytest.mark.slow
+def test_a_training_beside_fifty_conversions_goes_as_it_goes_alone() -> None:
+    train_beside(50)
+
+
+def test_two_threads_convert_what_each_converts_alone() -> None:
+    def convert(model: nn.Module) -> tuple[Any, ...]:
+        connected = dcafy.convert(model, example_inputs=X)
+        plan = dcafy.inspect(model, example_inputs=X)
+        return plan.to_dict(), connected.code, {key: value.tolist() for key, value in connected.state_dict().items()}
+
+    models = [with_attention(kind) for kind in (networks.SELinear, networks.CBAM)]
+    alone = [convert(model) for model in models]
+    assert beside(*(functools.partial(convert, model) for model in models)) == alone
+
+
+def test_one_model_is_trained_while_it_is_looked_at() -> None:
+    """Its modes are its own: an inspection, and the run that compares, look at copies."""
+    model = network().train()
+    modes: list[bool] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: modes.append(module.training) if module is watched else None)
+    watched, done = model.stem, threading.Event()
+
+    def look() -> None:
+        try:
+            for _ in range(3):
+                dcafy.convert(model, example_inputs=X)
+        finally:
+            done.set()
+
+    def train() -> int:
+        steps = 0
+        while not done.is_set():
+            assert all(module.training for module in model.modules())
+            steps += 1
+        return steps
+
+    steps, _ = beside(train, look)
+    assert steps > 0
+
+
+@contextlib.contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """A Ctrl-C after so many seconds."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+CALLS: dict[str, Callable[[nn.Module], Any]] = {
+    "inspect": lambda model: dcafy.inspect(model, example_inputs=X),
+    "convert": lambda model: dcafy.convert(model, example_inputs=X),
+    "insert": lambda model: dcafy.insert(model, "se", example_inputs=X),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupt_at_any_time_leaves_all_as_it_was(name: str) -> None:
+    model, call = plain() if name == "insert" else network(), CALLS[name]
+    draws, start = torch.get_rng_state(), time.perf_counter()
+    call(model)
+    taken, before, chosen = time.perf_counter() - start, names(), random.Random(0)
+    for _ in range(12):
+        with interrupted(chosen.uniform(0.0005, taken)):
+            call(model)
+        assert [name for name, value in names().items() if before.get(name, value) != value] == []
+        assert type(torch.zeros(2)) is Tensor
+    beside(lambda: call(model))  # the lock is free
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_a_process_forked_meanwhile_has_torch_as_it_is() -> None:
+    real = torch.zeros
+    with ONE_AT_A_TIME:
+        swap = Swap([(torch, "zeros", lambda *_: "other"), (torch, "zeros", lambda *_: "third")])
+        try:
+            swap.put()
+            assert torch.zeros(2) == "third"
+            kept = torch.zeros
+            assert beside(lambda: type(torch.zeros(2))) == [Tensor]
+            if not (child := os.fork()):
+                free = beside(lambda: ONE_AT_A_TIME.acquire(blocking=False)) == [True]
+                os._exit(0 if torch.zeros is real and type(kept(2)) is Tensor and free else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert torch.zeros(2) == "third"
+        finally:
+            swap.put_back()
+    assert torch.zeros is real
+    assert type(kept(2)) is Tensor  # whoever kept the name has the real one
+
+
+class Seeding(nn.Module):
+    """A forward that sets the seed, as some do for masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return self.body(x + 0.1 * torch.rand_like(x))
+
+
+def test_a_forward_that_sets_the_seed_sets_it_for_its_user_alone() -> None:
+    model = Seeding().eval()
+    before = torch.get_rng_state()
+    connected = dcafy.convert(model, example_inputs=X)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(dcafy.connections(connected)) > 0
+    assert torch.equal(connected(X), model(X))
+    torch.set_rng_state(before)
+
+
+def test_draws_of_ones_own_are_those_that_would_have_been_drawn() -> None:
+    def draw() -> list[Tensor]:
+        ones = torch.ones(2, 3, 8)
+        made = [torch.rand(3), torch.randn(3), torch.randint(9, (4,)), torch.randperm(6), torch.rand_like(ones)]
+        made += [torch.bernoulli(ones / 2), torch.multinomial(ones[0], 2), torch.normal(0.0, 1.0, (3,))]
+        made += [F.dropout(ones), F.rrelu(-ones, training=True), nn.LSTM(8, 8, 2, dropout=0.5)(ones)[0]]
+        return [*made, torch.distributions.Gamma(2.0, 1.0).sample((3,)), *network().parameters()]
+
+    before = torch.get_rng_state()
+    with OwnDraws():
+        own = draw()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, own, draw()))
+    torch.set_rng_state(before)
+    seeded = drawing_apart(lambda: (torch.manual_seed(3), torch.rand(4))[1])
+    assert torch.equal(seeded, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(torch.get_rng_state(), before)
