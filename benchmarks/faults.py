@@ -33,9 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 SECONDS = 5.0
 """Processor time that an input may take."""
@@ -302,6 +300,8 @@ def _plans(strategy: Any, wanted: int, seed: int) -> list[Any]:
 
 def _warm() -> None:
     """Imports what the inputs need, once."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import torch
 
     torch.set_num_threads(1)
