@@ -97,4 +97,7 @@ def example_input(size: str | None) -> torch.Tensor | None:
         )
     import torch
 
-    return torch.zeros(2, *numbers)
+    try:
+        return torch.zeros(2, *numbers)
+    except RuntimeError as error:
+        raise errors.UsageError(f"--input-size {size!r} is larger than there is memory for.") from error
