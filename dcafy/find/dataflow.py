@@ -38,6 +38,8 @@ class Dataflow:
         for node in self.depends:
             if self.ops[node] is Op.CONTRACT and self._is_layer(node):
                 self.ops[node] = Op.PARAMETRIC
+            elif self.ops[node] is Op.PARAMETRIC and self._sums_up(node):
+                self.ops[node] = Op.REDUCE
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
 
     def _follow(self, node: fx.Node) -> None:
@@ -74,6 +76,18 @@ class Dataflow:
         operands = [source for source in node.all_input_nodes if self.sizes[source]]
         pools = is_vector(node_value(node)) and not any(is_vector(node_value(n)) for n in operands if n in self.depends)
         return not pools and not all(operand in self.depends for operand in operands)
+
+    def _sums_up(self, node: fx.Node) -> bool:
+        """Whether a convolution makes one number of each channel: a pooling with weights (GE-θ, global)."""
+        layer = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if not op_name(node, self.modules).lower().startswith("conv"):
+            return False
+        source, made = node_value(node.all_input_nodes[0]), node_value(node)
+        weight = getattr(layer, "weight", None) if layer else node_value(node.all_input_nodes[1])
+        if not (isinstance(source, Tensor) and isinstance(made, Tensor) and isinstance(weight, Tensor)):
+            return False
+        alone = weight.ndim == source.ndim and weight.shape[1] == 1 < source.shape[1]
+        return alone and weight.shape[2:] == source.shape[2:] != made.shape[2:] == (1,) * (made.ndim - 2)
 
     def core(self, node: fx.Node) -> fx.Node:
         """The node before it was only viewed, expanded or sliced: where the map itself is computed."""

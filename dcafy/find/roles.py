@@ -135,9 +135,17 @@ class Roles:
                 continue
             # Strips of rows and of columns stay apart: each is brought to another size along its own axis.
             layouts = [self.layouts.of(source) for source in sources]
-            if layouts[0].dimension == "spatial" and len({layout.kind for layout in layouts}) == 1:
+            if len({(layout.dimension, layout.kind) for layout in layouts}) > 1:
+                continue
+            # Statistics of one tensor are heard one by one (CBAM), vectors of several tensors as one (MMTM).
+            several = self.flow.ops[node] is Op.JOIN and len({self._pooled(source) for source in sources}) > 1
+            if layouts[0].dimension == "spatial" or several:
                 frontier = (frontier - sources) | {node}
         return frozenset(self._unfolded(node, candidate.between) for node in frontier)
+
+    def _pooled(self, node: fx.Node) -> fx.Node:
+        """The tensor that a reduction pools."""
+        return self.flow.core(max(self.flow.inputs(self.layouts.reduction(node)), key=self.flow.sizes.__getitem__))
 
     def _unfolded(self, node: fx.Node, between: frozenset[fx.Node]) -> fx.Node:
         """A flattened map where it has its rows and columns again, if nothing reads it before that."""

@@ -191,7 +191,7 @@ class Walk:
         if (
             squeezes
             and positions(node) > 1
-            and value.numel() * 2 <= source.numel()
+            and value.numel() * 2 <= source.numel() <= self.flow.sizes[self.other]
             and 1 in (value.shape[1], value.shape[-1])
         ):
             self.local = True
