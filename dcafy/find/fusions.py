@@ -131,7 +131,17 @@ class _Finder:
             return
 
     def _walk(self, core: fx.Node, large: fx.Node, kind: FusionKind, maps: frozenset[fx.Node]) -> Walk | None:
-        """The walk back from a map that shows it to be attention, at the highest ratio that does.
+        """The walk back from a map that shows it to be attention, if one does."""
+        found = self._at_ratios(core, large, kind, maps)
+        if found is None and kind == "mul":
+            walk = Walk(self.flow, RATIOS[0], large, maps, mixed=True)
+            if walk.reaches_frontier(core, self.flow.sizes[core]) and self._is_attention(core, kind, walk):
+                found = walk
+        above = found is not None and found.spread and self._is_above(found.frontier, large)
+        return None if above else found
+
+    def _at_ratios(self, core: fx.Node, large: fx.Node, kind: FusionKind, maps: frozenset[fx.Node]) -> Walk | None:
+        """The walk at the highest ratio that shows attention.
 
         One that ended at windows or a 1-channel layer and had let a reduction of narrow maps pass is the last choice:
         at a lower ratio that very reduction may be the extraction (CBAM's spatial part in 8 channels).
@@ -154,6 +164,9 @@ class _Finder:
         name = op_name(node, self.flow.modules)
         if name == "addcmul" and len(tensors) == 3:
             return "mul", tensors[1:]
+        if name == "lerp" and len(tensors) == 3:  # a + t · (b - a)
+            *ends, weight = tensors
+            return "mul", [weight, next((end for end in reversed(ends) if end in self.flow.depends), ends[0])]
         if len(tensors) != 2:
             return None, []
         largest = max(self.flow.sizes[n] for n in tensors)
@@ -167,6 +180,8 @@ class _Finder:
         parametric = any(self.flow.ops[n] is Op.PARAMETRIC for n in walk.between - walk.frontier)
         if not walk.frontier or core in walk.frontier:
             return False
+        if walk.mixed:
+            return gated and walk.has_layers_of_its_own()
         if kind == "add":
             return parametric and is_vector(node_value(core)) and not walk.local
         if walk.local or self._is_one_for_all(core, nodes):
@@ -195,6 +210,20 @@ class _Finder:
         while self.flow.ops[node] in _NUMBER_BY_NUMBER and self.flow.inputs(node):
             node = max(self.flow.inputs(node), key=lambda n: self.flow.sizes[self.flow.core(n)])
         return node.op == "placeholder" and positions(small) > 1
+
+    def _is_above(self, frontier: set[fx.Node], large: fx.Node) -> bool:
+        """Whether X is computed from G: a decoder raises the maps of an encoder, and gates them by the way."""
+        first = min(self.flow.order[node] for node in frontier)
+        pending, seen = [large], {large}
+        while pending:
+            node = pending.pop()
+            if node in frontier:
+                return True
+            for source in self.flow.inputs(node):
+                if source not in seen and self.flow.order[source] >= first:
+                    seen.add(source)
+                    pending.append(source)
+        return False
 
     def _is_made_of(self, large: fx.Node, walk: Walk) -> bool:
         """Whether X itself is computed from G and from nothing else: experts on a pooled vector, and their weights."""

@@ -161,7 +161,7 @@ class Roles:
 
     def _mean(self, node: fx.Node, between: frozenset[fx.Node]) -> fx.Node:
         """The mean that a number makes of the sum ``node``, where nothing reads the sum itself; else ``node``."""
-        if op_name(node, self.flow.modules) in _TOTALS:
+        if op_name(node, self.flow.modules) in _TOTALS or node in self.flow.windows:
             readers = _readers(node, self.flow)
             scales = {*_QUOTIENTS, "mul", "imul", "multiply"}
             if len(readers) == 1 and readers[0] in between and op_name(readers[0], self.flow.modules) in scales:

@@ -198,6 +198,37 @@ class ExpertsOneByOne(Experts):
         return sum(weights[:, i : i + 1] * expert(v) for i, expert in enumerate(self.experts))  # type: ignore[return-value]
 
 
+class HandNormGate(nn.Module):
+    """A gate on X itself, whose logits are normalised by hand: its reductions are no context."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        z = (z - z.mean((2, 3), keepdim=True)) / (z.var((2, 3), keepdim=True) + 1e-5).sqrt()
+        return x * torch.sigmoid(self.second(z))
+
+
+class GatedDecoder(nn.Module):
+    """An autoencoder that raises what it pooled, with gated convolutions; ``skip``: beside its encoder's map."""
+
+    def __init__(self, *, skip: bool = False, whole: bool = False) -> None:
+        super().__init__()
+        self.skip, self.whole = skip, whole
+        self.first, self.second = networks.conv_norm(3, 16), networks.conv_norm(16, 16)
+        self.value, self.gate = (nn.Conv2d(32 if skip else 16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.first(x)
+        low = self.second(nn.functional.max_pool2d(high, 2))
+        low = nn.functional.adaptive_avg_pool2d(low, 1) if self.whole else low
+        raised = nn.functional.interpolate(low, size=high.shape[2:])
+        y = torch.cat([high, raised], 1) if self.skip else raised
+        return self.value(y) * torch.sigmoid(self.gate(y))
+
+
 class Retinex(nn.Module):
     """Images that masks of one channel brighten, one after the other."""
 
@@ -274,6 +305,10 @@ NEGATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "experts": (functools.partial(Experts, functools.partial(torch.softmax, dim=1)), 64),
     "experts with a gate each": (functools.partial(Experts, torch.sigmoid), 64),
     "experts one by one": (functools.partial(ExpertsOneByOne, torch.sigmoid), 64),
+    "gate normalised by hand": (small(HandNormGate), 64),
+    "gated decoder": (GatedDecoder, 64),
+    "gated decoder of one vector": (functools.partial(GatedDecoder, whole=True), 64),
+    "gated decoder with a skip": (functools.partial(GatedDecoder, skip=True), 64),
     "illumination": (functools.partial(Retinex, mask(3)), 64),
     "illumination of the brightest colour": (functools.partial(Retinex, mask(1), brightest=True), 64),
     "weighted feature fusion": (networks.FastNormalizedFusion, 64),
