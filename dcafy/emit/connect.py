@@ -357,10 +357,8 @@ class _Edits:
         def canonical(node: fx.Node) -> fx.Node:
             return self.sites.canonical(dataclasses.replace(site, node=node))
 
-        assert message.source is not None
-        assert message.fused_output is not None
-        copies = {message.source: self.image[canonical(message.fused_output)]}
-        last = copies[message.source]
+        copies = {source: self.image[canonical(output)] for source, output in message.fused}
+        last = next(node for node in reversed(self.graph.nodes) if node in copies.values())
         for node in message.extraction:
             with self.graph.inserting_after(last):
                 last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self._read(n, canonical(n)))
