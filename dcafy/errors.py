@@ -17,8 +17,27 @@ __all__ = [
 ]
 
 
+def printable(name: str) -> str:
+    """``name`` with everything that could steer a terminal written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+
+
+_LONGEST = 2000
+"""Characters of a message: what was wrong and what to do, however long the names in it are."""
+
+
 class DcafyError(Exception):
-    """Every error that dcafy raises on purpose; catching it catches all of them."""
+    """Every error that dcafy raises on purpose; catching it catches all of them.
+
+    Its message is one printable line of bounded length, whatever names and texts it quotes.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        told = self._on_one_line(message)
+        super().__init__(told if len(told) <= _LONGEST else f"{told[: _LONGEST - 605]} ... {told[-600:]}")
+
+    def _on_one_line(self, message: str) -> str:
+        return printable(" ".join(message.splitlines()))
 
 
 class UsageError(DcafyError):
@@ -34,7 +53,13 @@ class TracingError(DcafyError):
 
 
 class NoAttentionError(DcafyError):
-    """There is nothing to connect: no attention block, or none that follows another."""
+    """There is nothing to connect: no attention block, or none that follows another.
+
+    Its message has one line for each block that was found and is not connected.
+    """
+
+    def _on_one_line(self, message: str) -> str:
+        return "\n".join(map(printable, message.split("\n")))
 
 
 class PlanError(DcafyError):

@@ -12,11 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from dcafy.errors import UsageError
-
-
-def printable(name: str) -> str:
-    """``name`` with everything that could steer a terminal written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+from dcafy.errors import printable as printable
 
 
 def short(text: str, most: int = 100) -> str:

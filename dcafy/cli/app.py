@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from dcafy import errors
+from dcafy.wording import short
 
 OK, BUG, USAGE, NO_ATTENTION, UNSAFE, NOT_TRACEABLE, FAILED, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 6, 130, 141
 
@@ -86,7 +87,7 @@ class _ToStderr(logging.Handler):
     """What the package logs, one line each, on what is stderr at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"dcafy: {record.getMessage()}", file=sys.stderr)
+        print(f"dcafy: {short(record.getMessage(), 1000)}", file=sys.stderr)
 
 
 class _Commands(TyperGroup):

@@ -44,6 +44,19 @@ InputSize = Annotated[
 ]
 
 
+_DEEPEST = 20
+"""Lists in lists that an argument of a network may have."""
+
+
+def _depth(value: Any) -> int:
+    """How many containers lie inside one another."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        depth, level = depth + 1, [value for values in inner for value in values]
+    return depth
+
+
 def settings_given(given: list[str] | None) -> dict[str, Any]:
     """``key=value`` options as arguments; ``UsageError`` where one has another form."""
     settings: dict[str, Any] = {}
@@ -55,8 +68,12 @@ def settings_given(given: list[str] | None) -> dict[str, Any]:
             raise errors.UsageError(f"--set gives {key} twice.")
         try:
             settings[key] = json.loads(value)
-        except ValueError:
+        except ValueError:  # text; also a number of more digits than Python reads
             settings[key] = value
+        except RecursionError as error:
+            raise errors.UsageError(f"--set {key} has lists in lists without end.") from error
+        if _depth(settings[key]) > _DEEPEST:
+            raise errors.UsageError(f"--set {key} has lists in lists, more than {_DEEPEST} deep.")
     return settings
 
 
@@ -64,7 +81,7 @@ def example_input(size: str | None) -> torch.Tensor | None:
     """An example input of that size, in a batch of two; ``UsageError`` where it is no size."""
     if size is None:
         return None
-    is_size = re.fullmatch(r"\d+(x\d+){2,3}", size.lower()) is not None
+    is_size = re.fullmatch(r"[0-9]{1,7}(x[0-9]{1,7}){2,3}", size.lower()) is not None
     numbers = [int(number) for number in size.lower().split("x")] if is_size else [0]
     if min(numbers) == 0:
         raise errors.UsageError(
@@ -72,4 +89,7 @@ def example_input(size: str | None) -> torch.Tensor | None:
         )
     import torch
 
-    return torch.zeros(2, *numbers)
+    try:
+        return torch.zeros(2, *numbers)
+    except RuntimeError as error:
+        raise errors.UsageError(f"--input-size {size!r} is larger than there is memory for.") from error
