@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def finetune_command(
         from dcafy.runs.request import REQUEST, Request
         from dcafy.training.parallel import is_main_process
 
-        if run.resume and (output / REQUEST).exists():
+        if run.resume and os.path.exists(output / REQUEST):
             asked = _known(output, model, given)
         elif run.data is None or not model:
             raise errors.UsageError(
@@ -83,7 +84,7 @@ def _require_free(output: Path) -> None:
     """Nothing where a run may begin."""
     from dcafy.runs.request import REQUEST, require_empty
 
-    if (output / REQUEST).exists():
+    if os.path.exists(output / REQUEST):
         raise errors.UsageError(
             f"There is a run in {str(output)!r} already. Go on with it: dcafy finetune {output} --resume. Or name "
             "another folder."
