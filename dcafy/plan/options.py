@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from dcafy.errors import UsageError
+from dcafy.records import LATER
 from dcafy.wording import nearest
 
 Dimension = Literal["channel", "spatial"]
@@ -85,6 +86,7 @@ class Overrides:
     reduction: int | None = None
     min_hidden: int | None = None
     spatial_match: str | None = None
+    message: str | None = dataclasses.field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Linking:
     """The options of a conversion that a link may override."""
 
     schema: str = setting("direct", "How a block's own context and what it hears are joined (paper 3.2).")
+    message: str = setting(
+        "plain",
+        "What of a message is heard: plain (all of it, as in the paper) or centred (how it differs between images).",
+        choices=("plain", "centred"),
+    )
     channel_match: str = setting("fc2", "The layers that match widths (paper 3.3).", choices=("fc1", "fc2"))
     reduction: int = setting(16, "A block's channels over the hidden width of fc2.", least=1)
     min_hidden: int = setting(8, "The least hidden width of fc2, in channels.", least=1)
@@ -114,10 +121,11 @@ class Inserting:
         "Where attention is put: auto (every residual unit), or a glob of module paths such as 'layer3.*'.",
         metavar="GLOB",
     )
-    init: str = setting(
+    attention_init: str = setting(
         "identity",
         "How inserted attention starts: identity (an exact no-op) or paper (the paper's own form).",
         choices=get_args(Init),
+        short="--init",
     )
 
 
@@ -126,7 +134,10 @@ class Conversion(Linking, Inserting):
     """The options of :func:`dcafy.convert` and of the insertion before it."""
 
     dimension: str = setting("all", "What is connected (paper 4.2).", choices=(*get_args(Dimension), "all"))
-    topology: str = setting("chain", "Who hears whom: each block the one before it, or all before it.")
+    topology: str = setting(
+        "chain",
+        "Who hears whom: each block the one before it, all before it, some of them as a binary tree, or itself.",
+    )
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -23,7 +23,7 @@ from dcafy.emit.dca import is_connected, recipes
 from dcafy.errors import CheckpointError
 from dcafy.training.checkpoint import Checkpoint
 from dcafy.training.history import Epoch
-from dcafy.training.options import TrainingConfig
+from dcafy.training.options import TIMES, TrainingConfig
 from dcafy.wording import printable
 
 if TYPE_CHECKING:
@@ -176,6 +176,10 @@ def _identity(now: Standing) -> dict[str, Any]:
     config = {
         k: v for k, v in dataclasses.asdict(now.config).items() if k not in ("workers", "cpu", "checkpoint_steps")
     }
+    if config["scale_lr"] is None:  # as it was before there was one
+        del config["scale_lr"]
+        if now.config.connection_lr == TIMES * now.config.base_rate:  # which None meant then, whatever the rate was
+            config["connection_lr"] = None
     return {
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "number of images": now.images,
