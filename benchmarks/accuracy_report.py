@@ -168,8 +168,8 @@ def report(rows: list[Row]) -> str:
         "",
         f"Accuracy in % of {VALIDATION:,} validation pairs. Differences are paired by seed and by image, with 95% "
         "intervals over both (Student's t for the seeds), ** where they exclude zero. *cut*: what setting β = 0 "
-        "after the training changes, in points. *near ½*: the share of attention values from 0.4 to 0.6; *spread*: their "
-        "standard deviation over an image's map.",
+        "after the training changes, in points. *near ½*: the share of attention values from 0.4 to 0.6; *spread*: "
+        "their standard deviation over an image's map.",
         "",
         "## Expected",
         "",
