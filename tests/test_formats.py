@@ -111,8 +111,11 @@ def test_a_folder_says_again_what_it_said(name: str, written: Path, tmp_path: Pa
 
 
 def test_inspect_prints_what_it_printed(written: Path, dcafy_command: Callable[..., tuple[int, str, str]]) -> None:
+    """But for what topologies that there were not then would add."""
     code, out, _ = dcafy_command("inspect", "torchvision:mobilenet_v3_small", "--json")
-    assert (code, out) == (0, (written / "plan.json").read_text())
+    now, then = json.loads(out), json.loads((written / "plan.json").read_text())
+    now["costs"] = [cost for cost in now["costs"] if cost["topology"] in ("chain", "dense")]
+    assert (code, json.dumps(now)) == (0, json.dumps(then))
     assert len(dcafy.Plan.from_dict(json.loads(out)).links) == 8
 
 

@@ -94,13 +94,13 @@ def _plan(value: Any, where: str) -> Plan:
     for link in plan.links:
         set_ = {name: item for name, item in dataclasses.asdict(link).items() if item is not None}
         _sized(set_, f"{where}.chains.links")
-    return plan
+    return plan.with_links(lambda link: dataclasses.replace(link, message=link.message or _UNSAID["message"]))
 
 
 def _options(value: Any, where: str) -> dict[str, Any]:
     """The options of a conversion, as far as a link may override them."""
     records.read(Linking, value, where)
-    return _sized(value, where)
+    return {**_UNSAID, **_sized(value, where)}
 
 
 def _sized(options: dict[str, Any], where: str) -> dict[str, Any]:
@@ -110,6 +110,9 @@ def _sized(options: dict[str, Any], where: str) -> dict[str, Any]:
             within(1, _WIDEST)(options[item.name], f"{where}.{item.name}")
     return options
 
+
+_UNSAID = {"message": "plain"}
+"""What an entry is where it is absent, as in folders from before there was another; what is so is not written."""
 
 _WIDEST = 2**16
 """The largest ``reduction`` and ``min_hidden`` that are taken from a folder: layers are made of them."""
@@ -230,6 +233,9 @@ def described(description: Description) -> str:
     """The text of ``dcafy.json``; :func:`read` gives the description back."""
     # Facts are one of hundreds: a line each.
     data = written(description, {Facts: str, Plan: Plan.to_dict})
+    for options in (data["options"], *(link for chain in data["plan"]["chains"] for link in chain["links"])):
+        for name in [name for name, value in _UNSAID.items() if options.get(name) == value]:
+            del options[name]
     return json.dumps(FORMAT.stamped(data), indent=2, allow_nan=False) + "\n"
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from dcafy.errors import UsageError
+from dcafy.records import LATER
 from dcafy.wording import nearest, shown
 
 Dimension = Literal["channel", "spatial"]
@@ -91,6 +92,7 @@ class Overrides:
     reduction: int | None = None
     min_hidden: int | None = None
     spatial_match: str | None = None
+    message: str | None = dataclasses.field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class Linking:
     reduction: int = setting(16, "A block's channels over the hidden width of fc2.", least=1)
     min_hidden: int = setting(8, "The least hidden width of fc2, in channels.", least=1)
     spatial_match: str = setting("avg", "What shrinks maps (paper 3.3).", choices=("avg", "max", "conv"))
+    message: str = setting(
+        "plain",
+        "What of a message is heard: plain (all of it, as in the paper) or centred (how it differs between images).",
+        choices=("plain", "centred"),
+    )
 
     def overridden(self, own: Overrides) -> dict[str, Any]:
         """Every option by its name, with those that ``own`` sets in the place of these."""
@@ -120,10 +127,11 @@ class Inserting:
         "Where attention is put: auto (every residual unit), or a glob of module paths such as 'layer3.*'.",
         metavar="GLOB",
     )
-    init: str = setting(
+    attention_init: str = setting(
         "identity",
         "How inserted attention starts: identity (an exact no-op) or paper (the paper's own form).",
         choices=get_args(Init),
+        short="--init",
     )
 
 
@@ -132,7 +140,10 @@ class Conversion(Linking, Inserting):
     """The options of :func:`dcafy.convert` and of the insertion before it."""
 
     dimension: str = setting("all", "What is connected (paper 4.2).", choices=(*get_args(Dimension), "all"))
-    topology: str = setting("chain", "Who hears whom: each block the one before it, or all before it.")
+    topology: str = setting(
+        "chain",
+        "Who hears whom: each block the one before it, all before it, some of them as a binary tree, or itself.",
+    )
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
