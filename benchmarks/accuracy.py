@@ -13,10 +13,12 @@ What is expected, written down before any run that counts:
 2. *own message* is above *vanilla* as well: most of a gain is the normalised context. What an earlier block adds to it
    (*centred* minus *own message*) is small: under half a point.
 3. *shuffled* is not above *vanilla*: it is the content of a message that helps.
-4. *α alone* is *vanilla*. *normalised* is *centred* or less: its message is one of three things that a norm sees.
-5. Where early layers pool what later ones have lost (``switch``, ``cued``, ``gain``, ``noise``) connecting adds
+4. (Added when four rows were there.) Ten times the rate is no disadvantage to eq. 3: *connected x1* is *connected*,
+   within half a point.
+5. *α alone* is *vanilla*. *normalised* is *centred* or less: its message is one of three things that a norm sees.
+6. Where early layers pool what later ones have lost (``switch``, ``cued``, ``gain``, ``noise``) connecting adds
    something; in ``wide``, a residual network with a large field of view, it adds nothing.
-6. ``tuned``: as ``switch``, and smaller.
+7. ``tuned``: as ``switch``, and smaller.
 """
 
 from __future__ import annotations
@@ -308,8 +310,10 @@ MAIN = {
     "shuffled": Arm("centred messages of another image", CENTRED, shuffled),
     "normalised": Arm("f as published: LayerNorm and ReLU", {"schema": "normalised"}),
     "α alone": Arm("eq. 3 with β = 0 for good", {}, alpha_alone),
+    "connected x1": Arm("eq. 3, connections at the rate of the base", {}, rates=(1.0, 1.0)),
+    "centred x1": Arm("centred, connections at the rate of the base", CENTRED, rates=(1.0, 1.0)),
 }
-"""The main comparison."""
+"""The main comparison; where not said, connections have 10 times the rate of the base."""
 
 CONTROLS = {
     "no attention": Arm("without its attention", attention=False),
@@ -323,7 +327,6 @@ OPTIONS = {
     "per-channel β": Arm("centred, with a weight per channel", CENTRED, per_channel),
     "by LayerNorm": Arm("LayerNorm without affine in the place of centring", CENTRED, by_layer_norm),
     "T̃ normalised": Arm("centred before the match and after it", CENTRED, normalised_first),
-    "centred x1": Arm("connections at the rate of the base", CENTRED, rates=(1.0, 1.0)),
     "centred x50": Arm("connections at 50 times the rate", CENTRED, rates=(50.0, 50.0)),
     "match x1": Arm("α and β at 10 times the rate, layers at the base's", CENTRED, rates=(1.0, 10.0)),
     "α, β x1": Arm("layers at 10 times the rate, α and β at the base's", CENTRED, rates=(10.0, 1.0)),

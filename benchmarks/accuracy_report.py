@@ -21,6 +21,8 @@ WANTED = 0.7
 
 AGAINST = {
     "centred": ("connected", "own message", "shuffled"),
+    "centred x1": ("connected x1", "centred"),
+    "connected x1": ("connected",),
     "own message": ("connected",),
     "normalised": ("connected",),
 }
@@ -33,8 +35,9 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 def interval(differences: Tensor) -> tuple[float, float | None]:
     """Mean, and half of the 95% interval, of paired differences ``[seeds, images]``; ``None`` with one seed.
 
-    Seeds and images are both drawn: the variances of the means over either are added, what both share is taken off
-    once, and the quantile is Student's for the number of seeds.
+    Seeds and images are both drawn. The half widths of either are added as the sides of a right angle: of the mean
+    over seeds, with Student's quantile for their number; and of the mean over images, without what it has of the
+    interplay of both, which the first has already.
     """
     seeds, images = differences.shape
     mean = float(differences.mean())
@@ -44,8 +47,8 @@ def interval(differences: Tensor) -> tuple[float, float | None]:
     over_images = float(differences.mean(0).var()) / images if images > 1 else 0.0
     rest = differences - differences.mean(1, keepdim=True) - differences.mean(0) + mean
     shared = float(rest.square().sum()) / ((seeds - 1) * max(images - 1, 1)) / (seeds * images) if images > 1 else 0.0
-    half = _T[min(seeds - 1, len(_T)) - 1] * math.sqrt(max(over_seeds + over_images - shared, over_seeds))
-    return mean, half
+    of_images = max(over_images - shared, 0.0)
+    return mean, math.hypot(_T[min(seeds - 1, len(_T)) - 1] * math.sqrt(over_seeds), 1.96 * math.sqrt(of_images))
 
 
 def by_seed(rows: list[Row], setting: str, arm: str) -> dict[int, Row]:
