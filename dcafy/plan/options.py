@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from dcafy.errors import UsageError
-from dcafy.wording import nearest
+from dcafy.wording import nearest, short
 
 Dimension = Literal["channel", "spatial"]
 """What attention maps vary over."""
@@ -56,7 +56,7 @@ def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = Non
         choices = meta["choices"] or (tables or {}).get(item.name, ())
         may_be_none = value is None and item.default is None
         if choices and not may_be_none and not (isinstance(value, str) and value in choices):
-            asked = f"{option} {value!r}" if dashes else f"{option}={value!r}"
+            asked = f"{option}{' ' if dashes else '='}{short(repr(value))}"
             known = list(choices)
             raise UsageError(f"{asked} is not known.{nearest(str(value), known)} Use one of: {', '.join(known)}.")
         if meta["bounds"] and not may_be_none:
@@ -73,7 +73,7 @@ def _check_bounds(
     low = f"above {above:g}" if least is None else f"at least {least:g}"
     high = f" and below {below:g}" if below < math.inf else "" if whole else " and finite"
     kind = "a whole number of " if whole and not (option.startswith("--") and is_number) else ""
-    raise UsageError(f"{option} must be {kind}{low}{high}, not {value!r}.")
+    raise UsageError(f"{option} must be {kind}{low}{high}, not {short(repr(value))}.")
 
 
 @dataclass(frozen=True)
