@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,31 +249,35 @@ class Faults:
 
 
 def search(seed: int, inputs: int, parts: list[str], root: Path, keep: Path | None) -> Faults:
-    """Opens so many inputs of these parts."""
+    """Opens so many inputs of these parts; ``SystemExit`` where one that is whole is not taken."""
     from hostile import MARKER, PARTS, Seeds
 
     seeds = Seeds.made(root)
     faults = Faults(keep)
     gc.collect()
     gc.freeze()  # a collection in a fork would write to every page
-    whole = sum(PARTS[name].share for name in parts)
-    wanted = {name: inputs * PARTS[name].share // whole for name in parts}
+    shares = sum(PARTS[name].share for name in parts)
+    wanted = {name: inputs * PARTS[name].share // shares for name in parts}
     wanted[parts[0]] += inputs - sum(wanted.values())
 
-    for name in parts:
-        plans = _plans(PARTS[name].plans, wanted[name], seed)
+    def judged(name: str, plans: Sequence[Any]) -> Iterator[tuple[Any, Verdict, Path]]:
         for start in range(0, len(plans), TOGETHER):
             some = plans[start : start + TOGETHER]
             works = [Path(tempfile.mkdtemp(dir=root)) for _ in some]
-            acts = [
-                functools.partial(PARTS[name].act, seeds, work, plan) for work, plan in zip(works, some, strict=True)
-            ]
+            acts = [functools.partial(PARTS[name].act, seeds, *one) for one in zip(works, some, strict=True)]
             for plan, work, verdict in zip(some, works, opened(list(zip(acts, works, strict=True))), strict=True):
                 if (work / MARKER).exists() or (root / MARKER).exists():
                     (root / MARKER).unlink(missing_ok=True)
                     verdict.findings["code"] = "code or a program of the input's ran"
-                faults.add(name, plan, verdict, work)
+                yield plan, verdict, work
                 shutil.rmtree(work, ignore_errors=True)
+
+    for name in parts:
+        for plan, verdict, _ in judged(name, PARTS[name].whole):
+            if verdict.end != "accepted" or verdict.findings:
+                raise SystemExit(f"{name}: {plan} changes nothing, and is not taken: {verdict}")
+        for plan, verdict, work in judged(name, _plans(PARTS[name].plans, wanted[name], seed)):
+            faults.add(name, plan, verdict, work)
     return faults
 
 

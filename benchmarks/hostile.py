@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
+from torchvision import models
 from torchvision.ops import SqueezeExcitation
 
 import dcafy
@@ -237,14 +239,12 @@ class Seeds:
         folders = {name: root / name for name in ("whole", "connections", "named", "inserted")}
         dcafy.save(connected, folders["whole"])
         dcafy.save(connected, folders["connections"], base=False)
-        from torchvision import models
-
         small_network = models.mobilenet_v3_small(num_classes=2)
         shown = torch.zeros(2, 3, 32, 32)
         dcafy.save(dcafy.convert(small_network, example_inputs=shown, verify=False), folders["named"])
-        resnet = models.resnet18(num_classes=2)
+        resnet = timm.create_model("test_resnet", num_classes=2)
         inserted = dcafy.convert(resnet, attention="se", example_inputs=shown, verify=False)
-        dcafy.save(inserted, folders["inserted"], base=False)
+        dcafy.save(inserted, folders["inserted"])
         documents = {name: json.loads((folder / "dcafy.json").read_bytes()) for name, folder in folders.items()}
         run = root / "run"
         write_request(run, Request("torchvision:mobilenet_v3_small", "digits"))
@@ -981,19 +981,23 @@ def arguments(seeds: Seeds, place: Path, plan: Any) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """A kind of input: what may be drawn, what is done with it, and how many of a hundred inputs are of it."""
+    """A kind of input: what may be drawn, what is done with it, and how many of a hundred inputs are of it.
+
+    ``whole``: plans that change nothing, so that what they give is taken; if it is not, the others prove nothing.
+    """
 
     plans: st.SearchStrategy[Any]
     act: Callable[[Seeds, Path, Any], None]
     share: int
+    whole: tuple[Any, ...]
 
 
 PARTS = {
-    "pt": Part(PICKLES, pt, 18),
-    "safetensors": Part(SAFETENSORS, safetensors, 10),
-    "folders": Part(FOLDERS, folders, 14),
-    "runs": Part(RUN_FILES, run_files, 14),
-    "coco": Part(COCO, coco, 20),
-    "pictures": Part(PICTURES, pictures, 14),
-    "arguments": Part(ARGUMENTS, arguments, 10),
+    "pt": Part(PICKLES, pt, 18, (("bytes", 0, []), ("records", 1, []), ("network", 1, []), ("weights", 1, []))),
+    "safetensors": Part(SAFETENSORS, safetensors, 10, (("bytes", []), ("facts", []))),
+    "folders": Part(FOLDERS, folders, 14, tuple(("document", which, []) for which in range(7))),
+    "runs": Part(RUN_FILES, run_files, 14, (("request", []), ("log", []), ("facts", []), ("state", []))),
+    "coco": Part(COCO, coco, 20, (("document", []), ("bytes", []))),
+    "pictures": Part(PICTURES, pictures, 14, ([],)),
+    "arguments": Part(ARGUMENTS, arguments, 10, (("inspect", "given:network", "--input-size", "3x10x10"),)),
 }

@@ -41,13 +41,15 @@ def open_data(spec: str, options: DataOptions) -> Data:
         raise InputError(f"{data.amiss[0]}, and --strict was given. Mend it, or remove it.")
     if len(data.classes) < 2:
         raise InputError(
-            f"{spec!r} has one class only ({printable(', '.join(data.classes))}). A classifier needs two or more: "
-            "one folder for each class."
+            f"{quoted(spec, 200)} has one class only ({printable(', '.join(data.classes))}). A classifier needs two or "
+            "more: one folder for each class."
         )
     if not len(data.train):
-        raise InputError(f"{spec!r} has no training images.")
+        raise InputError(f"{quoted(spec, 200)} has no training images.")
     if not len(data.val):
-        raise InputError(f"{spec!r} has no validation images. Raise --val-fraction, or put some into {rest}/val.")
+        raise InputError(
+            f"{quoted(spec, 200)} has no validation images. Raise --val-fraction, or put some into {rest}/val."
+        )
     return data
 
 
@@ -155,11 +157,13 @@ def _torchvision(spec: str, rest: str, options: DataOptions) -> Data:
     name, _, root = rest.partition(":")
     if name not in _SPLITS:
         raise UsageError(
-            f"--data {spec!r}: torchvision has no classification data set {name!r} that is known here."
+            f"--data {quoted(spec, 200)}: torchvision has no classification data set {quoted(name)} that is known here."
             f"{nearest(name, list(_SPLITS))} Known: {', '.join(sorted(_SPLITS))}."
         )
     if not root:
-        raise UsageError(f"--data {spec!r} names no folder. Write torchvision:{name}:ROOT, where ROOT holds the data.")
+        raise UsageError(
+            f"--data {quoted(spec, 200)} names no folder. Write torchvision:{name}:ROOT, where ROOT holds the data."
+        )
     builder = getattr(datasets, name)
     accepts = inspect.signature(builder).parameters
     fetch = {"download": options.download} if "download" in accepts else {}
@@ -195,7 +199,9 @@ def _labels(dataset: Any) -> list[int]:
 
 def _digits(spec: str, rest: str, options: DataOptions) -> Data:
     if rest:
-        raise UsageError(f"--data {spec!r}: digits ships with scikit-learn and takes no path. Write --data digits.")
+        raise UsageError(
+            f"--data {quoted(spec, 200)}: digits ships with scikit-learn and takes no path. Write --data digits."
+        )
     with needing("--data digits", "examples", "scikit-learn"):
         from sklearn.datasets import load_digits
     import numpy as np

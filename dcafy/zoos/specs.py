@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dcafy.errors import SourceError, UsageError
-from dcafy.wording import nearest, one_line
+from dcafy.wording import nearest, one_line, quoted, short
 from dcafy.zoos.factories import call_factory, factory_takes, is_factory
 from dcafy.zoos.packages import ZOOS, build_on_meta, check, named_elsewhere, quiet
 
@@ -186,12 +186,12 @@ def unknown(spec: str) -> UsageError:
     if near is not None:
         meant = [near]
     elif colon and prefix.lower() in ZOOS:
-        meant = [f"{prefix.lower()}:{rest}"]
+        meant = [f"{prefix.lower()}:{short(rest)}"]
     else:
         meant = named_elsewhere(spec.partition("@")[0])
     hint = f" Did you mean {' or '.join(meant)}?" if meant else ""
     return UsageError(
-        f"{spec!r} names no model.{hint} A model is torchvision:NAME[@WEIGHTS], timm:NAME[@DEFAULT], "
+        f"{quoted(spec, 200)} names no model.{hint} A model is torchvision:NAME[@WEIGHTS], timm:NAME[@DEFAULT], "
         "package.module:factory, or a file."
     )
 
