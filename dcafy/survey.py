@@ -20,6 +20,7 @@ from dcafy.errors import InputError, TracingError
 from dcafy.find.dataflow import Dataflow
 from dcafy.find.fusions import find
 from dcafy.find.selfattention import self_attention
+from dcafy.find.unfound import unfound_gates
 from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import mapped_tensors, node_value
 from dcafy.graph.paths import joined, outermost
@@ -338,7 +339,7 @@ class _Surveyor:
         found = find(flow, path)
         messages = {f.name: message_of(f, modules, self.evaluator) for f in found}
         before = earlier(recording.graph, modules, found)
-        skipped = self_attention(flow, found, path)
+        skipped = (*self_attention(flow, found, path), *unfound_gates(flow, found, path))
         self.recordables[path] = recordable
         return Region(path, recording, found, messages, before, skipped, flow.order)
 

@@ -104,10 +104,12 @@ class EachPlace(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """The map of as many channels as the layers yield."""
-        x = x.movedim(1, -1)
+        places = x.movedim(1, -1)
         for layer in self:
-            x = layer(x)
-        return x.movedim(-1, 1).contiguous()  # else what is added to G takes another layout, and layers other kernels
+            places = layer(places)
+        matched = places.movedim(-1, 1)
+        # In another layout than x, its sum with G would be in that layout, too, and later layers take other kernels.
+        return matched.contiguous() if _is_traced(x) or x.is_contiguous() else matched
 
 
 class _Channel:

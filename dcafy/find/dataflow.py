@@ -23,7 +23,7 @@ class Dataflow:
     ``sizes``     node -> how many elements it yields
     ``depends``   the nodes whose tensors depend on the network's input
     ``origins``   node -> the network's inputs that its tensors depend on
-    ``windows``   the end of a sum over windows by running sums (corners added and subtracted) -> places in a window
+    ``windows``   the last difference of running sums, which sums over windows -> the places in a window
     ``written``   a tensor that begins without the input -> the nodes that write something of the input into it
     """
 

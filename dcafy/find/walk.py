@@ -123,8 +123,8 @@ class Walk:
         while pending:
             node, steps = pending.pop(), steps + 1
             op, sources = self.flow.ops[node], self.flow.inputs(node)
-            stacked = op is Op.JOIN and all(self._stacks(part) for part in sources)
-            if stacked or (op is Op.EXPAND and not self._is_large(sources[0])):
+            expanded = op is Op.EXPAND and bool(sources) and not self._is_large(sources[0])
+            if expanded or (op is Op.JOIN and all(self._stacks(part) for part in sources)):
                 large = True
             elif op in _KEEPS and steps < REACH and any(self._is_large(source) for source in sources):
                 pending += [source for source in sources if self._is_large(source)]

@@ -169,3 +169,80 @@ def test_a_windowed_mean_is_the_context() -> None:
     with torch.no_grad():
         connected(IMAGES)
     torch.testing.assert_close(heard[0], F.avg_pool2d(x, 4, 1), rtol=1e-3, atol=1e-4)
+
+
+class StridedMask(nn.Module):
+    """A mask by strided convolutions alone: nothing pools, and there is no G."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, width, 3, 2, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(F.interpolate(self.up(F.relu(self.down(x))), size=x.shape[2:]))
+
+
+class Energy(nn.Module):
+    """SimAM: how far each number is from its channel's mean, and no parameter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = (x - x.mean((2, 3), keepdim=True)).pow(2)
+        return x * torch.sigmoid(square / (4 * (square.mean((2, 3), keepdim=True) + 1e-4)) + 0.5)
+
+
+class SelfCalibrated(nn.Module):
+    """A gate of X itself and its pooled self on what a layer makes of X."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.far, self.near = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.near(x) * torch.sigmoid(x + F.interpolate(self.far(F.avg_pool2d(x, 4)), size=x.shape[2:]))
+
+
+@pytest.mark.parametrize("attention", [StridedMask, Energy, SelfCalibrated])
+def test_a_gate_that_is_no_block_is_not_passed_over_in_silence(attention: Callable[[int], nn.Module]) -> None:
+    plan = dcafy.inspect(Stages(attention, (16, 16), (1, 1)).eval(), example_inputs=IMAGES)
+    assert plan.blocks == ()
+    assert [item.name for item in plan.skipped] == ["attention.0", "attention.1"]
+    assert "a smaller size" in plan.skipped[0].reason
+
+
+class Gated(nn.Module):
+    """x · σ(conv(x))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.conv(x))
+
+
+class GatedByNorm(Gated):
+    """The same with logits that are normalised by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        return x * torch.sigmoid((z - z.mean((2, 3), keepdim=True)) / (z.std((2, 3), keepdim=True) + 1e-5))
+
+
+class Swish(nn.Module):
+    """An activation by hand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+
+@pytest.mark.parametrize("layer", [Gated, GatedByNorm, Swish])
+def test_gates_that_pool_nothing_are_not_mentioned(layer: Callable[[int], nn.Module]) -> None:
+    plan = dcafy.inspect(Stages(layer, (16, 16), (1, 1)).eval(), example_inputs=IMAGES)
+    assert plan.blocks == ()
+    assert plan.skipped == ()
