@@ -60,8 +60,10 @@ class Swap:
     def _either(self, meanwhile: Callable[..., Any], before: Any) -> Any:
         """``meanwhile`` in this thread, while it lasts, and what the name stood ``before`` in every other.
 
-        Whoever imports in the meantime may keep it for good.
+        Whoever imports in the meantime may keep it for good. A class tells by itself whom it has before it.
         """
+        if isinstance(meanwhile, type):
+            return meanwhile
         here, thread = self._thread, threading.get_ident
         of_class = isinstance(before, classmethod | types.ClassMethodDescriptorType)
 

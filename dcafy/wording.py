@@ -101,7 +101,15 @@ def reason_of(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
     text = textwrap.shorten(str(error), 160, placeholder=" ...")
     where = f" ({PurePath(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    if type(error).__name__ == "TraceError":  # in dcafy's own words
+        return f"{text}{where}"
+    if any(word in str(error) for word in _OF_RECORDING):  # which the user's code would never meet
+        return f"dcafy cannot follow it without data{where}"
     return f"{type(error).__name__}: {text or 'no message'}{where}"
+
+
+_OF_RECORDING = ("meta tensor", "device meta", "Proxy", "proxy", "argument of type")
+"""What errors speak of that come from recording a forward, and not from the forward."""
 
 
 def _is_machinery(filename: str) -> bool:
