@@ -23,7 +23,7 @@ from dcafy.find.selfattention import self_attention
 from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import mapped_tensors, node_value
 from dcafy.graph.paths import joined, outermost
-from dcafy.graph.rewritten import CONTAINERS, original_class, refusal
+from dcafy.graph.rewritten import CONTAINERS, refusal, taken_of_graphs
 from dcafy.link.message import Message, message_of
 from dcafy.link.network import Network
 from dcafy.link.region import Region, earlier
@@ -154,8 +154,7 @@ class _Surveyor:
         """Why the whole connected model cannot be written down as one graph, if there is a reason."""
         if isinstance(self.model, fx.GraphModule):  # it is one graph already
             return None
-        kind, own = original_class(self.model), {**self.model.__dict__, **self.model._modules}
-        taken = next((name for name in _OF_GRAPHS if name in own or hasattr(kind, name)), None)
+        taken = taken_of_graphs(self.model)
         if taken is not None:
             return f"it has a {taken!r} of its own"
         reason = refusal(self.model)
@@ -374,10 +373,6 @@ class _Surveyor:
             else:  # gather-excite has neither; what else is without them may well be no matter of tensors alone
                 with contextlib.suppress(CannotEnter):
                     yield self._region(child, Recordable(module, known[child], self.evaluator))
-
-
-_OF_GRAPHS = ("graph", "code", "meta", "recompile")
-"""What a ``GraphModule`` is asked for."""
 
 
 def _has_parameters(module: nn.Module) -> bool:

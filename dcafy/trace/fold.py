@@ -72,6 +72,7 @@ class _Fold:
         self.visible = visible
         self.modules = recording.modules
         self.graph = fx.Graph()
+        self.graph._graph_namespace.create_name("self", None)  # which is the module: a node may not be called so
         self.image: dict[fx.Node, fx.Node] = {}
         self.inside: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
