@@ -56,6 +56,7 @@ class Forward:
     ``around``   the context that the forward runs in, made of the module
     ``mixins``   classes that stand behind the user's
     ``needs``    the submodule without which the user's own forward runs
+    ``training`` the graph in training, where it is another one
     ``own``      the user's own forward, where the module had one that is not its class's
     """
 
@@ -66,17 +67,19 @@ class Forward:
     mixins: tuple[type, ...] = ()
     needs: str = "dca"
     own: Callable[..., Any] | None = None
+    training: Rows | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return self
 
     def __reduce__(self) -> Any:
-        rows = None if self.rows is None else portable(self.rows)
-        return _forward_from, (rows, self.usual, self.behind, self.around, self.mixins, self.needs, self.own)
+        rows, training = (None if one is None else portable(one) for one in (self.rows, self.training))
+        return _forward_from, (rows, self.usual, self.behind, self.around, self.mixins, self.needs, self.own, training)
 
 
 def _forward_from(rows: Any, *rest: Any) -> Forward:
-    return Forward(None if rows is None else found(rows), *rest)
+    *rest, training = rest if len(rest) == 7 else (*rest, None)  # what was pickled before has none
+    return Forward(None if rows is None else found(rows), *rest, None if training is None else found(training))
 
 
 def rewrite(module: nn.Module, forward: Forward) -> None:
@@ -124,10 +127,10 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     known = _CLASSES.get((kind, id(forward)))
     if known is not None:
         return known
-    code = None if forward.rows is None else source_of(forward.rows)
-    spoken = () if code is None else tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+    codes = [source_of(rows) for rows in (forward.rows, forward.training) if rows is not None]
+    spoken = tuple(tuple(sorted((name, id(value)) for name, value in code.globals.items())) for code in codes)
     rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own
-    key = kind, code and code.src, spoken, repr(forward.usual), rest
+    key = kind, tuple(code.src for code in codes), spoken, repr(forward.usual), rest
     made = _CLASSES.get(key)
     if made is None:
         space: dict[str, Any] = {
@@ -137,7 +140,7 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
             "__doc__": kind.__doc__,
             "__reduce_ex__": _reduce_ex,
             "__prepare_scriptable__": _no_script,
-            "forward": _forward(kind, forward, code),
+            "forward": _forward(kind, forward, codes),
             _WRITTEN: (kind, forward),
         }
         metaclass: Any = type(kind)
@@ -191,7 +194,7 @@ def _body(forward: Forward) -> str:
 _numbers = itertools.count()
 
 
-def _forward(kind: type[nn.Module], forward: Forward, code: Any) -> Callable[..., Any]:
+def _forward(kind: type[nn.Module], forward: Forward, codes: list[Any]) -> Callable[..., Any]:
     """The forward of a generated class.
 
     Its source is one of the fixed texts above and no name of the user's is in it. It is compiled anew for each class:
@@ -212,10 +215,18 @@ def _forward(kind: type[nn.Module], forward: Forward, code: Any) -> Callable[...
         "say": _say,
         "say_called": _say_called,
     }
-    if code is not None:
-        scope["written"] = _compiled(code.src, "forward", dict(code.globals))
+    written = [_compiled(code.src, "forward", dict(code.globals)) for code in codes]
+    if written:
+        scope["written"] = written[0] if len(written) == 1 else _by_mode(*written)
     made = _compiled(_TEMPLATE.format(body=body), "forward", scope)
     return functools.update_wrapper(made, original)
+
+
+def _by_mode(evaluating: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
+    def written(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (training if self.training else evaluating)(self, *args, **kwargs)
+
+    return written
 
 
 def _compiled(source: str, name: str, scope: dict[str, Any]) -> Callable[..., Any]:

@@ -87,11 +87,13 @@ class Recorder(ValueTracer):
         inputs: Observed,
         opaque: frozenset[str] = frozenset(),
         connections: Connections = "kept",
+        training: bool = False,
     ) -> None:
         super().__init__(evaluator, model, original)
         self._inputs = inputs
         self._opaque = opaque
         self.connections = connections
+        self.mode = training
         self._paths = {id(module): path for path, module in self.modules.items()}
         self._originals = {
             id(module): path
