@@ -11,7 +11,7 @@ from dcafy.emit.dca import connections, dca_of, is_ours, own_modules, own_parame
 from dcafy.emit.root import close_runs
 from dcafy.graph.copies import own_copy
 from dcafy.graph.modes import keep_in_eval
-from dcafy.graph.rewritten import restore
+from dcafy.graph.rewritten import SAID, restore
 from dcafy.graph.rows import graph_from
 from dcafy.graph.source import require_writable
 
@@ -86,7 +86,9 @@ def revert(model: nn.Module) -> nn.Module:
             module.graph = graph  # type: ignore[assignment]
         restore(module)
         close_runs(module)
+        own = dca_of(module)
         for held in (module._modules, module.__dict__):
-            held.pop("dca", None)
-        module.__dict__.pop("_said", None)
+            for name in [name for name, value in held.items() if value is own]:
+                del held[name]
+        module.__dict__.pop(SAID, None)
     return twin

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from dcafy.checkpoint.keys import Keys
 from dcafy.checkpoint.state import restore
 from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connection, put
 from dcafy.conversion import convert
-from dcafy.emit.dca import is_connected
+from dcafy.emit.dca import dca_of, is_connected
 from dcafy.errors import CheckpointError, DcafyError, InputError
 from dcafy.graph.copies import own_copy
 from dcafy.images.about import put_about
@@ -76,7 +75,8 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
         network = _built(description, base)
     else:
         network = model
-        _compare(base, _state(model), "the network that was given")
+        own = {key: fact for key, fact in _state(model).items() if not is_connection(key)}  # it may have a dca itself
+        _compare(base, own, "the network that was given")
     if not description.weights.with_base:
         _require_same_weights(network, base)
     converted = _converted(network, description, copy=model is not None)
@@ -220,7 +220,7 @@ def _converted(network: nn.Module, description: Description, *, copy: bool) -> n
         except DcafyError as error:
             raise CheckpointError(f"its plan does not fit the network: {error}") from error
     if description.model is not None and not copy:
-        dca: Any = converted.dca
+        dca = dca_of(converted)
         dca.recipe = dataclasses.replace(
             dca.recipe, model=description.model.name, arguments=description.model.arguments
         )

@@ -25,11 +25,12 @@ from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
 from dcafy.emit.root import open_runs
 from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, wires
+from dcafy.find.roles import Found
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, below, joined
 from dcafy.graph.rewritten import Forward, hold, original_class, rewrite, taken_forward
-from dcafy.graph.rows import rows_of
+from dcafy.graph.rows import Rows, rows_of
 from dcafy.graph.source import require_writable
 from dcafy.graph.usual import reads, template
 from dcafy.link.message import Message
@@ -207,12 +208,13 @@ class _Host:
         else:
             folded = self.region.sites.folded(self.path)
             ports = _Edits(self, folded, places).ports()
+            training = self._rows_in_training(places)
             call = self.region.sites.calls(self.path)[0]
             usual = reads(module, original_class(module))
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
-            forward = Forward(rows_of(folded.graph), usual)
+            forward = Forward(rows_of(folded.graph), usual, training=training)
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
         hold(module, "dca", dca)
@@ -222,6 +224,40 @@ class _Host:
             module.graph = folded.graph
             return
         rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
+
+    def _rows_in_training(self, places: dict[int, str]) -> Rows | None:
+        """The connected graph of the module in training, where it decides by its mode; with the same ports."""
+        training = self.region.trainings.get(self.path)
+        if training is None:
+            return None
+        sites, same = self.region.sites, training.nodes(self.region)
+        first = {block.contexts[0]: name for name, block in ((n, self.region[n]) for n in training.blocks)}
+        names = {self.region[name].map: name for name in training.blocks}
+
+        def there(site: Site) -> Site:
+            return Site("", 0, same[sites.canonical(site)], returned=site.returned)
+
+        def name_of(found: Found, site: Site) -> str:
+            context = sites.canonical(dataclasses.replace(site, node=found.contexts[0]))
+            return first.get(context) or names[sites.canonical(dataclasses.replace(site, node=found.map))]
+
+        host = _Host(training.region, "", repeats=True)
+        seen: set[Any] = set()
+        for tells in self.tells:
+            nodes = tuple(there(site) for site in tells.sites)
+            if nodes not in seen:
+                seen.add(nodes)
+                host.tells.append(
+                    dataclasses.replace(tells, source=name_of(self.region[tells.source], tells.sites[0]), sites=nodes)
+                )
+        for hears in self.hears:
+            name, site = name_of(self.region[hears.target], hears.site), there(hears.site)
+            if (name, site) not in seen:
+                seen.add((name, site))
+                host.hears.append(dataclasses.replace(hears, target=name, site=site))
+        folded = training.region.sites.folded("")
+        _Edits(host, folded, places).ports()
+        return rows_of(folded.graph)
 
     def _dca(self) -> tuple[nn.Module, tuple[tuple[str, str], ...], dict[int, str]]:
         """``dca``, the address of each connection by name, and the place of each wire's module."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.emit.dca import connected_hosts, connection_at, own_parameters, require_connected
+from dcafy.emit.dca import connected_hosts, connection_at, dca_of, own_parameters, require_connected
 from dcafy.emit.ends import Ends, Heard, Line, Port, Told, Wire
 from dcafy.emit.recomputation import backward, frames, is_reentrant
 from dcafy.wording import warn
@@ -111,7 +111,7 @@ class Opened:
     """The run of one call of a root."""
 
     def __init__(self, root: nn.Module) -> None:
-        wire: Wire = root.dca.wire  # type: ignore[assignment, union-attr]
+        wire: Wire = (root.dca if torch.compiler.is_compiling() else dca_of(root)).wire
         self.contents = _Contents((wire,), -1 if torch.compiler.is_compiling() else backward(), root)
 
     def __enter__(self) -> None:

@@ -6,7 +6,7 @@ makes inside a container, whose class stays as it is, is taken behind that layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -47,10 +47,14 @@ class Site:
 
 
 class Sites:
-    """The sites of one recording, and the graphs of the calls that they are in."""
+    """The sites of one recording, and the graphs of the calls that they are in.
 
-    def __init__(self, recording: Recording) -> None:
+    ``trained``: the modules that decide by their mode and have been recorded in training, too
+    """
+
+    def __init__(self, recording: Recording, trained: Collection[str] = ()) -> None:
         self.recording = recording
+        self._trained = trained
         self._folded: dict[str, Folded | CannotEnter] = {}
         self._layers: dict[nn.Module, list[fx.Node]] = {}
         for node in recording.graph.nodes:
@@ -83,7 +87,7 @@ class Sites:
         if any(not _alike(calls[0], other, self.recording) for other in calls[1:]):
             return CannotEnter({path: "it is called several times, and computes something else in each"})
         try:
-            return fold_call(self.recording, calls[0])
+            return fold_call(self.recording, calls[0], by_mode=path in self._trained)
         except CannotEnter as error:
             return error
 
