@@ -21,7 +21,7 @@ from dcafy.checkpoint.tensors import apart, facts, fingerprint
 from dcafy.disk import regular, replace_file
 from dcafy.errors import CheckpointError
 from dcafy.records import Format, OtherVersion
-from dcafy.wording import printable, quoted, short
+from dcafy.wording import quoted, short
 
 CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
