@@ -68,6 +68,11 @@ def _reported() -> Iterator[None]:
         hints = [hint for words, hint in ON_THE_COMMAND_LINE.items() if words in str(error)]
         _complain(f"{error}{''.join(hints)}")
         raise typer.Exit(exit_code(error)) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(f"{short(repr(str(error.filename)), 200)}: {error.strerror}. Name another file or folder.")
+        raise typer.Exit(USAGE) from None
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             if hasattr(error, "message"):  # a mistake on the command line, which typer explains
