@@ -21,11 +21,10 @@ for torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dcafy.fronts import front
 from dcafy.version import __version__
 
+TYPE_CHECKING = False  # and not from typing: ``python -m dcafy`` has the working folder on its path until __main__ runs
 if TYPE_CHECKING:
     from dcafy.analysis.usage import usage
     from dcafy.attention.insertion import insert

@@ -34,6 +34,7 @@ class _Progress:
     right: float | None
     images: Annotated[int, _COUNT]
     broken: bool
+    rate: Annotated[float, _finite] = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def check_facts(facts: Mapping[str, Any], groups: int) -> None:
 
     ``groups``: how many groups of parameters the optimizer has.
     """
-    read(_Progress, facts["progress"], "progress", whole=True)
+    read(_Progress, facts["progress"], "progress")
     schedule = read(_Schedule, facts["schedule"], "schedule", whole=True)
     if len(schedule._last_lr) != groups:
         raise Wrong("schedule._last_lr", f"{groups} rates", list(schedule._last_lr))
