@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Mapping
@@ -96,7 +97,9 @@ def _usual_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[st
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     probe = torch.zeros_like(parameter, device="cpu").requires_grad_()
     probe.grad = torch.zeros_like(probe)
-    twin = type(inner)([probe], **{**inner.defaults, "lr": 0.0, "foreach": False, "fused": None, "capturable": False})
+    settings = {**inner.defaults, "lr": 0.0, "foreach": False, "fused": None, "capturable": False}
+    takes = inspect.signature(type(inner)).parameters
+    twin = type(inner)([probe], **{name: value for name, value in settings.items() if name in takes})
     twin.step()
     return {name: torch.as_tensor(value) for name, value in twin.state[probe].items() if value is not None}
 
