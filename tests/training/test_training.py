@@ -520,6 +520,14 @@ def averaged(tmp_path_factory) -> Path:
     return directory / CHECKPOINT
 
 
+def test_the_checkpoint_that_strangers_change_is_fit_to_go_on_with(averaged, tmp_path):
+    good = read_checkpoint(averaged)
+    write_checkpoint(tmp_path / CHECKPOINT, Checkpoint(good.tensors, json.loads(json.dumps(good.facts))))
+    assert (
+        len(finetune(connected(), TRAIN, VAL, config(epochs=1, ema=0.5), directory=tmp_path, resume=True).epochs) == 1
+    )
+
+
 @pytest.mark.parametrize("stranger", STRANGERS)
 def test_a_checkpoint_with_a_right_digest_and_a_wrong_content(stranger, averaged, tmp_path):
     """It is told in one line, and costs nothing: model and generators stay as they are."""
