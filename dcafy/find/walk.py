@@ -126,6 +126,8 @@ class Walk:
             expanded = op is Op.EXPAND and bool(sources) and not self._is_large(sources[0])
             if expanded or (op is Op.JOIN and all(self._stacks(part) for part in sources)):
                 large = True
+            elif op is Op.LAYOUT and sources and steps < REACH:  # which may put the channels last, and places elsewhere
+                pending += sources
             elif op in _KEEPS and steps < REACH and any(self._is_large(source) for source in sources):
                 pending += [source for source in sources if self._is_large(source)]
             else:

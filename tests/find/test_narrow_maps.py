@@ -27,6 +27,12 @@ WRITINGS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
         lambda x: torch.cat([einops.reduce(x, "n c h w -> n 1 h w", how) for how in ("max", "mean")], 1),
         2,
     ),
+    "channels last": (
+        lambda x: torch.cat(
+            [x.permute(0, 2, 3, 1).amax(-1, True), x.permute(0, 2, 3, 1).mean(-1, keepdim=True)], -1
+        ).permute(0, 3, 1, 2),
+        2,
+    ),
 }
 
 
