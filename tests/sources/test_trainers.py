@@ -254,6 +254,20 @@ def test_commands_on_the_files_of_trainers(trainer, optimizer, tmp_path):
     assert (made.exit_code, "7 connections" in made.output) == (0, True)
 
 
+def test_the_place_is_said_on_the_command_line(tmp_path):
+    torch.manual_seed(0)
+    state = timm.create_model("legacy_seresnet18").state_dict()
+    body = {key: value for key, value in state.items() if not key.startswith("last_linear.")}
+    torch.save(
+        {"student": prefixed(body, "module.backbone."), "teacher": prefixed(body, "backbone.")}, tmp_path / "w.pth"
+    )
+    arguments = ["inspect", str(tmp_path / "w.pth"), "--arch", "timm:legacy_seresnet18", "--input-size", "3x32x32"]
+    refused = CliRunner().invoke(app, arguments)
+    assert (refused.exit_code, "--ignore-head" in refused.output) == (4, True)
+    shown = CliRunner().invoke(app, [*arguments, "--prefix", "teacher.backbone", "--ignore-head"])
+    assert (shown.exit_code, "8 attention blocks" in shown.output) == (0, True)
+
+
 # --- networks inside larger state dicts -------------------------------------------------------------
 
 
