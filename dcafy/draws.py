@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcafy.threads import ONE_AT_A_TIME, Patch, Swap
+from dcafy.threads import ONE_AT_A_TIME, OwnThread, Patch, Swap
 
 
-class OwnDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OwnDraws(OwnThread, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside it this thread draws from generators of its own: torch's global ones stay where they are.
 
     To save their state and put it back would do for one thread; another's draws meanwhile would be taken back, too.

@@ -95,6 +95,21 @@ def _at_once(steps: list[functools.partial[Any]]) -> Callable[[], object]:
     return functools.partial(collections.deque, taken, 0)
 
 
+class OwnThread:
+    """Mixed into a ``TorchDispatchMode`` it tells ``torch.compile`` nothing: torch notes modes for all threads at once.
+
+    A function compiled with ``fullgraph=True`` would raise there, and two threads would leave the note behind for good.
+    """
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
 _numbers = itertools.count()
 _READY: weakref.WeakSet[Swap] = weakref.WeakSet()
 

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from networks import with_attention
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import dcafy
 from dcafy.draws import OwnDraws, drawing_apart
+from dcafy.sources import open_model
 from dcafy.threads import ONE_AT_A_TIME, Swap
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -44,9 +46,15 @@ def names() -> dict[tuple[str, str], int]:
 DUNDERS = ("__call__", "__getattr__", "__enter__", "__init__")
 
 
+@torch.compile(backend="eager", fullgraph=True)
+def compiled(x: Tensor) -> Tensor:
+    return x.sin() + 1
+
+
 @pytest.fixture(autouse=True)
 def everything_is_as_it_was() -> Iterator[None]:
-    dcafy.inspect(network(), example_inputs=X)  # what is imported on the way is imported
+    dcafy.inspect(network(), example_inputs=X)  # what is imported on the way is imported,
+    compiled(torch.zeros(1))  # and what torch.compile replaces for good is replaced
     before, interval = names(), sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield
@@ -54,6 +62,7 @@ def everything_is_as_it_was() -> Iterator[None]:
     changed = [name for name, value in names().items() if before.get(name, value) != value]
     assert not changed
     assert torch.is_grad_enabled()
+    assert not is_in_torch_dispatch_mode()
     assert ONE_AT_A_TIME.acquire(blocking=False)
     ONE_AT_A_TIME.release()
 
@@ -132,7 +141,9 @@ def train_beside(conversions: int) -> None:
             for number in range(conversions):
                 options: dict[str, Any] = {"attention": "se"} if number % 4 == 3 else {}
                 connected = dcafy.convert(models[bool(options)], example_inputs=X, **options)
-                if not options:
+                if number % 10 == 9:  # what is built on the way draws apart, too
+                    open_model("torchvision:squeezenet1_1")
+                if number == 0:
                     assert {torch.ones, torch.arange}.isdisjoint(node.target for node in connected.graph.nodes)
         finally:
             done.set()
@@ -170,7 +181,8 @@ def test_two_threads_convert_what_each_converts_alone() -> None:
     def convert(model: nn.Module) -> tuple[Any, ...]:
         connected = dcafy.convert(model, example_inputs=X)
         plan = dcafy.inspect(model, example_inputs=X)
-        return plan.to_dict(), connected.code, {key: value.tolist() for key, value in connected.state_dict().items()}
+        values = {key: value.tolist() for key, value in connected.state_dict().items()}
+        return plan.to_dict(), values, connected.eval()(X).tolist()
 
     models = [with_attention(kind) for kind in (networks.SELinear, networks.CBAM)]
     alone = [convert(model) for model in models]
@@ -239,6 +251,12 @@ def test_an_interrupt_at_any_time_leaves_all_as_it_was(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), draws)
 
 
+def test_a_graph_is_written_where_names_are_replaced_already() -> None:
+    connected = dcafy.convert(network(), example_inputs=X)
+    with ONE_AT_A_TIME:
+        assert connected.graph.nodes
+
+
 def test_a_process_forked_meanwhile_has_torch_as_it_is() -> None:
     real = torch.zeros
     with ONE_AT_A_TIME:
@@ -257,6 +275,24 @@ def test_a_process_forked_meanwhile_has_torch_as_it_is() -> None:
             swap.put_back()
     assert torch.zeros is real
     assert type(kept(2)) is Tensor  # whoever kept the name has the real one
+
+
+class Compiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = network(), [compiled]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last[0](self.body(x))
+
+
+def test_compiled_functions_run_as_they_do() -> None:
+    model = Compiled().eval()
+    connected = dcafy.convert(model, example_inputs=X)
+    assert torch.equal(connected(X), model(X))
+    with OwnDraws():
+        assert not is_in_torch_dispatch_mode(include_infra_modes=False)
+        beside(*[functools.partial(dcafy.inspect, model, example_inputs=X)] * 2)
 
 
 class Seeding(nn.Module):

@@ -17,6 +17,7 @@ from dcafy.graph.copies import own_copy
 from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.rewritten import is_rewritten, taken_of_graphs
 from dcafy.graph.source import require_writable
+from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.fold import CannotEnter, fold
 from dcafy.trace.inputs import in_dtype_of
@@ -29,6 +30,8 @@ def written(model: nn.Module, *, entered: bool = False) -> fx.Graph:
     ``entered``: what connections compute is written out, too. Raises ``TracingError`` where there is none. It is
     written on a thread of its own: modes that whoever asks is in (an export, autocast, ``no_grad``) are not on there.
     """
+    if ONE_AT_A_TIME._is_owned():  # type: ignore[attr-defined]  # asked in a recording: another thread would wait for it
+        return _written(model, entered)
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(_written, model, entered).result()
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from dcafy.checkpoint.folder import MARKER
 from dcafy.checkpoint.tensors import is_connection
+from dcafy.draws import OwnDraws
 from dcafy.errors import SourceError, UsageError
 from dcafy.plan.options import takes
 from dcafy.sources.contents import network_or_weights
@@ -68,7 +69,9 @@ def open_model(
     if not os.path.exists(spec):
         spec = in_our_notation(spec)
     named = spec.partition(":")[0] in ZOOS and ":" in spec
-    with torch.random.fork_rng(devices=[]):
+    runs_code = how.trust_pickle or any(name is not None and is_factory(name) for name in (spec, how.arch))
+    # Code of others may set torch's seed. Nothing else has to touch the generator that other threads draw from.
+    with torch.random.fork_rng(devices=[]) if runs_code else OwnDraws():
         if not named and os.path.isdir(spec):
             return _folder(Path(spec), spec, how, chosen)
         if not named and os.path.exists(spec):

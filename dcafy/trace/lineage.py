@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import tensors_in
+from dcafy.threads import OwnThread
 from dcafy.trace.islands import ran
 from dcafy.trace.recording import Observed
 
@@ -100,7 +101,7 @@ def _makes(path: str, making: list[Mark], bits: dict[str, int], followed: _Follo
     return after
 
 
-class _Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Followed(OwnThread, TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside it every tensor knows the marks behind it, one bit for each."""
 
     def __init__(self) -> None:

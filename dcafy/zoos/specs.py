@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from dcafy.draws import OwnDraws
 from dcafy.errors import SourceError, UsageError
 from dcafy.wording import nearest, one_line, quoted, short
 from dcafy.zoos.factories import call_factory, factory_takes, is_factory
@@ -61,7 +61,7 @@ class Blueprint:
         def build() -> nn.Module:
             return zoo.build(self.name, self.weights, dict(self.settings))
 
-        with torch.random.fork_rng(devices=[]), quiet():
+        with OwnDraws(), quiet():
             try:
                 model = build_on_meta(build) if on_meta else build()
                 model.__dict__[_BLUEPRINT] = self
