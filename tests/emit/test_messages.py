@@ -251,6 +251,10 @@ def test_a_checkpoint_runs_a_block_that_hears_itself_again() -> None:
         d.head(x.mean((2, 3))).square().sum().backward()
         gradients.append({key: parameter.grad.clone() for key, parameter in d.named_parameters()})
     assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
+    d.zero_grad()
+    written_out(d, OWN, X.double(), centred=True).square().sum().backward()
+    for key, parameter in d.named_parameters():
+        close(gradients[0][key], parameter.grad)
 
 
 # Whom it is asked of ------------------------------------------------------------------------------------
@@ -317,3 +321,14 @@ def test_statistics_of_messages_go_on_where_the_base_is_frozen() -> None:
     assert {path for path, norm in batch_norms(d) if norm.training} == {
         path for path, _ in batch_norms(d) if "dca" in path.split(".")
     }
+
+
+def test_each_extraction_output_is_centred_by_its_own_statistics() -> None:
+    """The mean and the maximum of a channel differ: what is centred by both would be off in eval."""
+    model = trained(lambda: with_attention(CBAM, (8, 8)), images(8, 32))
+    d = dcafy.convert(model, example_inputs=images(2, 32), message="centred", dimension="channel")
+    mean, largest = (dcafy.connections(d)[f"blocks.1.attention.channel[{i}]"] for i in (0, 1))
+    with torch.no_grad():
+        for _ in range(3):
+            d.train()(images(6, 32))
+    assert (mean.centre.running_mean - largest.centre.running_mean).abs().max() > 1e-2
