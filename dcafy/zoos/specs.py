@@ -184,7 +184,7 @@ def unknown(spec: str) -> UsageError:
     prefix, colon, rest = spec.partition(":")
     near = nearly_a_zoo(spec)
     if near is not None:
-        meant = [near]
+        meant = [f"{near.partition(':')[0]!r}, as in {near}"]
     elif colon and prefix.lower() in ZOOS:
         meant = [f"{prefix.lower()}:{short(rest)}"]
     else:
