@@ -76,7 +76,8 @@ def _reported() -> Iterator[None]:
         raise typer.Exit(USAGE) from None
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            if hasattr(error, "message"):  # a mistake on the command line, which typer explains
+            # A mistake on the command line, which typer explains; the help, raised without arguments, has many lines.
+            if hasattr(error, "message") and type(error).__name__ != "NoArgsIsHelpError":
                 error.message = short(str(error.message), 600)
             raise
         if os.environ.get("WORLD_SIZE", "1") != "1" and any(words in str(error) for words in _LOST):

@@ -65,12 +65,13 @@ def convert_command(
 
 
 def _require_free(output: Path, overwrite: bool) -> None:
-    """Nothing where a model may be saved; ``UsageError`` where one is there that nobody said should go."""
+    """Nothing where a model may be saved; ``UsageError`` where a run is, or a model that nobody said should go."""
     from dcafy.checkpoint.folder import MARKER, OF_A_RUN
 
-    there = [name for name in (MARKER, *sorted(OF_A_RUN)) if os.path.lexists(output / name)]
-    if there and not overwrite:
+    shown = quoted(str(output), 200)
+    if any(os.path.lexists(output / name) for name in OF_A_RUN):
+        raise errors.UsageError(f"There is a run in {shown}, whose model is no other's. Name another folder.")
+    if os.path.lexists(output / MARKER) and not overwrite:
         raise errors.UsageError(
-            f"There is a {'model' if there[0] == MARKER else 'run'} in {quoted(str(output), 200)} already. Name "
-            "another folder, or add --overwrite to replace it."
+            f"There is a model in {shown} already. Name another folder, or add --overwrite to replace it."
         )

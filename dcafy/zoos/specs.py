@@ -129,8 +129,8 @@ def parse(spec: str, settings: Mapping[str, Any]) -> Blueprint:
             raise UsageError(
                 f"{argument} is not for --set: weights are chosen in the name, as in {prefix}:{name}@DEFAULT."
             )
-        for argument in settings:
-            _require_argument(prefix, name, argument)
+        for argument, value in settings.items():
+            _require_argument(prefix, name, argument, value)
         return Blueprint(prefix, name, weights if at else None, dict(settings))
     if runs_code(spec):
         return Blueprint(None, spec, None, dict(settings))
@@ -147,11 +147,14 @@ def in_our_notation(spec: str) -> str:
     return f"timm:{found[1]}" if found else spec
 
 
-def _require_argument(prefix: str, name: str, argument: str) -> None:
+def _require_argument(prefix: str, name: str, argument: str, value: Any) -> None:
     """Nothing where the builder may take that argument; builders pass on what they do not know, some to nobody."""
     source, takes = ZOOS[prefix].code(name)
     if not re.search(rf"\b{re.escape(argument)}\b", source):
-        raise UsageError(f"{prefix}:{name} takes no argument {argument!r}.{nearest(argument, list(takes))}")
+        raise UsageError(
+            f"'{prefix}:{name}' cannot be built with {argument}={value!r}: it takes no argument {argument!r}."
+            f"{nearest(argument, list(takes))}"
+        )
 
 
 def nearly_a_zoo(spec: str) -> str | None:
@@ -184,7 +187,7 @@ def unknown(spec: str) -> UsageError:
     prefix, colon, rest = spec.partition(":")
     near = nearly_a_zoo(spec)
     if near is not None:
-        meant = [near]
+        meant = [f"{near.partition(':')[0]!r}, as in {near}"]
     elif colon and prefix.lower() in ZOOS:
         meant = [f"{prefix.lower()}:{short(rest)}"]
     else:

@@ -173,7 +173,7 @@ def test_what_is_nearly_right_is_asked_about(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "torchvison.py").write_text("raise SystemExit('it ran')")
     monkeypatch.chdir(tmp_path)
     for spec in ("torchvison:resnet18", "torchvisoin:resnet18"):
-        with pytest.raises(UsageError, match="Did you mean torchvision:resnet18"):
+        with pytest.raises(UsageError, match="Did you mean 'torchvision', as in torchvision:resnet18"):
             open_model(spec)
     for spec, wrong in (("torchvision:mobilenet_v3_small", "num_clases"), ("timm:test_resnet", "num_clases")):
         with pytest.raises(UsageError, match=r"takes no argument 'num_clases'\. Did you mean 'num_classes'"):

@@ -85,7 +85,7 @@ WRITERS: dict[str, tuple[Callable[[Run, Path, Path], Path], bool]] = {
 """Who writes a folder -> how, and whether the network in it was trained there."""
 
 
-QUICK = {"finetune", "save"}
+QUICK = {"finetune --compare, its original", "save"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,9 @@ def test_what_is_there_is_not_written_over(dcafy_command: Run, tmp_path: Path) -
     assert "already. Name another folder, or add --overwrite" in err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert dcafy_command(*convert, "--overwrite")[0] == 0
+    (tmp_path / "out" / "finetune.json").write_text("{}")
+    code, _, err = dcafy_command(*convert, "--overwrite")
+    assert (code, "There is a run in" in err) == (2, True)
 
 
 def test_pictures_are_made_ready_as_in_training(dcafy_command: Run, tmp_path: Path, pictures: Path) -> None:
