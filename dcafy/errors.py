@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dcafy.text import short
+
 __all__ = [
     "CheckpointError",
     "DcafyError",
@@ -17,27 +19,25 @@ __all__ = [
 ]
 
 
-def printable(name: str) -> str:
-    """``name`` with everything that could steer a terminal written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-
-
-_LONGEST = 2000
-"""Characters of a message: what was wrong and what to do, however long the names in it are."""
-
-
 class DcafyError(Exception):
     """Every error that dcafy raises on purpose; catching it catches all of them.
 
-    Its message is one printable line of bounded length, whatever names and texts it quotes.
+    Its message is one short line, whatever names and values of the user's, or of a stranger's file, are in it.
     """
 
-    def __init__(self, message: str = "") -> None:
-        told = self._on_one_line(message)
-        super().__init__(told if len(told) <= _LONGEST else f"{told[: _LONGEST - 605]} ... {told[-600:]}")
+    _lines = False
 
-    def _on_one_line(self, message: str) -> str:
-        return printable(" ".join(message.splitlines()))
+    def __init__(self, message: str) -> None:
+        lines = message.split("\n") if self._lines else [message]
+        super().__init__("\n".join(line[: _indent(line)] + short(line, _MOST) for line in lines))
+
+
+_MOST = 900
+"""Characters that a line of a message may have."""
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
 
 
 class UsageError(DcafyError):
@@ -53,13 +53,9 @@ class TracingError(DcafyError):
 
 
 class NoAttentionError(DcafyError):
-    """There is nothing to connect: no attention block, or none that follows another.
+    """There is nothing to connect: no attention block, or none that follows another; one reason a line."""
 
-    Its message has one line for each block that was found and is not connected.
-    """
-
-    def _on_one_line(self, message: str) -> str:
-        return "\n".join(map(printable, message.split("\n")))
+    _lines = True
 
 
 class PlanError(DcafyError):

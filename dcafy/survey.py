@@ -20,13 +20,14 @@ from dcafy.errors import InputError, TracingError
 from dcafy.find.dataflow import Dataflow
 from dcafy.find.fusions import find
 from dcafy.find.selfattention import self_attention
+from dcafy.find.unfound import unfound_gates
 from dcafy.graph.evaluator import Evaluator, device_of
-from dcafy.graph.nodes import mapped_tensors, node_value
+from dcafy.graph.nodes import mapped_tensors, node_value, values_of
 from dcafy.graph.paths import joined, outermost
-from dcafy.graph.rewritten import CONTAINERS, original_class, refusal
+from dcafy.graph.rewritten import CONTAINERS, refusal, taken_of_graphs
 from dcafy.link.message import Message, message_of
 from dcafy.link.network import Network
-from dcafy.link.region import Region, earlier
+from dcafy.link.region import Region, Training, earlier, training_of
 from dcafy.link.sites import NoPlace
 from dcafy.link.topology import grouped, links_in
 from dcafy.plan.blocks import Link, Skipped
@@ -154,8 +155,7 @@ class _Surveyor:
         """Why the whole connected model cannot be written down as one graph, if there is a reason."""
         if isinstance(self.model, fx.GraphModule):  # it is one graph already
             return None
-        kind, own = original_class(self.model), {**self.model.__dict__, **self.model._modules}
-        taken = next((name for name in _OF_GRAPHS if name in own or hasattr(kind, name)), None)
+        taken = taken_of_graphs(self.model)
         if taken is not None:
             return f"it has a {taken!r} of its own"
         reason = refusal(self.model)
@@ -338,9 +338,35 @@ class _Surveyor:
         found = find(flow, path)
         messages = {f.name: message_of(f, modules, self.evaluator) for f in found}
         before = earlier(recording.graph, modules, found)
-        skipped = self_attention(flow, found, path)
-        self.recordables[path] = recordable
-        return Region(path, recording, found, messages, before, skipped, flow.order)
+        skipped = (*self_attention(flow, found, path), *unfound_gates(flow, found, path))
+        if not recordable.training:
+            self.recordables[path] = recordable
+        region = Region(path, recording, found, messages, before, skipped, flow.order)
+        trainings = {inner: self._training(region, inner, recordable) for inner in sorted(recording.mode_read)}
+        known = {inner: training for inner, training in trainings.items() if training is not None}
+        return dataclasses.replace(region, trainings=known) if known else region
+
+    def _training(self, region: Region, inner: str, recordable: Recordable) -> Training | None:
+        """What a module that decides by its mode does in training, where it holds attention and that stays the same."""
+        calls = region.sites.calls(inner) if not inner or inner in region.recording.calls_of else ()
+        ends = {region.recording.home.get(node) for found in region.found for node in (*found.contexts, *found.fusions)}
+        if recordable.training or not calls or calls[0] not in ends:
+            return None
+        inputs = recordable.inputs
+        if calls[0] is not None:
+            inputs = Observed(values_of(calls[0].args), values_of(calls[0].kwargs))
+        opaque = frozenset(path.removeprefix(f"{inner}.") for path in recordable.opaque) if inner else recordable.opaque
+        module = recordable.module.get_submodule(inner)
+        itself = dataclasses.replace(recordable, module=module, inputs=inputs, opaque=opaque, training=True)
+        try:
+            trained = self._region(joined(region.path, inner), itself)
+            trained = dataclasses.replace(trained, recording=judged(itself, trained.recording, {""}))
+            training = training_of(region, inner, dataclasses.replace(trained, trainings={"": None}))
+            if training is not None:
+                training.region.sites.folded("")
+        except (CannotEnter, NoPlace):
+            return None
+        return training
 
     def _islands(
         self, path: str, module: nn.Module, observed: Observed, known: dict[str, Observed], reason: str
@@ -374,10 +400,6 @@ class _Surveyor:
             else:  # gather-excite has neither; what else is without them may well be no matter of tensors alone
                 with contextlib.suppress(CannotEnter):
                     yield self._region(child, Recordable(module, known[child], self.evaluator))
-
-
-_OF_GRAPHS = ("graph", "code", "meta", "recompile")
-"""What a ``GraphModule`` is asked for."""
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -12,17 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from dcafy.errors import UsageError
-from dcafy.errors import printable as printable
-
-
-def short(text: str, most: int = 100) -> str:
-    """``text`` on one line, printable, and cut in the middle where it is longer than ``most``.
-
-    >>> short("a name" + 100 * "!", 20)
-    'a name!!! ... !!!!!!'
-    """
-    text = printable(" ".join(text.split()) if text.strip() else text)
-    return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
+from dcafy.text import printable as printable
+from dcafy.text import short as short
 
 
 def quoted(name: str, most: int = 60) -> str:
@@ -32,6 +23,18 @@ def quoted(name: str, most: int = 60) -> str:
     "'a b'"
     """
     return f"'{short(name, most)}'"
+
+
+def shown(value: object, most: int = 100) -> str:
+    """The ``repr`` of a value as :func:`short` has it.
+
+    >>> shown([1, "a"])
+    "[1, 'a']"
+    """
+    try:
+        return short(repr(value), most)
+    except Exception:  # a number of thousands of digits, or what the user's class makes of it
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def counted(number: int, noun: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from dcafy.emit.connection import Connection
-from dcafy.emit.dca import connected_hosts, connection_at, connections
+from dcafy.emit.dca import connected_hosts, connection_at, connections, dca_of
 from dcafy.graph.paths import free_name, joined
 from dcafy.plan.plan import Plan
 
@@ -24,7 +24,7 @@ class Keys:
 
     def __init__(self, converted: nn.Module, plan: Plan) -> None:
         now = {
-            id(connection_at(module.dca, address)): joined(path, "dca", address)
+            id(connection_at(dca_of(module), address)): joined(path, "dca", address)
             for path, module, ends in connected_hosts(converted)
             for _, address in ends.addresses
         }

@@ -46,10 +46,13 @@ def finetune_command(
     given, output = given_options(context), run.output
     if "seeds" in given and not (run.compare or run.resume):
         raise errors.UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as alone:
         from dcafy.runs.request import REQUEST, Request
+        from dcafy.training.folder import alone_in
         from dcafy.training.parallel import is_main_process
 
+        if is_main_process() and os.path.isdir(output):
+            alone.enter_context(alone_in(output))
         if run.resume and os.path.exists(output / REQUEST):
             asked = _known(output, model, given)
         elif run.data is None or not model:
@@ -73,6 +76,7 @@ def finetune_command(
                 run.task,
                 prefix=file.prefix,
                 ignore_head=file.ignore_head,
+                keep=run.keep,
             ).anchored()
             if is_main_process():
                 _require_free(output)
@@ -86,7 +90,8 @@ def _require_free(output: Path) -> None:
 
     if os.path.exists(output / REQUEST):
         raise errors.UsageError(
-            f"There is a run in {quoted(str(output), 200)} already. Go on with it: --resume. Or name another folder."
+            f"There is a run in {quoted(str(output), 200)} already. Go on with it: dcafy finetune {output} "
+            "--resume. Or name another folder."
         )
     require_empty(output)
 
@@ -116,6 +121,7 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
         **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings", *_PLACES)},
         "compare": asked.seeds > 0,
         "seeds": max(asked.seeds, 1),
+        "keep": asked.keep,
         **dataclasses.asdict(asked.conversion),
         **dataclasses.asdict(asked.images),
         **dataclasses.asdict(asked.training),
@@ -161,6 +167,8 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, subject, train
     from dcafy.runs.summary import of_comparison, of_history
+    from dcafy.runs.using import tell_random
+    from dcafy.training.folder import alone_in
     from dcafy.training.parallel import finished, is_main_process
     from dcafy.training.telling import JsonLines, Listener, for_stderr
 
@@ -168,13 +176,18 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
         log = () if run.json_log is None else (JsonLines(run.json_log, steps=True, title=title),)
         return (for_stderr(title), *log)
 
-    try:
+    with contextlib.ExitStack() as alone:
+        alone.callback(finished)
         # Whatever is wrong with the network, the data or the log shows here, before there is a run.
         if run.json_log is not None and is_main_process():
             JsonLines(run.json_log).require_writable()
         on = subject(asked, seed=asked.training.seed, file=file)
         if is_main_process():
+            tell_random(on.network, asked.model)
             _tell(on.data.amiss)
+            alone.enter_context(alone_in(output))
+            if not run.resume:
+                _require_free(output)  # of whoever began there meanwhile
             write_request(output, asked)
         if asked.seeds:
             from dcafy.runs.compare import compare
@@ -186,5 +199,3 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
             return ""
         finish(on, output)
         return of_history(history, output)
-    finally:
-        finished()

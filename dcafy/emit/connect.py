@@ -25,11 +25,12 @@ from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
 from dcafy.emit.root import open_runs
 from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, wires
+from dcafy.find.roles import Found
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, below, joined
 from dcafy.graph.rewritten import Forward, hold, original_class, rewrite, taken_forward
-from dcafy.graph.rows import rows_of
+from dcafy.graph.rows import Rows, rows_of
 from dcafy.graph.source import require_writable
 from dcafy.graph.usual import reads, template
 from dcafy.link.message import Message
@@ -64,21 +65,26 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         heard_by.setdefault(name, []).append(reader)
         return names.setdefault((name, reader), len(names))
 
-    asked: list[tuple[_Host, _Hears, tuple[tuple[int, int | None], ...]]] = []
+    asked: list[tuple[_Host, _Hears, tuple[Numbers, ...]]] = []
     for target, heard in hearing(links).items():
         region = network.region(target)
         sites = region.hearing(target)
-        single = heard[0].source if len(heard) == 1 else ""
+        single = heard[0].source if len(heard) == 1 and heard[0].source != target else ""
         for wiring in wires(network, tuple(heard), _place(target, modules)):
             host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
             for i in wiring.contexts:
-                pairs = [_source(network, link, i) for link in heard]
+                pairs = [None if link.source == target else _source(network, link, i) for link in heard]
                 reader = f"{target}|{i}"
-                numbered = tuple((line(T, reader), None if G is None else line(G, reader)) for T, G in pairs)
+                numbered = tuple(
+                    None
+                    if pair is None
+                    else (line(pair[0], reader), None if pair[1] is None else line(pair[1], reader))
+                    for pair in pairs
+                )
                 batch = tuple(_same_batch(network, link, i) for link in heard)
                 asked.append((host(region, sites[i]), _Hears(target, sites[i], wiring, batch, source=single), numbered))
     told: dict[tuple[str, str, str, int], list[tuple[str, Site]]] = {}
-    for source in dict.fromkeys(link.source for link in links):
+    for source in dict.fromkeys(link.source for link in links if link.source != link.target):
         region = network.region(source)
         for name, site in region.telling(source).items():
             if name in heard_by:
@@ -86,7 +92,10 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
                 told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
     wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
     for one, hears, numbered in asked:
-        lines = tuple((wire.lines[T], None if G is None else wire.lines[G]) for T, G in numbered)
+        lines = tuple(
+            None if pair is None else (wire.lines[pair[0]], None if pair[1] is None else wire.lines[pair[1]])
+            for pair in numbered
+        )
         one.hears.append(dataclasses.replace(hears, lines=lines))
     for (source, path, local, _), values in told.items():
         to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
@@ -98,16 +107,20 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     open_runs(model, recipe, wire, example, whole=whole)
 
 
+Numbers = tuple[int, "int | None"] | None
+"""The lines of a T, and of its G if that is heard too, by their numbers; ``None`` where a block hears itself."""
+
+
 def _before(
-    network: Network, links: tuple[Link, ...], asked: Iterable[tuple[Any, _Hears, tuple[tuple[int, int | None], ...]]]
+    network: Network, links: tuple[Link, ...], asked: Iterable[tuple[Any, _Hears, tuple[Numbers, ...]]]
 ) -> Before:
     """For blocks that may be taken out: who hears them could hear what they heard, which is of the same size."""
     heard, sources = hearing(links), {link.source for link in links}
     found: Before = {}
     for _, hears, numbered in asked:
-        (link, *more) = heard[hears.target]
-        if not more and hears.target not in found and hears.target in sources:
-            found[hears.target] = (link.source, *numbered[0])
+        (link, *more), pair = heard[hears.target], numbered[0]
+        if pair is not None and not more and hears.target not in found and hears.target in sources:
+            found[hears.target] = (link.source, *pair)
     return {name: row for name, row in found.items() if _size(network, name) == _size(network, row[0])}
 
 
@@ -152,7 +165,7 @@ class _Hears:
     site: Site
     wiring: Wiring
     batch: tuple[bool, ...]
-    lines: tuple[tuple[Line, Line | None], ...] = ()
+    lines: tuple[tuple[Line, Line | None] | None, ...] = ()
     source: str = ""
 
     def heard(self, places: dict[int, str]) -> Heard:
@@ -195,12 +208,13 @@ class _Host:
         else:
             folded = self.region.sites.folded(self.path)
             ports = _Edits(self, folded, places).ports()
+            training = self._rows_in_training(places)
             call = self.region.sites.calls(self.path)[0]
             usual = reads(module, original_class(module))
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
-            forward = Forward(rows_of(folded.graph), usual)
+            forward = Forward(rows_of(folded.graph), usual, training=training)
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
         hold(module, "dca", dca)
@@ -210,6 +224,40 @@ class _Host:
             module.graph = folded.graph
             return
         rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
+
+    def _rows_in_training(self, places: dict[int, str]) -> Rows | None:
+        """The connected graph of the module in training, where it decides by its mode; with the same ports."""
+        training = self.region.trainings.get(self.path)
+        if training is None:
+            return None
+        sites, same = self.region.sites, training.nodes(self.region)
+        first = {block.contexts[0]: name for name, block in ((n, self.region[n]) for n in training.blocks)}
+        names = {self.region[name].map: name for name in training.blocks}
+
+        def there(site: Site) -> Site:
+            return Site("", 0, same[sites.canonical(site)], returned=site.returned)
+
+        def name_of(found: Found, site: Site) -> str:
+            context = sites.canonical(dataclasses.replace(site, node=found.contexts[0]))
+            return first.get(context) or names[sites.canonical(dataclasses.replace(site, node=found.map))]
+
+        host = _Host(training.region, "", repeats=True)
+        seen: set[Any] = set()
+        for tells in self.tells:
+            nodes = tuple(there(site) for site in tells.sites)
+            if nodes not in seen:
+                seen.add(nodes)
+                host.tells.append(
+                    dataclasses.replace(tells, source=name_of(self.region[tells.source], tells.sites[0]), sites=nodes)
+                )
+        for hears in self.hears:
+            name, site = name_of(self.region[hears.target], hears.site), there(hears.site)
+            if (name, site) not in seen:
+                seen.add((name, site))
+                host.hears.append(dataclasses.replace(hears, target=name, site=site))
+        folded = training.region.sites.folded("")
+        _Edits(host, folded, places).ports()
+        return rows_of(folded.graph)
 
     def _dca(self) -> tuple[nn.Module, tuple[tuple[str, str], ...], dict[int, str]]:
         """``dca``, the address of each connection by name, and the place of each wire's module."""
@@ -357,10 +405,8 @@ class _Edits:
         def canonical(node: fx.Node) -> fx.Node:
             return self.sites.canonical(dataclasses.replace(site, node=node))
 
-        assert message.source is not None
-        assert message.fused_output is not None
-        copies = {message.source: self.image[canonical(message.fused_output)]}
-        last = copies[message.source]
+        copies = {source: self.image[canonical(output)] for source, output in message.fused}
+        last = next(node for node in reversed(self.graph.nodes) if node in copies.values())
         for node in message.extraction:
             with self.graph.inserting_after(last):
                 last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self._read(n, canonical(n)))

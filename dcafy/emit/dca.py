@@ -53,8 +53,15 @@ class Connections(nn.Module):
 
 
 def dca_of(module: nn.Module) -> Any:
-    """The ``dca`` of a module: a submodule where it holds connections, else beside them."""
-    return module._modules.get("dca") or module.__dict__.get("dca")
+    """The ``dca`` of a module: a submodule where it holds connections, else beside them.
+
+    A root that has something of its own under that name has ours under ``dca_``.
+    """
+    for name in ("dca", "dca_"):
+        for held in (module._modules, module.__dict__):
+            if is_ours(held.get(name)):
+                return held[name]
+    return None
 
 
 def is_ours(dca: Any) -> bool:
@@ -94,7 +101,7 @@ def connections(model: nn.Module) -> dict[str, Connection]:
     """
     require_connected(model)
     found = {
-        name: connection_at(module.dca, address)
+        name: connection_at(dca_of(module), address)
         for _, module, ends in connected_hosts(model)
         for name, address in ends.addresses
     }
@@ -116,6 +123,11 @@ def require_connected(model: nn.Module) -> None:
     """Nothing for a model with connections; ``InputError`` for any other."""
     if not is_connected(model):
         raise InputError(f"{type(model).__name__} has no connections: convert it first with dcafy.convert(model).")
+
+
+def own_modules(model: nn.Module) -> set[int]:
+    """The identities of all modules that the connections are made of."""
+    return {id(part) for _, module, _ in connected_hosts(model) for part in module.dca.modules()}  # type: ignore[union-attr]
 
 
 def own_parameters(model: nn.Module) -> set[int]:

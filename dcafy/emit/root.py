@@ -91,9 +91,11 @@ def open_runs(model: nn.Module, recipe: Recipe, wire: Wire, example: Any, *, who
     ``example``: inputs to write the graph with. ``whole``: whether there is one.
     """
     reason = refusal(model)
-    if dca_of(model) is None:
-        hold(model, "dca", Connections().train(model.training))
-    dca: Any = model.dca
+    dca = dca_of(model)
+    if dca is None:
+        dca = Connections().train(model.training)
+        taken = any("dca" in own for own in (model.__dict__, model._modules, model._parameters, model._buffers))
+        hold(model, "dca_" if taken else "dca", dca)
     dca.recipe, dca.wire, dca.example = recipe, wire, Example(example)
     if reason is not None or isinstance(model, fx.GraphModule):
         model.register_forward_pre_hook(_open)

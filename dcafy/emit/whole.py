@@ -15,7 +15,7 @@ from dcafy.emit.dca import dca_of, require_connected
 from dcafy.errors import InputError, TracingError
 from dcafy.graph.copies import own_copy
 from dcafy.graph.evaluator import Evaluator, device_of
-from dcafy.graph.rewritten import is_rewritten
+from dcafy.graph.rewritten import is_rewritten, taken_of_graphs
 from dcafy.graph.source import require_writable
 from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.fold import CannotEnter, fold
@@ -34,7 +34,7 @@ def written(model: nn.Module, *, entered: bool = False) -> fx.Graph:
 
 
 def _written(model: nn.Module, entered: bool) -> fx.Graph:
-    dca: Any = model.dca
+    dca = dca_of(model)
     inputs = Observed(in_dtype_of(model, dca.example.inputs), {})
     recordable = Recordable(model, inputs, Evaluator(device_of(model)), connections="entered" if entered else "called")
     try:
@@ -78,9 +78,9 @@ def flat(model: nn.Module) -> fx.GraphModule:
             f"{type(model).__name__} is no converted model, but has one inside. Pass the very module that "
             "dcafy.convert returned."
         )
-    taken = next((name for name in ("graph", "code", "meta") if name in model._modules), None)
+    taken = taken_of_graphs(model)
     if taken is not None:
-        raise TracingError(f"No GraphModule can have a submodule called {taken!r}, as {type(model).__name__} does.")
+        raise TracingError(f"No GraphModule can have a {taken!r} of its own, as {type(model).__name__} does.")
     twin = own_copy(model)
     graph = written(twin, entered=True)
     for node in list(graph.nodes):

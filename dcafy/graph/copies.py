@@ -143,6 +143,11 @@ def _twin(model: nn.Module, tensor_of: Callable[[Tensor], Tensor]) -> nn.Module:
         return copy.deepcopy(model, memo)
 
 
+def copies_plainly(model: nn.Module) -> bool:
+    """Whether every module of ``model`` is copied without code of its own."""
+    return all(map(_copies_plainly, {type(module) for module in model.modules()}))
+
+
 _OWN_WAYS = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__new__")
 
 

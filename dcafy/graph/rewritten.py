@@ -27,13 +27,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import fx, nn
 
 from dcafy.errors import InputError
 from dcafy.graph.rows import Rows, found, portable
 from dcafy.graph.source import source_of
 from dcafy.graph.usual import Usual, same
 from dcafy.wording import warn
+
+_WRITTEN, SAID = "dcafy: written", "dcafy: said"
+"""Under which a generated class has what it was made of, and a module what it was warned of: no identifiers, as every
+one of those may be the name of something of the user's."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Classes that are never changed: a slice of a ``Sequential`` makes a new one of its class from all its children."""
@@ -52,6 +56,7 @@ class Forward:
     ``around``   the context that the forward runs in, made of the module
     ``mixins``   classes that stand behind the user's
     ``needs``    the submodule without which the user's own forward runs
+    ``training`` the graph in training, where it is another one
     ``own``      the user's own forward, where the module had one that is not its class's
     """
 
@@ -62,17 +67,19 @@ class Forward:
     mixins: tuple[type, ...] = ()
     needs: str = "dca"
     own: Callable[..., Any] | None = None
+    training: Rows | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return self
 
     def __reduce__(self) -> Any:
-        rows = None if self.rows is None else portable(self.rows)
-        return _forward_from, (rows, self.usual, self.behind, self.around, self.mixins, self.needs, self.own)
+        rows, training = (None if one is None else portable(one) for one in (self.rows, self.training))
+        return _forward_from, (rows, self.usual, self.behind, self.around, self.mixins, self.needs, self.own, training)
 
 
 def _forward_from(rows: Any, *rest: Any) -> Forward:
-    return Forward(None if rows is None else found(rows), *rest)
+    *rest, training = rest if len(rest) == 7 else (*rest, None)  # what was pickled before has none
+    return Forward(None if rows is None else found(rows), *rest, None if training is None else found(training))
 
 
 def rewrite(module: nn.Module, forward: Forward) -> None:
@@ -97,18 +104,18 @@ def taken_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 def is_rewritten(module: nn.Module) -> bool:
     """Whether the class of ``module`` was generated here."""
-    return "_written" in type(module).__dict__
+    return _WRITTEN in type(module).__dict__
 
 
 def forward_of(module: nn.Module) -> Forward | None:
     """What the class of ``module`` was generated from, if it was."""
-    written = type(module).__dict__.get("_written")
+    written = type(module).__dict__.get(_WRITTEN)
     return None if written is None else written[1]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The user's class of ``module``."""
-    written = type(module).__dict__.get("_written")
+    written = type(module).__dict__.get(_WRITTEN)
     return type(module) if written is None else written[0]
 
 
@@ -120,10 +127,10 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     known = _CLASSES.get((kind, id(forward)))
     if known is not None:
         return known
-    code = None if forward.rows is None else source_of(forward.rows)
-    spoken = () if code is None else tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+    codes = [source_of(rows) for rows in (forward.rows, forward.training) if rows is not None]
+    spoken = tuple(tuple(sorted((name, id(value)) for name, value in code.globals.items())) for code in codes)
     rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own
-    key = kind, code and code.src, spoken, repr(forward.usual), rest
+    key = kind, tuple(code.src for code in codes), spoken, repr(forward.usual), rest
     made = _CLASSES.get(key)
     if made is None:
         space: dict[str, Any] = {
@@ -133,8 +140,8 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
             "__doc__": kind.__doc__,
             "__reduce_ex__": _reduce_ex,
             "__prepare_scriptable__": _no_script,
-            "forward": _forward(kind, forward, code),
-            "_written": (kind, forward),
+            "forward": _forward(kind, forward, codes),
+            _WRITTEN: (kind, forward),
         }
         metaclass: Any = type(kind)
         if "__deepcopy__" in dir(kind) and kind.__deepcopy__ is not None:  # type: ignore[attr-defined]
@@ -187,7 +194,7 @@ def _body(forward: Forward) -> str:
 _numbers = itertools.count()
 
 
-def _forward(kind: type[nn.Module], forward: Forward, code: Any) -> Callable[..., Any]:
+def _forward(kind: type[nn.Module], forward: Forward, codes: list[Any]) -> Callable[..., Any]:
     """The forward of a generated class.
 
     Its source is one of the fixed texts above and no name of the user's is in it. It is compiled anew for each class:
@@ -208,10 +215,18 @@ def _forward(kind: type[nn.Module], forward: Forward, code: Any) -> Callable[...
         "say": _say,
         "say_called": _say_called,
     }
-    if code is not None:
-        scope["written"] = _compiled(code.src, "forward", dict(code.globals))
+    written = [_compiled(code.src, "forward", dict(code.globals)) for code in codes]
+    if written:
+        scope["written"] = written[0] if len(written) == 1 else _by_mode(*written)
     made = _compiled(_TEMPLATE.format(body=body), "forward", scope)
     return functools.update_wrapper(made, original)
+
+
+def _by_mode(evaluating: Callable[..., Any], training: Callable[..., Any]) -> Callable[..., Any]:
+    def written(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (training if self.training else evaluating)(self, *args, **kwargs)
+
+    return written
 
 
 def _compiled(source: str, name: str, scope: dict[str, Any]) -> Callable[..., Any]:
@@ -265,7 +280,7 @@ def _say_called(module: nn.Module) -> None:
 
 
 def _once(module: nn.Module, about: str | None, message: str) -> None:
-    said = module.__dict__.setdefault("_said", set())
+    said = module.__dict__.setdefault(SAID, set())
     if about not in said:
         said.add(about)
         warn(message)
@@ -282,7 +297,7 @@ def _no_script(self: nn.Module) -> NoReturn:
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
-    kind, forward = type(self)._written  # type: ignore[attr-defined]
+    kind, forward = getattr(type(self), _WRITTEN)
     reduced = kind.__reduce_ex__(self, protocol)
     if not isinstance(reduced, tuple):
         return reduced
@@ -292,7 +307,7 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """The user's own copy of the module without what was put into it, which is copied as well."""
-    kind, forward = type(self)._written  # type: ignore[attr-defined]
+    kind, forward = getattr(type(self), _WRITTEN)
     plain = object.__new__(kind)
     own = {name: value for name, value in self.__dict__.items() if name != forward.needs}
     own["_modules"] = {name: module for name, module in self._modules.items() if name != forward.needs}
@@ -327,7 +342,8 @@ def _remade(kind: type[nn.Module], forward: Forward, make: Callable[..., Any], a
 def refusal(module: nn.Module) -> str | None:
     """Why no subclass can take the place of the class of ``module``, if there is a reason."""
     kind = original_class(module)
-    if not is_rewritten(module) and ("dca" in module._modules or "dca" in module.__dict__):
+    own_names = (module.__dict__, module._modules, module._parameters, module._buffers)
+    if not is_rewritten(module) and any("dca" in names for names in own_names):
         return f"{kind.__name__} has a 'dca' of its own"
     own = module.__dict__.get("forward")
     if own is not None and getattr(own, "__self__", None) is not module:
@@ -341,6 +357,16 @@ def refusal(module: nn.Module) -> str | None:
                 "write super() there"
             )
     return None
+
+
+def taken_of_graphs(module: nn.Module) -> str | None:
+    """A name that ``module`` has of its own, and a ``GraphModule`` has for something else."""
+    kind = original_class(module)
+    own = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
+    return next((name for name in sorted(_OF_GRAPHS) if name in own or hasattr(kind, name)), None)
+
+
+_OF_GRAPHS = frozenset({*dir(fx.GraphModule), "graph", "code", "meta", "_graph", "_code"} - {*dir(nn.Module)})
 
 
 def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:

@@ -20,12 +20,65 @@ from dcafy.trace.recording import Recording
 
 
 @dataclass(frozen=True)
+class Training:
+    """A module that decides by its mode, as it is recorded in training by itself.
+
+    ``blocks``  the blocks of its first call in the other recording -> what they are in this one
+    """
+
+    region: Region
+    blocks: dict[str, Found]
+
+    def nodes(self, other: Region) -> dict[fx.Node, fx.Node]:
+        """What blocks make and pass on, in the other recording -> the same in this one."""
+        same: dict[fx.Node, fx.Node] = {}
+        for name, found in self.blocks.items():
+            ours, theirs = (_made(region, one) for region, one in ((other, other[name]), (self.region, found)))
+            same.update(zip(ours, theirs, strict=True))
+        return same
+
+
+def _made(region: Region, found: Found) -> tuple[fx.Node, ...]:
+    message = region.messages[found.name]
+    return (found.map, *found.contexts, *(message.maps if isinstance(message, Message) else ()))
+
+
+def training_of(region: Region, path: str, trained: Region) -> Training | None:
+    """The module at ``path`` as it is in training, where its attention is the same; ``trained``: recorded by itself."""
+    call = region.sites.calls(path)[0]
+    nodes = set(call.nodes if call else region.recording.graph.nodes)
+    ours = [found for found in region.found if found.fusions[0] in nodes]
+    pairs = list(zip(ours, trained.found, strict=False))
+    if len(ours) != len(trained.found) or not all(_alike(region, one, trained, other) for one, other in pairs):
+        return None
+    named = {
+        one.name: dataclasses.replace(other, block=dataclasses.replace(other.block, name=one.name))
+        for one, other in pairs
+    }
+    messages = {one.name: trained.messages[other.name] for one, other in pairs}
+    return Training(dataclasses.replace(trained, found=tuple(named.values()), messages=messages), named)
+
+
+def _alike(region: Region, one: Found, trained: Region, other: Found) -> bool:
+    """Whether a block is the same in training, as far as its connections go."""
+    messages = region.messages[one.name], trained.messages[other.name]
+    blocks = [
+        (f.block.dimension, f.block.channels, f.block.size, f.block.gate, f.block.fusion_kind) for f in (one, other)
+    ]
+    kinds = [
+        (m.kind, m.extents, len(m.maps)) if isinstance(m, Message) and m.kind != "fused" else None for m in messages
+    ]
+    return blocks[0] == blocks[1] and len(one.contexts) == len(other.contexts) and kinds[0] == kinds[1] is not None
+
+
+@dataclass(frozen=True)
 class Region:
     """A module with a graph of its own: its blocks, what each passes on, and who could hear whom.
 
     ``messages``  block name -> what it passes on, or why it cannot
     ``earlier``   block name -> the earlier blocks of its dimension whose outputs reach it, nearest last
     ``skipped``   what was seen in it and is no block to connect
+    ``trainings`` what modules that decide by their mode do in training
     """
 
     path: str
@@ -35,6 +88,7 @@ class Region:
     earlier: dict[str, tuple[str, ...]]
     skipped: tuple[Skipped, ...]
     order: dict[fx.Node, int] = field(repr=False)
+    trainings: dict[str, Training] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Found:
         return self._by_name[name]
@@ -49,7 +103,7 @@ class Region:
     @functools.cached_property
     def sites(self) -> Sites:
         """The places in this recording's modules."""
-        return Sites(self.recording)
+        return Sites(self.recording, self.trainings)
 
     def hearing(self, name: str) -> tuple[Site, ...]:
         """Where each extraction output of a block is taken; raises ``NoPlace``."""

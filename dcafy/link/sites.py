@@ -6,7 +6,7 @@ makes inside a container, whose class stays as it is, is taken behind that layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -47,10 +47,14 @@ class Site:
 
 
 class Sites:
-    """The sites of one recording, and the graphs of the calls that they are in."""
+    """The sites of one recording, and the graphs of the calls that they are in.
 
-    def __init__(self, recording: Recording) -> None:
+    ``trained``: the modules that decide by their mode and have been recorded in training, too
+    """
+
+    def __init__(self, recording: Recording, trained: Collection[str] = ()) -> None:
         self.recording = recording
+        self._trained = trained
         self._folded: dict[str, Folded | CannotEnter] = {}
         self._layers: dict[nn.Module, list[fx.Node]] = {}
         for node in recording.graph.nodes:
@@ -83,7 +87,7 @@ class Sites:
         if any(not _alike(calls[0], other, self.recording) for other in calls[1:]):
             return CannotEnter({path: "it is called several times, and computes something else in each"})
         try:
-            return fold_call(self.recording, calls[0])
+            return fold_call(self.recording, calls[0], by_mode=path in self._trained)
         except CannotEnter as error:
             return error
 
@@ -266,12 +270,12 @@ def placed(found: Found, message: Message, sites: Sites) -> dict[str, Site]:
     if message.kind == "branches":
         names = [f"{name}|{role}{i}" for role in "TG" for i in range(len(found.contexts))]
         return dict(zip(names, sites.telling((*message.maps, *found.contexts), fusion), strict=True))
-    assert message.fused_output is not None
-    needed = [message.fused_output]
+    sources, needed = [source for source, _ in message.fused], [output for _, output in message.fused]
+    last = needed[-1]
     for node in message.extraction:
-        needed += [n for n in node.all_input_nodes if n not in message.extraction and n is not message.source]
+        needed += [n for n in node.all_input_nodes if n not in message.extraction and n not in sources]
     needed = [node for node in dict.fromkeys(needed) if node.op != "get_attr"]
-    own = sites.together(tuple(needed), message.fused_output)
+    own = sites.together(tuple(needed), last)
     for node in message.extraction:
         if node.op == "call_module" and not str(node.target).startswith(f"{own[0].path}." if own[0].path else ""):
             raise NoPlace(own[0].path, "its extraction belongs to another module than its fusion")

@@ -16,12 +16,24 @@ from dcafy.images.options import DataOptions
 from dcafy.images.sources import anchored
 from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
-from dcafy.runs.options import TASKS
-from dcafy.training.options import TrainingConfig
+from dcafy.runs.options import KEPT, TASKS
+from dcafy.training.options import TIMES, TrainingConfig
 from dcafy.wording import printable, quoted, refused
 
 REQUEST = "finetune.json"
 """The name of the request in the folder of a run."""
+
+
+def _with_rates(data: dict[str, Any]) -> dict[str, Any]:
+    """Requests from before messages could be centred, when connections had ten times whatever rate the base has."""
+    conversion, training = data.get("conversion"), data.get("training")
+    if not isinstance(conversion, dict) or not isinstance(training, dict):
+        return data
+    renamed = {{"init": "attention_init"}.get(name, name): value for name, value in conversion.items()}
+    lr = training.get("lr")
+    if "scale_lr" not in training and training.get("connection_lr") is None and isinstance(lr, int | float):
+        training = {**training, "connection_lr": TIMES * lr}
+    return {**data, "conversion": {"message": "plain", **renamed}, "training": training}
 
 
 def _without_places(request: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +41,12 @@ def _without_places(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, "prefix": None, "ignore_head": False}
 
 
-FORMAT = Format("version", 2, {1: _without_places})
+def _keeping_the_last(request: dict[str, Any]) -> dict[str, Any]:
+    """Requests from before there was a choice kept the last epoch."""
+    return {"keep": "last", **_with_rates(request)}
+
+
+FORMAT = Format("version", 2, {1: _without_places, 2: _keeping_the_last})
 """The version of the request on the disk."""
 
 _LARGEST = 2**20
@@ -51,6 +68,7 @@ class Request:
     task: Annotated[str, one_of(TASKS)] = "classification"
     prefix: str | None = None
     ignore_head: bool = False
+    keep: Annotated[str, one_of(KEPT)] = "last"
 
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""

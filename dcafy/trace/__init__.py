@@ -31,7 +31,8 @@ class Recordable:
     """What is recorded: a module on the inputs of one call, with its submodules at ``opaque`` kept whole.
 
     ``connections``: in a connected module, whether they are ``kept`` as they stand in its code, each hearing what comes
-    by the wire; or messages are edges of the graph, and connections are ``called`` or ``entered``.
+    by the wire; or messages are edges of the graph, and connections are ``called`` or ``entered``. ``training``: what
+    forwards that decide by their mode are told.
     """
 
     module: nn.Module
@@ -39,11 +40,13 @@ class Recordable:
     evaluator: Evaluator
     opaque: frozenset[str] = frozenset()
     connections: Connections = "kept"
+    training: bool = False
 
     def recording(self, inputs: Observed) -> Recording:
         """The recording on these inputs, of a copy without data; raises whatever the module's forward raises."""
         twin = data_free_copy(self.module)
-        return Recorder(self.evaluator, twin, self.module, inputs, self.opaque, self.connections).record()
+        options = self.opaque, self.connections, self.training
+        return Recorder(self.evaluator, twin, self.module, inputs, *options).record()
 
 
 def recorded(recordable: Recordable) -> Recording:

@@ -54,24 +54,28 @@ def fold(recording: Recording, visible: Iterable[fx.Node] = ()) -> Folded:
     return _Fold(recording, frozenset(visible)).run()
 
 
-def fold_call(recording: Recording, call: Call | None) -> Folded:
+def fold_call(recording: Recording, call: Call | None, *, by_mode: bool = False) -> Folded:
     """The graph of one call: what its module's own forward does, with what it calls as its own submodules.
 
-    ``None``: the call of the recorded module itself. Raises :class:`CannotEnter` where the forward cannot be written
-    down on its own.
+    ``None``: the call of the recorded module itself. ``by_mode``: it may decide by its mode. Raises
+    :class:`CannotEnter` where the forward cannot be written down on its own.
     """
-    return _Fold(recording, frozenset()).run(inside=True) if call is None else _Slice(recording, call).run(inside=True)
+    made = _Fold(recording, frozenset()) if call is None else _Slice(recording, call)
+    made.by_mode = by_mode
+    return made.run(inside=True)
 
 
 class _Fold:
     path = ""
     call: Call | None = None
+    by_mode = False
 
     def __init__(self, recording: Recording, visible: frozenset[fx.Node]) -> None:
         self.recording = recording
         self.visible = visible
         self.modules = recording.modules
         self.graph = fx.Graph()
+        self.graph._graph_namespace.create_name("self", None)  # which is the module: a node may not be called so
         self.image: dict[fx.Node, fx.Node] = {}
         self.inside: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
@@ -141,7 +145,7 @@ class _Fold:
 
     def _refusal(self, path: str) -> Iterator[tuple[str, str]]:
         """Why a module may not be entered, if there is a reason."""
-        if path in self.recording.mode_read:
+        if path in self.recording.mode_read and not (self.by_mode and path == self.path):
             yield path, "its forward takes another path in training than in eval"
         elif path in self.recording.unwritten:
             yield path, self.recording.unwritten[path]

@@ -27,9 +27,11 @@ class Answering(fx.Tracer):
     """What proxies need of the tracer that makes them.
 
     ``mode_read``  paths of the modules whose forwards decide by their mode
+    ``mode``       what they are told
     """
 
     mode_read: set[str]
+    mode: bool = False
 
     def settle(self, proxy: fx.Proxy, ask: Callable[[Any], Any]) -> Any:
         """What a forward wants to decide by: ``ask`` of the proxy's value."""
@@ -162,7 +164,7 @@ class Mode:
 
     As an argument (``F.dropout(x, training=self.training)``) it becomes a node that reads the module's
     mode when the graph runs. Where it is asked for its truth, the forward's control flow depends
-    on the mode: eval is recorded, and the tracer is told.
+    on the mode: eval is recorded, unless training is asked for, and the tracer is told.
     """
 
     def __init__(self, tracer: Answering, path: str) -> None:
@@ -171,7 +173,7 @@ class Mode:
 
     def __bool__(self) -> bool:
         self._tracer.mode_read.add(self._path)
-        return False
+        return self._tracer.mode
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:
         node = tracer.create_node("get_attr", joined(self._path, "training"), (), {})

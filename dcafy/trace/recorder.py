@@ -87,11 +87,13 @@ class Recorder(ValueTracer):
         inputs: Observed,
         opaque: frozenset[str] = frozenset(),
         connections: Connections = "kept",
+        training: bool = False,
     ) -> None:
         super().__init__(evaluator, model, original)
         self._inputs = inputs
         self._opaque = opaque
         self.connections = connections
+        self.mode = training
         self._paths = {id(module): path for path, module in self.modules.items()}
         self._originals = {
             id(module): path
@@ -131,6 +133,12 @@ class Recorder(ValueTracer):
             finally:
                 swap.put_back()
                 torch._C._set_grad_enabled(with_gradients)  # a forward may have failed half-way
+                if self.outside is not None:
+                    raise InputError(
+                        f"A forward in {type(model).__name__} calls {self.outside or 'the model'} otherwise than as a "
+                        "part of itself (by a closure, a global name or a registry), and in a copy of the model it "
+                        f"would go on using that very module. {REWRITE}"
+                    )
         return Recording(
             graph,
             tuple(self.calls),

@@ -20,9 +20,9 @@ from dcafy.trace.tracer import ValueTracer
 
 
 def numbers(tracer: ValueTracer, modules: Iterable[nn.Module]) -> Iterator[Patch]:
-    """Look-alikes of ``int`` and ``float`` in what forwards run, and others of ``max`` and ``min``.
+    """Look-alikes of ``int`` and ``float`` where forwards find them, and others of ``max`` and ``min`` for everybody.
 
-    They do what the real ones do for all but proxies of numbers, on whatever thread.
+    They do what the real ones do for all but proxies of numbers.
     """
     for scope, kinds in _scopes(modules):
         for kind in kinds:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
-from dcafy.draws import OwnDraws
+from dcafy.draws import drawing_apart
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import OWNER, PLACE, VALUE, Remake, is_record, node_value, parts, tensors_in, values_of
 from dcafy.graph.ops import alters_argument
@@ -166,10 +166,16 @@ class ValueTracer(Answering):
 
     def with_data(self, call: Callable[..., Any], args: Any, kwargs: Any, seed: int = 0) -> Any:
         """What ``call`` yields on data like the values."""
+        with self._data():
+            given = real_inputs((args, kwargs), self.original, seed)
+            return drawing_apart(lambda: call(*given))
+
+    @contextlib.contextmanager
+    def _data(self) -> Iterator[None]:
         outer, self.on_data = self.on_data, True
         try:
-            with OwnDraws(), torch.no_grad():
-                return call(*real_inputs((args, kwargs), self.original, seed))
+            with torch.no_grad():
+                yield
         finally:
             self.on_data = outer
 

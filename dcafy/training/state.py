@@ -31,7 +31,7 @@ from dcafy.training.fitting import (
     python_state,
 )
 from dcafy.training.history import Epoch
-from dcafy.training.options import TrainingConfig
+from dcafy.training.options import TIMES, TrainingConfig
 from dcafy.wording import printable, short
 
 if TYPE_CHECKING:
@@ -192,6 +192,10 @@ def _identity(now: Standing) -> dict[str, Any]:
     config = {
         k: v for k, v in dataclasses.asdict(now.config).items() if k not in ("workers", "cpu", "checkpoint_steps")
     }
+    if config["scale_lr"] is None:  # as it was before there was one
+        del config["scale_lr"]
+        if now.config.connection_lr == TIMES * now.config.base_rate:  # which None meant then, whatever the rate was
+            config["connection_lr"] = None
     return {
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "number of images": now.images,
