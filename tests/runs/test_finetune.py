@@ -23,8 +23,9 @@ from two_processes import DIGITS as QUICK
 from two_processes import FACTORY, FACTORY_CODE
 
 import dcafy
+from dcafy.cli.finetune import _known
 from dcafy.runs.compare import compare, paired_difference
-from dcafy.runs.request import Request
+from dcafy.runs.request import Request, write_request
 from dcafy.training import DataOptions, TrainingConfig
 from dcafy.training.telling import Listener
 
@@ -122,6 +123,20 @@ def test_a_folder_does_not_choose_the_code_that_is_run(command: Run, tmp_path: P
     assert "is built by code: os:getcwd" in err
     code, _, err = command(FACTORY, "-o", "run", "--resume")
     assert code == 2
+
+
+def test_a_folder_does_not_choose_what_is_read_elsewhere_or_fetched(command: Run, tmp_path: Path) -> None:
+    """A stranger's request asks for both; links are followed where the user says so again, nothing is fetched."""
+    images = DataOptions(follow_links=True, download=True)
+    request = Request("torchvision:squeezenet1_1", "torchvision:CIFAR10:nowhere", images=images)
+    write_request(tmp_path / "run", request.anchored())
+    code, _, err = command("run", "--resume")
+    assert code == 2
+    assert "Say that it may: --follow-links" in err
+    asked = _known(tmp_path / "run", "", {"follow_links": True})
+    assert (asked.images.follow_links, asked.images.download) == (True, False)
+    asked = _known(tmp_path / "run", "", {"follow_links": True, "download": True})
+    assert asked.images.download
 
 
 @pytest.mark.parametrize(
