@@ -22,9 +22,7 @@ from dcafy.trace.proxy import ValueProxy
 from dcafy.trace.sizes import numbers
 from dcafy.trace.tracer import ValueTracer
 
-_FACTORIES = (
-    "arange empty eye full linspace logspace normal ones rand randint randn randperm range scalar_tensor tensor zeros"
-)
+_FACTORIES = "arange as_tensor asarray empty eye full linspace logspace normal ones rand randint randn randperm range scalar_tensor tensor zeros"
 
 _CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
 
