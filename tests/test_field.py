@@ -218,6 +218,36 @@ def test_what_is_kept_in_python_is_put_back() -> None:
     assert list(plain.ordered) == ["b"]
 
 
+# 2. Plain tensors and placement ------------------------------------------------------------------
+
+PLAIN: dict[str, tuple[Any, Callable[[Any, Tensor], Tensor]]] = {
+    "element": (torch.tensor([8.0, 16.0]), lambda unit, x: x * unit.kept[0] + unit.kept[1]),
+    "full": (torch.tensor([8.0, 16.0]), lambda unit, x: x + torch.full((1,), unit.kept[0], dtype=x.dtype)),
+    "new_full": (torch.tensor([8.0]), lambda unit, x: x + x.new_full((1,), unit.kept[0])),
+    "list": ([torch.tensor(2.0), torch.tensor(1.0)], lambda unit, x: x * unit.kept[0] + unit.kept[1]),
+    "dict of lists": ({"k": [torch.tensor(2.0)]}, lambda unit, x: x * unit.kept["k"][0]),
+    "tuple": ((torch.tensor(2.0), 1), lambda unit, x: x * unit.kept[0]),
+    "iterated": (torch.tensor([1.0, 2.0]), lambda unit, x: sum(x * kept for kept in unit.kept)),
+    "expanded": (torch.rand(1, 2, 1, 1), lambda unit, x: x + unit.kept.expand(x.shape[0], -1, *x.shape[2:]).sum()),
+    "placed": (torch.tensor(2), lambda unit, x: x * unit.kept.to(device=x.device, dtype=x.dtype)),
+    "as_tensor": (None, lambda unit, x: x * torch.as_tensor(x.abs().mean() < 9, dtype=x.dtype, device=x.device)),
+    "device": (None, lambda unit, x: x + torch.ones(1, device=next(unit.parameters()).device)),
+}
+
+
+@pytest.mark.parametrize("what", PLAIN)
+def test_plain_tensors_stay_the_modules_own(what: str) -> None:
+    """They are read when the graph runs: what they are changed to later is what is computed with."""
+    kept, use = PLAIN[what]
+    model = network(lambda unit, x: unit.attend(use(unit, x)), lambda unit: setattr(unit, "kept", copy.deepcopy(kept)))
+    made = connected(model)
+    if isinstance(kept, Tensor):
+        for one in (model, made):
+            for unit in one.units:  # type: ignore[union-attr]
+                unit.kept = kept + 1
+        assert torch.equal(made(IMAGES), model(IMAGES))
+
+
 # 3. Numbers of sizes -----------------------------------------------------------------------------
 
 SIZES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
