@@ -361,7 +361,7 @@ class _Surveyor:
         try:
             trained = self._region(joined(region.path, inner), itself)
             trained = dataclasses.replace(trained, recording=judged(itself, trained.recording, {""}))
-            training = training_of(region, inner, dataclasses.replace(trained, trainings={"": None}))
+            training = training_of(region, inner, dataclasses.replace(trained, trainings={"": Training(trained, {})}))
             if training is not None:
                 training.region.sites.folded("")
         except (CannotEnter, NoPlace):

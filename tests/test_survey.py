@@ -46,14 +46,14 @@ class Baking(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(self.conv(x)) / int(x.shape[2])
+        return self.attention(self.conv(x)) / len(range(x.shape[2]))
 
 
 class BakingAttention(SELinear):
     """Attention that counts the rows of its input by itself."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) / int(x.shape[2])
+        return super().forward(x) / len(range(x.shape[2]))
 
 
 class Units(nn.Module):

@@ -111,7 +111,8 @@ class Opened:
     """The run of one call of a root."""
 
     def __init__(self, root: nn.Module) -> None:
-        wire: Wire = (root.dca if torch.compiler.is_compiling() else dca_of(root)).wire
+        dca: Any = root.dca if torch.compiler.is_compiling() else dca_of(root)
+        wire: Wire = dca.wire
         self.contents = _Contents((wire,), -1 if torch.compiler.is_compiling() else backward(), root)
 
     def __enter__(self) -> None:

@@ -78,12 +78,18 @@ class Evaluator:
         """The value of a function call."""
         if target is getattr and isinstance(args[0], Tensor) and args[1] == "device":
             return self.device  # a model that asks for the device is told its own, never "meta"
+        if target in _FILLING:
+            args, kwargs = _filled(args, kwargs)
+        if target in _PLACING and isinstance(args[0], Tensor) and args[0].is_meta:
+            kwargs = _stay_on_meta(kwargs)
         if target in _ADAPTIVE and len(args) == 2 and not kwargs:
             return _adaptively_pooled(args[0], args[1], _ADAPTIVE[target])
         return self._once(target, lambda function: function, args, kwargs)
 
     def method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a method call on ``args[0]``."""
+        if isinstance(args[0], Tensor) and args[0].is_meta and name in ("cpu", "cuda"):
+            return args[0]
         if isinstance(args[0], Tensor) and args[0].is_meta and name in _PLACEMENT:
             args, kwargs = _stay_on_meta(args), _stay_on_meta(kwargs)
         if isinstance(args[0], Tensor) and name.endswith("_") and not name.endswith("__"):
@@ -111,6 +117,18 @@ class Evaluator:
 
 
 _PLACEMENT = frozenset({"to", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "cpu", "cuda", "type_as"})
+
+
+_FILLING = frozenset({torch.full, torch.full_like, Tensor.new_full})
+
+
+def _filled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with a number in place of what a tensor is filled with, which may be a tensor without data."""
+    named = {n: 0.0 if n == "fill_value" and isinstance(v, Tensor) else v for n, v in kwargs.items()}
+    return (*args[:1], *(0.0 if isinstance(value, Tensor) else value for value in args[1:])), named
+
+
+_PLACING = frozenset({torch.as_tensor, torch.asarray, torch.tensor})
 
 
 def _stay_on_meta(arguments: Any) -> Any:

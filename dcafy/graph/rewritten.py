@@ -23,7 +23,7 @@ import linecache
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,8 +78,9 @@ class Forward:
 
 
 def _forward_from(rows: Any, *rest: Any) -> Forward:
-    *rest, training = rest if len(rest) == 7 else (*rest, None)  # what was pickled before has none
-    return Forward(None if rows is None else found(rows), *rest, None if training is None else found(training))
+    forward = Forward(None if rows is None else found(rows), *rest[:6])
+    training = rest[6] if len(rest) > 6 else None  # what was pickled before has none
+    return forward if training is None else replace(forward, training=found(training))
 
 
 def rewrite(module: nn.Module, forward: Forward) -> None:
@@ -314,7 +315,9 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     object.__setattr__(plain, "__dict__", own)
     twin: nn.Module = kind.__deepcopy__(plain, memo)
     memo[id(self)] = twin
-    hold(twin, forward.needs, copy.deepcopy(getattr(self, forward.needs), memo))
+    held = self._modules if forward.needs in self._modules else self.__dict__
+    of_twin = twin._modules if held is self._modules else twin.__dict__
+    of_twin[forward.needs] = copy.deepcopy(held[forward.needs], memo)  # which may be made, and not filled yet
     twin.__class__ = type(self)
     return twin
 
@@ -366,7 +369,11 @@ def taken_of_graphs(module: nn.Module) -> str | None:
     return next((name for name in sorted(_OF_GRAPHS) if name in own or hasattr(kind, name)), None)
 
 
-_OF_GRAPHS = frozenset({*dir(fx.GraphModule), "graph", "code", "meta", "_graph", "_code"} - {*dir(nn.Module)})
+_OF_GRAPHS = frozenset(
+    name
+    for name in {*dir(fx.GraphModule), "meta", "_graph", "_code"} - {*dir(nn.Module)}
+    if not name.endswith("__")  # of copying and pickling, in which a user's class may have ways of its own
+)
 
 
 def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:

@@ -21,7 +21,7 @@ from dcafy.graph.nodes import OWNER
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _CONTAINERS = (list, tuple, set, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
 _OPAQUE = (nn.Module, Tensor, fx.Proxy, type, FunctionType, ModuleType)
-_BOOKKEEPING = frozenset(nn.Module().__dict__)
+BOOKKEEPING = frozenset(nn.Module().__dict__)
 
 State = dict[str, tuple[Any, ...]]
 """Name of an attribute -> its value, or what is in it where it is a container or a plain object."""
@@ -29,7 +29,7 @@ State = dict[str, tuple[Any, ...]]
 
 def python_state(module: nn.Module) -> State:
     """What ``module`` keeps beside its tensors and submodules."""
-    return {name: _described(value) for name, value in module.__dict__.items() if name not in _BOOKKEEPING}
+    return {name: _described(value) for name, value in module.__dict__.items() if name not in BOOKKEEPING}
 
 
 def changed(before: State, after: State) -> list[str]:
@@ -91,7 +91,7 @@ class Kept:
             own = module.__dict__
             self._keep(own["_buffers"], 0)
             self._held[id(own)] = _WAYS[dict], own, own.copy()
-            for name in own.keys() - _BOOKKEEPING:
+            for name in own.keys() - BOOKKEEPING:
                 self._keep(own[name], _DEPTH)
         for value in self._given:
             self._keep(value, _DEPTH)

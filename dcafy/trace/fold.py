@@ -165,7 +165,7 @@ class _Fold:
         given.update(held for leaf in tuple(given) if _makes(leaf) for held in leaf.all_input_nodes)
         for node in call.nodes:
             for source in node.all_input_nodes:
-                if source not in nodes and source not in given and source.op != "get_attr":
+                if source not in nodes and source not in given and not _is_own(source):
                     return False
         return True
 
@@ -236,9 +236,11 @@ class _Slice(_Fold):
 
     def _image(self, node: fx.Node) -> fx.Node:
         if node not in self.image:
-            if node.op != "get_attr":
+            if not _is_own(node):
                 raise CannotEnter({self.path: f"its forward reads what another made ({node.name})"})
-            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            read = [self._image(source) for source in node.all_input_nodes]
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_after(read[0]) if read else self.graph.inserting_before(first):
                 self.image[node] = self._copy(node)
         return self.image[node]
 
@@ -277,6 +279,13 @@ class _Slice(_Fold):
                 if value is tensor and tensor is not None:
                     return joined(local, own)
         raise CannotEnter({self.path: f"its forward reads {target}, which is not its own"})
+
+
+def _is_own(node: fx.Node) -> bool:
+    """Whether ``node`` reads what a module has, or an item of a list or dictionary that it has."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.op == "get_attr"
 
 
 def _items(output: Any) -> Iterable[tuple[Any, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
-from dcafy.graph.nodes import VALUE, leaves, values_of
+from dcafy.graph.nodes import VALUE, leaves, mapped_tensors, values_of
 from dcafy.threads import Patch, Swap
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
@@ -23,7 +23,8 @@ from dcafy.trace.sizes import numbers
 from dcafy.trace.tracer import ValueTracer
 
 _FACTORIES = (
-    "arange empty eye full linspace logspace normal ones rand randint randn randperm range scalar_tensor tensor zeros"
+    *("arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand"),
+    *("randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros"),
 )
 
 _CONTEXTS: tuple[Any, ...] = (torch.autocast, torch.no_grad, torch.enable_grad, torch.inference_mode)
@@ -96,12 +97,16 @@ def _factories(tracer: ValueTracer) -> Iterator[Patch]:
                 return factory(*args, **(kwargs if tracer.on_data else {**kwargs, "device": "meta"}))
             node = tracer.create_node("call_function", factory, tracer.create_arg(args), tracer.create_arg(kwargs))
             with tracer.evaluating(node), torch.no_grad():
-                node.meta[VALUE] = factory(*values_of(args), **{**values_of(kwargs), "device": "meta"})
+                given, named = values_of(args), {**values_of(kwargs), "device": "meta"}
+                if factory is full:  # with what, is no matter here
+                    given, named = mapped_tensors((given, named), lambda _: 0.0)
+                node.meta[VALUE] = factory(*given, **named)
             return ValueProxy(node, tracer)
 
         return make
 
-    for name in _FACTORIES.split():
+    full = torch.full
+    for name in _FACTORIES:
         yield torch, name, recorded(getattr(torch, name))
 
 

@@ -11,8 +11,11 @@ of the attempt are taken back and the module is called as a leaf.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +30,7 @@ from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, leaves, mapped,
 from dcafy.graph.paths import joined, within
 from dcafy.graph.rewritten import is_rewritten
 from dcafy.threads import ONE_AT_A_TIME
-from dcafy.trace.effects import Kept, State, changed, holds_proxy, python_state, watched_globals
+from dcafy.trace.effects import BOOKKEEPING, Kept, State, changed, holds_proxy, python_state, watched_globals
 from dcafy.trace.inputs import without_data
 from dcafy.trace.named import Scripted
 from dcafy.trace.patches import swap_for
@@ -101,6 +104,7 @@ class Recorder(ValueTracer):
             if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
         }
         self.outside: str | None = None
+        self._plain: list[tuple[Any, Any, Any, Any]] = []
         self._names: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(module), []).append(path)
@@ -124,7 +128,10 @@ class Recorder(ValueTracer):
                     graph = self.trace(model)
                 finally:
                     model.__dict__["training"] = False
-                    self._require_own_modules()
+                for holder, key, value, proxy in self._plain:
+                    if _at(holder, key) is proxy:
+                        holder[key] = value
+                self._plain.clear()
                 self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
                 for path, why in self.refused:
                     self.unwritten.setdefault(path, f"it goes on after an error that only its recording raises: {why}")
@@ -150,14 +157,6 @@ class Recorder(ValueTracer):
             model,
             modules,
         )
-
-    def _require_own_modules(self) -> None:
-        if self.outside is not None:
-            raise InputError(
-                f"A forward in {type(self.model).__name__} calls {self.outside or 'the model'} otherwise than as a "
-                "part of itself (by a closure, a global name or a registry), and in a copy of the model it would go on "
-                f"using that very module. {REWRITE}"
-            )
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -186,10 +185,62 @@ class Recorder(ValueTracer):
                     args.append(parameter.default)
             else:
                 args.append(self._placeholder(parameter.name, default, given.pop(0)))
+        self._stand_ins()
         if given or by_name:
             raise TypeError(f"the example has {len(given) + len(by_name)} more inputs than the model's forward takes")
         forward = self.root.forward
         return (lambda root, *values: forward(*values, **named)), [self.root, *args]
+
+    # -- plain tensors ----------------------------------------------------------------------------
+
+    def _stand_ins(self) -> None:
+        """Puts proxies where modules keep plain tensors, be it in lists, dictionaries or tuples."""
+        for path, module in self.modules.items():
+            if is_layer(module):
+                continue
+            for name, value in list(module.__dict__.items()):
+                if name not in BOOKKEEPING and type(value) in _KEEPERS:
+                    read = functools.partial(self._read, "get_attr", joined(path, name), ())
+                    self._stand_in(module.__dict__, name, value, functools.cache(functools.partial(read, value)))
+
+    def _read(self, kind: str, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+        node = self.create_node(kind, target, args, {})
+        node.meta[VALUE] = value
+        return node
+
+    def _stand_in(self, holder: Any, key: Any, value: Any, read: Callable[[], fx.Node], depth: int = 3) -> None:
+        if type(value) is torch.Tensor:
+            self._put(holder, key, value, ValueProxy(read(), self))
+        elif depth and type(value) in (list, dict, collections.OrderedDict):
+            for inner, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                if type(item) in _KEEPERS:
+                    self._stand_in(value, inner, item, self._item(read, inner, item), depth - 1)
+        elif type(value) is tuple and any(type(item) is torch.Tensor for item in value):
+            proxies = (
+                ValueProxy(self._item(read, i, item)(), self) if type(item) is torch.Tensor else item
+                for i, item in enumerate(value)
+            )
+            self._put(holder, key, value, tuple(proxies))
+
+    def _put(self, holder: Any, key: Any, value: Any, stand_in: Any) -> None:
+        self._plain.append((holder, key, value, stand_in))
+        holder[key] = stand_in
+
+    def _item(self, read: Callable[[], fx.Node], key: Any, value: Any) -> Callable[[], fx.Node]:
+        return functools.cache(lambda: self._read("call_function", operator.getitem, (read(), key), value))
+
+    @contextlib.contextmanager
+    def _with_plain(self) -> Iterator[None]:
+        """Inside it plain tensors are themselves: the user's own code runs."""
+        put = [(holder, key, proxy) for holder, key, _, proxy in self._plain if _at(holder, key) is proxy]
+        for holder, key, value, proxy in self._plain:
+            if _at(holder, key) is proxy:
+                holder[key] = value
+        try:
+            yield
+        finally:
+            for holder, key, proxy in put:
+                holder[key] = proxy
 
     def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
         """Remembers a module whose forward has changed what it keeps in Python."""
@@ -249,7 +300,8 @@ class Recorder(ValueTracer):
         given = mapped((args, kwargs), lambda own: own) if whole else (args, kwargs)  # it may write into lists
         outer, self._observing = self._observing, f"{path}." if whole else self._observing
         try:
-            return evaluate(module, args, kwargs)
+            with self._with_plain() if whole else contextlib.nullcontext():
+                return evaluate(module, args, kwargs)
         except Exception as error:  # it may fail on meta tensors in any way, and need values
             if not self.knows_data(*given) or sum(map(_has_weight, module.modules())) > _MOST_LAYERS:
                 raise
@@ -342,7 +394,8 @@ class Recorder(ValueTracer):
 
     def _state(self, args: Any, kwargs: Any) -> _State:
         """Where the recording stands before something is called with these arguments."""
-        given = [(value, value.node) for value in (*args, *kwargs.values()) if type(value) is ValueProxy]
+        plain = (proxy for *_, proxy in self._plain)
+        given = [(value, value.node) for value in (*args, *kwargs.values(), *plain) if type(value) is ValueProxy]
         return _State(
             len(self.calls), len(self.settled), len(self.refused), set(self.mode_read), dict(self._attributes), given
         )
@@ -391,6 +444,14 @@ class Recorder(ValueTracer):
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
 
+
+def _at(holder: Any, key: Any) -> Any:
+    """What a list or dictionary has there, if anything."""
+    return holder.get(key) if isinstance(holder, dict) else holder[key] if key < len(holder) else None
+
+
+_KEEPERS = (torch.Tensor, list, tuple, dict, collections.OrderedDict)
+"""What may be, or hold, a plain tensor of a module."""
 
 _MOST_LAYERS = 16
 """How many layers with weights a module has at most that is run on data."""

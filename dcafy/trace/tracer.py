@@ -117,11 +117,23 @@ class ValueTracer(Answering):
             return self._made(Remake(kind), parts(a, self.create_arg), a)
         if isinstance(a, Tensor):
             return self._tensor(a).node
+        if kind is torch.device and a.type == "meta":
+            return self._device(a)
         if not isinstance(a, enum.Enum):  # fx writes the ``repr`` of a number into source, whatever class it is of
             a = a.item() if isinstance(a, np.generic) else a
             plain = next((plain for base, plain in _PLAIN.items() if isinstance(a, base)), None)
             a = a if plain is None else plain(a)
         return super().create_arg(a)
+
+    def _device(self, known: torch.device) -> Any:
+        """The node that asks a parameter where it is, where a forward has asked one of the data-free copy."""
+        owners = (self.modules[self.owner], self.model)
+        parameter = next((p for owner in owners for p in owner.parameters()), None)
+        if parameter is None:
+            return known
+        node = self.create_node("call_function", getattr, (self._tensor(parameter).node, "device"), {})
+        node.meta[VALUE] = self.evaluator.device
+        return node
 
     def _made(self, make: Callable[..., Any], args: tuple[Any, ...], container: Any) -> fx.Node:
         """The node that makes a container when the graph runs."""
