@@ -69,9 +69,9 @@ def open_model(
     if not os.path.exists(spec):
         spec = in_our_notation(spec)
     named = spec.partition(":")[0] in ZOOS and ":" in spec
-    runs_code = how.trust_pickle or any(name is not None and is_factory(name) for name in (spec, how.arch))
+    of_others = how.trust_pickle or any(name is not None and runs_code(name) for name in (spec, how.arch))
     # Code of others may set torch's seed. Nothing else has to touch the generator that other threads draw from.
-    with torch.random.fork_rng(devices=[]) if runs_code else OwnDraws():
+    with torch.random.fork_rng(devices=[]) if of_others else OwnDraws():
         if not named and os.path.isdir(spec):
             return _folder(Path(spec), spec, how, chosen)
         if not named and os.path.exists(spec):
