@@ -87,6 +87,7 @@ class Kept:
     def __init__(self, modules: Iterable[nn.Module], given: Iterable[Any] = ()) -> None:
         self._modules, self._given = tuple(modules), tuple(given)
         self._held: dict[int, tuple[_Way, Any, Any]] = {}
+        self._seen: dict[int, Any] = {}
         for module in self._modules:
             own = module.__dict__
             self._keep(own["_buffers"], 0)
@@ -98,14 +99,16 @@ class Kept:
 
     def _keep(self, value: Any, depth: int) -> None:
         kind = type(value)
-        if kind in _PLAIN or issubclass(kind, _OPAQUE) or id(value) in self._held or len(self._held) > _MOST:
+        if kind in _PLAIN or issubclass(kind, _OPAQUE) or id(value) in self._seen or len(self._seen) > _MOST:
             return
+        self._seen[id(value)] = value
         way = next((way for base, way in _WAYS.items() if issubclass(kind, base)), None)
         if way is not None:
             self._held[id(value)] = way, value, way.copy(value)
         elif not issubclass(kind, tuple):
-            value, depth = getattr(value, "__dict__", ()), depth + 1  # of an object, which is no container itself
-            if type(value) is not dict:
+            own = kind.__module__.startswith(("dcafy.", "torch.", "_thread"))
+            value = () if own else getattr(value, "__dict__", ())  # of an object, which is no container itself
+            if type(value) is not dict or id(value) in self._held:
                 return
             self._held[id(value)] = _WAYS[dict], value, value.copy()
         if depth:
@@ -127,7 +130,7 @@ class Kept:
 _DEPTH = 4
 """How deep containers are looked into."""
 
-_MOST = 2000
+_MOST = 1000
 """How many of them: a trainer that a module keeps leads everywhere."""
 
 
