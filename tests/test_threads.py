@@ -236,6 +236,7 @@ CALLS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that falls into a __del__ is lost
 @pytest.mark.parametrize("name", CALLS)
 def test_an_interrupt_at_any_time_leaves_all_as_it_was(name: str) -> None:
     model, call = plain() if name == "insert" else network(), CALLS[name]
