@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from dcafy.errors import UsageError
-from dcafy.wording import nearest, one_line
+from dcafy.wording import nearest, one_line, short
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def factory_takes(spec: str, argument: str) -> bool:
 def call_factory(spec: str, settings: Mapping[str, Any]) -> nn.Module:
     """What the factory returns for these arguments; ``UsageError`` where that is no network."""
     module_name, _, path = spec.partition(":")
-    call = f"{path}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+    call = f"{path}({', '.join(f'{key}={short(repr(value))}' for key, value in settings.items())})"
     log.warning("importing %s and calling %s: this runs its code", module_name, call)
     factory = _resolved(spec)
     if isinstance(factory, nn.Module):
