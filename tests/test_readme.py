@@ -97,6 +97,15 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run_blocks({"python"}, tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ["connections.md"])
+def test_python_blocks_of_the_docs_run(name: str) -> None:
+    path = ROOT / "docs" / name
+    python = [block for block in blocks(path.read_text(encoding="utf-8")) if block.language == "python"]
+    assert python
+    for block in python:
+        exec(compile("\n" * (block.line - 1) + block.text, path, "exec"), {})
+
+
 @pytest.mark.slow
 def test_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them: each command, too, in a process of its own."""
