@@ -51,6 +51,49 @@ class RunOptions:
         check(self)
 
 
+@dataclass(frozen=True)
+class UseOptions:
+    """How a trained network is run on images."""
+
+    batch_size: int = setting(32, "Images in a batch.", least=1)
+    workers: int = setting(0, "Processes that read images.", least=0)
+    cpu: bool = setting(False, "Run on the CPU even where there is a GPU.")
+    image_size: int | None = setting(
+        None, "Side of the images in pixels. [default: what the network was trained with]", least=1
+    )
+    cut: bool = setting(False, "Switch all connections off (β = 0).")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PredictOptions(UseOptions):
+    """What is told of each image."""
+
+    top: int | None = setting(
+        None,
+        "How many classes, or boxes, are told of each image. [default: 5 classes, 100 boxes]",
+        metavar="K",
+        least=1,
+    )
+    threshold: float = setting(0.5, "The least score of a box that is told.", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(UseOptions):
+    """What a network is measured on."""
+
+    part: str = setting(
+        "val",
+        "Which images of --data: those to validate on, those to train on, or all.",
+        choices=("val", "train", "all"),
+    )
+    val_fraction: float = setting(
+        0.2, "The part of the images to validate on, where the data has no part of its own.", above=0, below=1
+    )
+
+
 _DETECTION_RATE = 0.01 / 16
 """RetinaNet's learning rate for each image of a batch: 0.01 with 16 (Lin et al., 2017, arXiv 1708.02002, 4.1)."""
 

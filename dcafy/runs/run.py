@@ -16,12 +16,12 @@ from pathlib import Path
 
 from torch import nn
 
-from dcafy.checkpoint import save
+from dcafy.checkpoint.saving import store
 from dcafy.conversion import convert, with_attention
 from dcafy.converted import revert
-from dcafy.disk import replace_file
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import InputError, UsageError
+from dcafy.images.about import Trained, about, put_about
 from dcafy.images.data import Data
 from dcafy.images.order import seeded
 from dcafy.plan.options import Conversion
@@ -91,7 +91,7 @@ def train(
     """Trains the subject, with checkpoint and log in ``directory``."""
     config = dataclasses.replace(request.training, seed=seed)
     strict = (_Strict(),) if request.images.strict else ()
-    return finetune(
+    history = finetune(
         on.network,
         on.ready.train,
         on.ready.val,
@@ -102,6 +102,9 @@ def train(
         new_layers=on.ready.new_layers,
         listener=Several((*strict, JsonLines(directory / LOG), *listeners)),
     )
+    trained = Trained(printable(request.data), len(history.epochs), dict(history.metrics))
+    put_about(on.network, dataclasses.replace(about(on.network), trained=trained))
+    return history
 
 
 class _Strict(Listener):
@@ -112,10 +115,5 @@ class _Strict(Listener):
 
 
 def finish(on: Subject, directory: Path) -> None:
-    """Saves the trained network in ``directory``: a connected one as :func:`dcafy.save` does."""
-    if is_connected(on.network):
-        save(on.network, directory)
-        return
-    from safetensors.torch import save_model
-
-    replace_file(directory / "model.safetensors", lambda beside: save_model(on.network, str(beside)))
+    """Saves the trained network in ``directory``, from where :func:`dcafy.load` gives it back, connected or not."""
+    store(on.network, directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -12,7 +13,8 @@ from rich.table import Table
 from dcafy.analysis.usage import Usage
 from dcafy.checkpoint.folder import MARKER
 from dcafy.plan.tables import WIDTH, plain
-from dcafy.runs.compare import Comparison
+from dcafy.runs.compare import Comparison, Difference
+from dcafy.runs.evaluating import Evaluation
 from dcafy.training.history import History
 from dcafy.training.telling import metrics_in_words
 from dcafy.wording import printable
@@ -84,3 +86,52 @@ def of_comparison(comparison: Comparison) -> str:
         )
     parts += [used(usage) for usage in comparison.usage[:1] if usage is not None]
     return plain(parts, WIDTH)
+
+
+_SHOWN = 20
+"""Classes up to which their confusions are shown as a table."""
+
+
+def of_evaluation(found: Evaluation, title: str) -> str:
+    """The metrics, class by class, and which classes are taken for which."""
+    parts: list[RenderableType] = [f"{title}: {metrics_in_words(found.metrics)} ({found.metrics['images']:.0f} images)"]
+    columns = ("AP",) if not found.confusion else ("images", "recall", "precision")
+    table = Table(title="Classes", title_justify="left")
+    table.add_column("class", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in found.classes:
+        if row.images != 0:
+            table.add_row(printable(row.name), *(_cell(getattr(row, column)) for column in columns))
+    parts.append(table)
+    wrong = [
+        (count, row, column)
+        for row, counts in enumerate(found.confusion)
+        for column, count in enumerate(counts)
+        if count and row != column
+    ]
+    if wrong:
+        taken = sorted(wrong, key=lambda one: -one[0])[:_SHOWN]
+        names = [printable(row.name) for row in found.classes]
+        parts.append("Most often taken for another:")
+        parts += [f"  {names[row]} for {names[column]}: {count}" for count, row, column in taken]
+    return plain(parts, WIDTH).rstrip("\n")
+
+
+def of_difference(found: Evaluation, other: Evaluation, differences: Mapping[str, Difference], against: str) -> str:
+    """The metrics of the other network, and each difference with its interval over the images."""
+    lines = [f"{against}: {metrics_in_words(other.metrics)}"]
+    for name, difference in differences.items():
+        scale, unit = (1, "") if name == "loss" else (100, " points")
+        line = f"{name}, MODEL minus ORIGINAL: {scale * difference.mean:+.4g}{unit}"
+        if difference.low is not None and difference.high is not None:
+            line += f", 95% interval over the images {scale * difference.low:+.4g} to {scale * difference.high:+.4g}"
+            line += "" if difference.low > 0 or difference.high < 0 else ": no difference that the images could show"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2%}"

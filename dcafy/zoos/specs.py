@@ -62,7 +62,9 @@ class Blueprint:
 
         with torch.random.fork_rng(devices=[]), quiet():
             try:
-                return build_on_meta(build) if on_meta else build()
+                model = build_on_meta(build) if on_meta else build()
+                model.__dict__[_BLUEPRINT] = self
+                return model
             except Exception as error:
                 explained = self._explained(error)
                 if explained is None:
@@ -83,6 +85,16 @@ class Blueprint:
         if self.weights is not None:
             return SourceError(f"{self.spec!r} could not be loaded ({text}).")
         return None
+
+
+_BLUEPRINT = "dcafy_blueprint"
+"""The attribute of a zoo's network that says how it was built."""
+
+
+def blueprint_of(model: nn.Module) -> Blueprint | None:
+    """How a network was built that dcafy built by a zoo's name; ``None`` for any other."""
+    found = vars(model).get(_BLUEPRINT)
+    return found if isinstance(found, Blueprint) else None
 
 
 def parse(spec: str, settings: Mapping[str, Any]) -> Blueprint:
