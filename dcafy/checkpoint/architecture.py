@@ -209,9 +209,7 @@ _TOLD: dict[str, dict[str, str]] = {
     "": {name: name for name in ("transform_input", "aux_logits", "score_thresh", "nms_thresh", "detections_per_img",
          "topk_candidates", "aux_loss", "replace_stride_with_dilation")},
     "transform": {"min_size": "min_size", "max_size": "max_size", "image_mean": "image_mean", "image_std": "image_std"},
-    "roi_heads": {
-        "score_thresh": "box_score_thresh", "nms_thresh": "box_nms_thresh", "detections_per_img": "box_detections_per_img",
-    },
+    "roi_heads": {f"{name}": f"box_{name}" for name in ("score_thresh", "nms_thresh", "detections_per_img")},
     "rpn": {"nms_thresh": "rpn_nms_thresh", "score_thresh": "rpn_score_thresh"},
 }  # fmt: skip
 """Module of a torchvision network -> its settings that are arguments of the builder, and their names there."""

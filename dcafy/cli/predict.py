@@ -40,6 +40,7 @@ def predict_command(
     printed = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.runs.predicting import (
+            Seen,
             Unreadable,
             as_csv,
             csv_head,
@@ -57,7 +58,8 @@ def predict_command(
         table = csv.writer(printed, lineterminator="\n")
         if as_table:
             task = require_task(network, model).task
-        told, unreadable = [], []
+        told: list[Seen] = []
+        unreadable: list[Unreadable] = []
         lines = printed.isatty() and not as_json  # they tell how far it is
         with bar("images", len(files), shown=not lines) as advance:
             for seen in predictions(network, files, options, spec=model):

@@ -99,6 +99,7 @@ def evaluation(
     """
     found = require_task(model, spec)
     opened = _classified if found.task == "classification" else _boxed
+    images: Any
     images, task, names, numbers = opened(model, data, options, spec)
     shown = Seeded(images, seed=0, transform=images.transform_sample, counts_stand_ins=False)
     device = next(model.parameters()).device
