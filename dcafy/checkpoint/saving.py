@@ -19,6 +19,7 @@ from dcafy.images.about import About, about, known
 from dcafy.images.preparation import preparation
 from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import as_data
+from dcafy.zoos.specs import blueprint_of
 
 
 def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True) -> None:
@@ -85,7 +86,7 @@ def _about(model: nn.Module, built: Built | None) -> About | None:
     if found is not None or built is None:
         return found
     found = about(model)
-    if found.preparation is None:
+    if found.preparation is None or blueprint_of(model) is not None:
         return found
     return dataclasses.replace(found, preparation=preparation(model, built.name))
 

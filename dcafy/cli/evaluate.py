@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,10 @@ from dcafy import errors
 from dcafy.cli.app import app
 from dcafy.cli.bar import bar
 from dcafy.cli.configured import with_options
-from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.images.sources import forms
 from dcafy.runs.options import EvaluateOptions
+from dcafy.sources.options import FileOptions
 from dcafy.wording import printable
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 def evaluate_command(
     model: Model,
     options: EvaluateOptions,
+    file: FileOptions,
     data: Annotated[
         str | None,
         typer.Option(
@@ -45,9 +48,7 @@ def evaluate_command(
         typer.Option(metavar="ORIGINAL", help="Another network, to compare with on the same images."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    arch: Arch = None,
     settings: Settings = None,
-    trust_pickle: TrustPickle = False,
 ) -> None:
     """Measure a network on labelled images: accuracy and loss, or COCO's precisions, class by class."""
     given = settings_given(settings)
@@ -58,7 +59,7 @@ def evaluate_command(
         from dcafy.runs.using import ready_for_use
         from dcafy.sources import open_model
 
-        network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model
+        network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         about = known(network)
         data = data or (about.trained.data if about and about.trained else None)
         if data is None:
@@ -67,7 +68,8 @@ def evaluate_command(
         found = _measured(network, model, data, options)
         other = None
         if against is not None:
-            original = open_model(against, trust_pickle=trust_pickle).model
+            how = dataclasses.asdict(file) if os.path.isfile(against) else {}
+            original = open_model(against, **how).model
             uncut = dataclasses.replace(options, cut=False)
             other = _measured(ready_for_use(original, against, uncut), against, data, uncut)
     differences = {} if other is None else paired(found, other)

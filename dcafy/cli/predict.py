@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 import sys
 from typing import Annotated
@@ -14,8 +15,9 @@ from dcafy import errors
 from dcafy.cli.app import app
 from dcafy.cli.bar import bar
 from dcafy.cli.configured import with_options
-from dcafy.cli.options import Arch, Model, Settings, TrustPickle, settings_given
+from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.runs.options import PredictOptions
+from dcafy.sources.options import FileOptions
 from dcafy.wording import printable
 
 
@@ -27,11 +29,10 @@ def predict_command(
         list[str], typer.Argument(metavar="IMAGES...", help="Pictures, and folders with pictures.", show_default=False)
     ],
     options: PredictOptions,
+    file: FileOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     as_table: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
-    arch: Arch = None,
     settings: Settings = None,
-    trust_pickle: TrustPickle = False,
 ) -> None:
     """Tell what a network sees in pictures: classes with their probabilities, or boxes."""
     if as_json and as_table:
@@ -53,7 +54,7 @@ def predict_command(
         from dcafy.sources import open_model
 
         files = files_in(images)
-        network = open_model(model, arch=arch, settings=given, trust_pickle=trust_pickle).model
+        network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         network = ready_for_use(network, model, options)
         table = csv.writer(printed, lineterminator="\n")
         if as_table:

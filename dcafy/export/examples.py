@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from dcafy.errors import DcafyError, UsageError
 from dcafy.images.about import About, Transforms
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Spread, UnreadableImage
-from dcafy.images.pictures import opened
+from dcafy.images.pictures import opened, pictures_in
 from dcafy.images.sources import open_data
-from dcafy.wording import printable
+from dcafy.wording import printable, quoted
 
 log = logging.getLogger("dcafy")
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 _MOST = 4
 """Pictures that are looked at."""
@@ -49,13 +52,13 @@ def examples(what: About, folder: Path | None) -> tuple[list[Tensor], str]:
     return [make(picture) for picture in _drawn()], "drawn pictures"
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[str]:
     if not folder.exists():
-        raise UsageError(f"There is no file or folder {str(folder)!r}. --images names pictures to check on.")
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+        raise UsageError(f"There is no file or folder {quoted(str(folder), 200)}. --images names pictures to check on.")
+    return list(pictures_in(folder, SUFFIXES, None).files) if folder.is_dir() else [str(folder)]
 
 
-def _read(files: list[Path], make: Transforms) -> list[Tensor]:
+def _read(files: Sequence[str], make: Transforms) -> list[Tensor]:
     found: list[Tensor] = []
     for file in files:
         if len(found) == _MOST:
@@ -73,11 +76,16 @@ def _trained_on(what: About, make: Transforms) -> tuple[list[Tensor], str]:
         return [], ""
     try:
         data = open_data(what.trained.data, DataOptions())
-        shown = Spread(data.val, _MOST)
-        pictures = [make(shown[index][0]) for index in range(len(shown))]
     except (DcafyError, OSError) as error:
         log.info("%s cannot be opened here to check on: %s", printable(what.trained.data), printable(str(error)))
         return [], ""
+    shown = Spread(data.val, 4 * _MOST)
+    pictures: list[Tensor] = []
+    for index in range(len(shown)):
+        with contextlib.suppress(UnreadableImage):
+            pictures.append(make(shown[index][0]))
+        if len(pictures) == _MOST:
+            break
     return pictures, printable(what.trained.data)
 
 
@@ -88,7 +96,7 @@ def _photographs(make: Transforms) -> tuple[list[Tensor], str]:
     except ImportError:
         return [], ""
     folder = Path(os.path.dirname(sklearn.datasets.__file__)) / "images"
-    return _read(sorted(folder.glob("*.jpg")), make), "scikit-learn's photographs"
+    return _read(sorted(map(str, folder.glob("*.jpg"))), make), "scikit-learn's photographs"
 
 
 def _drawn() -> list[Image.Image]:

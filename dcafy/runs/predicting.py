@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, Transforms, preparation_of
 from dcafy.images.order import UnreadableImage
-from dcafy.images.pictures import opened
+from dcafy.images.pictures import opened, pictures_in
 from dcafy.runs.options import PredictOptions
 from dcafy.runs.using import fitting_names, require_task
-from dcafy.wording import counted, one_line, printable
+from dcafy.wording import counted, one_line, printable, quoted
+
+log = logging.getLogger("dcafy")
 
 CLASSES, BOXES = 5, 100
 """How many classes and boxes are told of each picture where nothing else is asked for."""
@@ -57,7 +61,7 @@ class Unreadable:
 
 
 def files_in(paths: Sequence[str]) -> list[str]:
-    """The files that are named, and the pictures in the folders that are, with their subfolders, by name.
+    """The files that are named, and the pictures in the folders that are, with their subfolders, by folder and name.
 
     Raises ``UsageError`` for a path that is not there, and for a folder without pictures.
     """
@@ -66,31 +70,18 @@ def files_in(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            inside = [file for file in _walked(path) if file.lower().endswith(IMG_EXTENSIONS)]
-            if not inside:
+            listing = pictures_in(Path(path), IMG_EXTENSIONS, None)
+            for place, reason in listing.passed_over:
+                log.warning("%s was passed over: %s", printable(place), printable(reason))
+            if not listing.files:
                 kinds = ", ".join(suffix[1:] for suffix in IMG_EXTENSIONS)
-                raise UsageError(f"There are no pictures ({kinds}) in the folder {path!r}.")
-            found += inside
-        elif os.path.exists(path):
+                raise UsageError(f"There are no pictures ({kinds}) in the folder {quoted(path, 200)}.")
+            found += listing.files
+        elif os.path.lexists(path):
             found.append(path)
         else:
-            raise UsageError(f"There is no file or folder {path!r}. Name pictures, or folders with pictures.")
+            raise UsageError(f"There is no file or folder {quoted(path, 200)}. Name pictures, or folders of them.")
     return found
-
-
-def _walked(folder: str) -> Iterator[str]:
-    """Every file below ``folder`` by name, hidden ones left out; a folder that is linked into itself is seen once."""
-    been: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in been else sorted(name for name in folders if not name.startswith("."))
-        if real not in been:
-            yield from (os.path.join(here, name) for name in sorted(files) if not name.startswith("."))
-        been.add(real)
-
-
-def _refuse(error: OSError) -> None:
-    raise UsageError(f"The folder {error.filename!r} cannot be read: {error.strerror}.") from error
 
 
 class _Files(Dataset["tuple[str, Tensor | str]"]):
