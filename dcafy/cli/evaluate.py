@@ -61,7 +61,14 @@ def evaluate_command(
 
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         about = known(network)
-        data = data or (about.trained.data if about and about.trained else None)
+        trained = None if about is None else about.trained
+        if data is None and trained is not None:
+            if not trained.opened_unasked:
+                raise errors.UsageError(
+                    f"The network was trained on {printable(trained.data)}, which may hold pickles. Name it, so that it "
+                    f"is opened because you say so: --data {printable(trained.data)}"
+                )
+            data = trained.data
         if data is None:
             raise errors.UsageError("--data names no images. Write --data imagefolder:PATH, or --data digits to try.")
         network = ready_for_use(network, model, options)

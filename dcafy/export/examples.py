@@ -72,7 +72,7 @@ def _read(files: Sequence[str], make: Transforms) -> list[Tensor]:
 
 def _trained_on(what: About, make: Transforms) -> tuple[list[Tensor], str]:
     """Validation images of the data that the network was trained on, where it is still there."""
-    if what.trained is None or what.task != "classification":
+    if what.trained is None or not what.trained.opened_unasked or what.task != "classification":
         return [], ""
     try:
         data = open_data(what.trained.data, DataOptions())

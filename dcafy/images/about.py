@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
 from dcafy.graph.rewritten import original_class
 from dcafy.images.pictures import opened
 from dcafy.images.preparation import Preparation, Prepared, preparation
+from dcafy.records import Wrong
 from dcafy.wording import printable
 from dcafy.zoos.specs import blueprint_of
 
@@ -22,13 +23,28 @@ _ABOUT = "dcafy_about"
 """The attribute of a network that holds it."""
 
 
+def _fraction(value: Any, where: str) -> Any:
+    if not 0 < value < 1:
+        raise Wrong(where, "a number above 0 and below 1", value)
+    return value
+
+
 @dataclass(frozen=True)
 class Trained:
-    """What a network was trained on, and what was then measured on the validation images (accuracies are fractions)."""
+    """What a network was trained on, and what was then measured on the validation images (accuracies are fractions).
+
+    ``val_fraction``: the part of the images that was held out, where the data has no part of its own to validate on.
+    """
 
     data: str
     epochs: int
     metrics: Mapping[str, float]
+    val_fraction: Annotated[float, _fraction] = 0.2
+
+    @property
+    def opened_unasked(self) -> bool:
+        """Whether the data may be opened because a folder names it: pictures and numbers may, and no pickles."""
+        return self.data.partition(":")[0] in ("imagefolder", "coco", "digits", "fashion-mnist")
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from dcafy.detection.classes import classes_of, labels_for, names_of_labels
 from dcafy.detection.coco import CocoImages, open_coco
 from dcafy.detection.task import Boxes, Detection
 from dcafy.errors import InputError, UsageError
-from dcafy.images.about import preparation_of
+from dcafy.images.about import known, preparation_of
 from dcafy.images.data import Data
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Batches, Seeded
 from dcafy.images.preparation import Prepared
-from dcafy.images.sources import open_data
+from dcafy.images.sources import anchored, open_data
 from dcafy.runs.compare import Difference, paired_difference
 from dcafy.runs.options import EvaluateOptions
 from dcafy.runs.using import require_task
@@ -157,12 +157,21 @@ def _part(data: Data, part: str) -> Any:
     return {"val": data.val, "train": data.train}[part] if part != "all" else ConcatDataset([data.train, data.val])
 
 
+def _data_options(model: nn.Module, spec: str, options: EvaluateOptions) -> DataOptions:
+    """Which images are held out: those of the training, where it was on the same data."""
+    found = known(model)
+    same = found is not None and found.trained is not None and found.trained.data == anchored(spec)
+    as_trained = found.trained.val_fraction if same and found is not None and found.trained is not None else 0.2
+    fraction = as_trained if options.val_fraction is None else options.val_fraction
+    return DataOptions(val_fraction=fraction, follow_links=options.follow_links)
+
+
 def _classified(
     model: nn.Module, spec: str, options: EvaluateOptions, named: str
 ) -> tuple[_Shown, Task, tuple[str, ...], Sequence[int]]:
     if spec.partition(":")[0] == "coco":
         raise UsageError(f"--data {spec!r} has boxes, and {named!r} is a classifier. Name images with classes.")
-    data = open_data(spec, DataOptions(val_fraction=options.val_fraction))
+    data = open_data(spec, _data_options(model, spec, options))
     how = preparation_of(model, named, options.image_size)
     task = Classification(TrainingConfig())
     prepare = Prepared(how)
@@ -193,7 +202,7 @@ def _boxed(
 ) -> tuple[_Shown, Task, tuple[str, ...], Sequence[int]]:
     if options.image_size is not None:
         raise UsageError("--image-size is for classifiers; a detector resizes its images itself. Leave it out.")
-    data = open_coco(spec, DataOptions(val_fraction=options.val_fraction))
+    data = open_coco(spec, _data_options(model, spec, options))
     parts: tuple[CocoImages, CocoImages] = (data.train, data.val)
     theirs = require_task(model, named).classes
     if theirs:

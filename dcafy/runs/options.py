@@ -89,9 +89,14 @@ class EvaluateOptions(UseOptions):
         "Which images of --data: those to validate on, those to train on, or all.",
         choices=("val", "train", "all"),
     )
-    val_fraction: float = setting(
-        0.2, "The part of the images to validate on, where the data has no part of its own.", above=0, below=1
+    val_fraction: float | None = setting(
+        None,
+        "The part of the images to validate on, where the data has no part of its own. [default: as in the training on "
+        "the same data, else 0.2]",
+        above=0,
+        below=1,
     )
+    follow_links: bool = setting(False, "Also take pictures that links lead to outside of the folder.")
 
 
 _DETECTION_RATE = 0.01 / 16

@@ -102,7 +102,8 @@ def train(
         new_layers=on.ready.new_layers,
         listener=Several((*strict, JsonLines(directory / LOG), *listeners)),
     )
-    trained = Trained(printable(request.data), len(history.epochs), dict(history.metrics))
+    held_out = request.images.val_fraction
+    trained = Trained(request.data, len(history.epochs), dict(history.metrics), held_out)
     put_about(on.network, dataclasses.replace(about(on.network), trained=trained))
     return history
 
