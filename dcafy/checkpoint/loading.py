@@ -26,6 +26,7 @@ from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import from_data, in_dtype_of
 from dcafy.wording import printable
 from dcafy.zoos.fitting import difference
+from dcafy.zoos.specs import has_weights_now
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -99,6 +100,7 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
     )
     restore(converted, description.state)
     _require_data(converted)
+    has_weights_now(converted)
     if description.about is not None:
         put_about(converted, description.about)
     return converted

@@ -47,9 +47,11 @@ def convert_command(
         from dcafy.checkpoint.tensors import is_connection
         from dcafy.conversion import convert
         from dcafy.emit.dca import connections
+        from dcafy.runs.using import tell_random
         from dcafy.sources import open_model
 
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
+        tell_random(network, model)
         before = sum(parameter.numel() for parameter in network.parameters())
         connected = convert(network, example_inputs=example, verify=verify, **dataclasses.asdict(conversion))
         save(connected, output, base=base)

@@ -65,8 +65,8 @@ def evaluate_command(
         if data is None and trained is not None:
             if not trained.opened_unasked:
                 raise errors.UsageError(
-                    f"It was trained on {printable(trained.data)}, which may hold pickles. Name it, so that it is opened "
-                    f"because you say so: --data {printable(trained.data)}"
+                    f"It was trained on {printable(trained.data)}, which may hold pickles. Name it, so that it is "
+                    f"opened because you say so: --data {printable(trained.data)}"
                 )
             data = trained.data
         if data is None:

@@ -19,6 +19,10 @@ TASKS: dict[str, dict[str, Any]] = {
 """What a network can be trained for -> the defaults that are others for it."""
 
 
+KEPT = ("last", "best", "both")
+"""Which epoch's model the folder of a run gives; with ``best`` and ``both`` the best one is in ``best`` inside it."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What a run trains on, where it is kept, and how it begins."""
@@ -43,6 +47,12 @@ class RunOptions:
         False, "Train the unconnected network as well, with the same seeds and budget, and compare."
     )
     seeds: int = setting(1, "How many seeds are compared.", least=1)
+    keep: str = setting(
+        "last",
+        "Which epoch's model the folder gives: the last, or the best on the validation images; both gives the last, "
+        "and the best in the folder best inside.",
+        choices=KEPT,
+    )
     json_log: Path | None = setting(
         None, "Also write every step and epoch here, one JSON object a line.", metavar="FILE"
     )

@@ -9,10 +9,10 @@ from torch import nn
 
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import InputError, UsageError
-from dcafy.images.about import About, about, known
+from dcafy.images.about import About, about
 from dcafy.runs.options import UseOptions
 from dcafy.wording import printable
-from dcafy.zoos.specs import blueprint_of
+from dcafy.zoos.specs import has_random_weights
 
 log = logging.getLogger("dcafy")
 
@@ -39,8 +39,7 @@ def silence(model: nn.Module, spec: str) -> None:
 
 def tell_random(model: nn.Module, spec: str) -> None:
     """Says in the log that the weights are random, where nothing was loaded into them."""
-    built = blueprint_of(model)
-    if built is not None and built.weights is None and known(model) is None:
+    if has_random_weights(model):
         log.warning("%s: weights: random (add @DEFAULT for trained ones)", printable(spec))
 
 
