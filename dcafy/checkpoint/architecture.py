@@ -39,6 +39,7 @@ from dcafy.wording import printable
 from dcafy.zoos import specs
 from dcafy.zoos.fitting import Shapes, difference, shapes_of
 from dcafy.zoos.packages import ZOOS
+from dcafy.zoos.specs import NOTES
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ _WORD = re.compile(r"\w{0,64}", re.ASCII)
 """A text that is taken from a folder: a zoo looks such words up in its own tables; it is no path and no module."""
 
 
-def _is_given(name: str, value: Any) -> bool:
+def _is_given(name: str, value: Any, depth: int = 4) -> bool:
     """Whether a folder may give a builder this argument."""
     if not name.isidentifier() or name.startswith("_") or _LOADING.search(name):
         return False
@@ -69,7 +70,7 @@ def _is_given(name: str, value: Any) -> bool:
     if known is not None:
         numbers = not isinstance(value, tuple) or all(type(item) is int for item in value)
         return type(value) in known and numbers and _is_data(value, 1)
-    return _is_data(value, 4)
+    return _is_data(value, depth)
 
 
 def _is_data(value: Any, depth: int) -> bool:
@@ -80,7 +81,7 @@ def _is_data(value: Any, depth: int) -> bool:
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None
     if isinstance(value, dict):
-        named = all(isinstance(key, str) and _is_given(key, item) for key, item in value.items())
+        named = all(isinstance(key, str) and _is_given(key, item, depth - 1) for key, item in value.items())
         return depth > 0 and len(value) <= 64 and named
     inside = isinstance(value, tuple | list) and len(value) <= 256
     return inside and depth > 0 and all(_is_data(item, depth - 1) for item in value)
@@ -328,7 +329,8 @@ def _module(module: nn.Module) -> _Module:
     cls = original_class(module)
     kind = f"{cls.__module__}.{cls.__qualname__}"
     kind = _SAME.get(kind, kind)
-    plain = {name: _plain(value) for name, value in vars(module).items() if name not in _MACHINERY}
+    own = {name: value for name, value in vars(module).items() if name not in _MACHINERY | NOTES}
+    plain = {name: _plain(value) for name, value in own.items()}
     tensors = {
         name: tuple(value.shape)
         for holder in (module._parameters, module._buffers)

@@ -103,6 +103,10 @@ _RANDOM = "dcafy_random_weights"
 """The attribute of a zoo's network that says whether it still has the weights that it was made with."""
 
 
+NOTES = frozenset({_BLUEPRINT, _RANDOM})
+"""Attributes that dcafy leaves on a zoo's network; they are no settings of it."""
+
+
 def has_random_weights(model: nn.Module) -> bool:
     """Whether a network that dcafy built by a zoo's name was given no weights since."""
     return vars(model).get(_RANDOM) is True

@@ -16,7 +16,7 @@ import dcafy
 
 Run = Callable[..., tuple[int, str, str]]
 
-RUN = ("timm:test_efficientnet", "--epochs", 3, "--batch-size", 4, "--image-size", 32, "--cpu", "--lr", 0.02)
+RUN = ("timm:test_efficientnet", "--epochs", 3, "--batch-size", 4, "--image-size", 32, "--cpu", "--lr", 0.05)
 
 
 @pytest.fixture(scope="module")

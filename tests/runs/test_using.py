@@ -239,7 +239,8 @@ def test_detectors(dcafy_command: Run, tmp_path: Path) -> None:
     names = dcafy.about(dcafy.load(tmp_path / "run")).classes
     for row in seen:
         assert len(row["boxes"]) == 3
-        width, height = Image.open(row["file"]).size
+        with Image.open(row["file"]) as picture:
+            width, height = picture.size
         for box in row["boxes"]:
             assert box["class"] in names[1:]
             assert 0 <= box["box"][0] <= box["box"][2] <= width
