@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from dcafy.images.about import about, transforms
     from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped
     from dcafy.plan.plan import Plan
 
@@ -69,6 +70,7 @@ _HOME = {
     "TrainingError": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",
+    "about": "images.about",
     "connections": "emit.dca",
     "convert": "conversion",
     "flat": "emit.whole",
@@ -80,6 +82,7 @@ _HOME = {
     "revert": "converted",
     "run": "emit.wire",
     "save": "checkpoint",
+    "transforms": "images.about",
     "usage": "analysis.usage",
 }
 """Public name -> the module it lives in."""
@@ -103,6 +106,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "about",
     "connections",
     "convert",
     "flat",
@@ -114,6 +118,7 @@ __all__ = [
     "revert",
     "run",
     "save",
+    "transforms",
     "usage",
 ]
 

@@ -34,6 +34,7 @@ LAYERS = (
     # doing
     ("training",),
     ("detection",),
+    ("export",),
     ("runs",),
     # faces
     ("report",),

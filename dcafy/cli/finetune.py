@@ -76,6 +76,7 @@ def finetune_command(
                 run.task,
                 prefix=file.prefix,
                 ignore_head=file.ignore_head,
+                keep=run.keep,
             ).anchored()
             if is_main_process():
                 _require_free(output)
@@ -120,6 +121,7 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
         **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings", *_PLACES)},
         "compare": asked.seeds > 0,
         "seeds": max(asked.seeds, 1),
+        "keep": asked.keep,
         **dataclasses.asdict(asked.conversion),
         **dataclasses.asdict(asked.images),
         **dataclasses.asdict(asked.training),
@@ -165,6 +167,7 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, subject, train
     from dcafy.runs.summary import of_comparison, of_history
+    from dcafy.runs.using import tell_random
     from dcafy.training.folder import alone_in
     from dcafy.training.parallel import finished, is_main_process
     from dcafy.training.telling import JsonLines, Listener, for_stderr
@@ -180,6 +183,7 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
             JsonLines(run.json_log).require_writable()
         on = subject(asked, seed=asked.training.seed, file=file)
         if is_main_process():
+            tell_random(on.network, asked.model)
             _tell(on.data.amiss)
             alone.enter_context(alone_in(output))
             if not run.resume:

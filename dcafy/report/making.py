@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dcafy.analysis.values import check_images
 from dcafy.disk import replaced
 from dcafy.emit.dca import recipes
+from dcafy.images.about import known, preparation_of
 from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation, preparation
 from dcafy.report.epochs import EpochLog
@@ -95,6 +96,8 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
     ``spec``: what the user called the model. The folder of a ``dcafy finetune`` run says how its images were made
     ready; a ``torchvision:`` or ``timm:`` name stands for that of its weights. ``image_size``: another side, in pixels.
     """
+    if known(model) is not None:
+        return preparation_of(model, spec, image_size)
     run = run_in(spec) if spec else None
     if run is not None:
         return preparation(model, run.arch or run.model, image_size or run.images.image_size)

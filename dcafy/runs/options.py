@@ -19,6 +19,10 @@ TASKS: dict[str, dict[str, Any]] = {
 """What a network can be trained for -> the defaults that are others for it."""
 
 
+KEPT = ("last", "best", "both")
+"""Which epoch's model the folder of a run gives; with ``best`` and ``both`` the best one is in ``best`` inside it."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What a run trains on, where it is kept, and how it begins."""
@@ -43,12 +47,66 @@ class RunOptions:
         False, "Train the unconnected network as well, with the same seeds and budget, and compare."
     )
     seeds: int = setting(1, "How many seeds are compared.", least=1)
+    keep: str = setting(
+        "last",
+        "Which epoch's model the folder gives: the last, or the best on the validation images; both gives the last, "
+        "and the best in the folder best inside.",
+        choices=KEPT,
+    )
     json_log: Path | None = setting(
         None, "Also write every step and epoch here, one JSON object a line.", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True)
+class UseOptions:
+    """How a trained network is run on images."""
+
+    batch_size: int = setting(32, "Images in a batch.", least=1)
+    workers: int = setting(0, "Processes that read images.", least=0)
+    cpu: bool = setting(False, "Run on the CPU even where there is a GPU.")
+    image_size: int | None = setting(
+        None, "Side of the images in pixels. [default: what the network was trained with]", least=1
+    )
+    cut: bool = setting(False, "Switch all connections off (β = 0).")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PredictOptions(UseOptions):
+    """What is told of each image."""
+
+    top: int | None = setting(
+        None,
+        "How many classes, or boxes, are told of each image. [default: 5 classes, 100 boxes]",
+        metavar="K",
+        least=1,
+    )
+    threshold: float = setting(0.5, "The least score of a box that is told.", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(UseOptions):
+    """What a network is measured on."""
+
+    part: str = setting(
+        "val",
+        "Which images of --data: those to validate on, those to train on, or all.",
+        choices=("val", "train", "all"),
+    )
+    val_fraction: float | None = setting(
+        None,
+        "The part of the images to validate on, where the data has no part of its own. [default: as in the training on "
+        "the same data, else 0.2]",
+        above=0,
+        below=1,
+    )
+    follow_links: bool = setting(False, "Also take pictures that links lead to outside of the folder.")
 
 
 _DETECTION_RATE = 0.01 / 16

@@ -16,7 +16,7 @@ from dcafy.images.options import DataOptions
 from dcafy.images.sources import anchored
 from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
-from dcafy.runs.options import TASKS
+from dcafy.runs.options import KEPT, TASKS
 from dcafy.training.options import TIMES, TrainingConfig
 from dcafy.wording import printable, quoted, refused
 
@@ -41,7 +41,12 @@ def _without_places(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, "prefix": None, "ignore_head": False}
 
 
-FORMAT = Format("version", 2, {1: _without_places, 2: _with_rates})
+def _completed(request: dict[str, Any]) -> dict[str, Any]:
+    """Requests of version 2 kept the last epoch, before there was a choice."""
+    return _with_rates({"keep": "last", **request})
+
+
+FORMAT = Format("version", 2, {1: _without_places, 2: _completed})
 """The version of the request on the disk."""
 
 _LARGEST = 2**20
@@ -63,6 +68,7 @@ class Request:
     task: Annotated[str, one_of(TASKS)] = "classification"
     prefix: str | None = None
     ignore_head: bool = False
+    keep: Annotated[str, one_of(KEPT)] = "last"
 
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""

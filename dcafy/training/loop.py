@@ -317,6 +317,7 @@ class _Run:
                 len(self.skipped),
             )
         )
+        self.listener.measured(self._shown(), self.epochs[-1])
         self.progress.next_epoch()
         self._look_round(True, always=True)
         self.listener.epoch_ended(self.epochs[-1])
