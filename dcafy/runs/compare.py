@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcafy.analysis.complexity import complexity
-from dcafy.analysis.usage import Usage
+from dcafy.analysis.listening import Usage
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError, Interrupted
 from dcafy.runs.recipes import PURPOSES

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
-from dcafy.analysis.usage import Usage
+from dcafy.analysis.listening import usage_tables
 from dcafy.checkpoint.folder import MARKER
-from dcafy.plan.tables import WIDTH, plain
+from dcafy.plan.tables import unfolded
 from dcafy.runs.compare import Comparison
 from dcafy.training.history import History
 from dcafy.training.telling import metrics_in_words
@@ -26,33 +26,12 @@ def of_history(history: History, directory: Path) -> str:
         parts.append(f"{len(history.skipped)} images could not be read and were skipped:")
         parts += [f"  {printable(name)}" for name in history.skipped[:10]]
     if history.usage is not None:
-        parts.append(used(history.usage))
+        parts += usage_tables(history.usage)
     # A network that no zoo builds by name is loaded into one that the user builds.
     named = json.loads((directory / MARKER).read_text(encoding="utf-8"))["model"] is not None
     folder = printable(str(directory))
     parts.append(f"saved in {folder}: dcafy.load({folder!r}{'' if named else ', model=YOUR_NETWORK'}) gives the model")
-    return plain(parts, WIDTH)
-
-
-def used(usage: Usage) -> Table:
-    """Every connection: its α and β, how loud it is, and what cutting it costs."""
-    table = Table(title=f"Connections, on {usage.images} validation images", title_justify="left")
-    table.add_column("receiving block", overflow="fold")
-    for column in ("α", "β", "contribution", "message share", "loss if cut", "top1 if cut"):
-        table.add_column(column, justify="right")
-    for row in usage.connections:
-        table.add_row(
-            row.name,
-            f"{row.alpha:.4f}",
-            f"{row.beta:+.4f}",
-            f"{row.contribution:.4f}",
-            f"{row.message_share:.1%}",
-            f"{row.loss_change:+.4f}",
-            f"{100 * row.accuracy_change:+.2f} points",
-        )
-    table.add_section()
-    table.add_row("all cut", "", "", "", "", f"{usage.loss_change:+.4f}", f"{100 * usage.accuracy_change:+.2f} points")
-    return table
+    return unfolded(parts)
 
 
 def of_comparison(comparison: Comparison) -> str:
@@ -82,5 +61,5 @@ def of_comparison(comparison: Comparison) -> str:
         parts.append(
             f"{name}, connected minus original: {100 * difference.mean:+.2f} points{interval}: {difference.verdict}"
         )
-    parts += [used(usage) for usage in comparison.usage[:1] if usage is not None]
-    return plain(parts, WIDTH)
+    parts += [part for usage in comparison.usage[:1] if usage is not None for part in usage_tables(usage)]
+    return unfolded(parts)

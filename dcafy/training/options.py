@@ -48,7 +48,7 @@ class TrainingConfig:
     workers: int = setting(0, "Processes that read images, for each training process; 0 reads them in it.", least=0)
     checkpoint_steps: int = setting(0, "Steps between two checkpoints. [default: one after each epoch]", least=0)
     usage_images: int = setting(
-        2048, "Validation images on which each connection is cut at the end; 0 is none.", least=0
+        1024, "Validation images on which connections are cut and shuffled at the end; 0 is none.", least=0
     )
     cpu: bool = setting(False, "Train on the CPU also where there is a GPU.")
 

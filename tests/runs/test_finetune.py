@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -60,10 +61,12 @@ def test_a_run_leaves_a_model_a_log_and_a_request(command: Run, tmp_path: Path) 
     assert code == 0
     assert "epoch 2/2: loss" in err
     assert "validation after 2 epochs" in out
-    assert "message share" in out
+    assert "if shuffled" in out
+    assert re.search(r"all of them +[+-]\d\.\d{4} ± \d\.\d{4}", out)
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["event"] for row in rows] == ["begin", "epoch", "epoch", "end"]
-    assert {"contribution", "message_share"} <= set(next(iter(rows[1]["connections"].values())))
+    assert set(next(iter(rows[1]["connections"].values()))) == {"alpha", "beta", "contribution"}
+    assert rows[-1]["usage"]["connections"][0]["shuffled"]["loss_error"] > 0
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events.count("step") == 2 * (1438 // 64)
     from training_data import network
