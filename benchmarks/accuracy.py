@@ -32,7 +32,7 @@ from dcafy.images.data import open_data
 from dcafy.images.options import DataOptions
 from dcafy.images.order import seeded
 from dcafy.images.pictures import with_channels
-from dcafy.runs.compare import paired_difference
+from dcafy.runs.evidence import paired_difference
 from dcafy.training import TrainingConfig, finetune
 
 
@@ -328,7 +328,7 @@ def points(values: Sequence[float], others: Sequence[float]) -> str:
     found = paired_difference(values, others)
     if found.low is None or found.high is None:
         return f"{100 * found.mean:+.2f}"
-    mark = "" if found.verdict.startswith("no") else " **"
+    mark = " **" if found.verdict in ("better", "worse") else ""
     return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]{mark}"
 
 

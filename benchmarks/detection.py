@@ -39,7 +39,7 @@ from torchvision.models.resnet import BasicBlock
 import dcafy
 from dcafy.analysis.usage import message_shares
 from dcafy.detection import Boxes, Detection, open_coco, write_shapes
-from dcafy.runs.compare import paired_difference
+from dcafy.runs.evidence import paired_difference
 from dcafy.training import DataOptions, TrainingConfig, finetune
 
 # --- what connecting costs ------------------------------------------------------------------------------

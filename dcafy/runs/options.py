@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcafy.errors import UsageError
 from dcafy.images.sources import forms
 from dcafy.plan.options import check, setting
 from dcafy.training.options import TrainingConfig
+from dcafy.wording import nearest
 
 TASKS: dict[str, dict[str, Any]] = {
     "classification": {},
     "detection": {"optimizer": "sgd", "schedule": "multistep", "epochs": 12, "batch_size": 16},
 }
 """What a network can be trained for -> the defaults that are others for it."""
+
+
+ARMS = ("plain", "attention", "original", "connected")
+"""What can be trained: the network as it is, with inserted attention, without the connections only, and with them."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,36 @@ class RunOptions:
     resume: bool = setting(
         False, "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over."
     )
-    compare: bool = setting(
-        False, "Train the unconnected network as well, with the same seeds and budget, and compare."
+    plain: bool = setting(False, "Train the network as it is, without connections.")
+    compare: str | None = setting(
+        None,
+        "Train several forms of the network with the same seeds and budget, and compare: any of plain (as it is), "
+        "attention (with --attention, unconnected) and connected, such as plain,attention,connected. Without a value: "
+        "original (all but the connections) and connected.",
+        metavar="[ARMS]",
     )
-    seeds: int = setting(1, "How many seeds are compared.", least=1)
+    seeds: int = setting(1, "How many seeds are compared; 3 or more for a verdict.", least=1)
     json_log: Path | None = setting(
         None, "Also write every step and epoch here, one JSON object a line.", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
         check(self)
+        if self.plain and self.compare:
+            raise UsageError("--plain trains one network, and --compare several. Leave one of them out.")
+        self.arms  # noqa: B018 (says what is wrong with them)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """What is compared, in the order of ``ARMS``; empty where nothing is."""
+        asked = [name for name in (self.compare or "").replace(",", " ").split() if name]
+        for name in asked:
+            if name not in ARMS:
+                raise UsageError(
+                    f"--compare {name!r} is not known.{nearest(name, list(ARMS))} Use any of: plain, attention, "
+                    "connected."
+                )
+        return tuple(name for name in ARMS if name in asked)
 
 
 _DETECTION_RATE = 0.01 / 16

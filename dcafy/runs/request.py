@@ -16,7 +16,7 @@ from dcafy.images.options import DataOptions
 from dcafy.images.sources import anchored
 from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
-from dcafy.runs.options import TASKS
+from dcafy.runs.options import ARMS, TASKS
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable, quoted, refused
 
@@ -29,7 +29,13 @@ def _without_places(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, "prefix": None, "ignore_head": False}
 
 
-FORMAT = Format("version", 2, {1: _without_places})
+def _with_arms(request: dict[str, Any]) -> dict[str, Any]:
+    """Runs of version 2 are of a connected network, and were compared with what it was before."""
+    compared = bool(request.get("seeds"))
+    return {**request, "arm": "connected", "arms": ["original", "connected"] if compared else []}
+
+
+FORMAT = Format("version", 3, {1: _without_places, 2: _with_arms})
 """The version of the request on the disk."""
 
 _LARGEST = 2**20
@@ -38,7 +44,11 @@ _LARGEST = 2**20
 
 @dataclass(frozen=True)
 class Request:
-    """All that decides a run. ``seeds``: how many seeds are compared; 0 where nothing is compared."""
+    """All that decides a run.
+
+    ``seeds``: how many seeds are compared; 0 where nothing is compared. ``arms``: what is compared, and ``arm``: what
+    is trained where nothing is (``dcafy.runs.options.ARMS``).
+    """
 
     model: str
     data: str
@@ -49,6 +59,8 @@ class Request:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seeds: int = 0
     task: Annotated[str, one_of(TASKS)] = "classification"
+    arm: Annotated[str, one_of(ARMS)] = "connected"
+    arms: tuple[Annotated[str, one_of(ARMS)], ...] = ()
     prefix: str | None = None
     ignore_head: bool = False
 

@@ -43,11 +43,14 @@ class Subject:
     ready: Ready
 
 
-def subject(request: Request, *, seed: int, connect: bool = True, file: FileOptions | None = None) -> Subject:
+def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOptions | None = None) -> Subject:
     """The network that ``request`` names with a head for its data, connected or not, and the data.
 
-    Whatever is new in the network follows from ``seed``; it is the same whether the network is connected or not.
+    ``arm``: what is made of the network; default: the request's. Whatever is new in it follows from ``seed``, and is
+    the same in every arm that has it.
     """
+    arm = arm or request.arm
+    require_arm(request, arm)
     purpose = PURPOSES[request.task]
     purpose.task(request.training)  # refuses options that mean nothing for it
     data = purpose.open_data(request.data, request.images)
@@ -63,14 +66,23 @@ def subject(request: Request, *, seed: int, connect: bool = True, file: FileOpti
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
                 )
-            if not connect:
+            if arm != "connected":
                 network = _without_connections(network, request.model)
-        elif connect:
+        elif arm == "connected":
             options = dataclasses.asdict(request.conversion)
             network = convert(network, example_inputs=ready.example, copy=False, **options)
-        else:
+        elif arm != "plain":
             network = with_attention(network, request.conversion, example_inputs=ready.example, copy=False)
     return Subject(network, data, ready)
+
+
+def require_arm(request: Request, arm: str) -> None:
+    """Nothing where the request says all that this arm needs; else ``UsageError``."""
+    if arm == "attention" and request.conversion.attention is None:
+        raise UsageError(
+            "--compare attention is the network with inserted attention, and --attention names none. Add it, or "
+            "compare with plain: the network as it is."
+        )
 
 
 def _without_connections(network: nn.Module, name: str) -> nn.Module:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
+
+from torch import Tensor
 
 from dcafy import records
 from dcafy.analysis.listening import Usage
@@ -62,11 +64,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """All epochs; what the network makes of each connection in the end; every image that could not be read, by name."""
+    """All epochs; what the network makes of each connection in the end; every image that could not be read, by name.
+
+    ``by_image``: what was measured last, image by image, where it is (see :class:`dcafy.training.tasks.Meter`).
+    """
 
     epochs: tuple[Epoch, ...]
     usage: Usage | None = None
     skipped: tuple[str, ...] = ()
+    by_image: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,7 @@ class _Run:
         self.wrapped: Replicated | Sharded | None = None
         self.progress = Progress(rate=float(self.schedule.get_last_lr()[0]))
         self.epochs: list[Epoch] = []
+        self.by_image: Mapping[str, Tensor] | None = None
         self.skipped: dict[str, None] = {}
 
     def _shown_loader(self, val: Any) -> DataLoader[Any]:
@@ -197,7 +198,9 @@ class _Run:
         if self.average is not None:
             _take(self.model, self.average.module)
         self.model.eval()
-        history = History(tuple(self.epochs), self._usage(), tuple(self.skipped))
+        if self.by_image is None:  # a run that had ended before
+            self._evaluate(self.model)
+        history = History(tuple(self.epochs), self._usage(), tuple(self.skipped), self.by_image or {})
         self.listener.ends(history)
         return history
 
@@ -290,7 +293,7 @@ class _Run:
             raise stopped(int(signal), None if self.file is None else self.file.parent)
 
     def _end_epoch(self) -> None:
-        metrics = self._evaluate()
+        metrics = self._evaluate(self._shown())
         if not math.isfinite(metrics.get("loss", 0.0)):
             self.progress.broken = True  # which the look round at the end of the epoch tells, before it saves
         self._share_skipped()
@@ -319,15 +322,16 @@ class _Run:
         return self.model if self.average is None else self.average.module
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
-        """The metrics, of the average where there is one."""
-        model = self._shown()
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of ``model`` on the validation images."""
         meter = self.task.meter()
         with evaluating(model), torch.random.fork_rng(devices=[]):
             for batch in self.val_loader:
                 self._skip(batch.unreadable)
                 meter.update(model, batch)
-        return meter.result(self.accelerator)
+        metrics = meter.result(self.accelerator)
+        self.by_image = meter.by_image
+        return metrics
 
     def _skip(self, names: Iterable[str]) -> None:
         for name in names:
