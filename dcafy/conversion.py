@@ -110,7 +110,7 @@ def convert(
         raise InputError("A model on the meta device computes nothing to compare. Pass verify=False.")
     chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.network)
     chosen = shaped(chosen, seen.network, dimension=conversion.dimension, topology=conversion.topology)
-    if not chosen.links:
+    if not chosen.links and not chosen.alone:
         raise NoAttentionError(_nothing_to_connect(chosen, seen.lost))
     chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):

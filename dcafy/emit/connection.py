@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +80,26 @@ class Connection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dimension}, schema={self.schema}, bounded={self.bounded}"
+
+
+class OwnContext(Connection):
+    """What is left of a connection that hears nobody any more: f of αG alone, which is αG but for inexact schemas.
+
+    >>> own = OwnContext("channel")
+    >>> [name for name, _ in own.named_parameters()]
+    ['alpha']
+    """
+
+    hears_nobody = True
+
+    def __init__(self, dimension: Dimension, **options: Any) -> None:
+        super().__init__(dimension, **options)
+        del self.beta
+
+    def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
+        """What f makes of αG where nothing is heard."""
+        nothing = () if SCHEMAS[self.schema].exact else ((self.alpha, torch.zeros_like(G)),)
+        return SCHEMAS[self.schema].of(G, self.alpha, nothing)
 
 
 class JoinedConnection(nn.Module):

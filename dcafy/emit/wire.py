@@ -318,7 +318,7 @@ def _check_checkpoints(dca: Any, heard: Any, messages: tuple[Any, ...]) -> None:
             "A reentrant checkpoint runs connected attention blocks: no gradient passes between blocks of different "
             "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
-    if any(message is not None for message in messages):
+    if not heard.sources or any(message is not None for message in messages):
         return
     task = backward()
     if task != -1 and getattr(wire.here, "task", None) != task:
