@@ -77,7 +77,7 @@ def convert(
     ``dimension``: ``channel``, ``spatial`` or ``all`` (paper 4.2: DCA-C, DCA-S, DCA-All).
     ``topology``: ``chain``, or ``dense`` where each block hears all earlier ones that reach it.
     ``attention``: a network without attention is given this one first, as :func:`dcafy.insert` does it, with
-    ``attention_reduction`` for its bottleneck, ``where`` and ``init``.
+    ``attention_reduction`` for its bottleneck (``None`` or 0: none, with ``gc``), ``where`` and ``init``.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
     ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` is
     not the identity at the start: a warning tells how far the outputs have moved.
@@ -135,7 +135,7 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
     return insert(
         model,
         options.attention,
-        reduction=options.attention_reduction,
+        reduction=options.attention_reduction or None,
         where=options.where,
         init=options.init,  # type: ignore[arg-type]
         example_inputs=example_inputs,

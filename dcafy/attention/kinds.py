@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dcafy.plan.options import Init
 from dcafy.records import one_of, within
@@ -13,16 +13,21 @@ from dcafy.records import one_of, within
 if TYPE_CHECKING:
     from torch import nn
 
-Build = Callable[[int, int, Init, int], "nn.Module"]
-"""(channels, reduction, init, side of the map) -> the module that attends a map."""
+Build = Callable[[int, Any, Init, int], "nn.Module"]
+"""(channels, reduction or ``None``, init, side of the map) -> the module that attends a map."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention that can be inserted; ``obstacle``: why it cannot start as an exact no-op, empty where it can."""
+    """One attention that can be inserted.
+
+    ``obstacle``: why it cannot start as an exact no-op, empty where it can. ``without_bottleneck``: whether it can do
+    without one (a reduction of ``None``).
+    """
 
     build: Build
     obstacle: str = ""
+    without_bottleneck: bool = False
 
 
 def _of(module: str, name: str) -> Callable[..., nn.Module]:
@@ -56,7 +61,7 @@ ATTENTIONS: dict[str, Attention] = {
     "sk": Attention(_sk, obstacle="its maps weigh two branches against one another, and the second one is new"),
     "cbam": Attention(_reduced("cbam", "CBAM")),
     "bam": Attention(_reduced("bam", "BAM")),
-    "gc": Attention(_reduced("gc", "GC")),
+    "gc": Attention(_reduced("gc", "GC"), without_bottleneck=True),
     "sge": Attention(lambda channels, reduction, init, side: _of("sge", "SGE")(channels, init=init)),
     "eca": Attention(lambda channels, reduction, init, side: _of("eca", "ECA")(channels, init=init)),
 }
@@ -71,6 +76,6 @@ class Insertion:
     """What one call of :func:`dcafy.insert` did: enough to do it again."""
 
     attention: Annotated[str, one_of(ATTENTIONS)]
-    reduction: Annotated[int, within(1, 2**16)]
+    reduction: Annotated[int, within(1, 2**16)] | None
     where: str
     init: Init

@@ -18,7 +18,7 @@ from dcafy.cli.configured import given_options, with_options
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion, Inserting
-from dcafy.runs.options import ARMS, RunOptions, with_defaults_of
+from dcafy.runs.options import ARMS, RunOptions, chosen
 from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable
@@ -81,20 +81,23 @@ def finetune_command(
                 else "--data names no images. Write --data imagefolder:PATH, or --data digits to try."
             )
         else:
-            training = with_defaults_of(run.task, training, given)
             _require_some_use(run, given)
+            found = chosen(run, training, images, conversion, given)
+            if found.training.schedule == "multistep":
+                found.training.falls_at  # noqa: B018 (says what is wrong with them)
             asked = Request(
                 model,
                 run.data,
                 file.arch,
                 settings_given(settings),
-                conversion,
-                images,
-                training,
+                found.conversion,
+                found.images,
+                found.training,
                 run.seeds if run.arms else 0,
-                run.task,
+                found.task,
                 "plain" if run.plain else "connected",
                 run.arms,
+                run.recipe,
                 prefix=file.prefix,
                 ignore_head=file.ignore_head,
             ).anchored()
@@ -153,7 +156,7 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     if "settings" in given:
         given["settings"] = settings_given(given["settings"])
     known = {
-        **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings", *_PLACES)},
+        **{name: getattr(asked, name) for name in ("model", "data", "task", "recipe", "arch", "settings", *_PLACES)},
         "plain": asked.arm == "plain",
         "compare": ",".join(asked.arms) or None,
         "seeds": max(asked.seeds, 1),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dcafy.emit.dca import recipes
+from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
 from dcafy.images.pictures import with_channels
 from dcafy.trace.inputs import guesses
@@ -36,11 +37,14 @@ class Preparation:
         return len(self.mean)
 
 
-def preparation(model: nn.Module, spec: str, image_size: int | None = None) -> Preparation:
+def preparation(
+    model: nn.Module, spec: str, image_size: int | None = None, *, resize: int | None = None
+) -> Preparation:
     """What the weights of ``model`` were trained with: torchvision's presets and timm's configuration.
 
     ``spec``: the ``torchvision:`` or ``timm:`` name of the model where it has one. For other models the first guess at
-    their input gives the size. ``image_size``: another side, in pixels, with the resize in proportion.
+    their input gives the size. ``image_size``: another side, in pixels, with the resize in proportion; ``resize``:
+    another shorter side. Raises ``UsageError`` where less is left than is to be cut out.
     """
     # A folder that was loaded by name knows that name.
     names = [spec, *(recipe.model or "" for _, recipe in recipes(model))]
@@ -50,10 +54,17 @@ def preparation(model: nn.Module, spec: str, image_size: int | None = None) -> P
     if found.channels != channels:
         mean, std = (sum(values) / len(values) for values in (found.mean, found.std))
         found = dataclasses.replace(found, mean=(mean,) * channels, std=(std,) * channels)
-    if image_size is None:
+    if image_size is not None:
+        ratio = found.resize / min(found.size)
+        found = dataclasses.replace(found, size=(image_size, image_size), resize=round(image_size * ratio))
+    if resize is None:
         return found
-    ratio = found.resize / min(found.size)
-    return dataclasses.replace(found, size=(image_size, image_size), resize=round(image_size * ratio))
+    if resize < max(found.size):
+        raise UsageError(
+            f"--val-resize {resize} leaves less than the {found.size[0]} x {found.size[1]} pixels that are cut out of "
+            "the centre. Choose a larger one, or a smaller --image-size."
+        )
+    return dataclasses.replace(found, resize=resize)
 
 
 def _of_torchvision(spec: str) -> Preparation | None:
@@ -99,16 +110,19 @@ def _channels(model: nn.Module, default: int) -> int:
 
 
 class Prepared:
-    """(picture, label) -> (tensor ``[C, H, W]``, label); ``augment`` as in ``DataOptions``, ``none`` to validate."""
+    """(picture, label) -> (tensor ``[C, H, W]``, label); ``augment`` as in ``DataOptions``, ``none`` to validate.
 
-    def __init__(self, how: Preparation, augment: str = "none") -> None:
+    ``scale``: the least part of a picture's area that a random crop has; ``ratio``: the largest ratio of its sides.
+    """
+
+    def __init__(self, how: Preparation, augment: str = "none", *, scale: float = 0.35, ratio: float = 4 / 3) -> None:
         from torchvision.transforms import InterpolationMode, v2
 
         filter_of = {mode.value: mode for mode in InterpolationMode}
         smooth = filter_of.get(how.interpolation, InterpolationMode.BILINEAR)
         whole = [v2.Resize(how.resize, smooth), v2.CenterCrop(how.size)]
         random_crop = [
-            v2.RandomResizedCrop(how.size, scale=(0.35, 1.0), interpolation=smooth),
+            v2.RandomResizedCrop(how.size, scale=(scale, 1.0), ratio=(1 / ratio, ratio), interpolation=smooth),
             v2.RandomHorizontalFlip(),
         ]
         margin = [max(side // 8, 1) for side in how.size]

@@ -97,7 +97,9 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
     """
     run = run_in(spec) if spec else None
     if run is not None:
-        return preparation(model, run.arch or run.model, image_size or run.images.image_size)
+        own = run.images
+        resize = own.val_resize if image_size is None else None
+        return preparation(model, run.arch or run.model, image_size or own.image_size, resize=resize)
     recipe = next((recipe for _, recipe in recipes(model)), None)
     if image_size is None and recipe is not None and recipe.model is None and recipe.inputs is not None:
         first = from_data(recipe.inputs)[0]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dcafy.errors import UsageError
+from dcafy.images.options import DataOptions
 from dcafy.images.sources import forms
-from dcafy.plan.options import check, setting
+from dcafy.plan.options import Conversion, check, setting
+from dcafy.runs.paper import RECIPES, explained
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import nearest
 
@@ -40,6 +42,12 @@ class RunOptions:
         "What the network is trained for. Detectors are measured by average precision, and have other defaults: sgd, "
         "12 epochs, 16 images in a batch, --schedule multistep, a learning rate of 0.01 for 16 images (in proportion).",
         choices=tuple(TASKS),
+    )
+    recipe: str | None = setting(
+        None,
+        f"One of the paper's own trainings; options that are given beat it, and connections have the base's rate. "
+        f"{explained()} With another batch the rate is in proportion.",
+        choices=tuple(RECIPES),
     )
     output: Path | None = setting(None, "The folder of the run.", metavar="DIR", short="-o")
     resume: bool = setting(
@@ -88,8 +96,64 @@ def with_defaults_of(task: str, config: TrainingConfig, given: Iterable[str]) ->
     >>> chosen.optimizer, chosen.schedule, chosen.lr
     ('sgd', 'multistep', 0.0025)
     """
-    kept = set(given)
-    config = dataclasses.replace(config, **{name: value for name, value in TASKS[task].items() if name not in kept})
+    config = _with(config, TASKS[task], given)
     if task == "detection" and config.lr is None and config.optimizer == "sgd":
         config = dataclasses.replace(config, lr=_DETECTION_RATE * config.batch_size)
     return config
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run is asked to do, once the defaults of its task or its recipe stand in for what was not given."""
+
+    task: str
+    training: TrainingConfig
+    images: DataOptions
+    conversion: Conversion
+
+
+def chosen(
+    run: RunOptions, training: TrainingConfig, images: DataOptions, conversion: Conversion, given: Iterable[str]
+) -> Chosen:
+    """The options with what the recipe (:data:`dcafy.runs.paper.RECIPES`), else the task, says of what was not given.
+
+    Under a recipe, another batch has its rate in proportion, another number of epochs its milestones, and connections
+    have the base's rate.
+
+    >>> found = chosen(RunOptions(recipe="paper"), TrainingConfig(epochs=5), DataOptions(), Conversion(), ["epochs"])
+    >>> found.training.lr, found.training.epochs, found.images.crop_scale, found.conversion.init
+    (0.1, 5, 0.1, 'paper')
+    """
+    kept = set(given)
+    if run.recipe is None:
+        return Chosen(run.task, with_defaults_of(run.task, training, kept), images, conversion)
+    recipe = RECIPES[run.recipe]
+    if "task" in kept and run.task != recipe.task:
+        raise UsageError(f"--recipe {run.recipe} is for --task {recipe.task}, not {run.task}. Leave one of them out.")
+    options = recipe.options
+    if "epochs" in kept and "milestones" in options:
+        part = training.epochs / options["epochs"]
+        options["milestones"] = ",".join(f"{float(epoch) * part:g}" for epoch in options["milestones"].split(","))
+    if {"warmup_epochs", "warmup_steps"} & kept:
+        options = {name: value for name, value in options.items() if not name.startswith("warmup")}
+    made = _with(training, options, kept)
+    if "lr" not in kept:
+        batch = made.batch_size * made.accumulate
+        made = dataclasses.replace(made, lr=recipe.options["lr"] * batch / recipe.options["batch_size"])
+    if "connection_lr" not in kept:
+        made = dataclasses.replace(made, connection_lr=made.base_rate)
+    return Chosen(recipe.task, made, _with(images, options, kept), _with(conversion, options, kept))
+
+
+def conversion_of(recipe: str | None) -> Conversion:
+    """The options of a conversion that a recipe has, if any."""
+    return _with(Conversion(), RECIPES[recipe].options if recipe else {}, ())
+
+
+Configuration = TypeVar("Configuration", TrainingConfig, DataOptions, Conversion)
+
+
+def _with(config: Configuration, options: Mapping[str, Any], given: Iterable[str]) -> Configuration:
+    """``config`` with those of the options that it has and that were not given."""
+    own = {item.name for item in dataclasses.fields(config)} - set(given)
+    return dataclasses.replace(config, **{name: value for name, value in options.items() if name in own})

@@ -70,11 +70,13 @@ class _Shown:
 
 
 def _classifier(network: nn.Module, data: Data, request: Request) -> Ready:
-    how = preparation(network, request.arch or request.model, request.images.image_size)
+    images = request.images
+    how = preparation(network, request.arch or request.model, images.image_size, resize=images.val_resize)
     example = torch.zeros(2, how.channels, *how.size)
     new = reheaded(network, len(data.classes), example)
-    varied = augmentation(request.images, drawn=data.drawn)
-    return Ready(_Shown(data.train, Prepared(how, varied)), _Shown(data.val, Prepared(how)), example, new)
+    crops = {"scale": images.crop_scale, "ratio": images.crop_ratio}
+    varied = Prepared(how, augmentation(images, drawn=data.drawn), **crops)
+    return Ready(_Shown(data.train, varied), _Shown(data.val, Prepared(how)), example, new)
 
 
 def _random_images(ready: Ready, task: Task, size: int) -> Batch:

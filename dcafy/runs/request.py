@@ -17,6 +17,7 @@ from dcafy.images.sources import anchored
 from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
 from dcafy.runs.options import ARMS, TASKS
+from dcafy.runs.paper import RECIPES
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable, quoted, refused
 
@@ -32,7 +33,8 @@ def _without_places(request: dict[str, Any]) -> dict[str, Any]:
 def _with_arms(request: dict[str, Any]) -> dict[str, Any]:
     """Runs of version 2 are of a connected network, and were compared with what it was before."""
     compared = bool(request.get("seeds"))
-    return {**request, "arm": "connected", "arms": ["original", "connected"] if compared else []}
+    arms = ["original", "connected"] if compared else []
+    return {**request, "arm": "connected", "arms": arms, "recipe": None}
 
 
 FORMAT = Format("version", 3, {1: _without_places, 2: _with_arms})
@@ -47,7 +49,8 @@ class Request:
     """All that decides a run.
 
     ``seeds``: how many seeds are compared; 0 where nothing is compared. ``arms``: what is compared, and ``arm``: what
-    is trained where nothing is (``dcafy.runs.options.ARMS``).
+    is trained where nothing is (``dcafy.runs.options.ARMS``). ``recipe``: whose options they are, but for those that
+    were given.
     """
 
     model: str
@@ -61,6 +64,7 @@ class Request:
     task: Annotated[str, one_of(TASKS)] = "classification"
     arm: Annotated[str, one_of(ARMS)] = "connected"
     arms: tuple[Annotated[str, one_of(ARMS)], ...] = ()
+    recipe: Annotated[str, one_of(RECIPES)] | None = None
     prefix: str | None = None
     ignore_head: bool = False
 

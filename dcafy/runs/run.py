@@ -25,6 +25,7 @@ from dcafy.errors import InputError, UsageError
 from dcafy.images.data import Data
 from dcafy.images.order import seeded
 from dcafy.plan.options import Conversion
+from dcafy.runs.options import conversion_of
 from dcafy.runs.recipes import PURPOSES, Ready
 from dcafy.runs.request import Request
 from dcafy.sources import FileOptions, open_model
@@ -62,7 +63,7 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
         if is_connected(network):
-            if request.conversion != Conversion():
+            if request.conversion not in (Conversion(), conversion_of(request.recipe)):
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
                 )

@@ -171,10 +171,17 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
         ) from error
 
 
+_LATER = frozenset({"decayed", "nesterov", "milestones", "warmup_steps", "warmup_from"})
+"""Options that the first runs did not have: at their defaults they are left out, so that those can be gone on with."""
+
+
 def _identity(now: Standing) -> dict[str, Any]:
     """What has to be the same for a training to go on."""
+    usual = {item.name: item.default for item in dataclasses.fields(now.config)}
     config = {
-        k: v for k, v in dataclasses.asdict(now.config).items() if k not in ("workers", "cpu", "checkpoint_steps")
+        k: v
+        for k, v in dataclasses.asdict(now.config).items()
+        if k not in ("workers", "cpu", "checkpoint_steps") and not (k in _LATER and v == usual[k])
     }
     return {
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),

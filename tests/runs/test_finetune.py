@@ -309,6 +309,18 @@ def test_three_arms_in_one_comparison(command: Run, tmp_path: Path) -> None:
     assert command("run", "--resume", "--compare", "connected", "plain", "attention")[0] == 0  # in any order
 
 
+def test_a_recipe_in_one_line(command: Run, tmp_path: Path) -> None:
+    options = ("--recipe", "paper", *QUICK, "--epochs", 1, "--val-resize", 18, "--usage-images", 0)
+    code, _, err = command(FACTORY, *options, "-o", "run")
+    assert code == 0, err
+    kept = json.loads((tmp_path / "run/finetune.json").read_text())
+    assert (kept["recipe"], kept["training"]["decayed"], kept["images"]["crop_scale"]) == ("paper", "all", 0.1)
+    assert kept["training"]["connection_lr"] == kept["training"]["lr"] == pytest.approx(0.1 / 4)
+    code, _, err = command(FACTORY, "-o", "run", "--resume", "--recipe", "paper-mobile")
+    assert code == 2
+    assert "was started with --recipe paper" in " ".join(err.split())
+
+
 def test_a_plain_network_is_trained_as_it_is(command: Run, tmp_path: Path) -> None:
     code, _, err = command(FACTORY, *QUICK, "--epochs", 1, "--plain", "-o", "run")
     assert code == 0, err
