@@ -98,6 +98,7 @@ def finetune_command(
                 "plain" if run.plain else "connected",
                 run.arms,
                 run.recipe,
+                None if run.backbone is None else str(run.backbone),
                 prefix=file.prefix,
                 ignore_head=file.ignore_head,
             ).anchored()
@@ -156,7 +157,10 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     if "settings" in given:
         given["settings"] = settings_given(given["settings"])
     known = {
-        **{name: getattr(asked, name) for name in ("model", "data", "task", "recipe", "arch", "settings", *_PLACES)},
+        **{
+            name: getattr(asked, name)
+            for name in ("model", "data", "task", "recipe", "backbone", "arch", "settings", *_PLACES)
+        },
         "plain": asked.arm == "plain",
         "compare": ",".join(asked.arms) or None,
         "seeds": max(asked.seeds, 1),
@@ -164,6 +168,8 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
         **dataclasses.asdict(asked.images),
         **dataclasses.asdict(asked.training),
     }
+    if "backbone" in given:
+        given["backbone"] = dataclasses.replace(asked, backbone=str(given["backbone"])).anchored().backbone
     if "compare" in given:
         given["compare"] = ",".join(RunOptions(compare=given["compare"]).arms)
     for name, value in given.items():

@@ -50,6 +50,12 @@ class RunOptions:
         choices=tuple(RECIPES),
     )
     output: Path | None = setting(None, "The folder of the run.", metavar="DIR", short="-o")
+    backbone: Path | None = setting(
+        None,
+        "The folder of a dcafy finetune run whose network lies under the detector, with its attention and connections; "
+        "of a comparison, that of each arm.",
+        metavar="RUN",
+    )
     resume: bool = setting(
         False, "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over."
     )

@@ -34,7 +34,7 @@ def _with_arms(request: dict[str, Any]) -> dict[str, Any]:
     """Runs of version 2 are of a connected network, and were compared with what it was before."""
     compared = bool(request.get("seeds"))
     arms = ["original", "connected"] if compared else []
-    return {**request, "arm": "connected", "arms": arms, "recipe": None}
+    return {**request, "arm": "connected", "arms": arms, "recipe": None, "backbone": None}
 
 
 FORMAT = Format("version", 3, {1: _without_places, 2: _with_arms})
@@ -50,7 +50,7 @@ class Request:
 
     ``seeds``: how many seeds are compared; 0 where nothing is compared. ``arms``: what is compared, and ``arm``: what
     is trained where nothing is (``dcafy.runs.options.ARMS``). ``recipe``: whose options they are, but for those that
-    were given.
+    were given. ``backbone``: the folder of the run whose network lies under a detector.
     """
 
     model: str
@@ -65,13 +65,15 @@ class Request:
     arm: Annotated[str, one_of(ARMS)] = "connected"
     arms: tuple[Annotated[str, one_of(ARMS)], ...] = ()
     recipe: Annotated[str, one_of(RECIPES)] | None = None
+    backbone: str | None = None
     prefix: str | None = None
     ignore_head: bool = False
 
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""
         model = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
-        return dataclasses.replace(self, model=model, data=anchored(self.data))
+        backbone = None if self.backbone is None else os.path.abspath(self.backbone)
+        return dataclasses.replace(self, model=model, data=anchored(self.data), backbone=backbone)
 
 
 def require_empty(directory: Path) -> None:

@@ -11,28 +11,38 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from dcafy.checkpoint import save
+from dcafy.checkpoint import load, save
+from dcafy.checkpoint.description import FILES
+from dcafy.checkpoint.folder import MARKER
 from dcafy.conversion import convert, with_attention
 from dcafy.converted import revert
+from dcafy.detection.backbone import with_backbone
 from dcafy.disk import replace_file
 from dcafy.emit.dca import connections, is_connected
-from dcafy.errors import InputError, UsageError
+from dcafy.errors import CheckpointError, InputError, UsageError
 from dcafy.images.data import Data
 from dcafy.images.order import seeded
 from dcafy.plan.options import Conversion
 from dcafy.runs.options import conversion_of
 from dcafy.runs.recipes import PURPOSES, Ready
-from dcafy.runs.request import Request
+from dcafy.runs.request import REQUEST, Request, read_request
 from dcafy.sources import FileOptions, open_model
 from dcafy.training.history import History
 from dcafy.training.loop import finetune
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
-from dcafy.wording import printable
+from dcafy.wording import one_line, printable
+from dcafy.zoos.packages import ZOOS
+from dcafy.zoos.specs import runs_code
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,12 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
         options = dataclasses.asdict(dataclasses.replace(file or FileOptions(), **whose))
         source = open_model(request.model, settings=request.settings, **options)
     network = source.model
+    if request.backbone is not None:
+        if request.task != "detection":
+            raise UsageError(
+                "--backbone puts a trained network under a detector. Add --task detection, or leave it out."
+            )
+        network = with_backbone(network, trained_in(Path(request.backbone), arm))
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
         if is_connected(network):
@@ -84,6 +100,58 @@ def require_arm(request: Request, arm: str) -> None:
             "--compare attention is the network with inserted attention, and --attention names none. Add it, or "
             "compare with plain: the network as it is."
         )
+
+
+def trained_in(run: Path, arm: str = "connected") -> nn.Module:
+    """The network that the run in this folder has trained, or that arm of it where it is a comparison.
+
+    Raises ``CheckpointError`` where there is none, ``UsageError`` where it is built by code that the folder names.
+    """
+    asked, shown = read_request(run), printable(str(run))
+    if asked.arms:
+        if arm not in asked.arms:
+            raise UsageError(
+                f"{shown} compares {', '.join(asked.arms)}, and no {arm}: there is no such backbone in it."
+            )
+        run = run / "seeds" / f"{asked.training.seed}-{arm}"
+    weights = run / FILES[True]
+    if not weights.exists():
+        raise CheckpointError(f"{shown} has trained nothing to its end. Go on with it: dcafy finetune {shown} --resume")
+    if (run / MARKER).exists():
+        return load(run)
+    if any(spec is not None and runs_code(spec) for spec in (asked.model, asked.arch)):
+        raise UsageError(
+            f"The network in {shown} is built by code, which a folder may not choose. Put it under the detector in "
+            "Python: dcafy.detection.with_backbone(detector, classifier)."
+        )
+    named = asked.model.partition(":")[0] in ZOOS and not os.path.exists(asked.model)
+    spec = asked.model.partition("@")[0] if named else asked.model  # its own weights come next
+    whose = {name: getattr(asked, name) for name in ("arch", "prefix", "ignore_head")}
+    network = open_model(spec, settings=asked.settings, **whose).model
+    if (asked.arm if not asked.arms else arm) != "plain":
+        network = with_attention(network, asked.conversion, copy=False)
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"The weights in {shown} are damaged ({one_line(error)}). Train them again.") from error
+    _fill(network, tensors, shown)
+    return network
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, tensors: Mapping[str, torch.Tensor], shown: str) -> None:
+    """Gives ``network`` these values, all but a head of another size."""
+    state = network.state_dict()
+    fits = {key for key, value in tensors.items() if key in state and state[key].shape == value.shape}
+    filled = {state[key].data_ptr() for key in fits}
+    left = [key for key, value in state.items() if key not in fits and value.data_ptr() not in filled]
+    if len({key.rpartition(".")[0] for key in left}) > 1 or tensors.keys() - state.keys():
+        raise CheckpointError(
+            f"The weights in {shown} do not fit the network that its {REQUEST} names: "
+            f"{printable(', '.join([*left, *sorted(tensors.keys() - state.keys())][:3]))}."
+        )
+    for key in fits:
+        state[key].copy_(tensors[key])
 
 
 def _without_connections(network: nn.Module, name: str) -> nn.Module:

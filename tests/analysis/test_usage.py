@@ -20,6 +20,7 @@ import dcafy
 from dcafy import Connection
 from dcafy.analysis import attention_values
 from dcafy.analysis.complexity import complexity
+from dcafy.analysis.tapped import tapped
 from dcafy.analysis.usage import message_shares
 from dcafy.errors import InputError
 
@@ -304,6 +305,22 @@ def test_a_model_that_is_compiled_or_spread_is_looked_into():
     assert dcafy.usage(torch.compile(model, backend="eager"), data) == expected
     model.blocks[1].compile(backend="eager")
     assert dcafy.usage(model, data) == expected
+
+
+def test_a_copy_that_computes_otherwise_is_not_looked_at(monkeypatch):
+    model, data = moved(connected()).eval(), batches()
+    expected = dcafy.usage(model, data)
+
+    def other(network, example):
+        copied = tapped(network, example)
+        copied.model.register_forward_hook(lambda module, given, output: 2 * output)
+        return copied
+
+    monkeypatch.setattr("dcafy.analysis.usage.tapped", other)
+    found = dcafy.usage(model, data)
+    assert "computes otherwise" in str(found)
+    assert [row.moved for row in found.connections] == [None, None]
+    assert found.cut == expected.cut
 
 
 def test_a_model_around_the_connected_one():
