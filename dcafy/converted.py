@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
 from dcafy.emit.connection import Connection
 from dcafy.emit.dca import (
@@ -131,8 +131,7 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
     inputs = None if recipe.inputs is None else in_dtype_of(made, from_data(recipe.inputs))
     seen = survey(made, inputs)
     plan = checked(plan, seen.plan, seen.network)
-    devices = {p.device.index or 0 for p in made.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):  # layers are made, and then given what there was
+    with OwnDraws():  # layers are made, and then given what there was
         connect(made, seen.network, dataclasses.replace(recipe, plan=plan), example, whole=seen.whole)
     for name, one in connections(made).items():
         _take(one, before[_heard_by(name, plan)], name)
