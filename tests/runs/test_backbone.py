@@ -32,7 +32,7 @@ def classifier(kind: str = "resnet18", *, attention: bool) -> nn.Module:
         return dcafy.insert(model, "se", init="paper") if attention else model
 
 
-def kept(folder: Path, model: nn.Module, arm: str, **changes: Any) -> Path:
+def kept(folder: Path, model: nn.Module, arm: str, /, **changes: Any) -> Path:
     """The folder of a run that has trained ``model``."""
     folder.mkdir(parents=True, exist_ok=True)
     conversion = SE if arm != "plain" else Conversion()
