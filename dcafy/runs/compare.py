@@ -153,7 +153,8 @@ def _pair(one: str, other: str, histories: Mapping[str, Sequence[History]]) -> P
             found[name] = crossed_difference(*values, unit=None if lower else 1.0, lower_is_better=lower)
         else:
             columns = ([history.metrics[name] for history in runs] for runs in (ours, theirs))
-            found[name] = paired_difference(*columns, lower_is_better=lower)
+            images = int(min(history.metrics.get("images", 0) for history in (*ours, *theirs)))
+            found[name] = paired_difference(*columns, of=0 if lower else images, lower_is_better=lower)
     return Pair(one, other, found)
 
 

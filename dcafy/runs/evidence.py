@@ -59,11 +59,14 @@ class Difference:
         return "better" if (self.low > 0) != self.lower_is_better else "worse"
 
 
-def paired_difference(one: Sequence[float], other: Sequence[float], *, lower_is_better: bool = False) -> Difference:
+def paired_difference(
+    one: Sequence[float], other: Sequence[float], *, of: int = 0, lower_is_better: bool = False
+) -> Difference:
     """Mean and 95% interval of ``one`` minus ``other``, a value for each seed, over seeds alone (Student's t).
 
-    For what is not measured image by image, such as average precision. Seeds that all give the same difference say
-    nothing about chance, and get no interval.
+    For what is not measured image by image, such as average precision. ``of``: how many images each value is a fraction
+    of; the interval is at least as wide as two more make it, one for each side. Where that is not known, seeds that all
+    give the same difference say nothing about chance, and get no interval.
 
     >>> found = paired_difference([0.5, 0.75, 0.75], [0.25, 0.5, 0.25])
     >>> round(found.mean, 3), round(found.low, 3), found.verdict
@@ -71,10 +74,12 @@ def paired_difference(one: Sequence[float], other: Sequence[float], *, lower_is_
     """
     differences = [a - b for a, b in zip(one, other, strict=True)]
     mean, seeds = statistics.fmean(differences), len(differences)
-    spread = statistics.stdev(differences) if seeds > 1 else 0.0
-    if not spread:
+    if seeds < 2:
         return Difference(mean, None, None, seeds, 0, lower_is_better)
-    half = student(seeds - 1) * spread / math.sqrt(seeds)
+    half = student(seeds - 1) * statistics.stdev(differences) / math.sqrt(seeds)
+    half = max(half, _Z * math.sqrt(2) / of if of else 0.0)
+    if not half:
+        return Difference(mean, None, None, seeds, 0, lower_is_better)
     return Difference(mean, mean - half, mean + half, seeds, 0, lower_is_better)
 
 

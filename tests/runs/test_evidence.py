@@ -41,6 +41,14 @@ def test_the_interval_over_seeds_alone_is_students() -> None:
     assert found.high == pytest.approx(2.5 + half, abs=1e-3)
 
 
+def test_seeds_that_all_give_the_same_may_differ_by_an_image() -> None:
+    found = paired_difference([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], of=100)
+    assert halves(found) == pytest.approx((0.0277, 0.0277), abs=1e-4)
+    assert found.verdict == "no difference that the seeds could show"
+    apart = ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert paired_difference(*apart, of=100) == paired_difference(*apart)
+
+
 @pytest.mark.parametrize(("freedom", "point"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (19, 2.0930), (200, 1.9719)])
 def test_students_quantiles(freedom: int, point: float) -> None:
     assert student(freedom) == pytest.approx(point, abs=2e-4)
