@@ -1,419 +1,627 @@
-"""Does connecting attention help? The paper's claim on small data, with the controls that it takes to judge it.
+"""Does connecting attention help? A study with power on small networks, whose controls say what it is that helps.
 
-    python benchmarks/accuracy.py                       # digits, and Fashion-MNIST where it is installed
-    python benchmarks/accuracy.py --only 'digits se*' --seeds 3 --report out.md
+    python benchmarks/accuracy.py                        # the main comparison, then what is exploratory
+    python benchmarks/accuracy.py --only 'switch/*' --seeds 3
+    python benchmarks/accuracy.py --report               # the tables alone, from the rows that there are
 
-Every row of the results (a JSONL, to which a stopped run adds) is one training of one network under one seed. Arms of
-one setting and seed start from the same weights, see the same images in the same order, and have the same budget.
+One row of ``results/accuracy.jsonl`` is one training of one network under one seed; the same command goes on where a
+stopped one was. Arms of one setting and seed start from the same weights and see the same images in the same order.
+
+What is expected, written down before any run that counts:
+
+1. *centred* is above *vanilla* and above *connected* (eq. 3) in ``switch`` and ``cued``; *connected* is not.
+2. *own message* is above *vanilla* as well: most of a gain is the normalised context. What an earlier block adds to it
+   (*centred* minus *own message*) is small: under half a point.
+3. *shuffled* is not above *vanilla*: it is the content of a message that helps.
+4. *α alone* is *vanilla*. *normalised* is *centred* or less: its message is one of three things that a norm sees.
+5. Where early layers pool what later ones have lost (``switch``, ``cued``, ``gain``, ``noise``) connecting adds
+   something; in ``wide``, a residual network with a large field of view, it adds nothing.
+6. ``tuned``: as ``switch``, and smaller.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import dataclasses
 import fnmatch
-import functools
+import gzip
 import json
-import platform
+import math
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dcafy
-from dcafy.images.data import open_data
-from dcafy.images.options import DataOptions
-from dcafy.images.order import seeded
-from dcafy.images.pictures import with_channels
-from dcafy.runs.evidence import paired_difference
-from dcafy.training import TrainingConfig, finetune
+from dcafy.attention import CBAM, ECA, GC, SE
+from dcafy.attention.gate import Gate
+from dcafy.emit.connection import Connection
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+
+# --- data: unlimited pairs of Fashion-MNIST ----------------------------------------------------------------------
+
+Garments = tuple[Tensor, Tensor]
+"""Images of 28 x 28 from 0 to 1, and their classes."""
+
+Pairs = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""(one garment, another one, chance) -> the images, and which of the two each asks for: 0 or 1."""
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Images of ``side`` pixels with Gaussian noise; ``sizes``: how many to train and to validate.
+def garments(folder: Path, part: str, classes: range) -> Garments:
+    """Fashion-MNIST's ``train`` or ``t10k``, those of some classes, numbered from 0."""
 
-    ``cue``: side in pixels of a square that says which one of two pictures is to be named; 0 for single pictures.
-    ``epochs``: of a training from scratch; further training has half of them.
-    """
+    def values(name: str, header: int) -> Tensor:
+        data = gzip.decompress((folder / f"{part}-{name}-ubyte.gz").read_bytes())
+        return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8)
 
-    spec: str
-    words: str
-    side: int
-    noise: float
-    sizes: tuple[int, int]
-    epochs: int
-    cue: int = 0
-
-    @property
-    def channels(self) -> int:
-        return 3 if self.cue else 1
-
-    @property
-    def network(self) -> str:
-        if self.cue:
-            return "A residual network of six units (16, 32, 64 channels) that sees 7 px around each of its positions"
-        return "A residual network of six units (8, 16, 32 channels)"
+    labels = values("labels-idx1", 8).long() - classes.start
+    images = values("images-idx3", 16).view(-1, 1, 28, 28).float() / 255
+    kept = (labels >= 0) & (labels < len(classes))
+    return images[kept], labels[kept]
 
 
-CUED = (
-    "two of {} on top of one another, one in each of two channels; a square in the corner of a third channel says "
-    "which one to name, and is out of sight of the convolutions, so that attention alone can bring it to where it is "
-    "needed"
-)
+def _which(count: int, chance: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (count,), generator=chance)
 
-DATA = {
-    "cued": Pictures("digits", CUED.format("scikit-learn's digits"), 16, 0.2, (3000, 1500), epochs=10, cue=5),
-    "cued-fashion": Pictures("fashion-mnist", CUED.format("Fashion-MNIST"), 16, 0.2, (3000, 1500), epochs=10, cue=5),
-    "digits": Pictures("digits", "scikit-learn's digits", 16, 0.8, (900, 800), epochs=8),
-    "fashion": Pictures("fashion-mnist", "Fashion-MNIST", 28, 0.5, (4000, 2000), epochs=6),
+
+def _noise(like: Tensor, chance: torch.Generator, scale: float = 0.05) -> Tensor:
+    return scale * torch.randn(like.shape, generator=chance)
+
+
+def switch(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Both summed, the second upside down; a patch of 2 x 2 in a corner says which."""
+    asked = _which(len(one), chance)
+    x = F.interpolate(one + other.flip(2), size=16, mode="area")
+    x = x + _noise(x, chance)
+    x[:, :, :2, :2] = (2.0 * asked - 1).view(-1, 1, 1, 1) + _noise(x[:, :, :2, :2], chance)
+    return 2 * x - 1.2, asked
+
+
+def cued(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each in a channel of its own; a patch of 4 x 4 in a corner of a third one says which."""
+    asked = _which(len(one), chance)
+    x = F.interpolate(torch.cat((one, other), 1), size=16, mode="area")
+    cue = -torch.ones_like(x[:, :1])
+    cue[:, :, :4, :4] = (2.0 * asked - 1).view(-1, 1, 1, 1)
+    x = torch.cat((2 * x - 1, cue), 1)
+    return x + _noise(x, chance, 0.2), asked
+
+
+def gain(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The first one in a cast of colour: each channel with a gain and an offset of its own, a nuisance."""
+    x = F.interpolate(one, size=16, mode="area").repeat(1, 3, 1, 1)
+    scale = torch.exp(1.2 * torch.randn((len(x), 3, 1, 1), generator=chance))
+    x = scale * (x + torch.randn((len(x), 3, 1, 1), generator=chance))
+    return x + _noise(x, chance), torch.zeros(len(x), dtype=torch.long)
+
+
+def noise(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The first one in noise whose level differs from image to image, a nuisance."""
+    x = F.interpolate(one, size=16, mode="area")
+    level = torch.exp(torch.randn((len(x), 1, 1, 1), generator=chance) - 1)
+    return 2 * x - 1 + level * torch.randn(x.shape, generator=chance), torch.zeros(len(x), dtype=torch.long)
+
+
+def plain(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The first one as it is, at its full size, a little shifted."""
+    shift = torch.randint(-2, 3, (2,), generator=chance)
+    x = torch.roll(one, (int(shift[0]), int(shift[1])), (2, 3))
+    return 2 * x - 1, torch.zeros(len(x), dtype=torch.long)
+
+
+# --- networks ------------------------------------------------------------------------------------------------------
+
+Attend = Callable[[int], nn.Module]
+
+ATTENTION: dict[str, Attend] = {
+    "none": lambda channels: nn.Identity(),
+    "se": lambda channels: SE(channels, max(channels // 8, 1), init="paper"),
+    "eca": lambda channels: ECA(channels, init="paper"),
+    "cbam": lambda channels: CBAM(channels, max(channels // 8, 1), init="paper"),
+    "gc": lambda channels: GC(channels, max(channels // 8, 1), init="paper"),
 }
+"""Name -> the attention of a unit, with bottlenecks of 8 channels."""
 
 
-# --- networks and data --------------------------------------------------------------------------------------
+def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    padding = kernel // 2
+    return [
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+    ]
 
 
-class Unit(nn.Module):
-    """A residual unit of two convolutions with these kernels."""
+def inverted(inputs: int, outputs: int, attend: Attend, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    """MobileNetV2's bottleneck with attention on the wide map, and without a shortcut."""
+    wide = 4 * inputs
+    return nn.Sequential(
+        *(*_conv(inputs, wide), nn.ReLU()),
+        *(*_conv(wide, wide, kernel, stride, groups=wide), nn.ReLU()),
+        attend(wide),
+        *_conv(wide, outputs),
+    )
 
-    def __init__(self, inputs: int, outputs: int, stride: int, kernels: tuple[int, int]) -> None:
+
+class Narrow(nn.Module):
+    """Six inverted bottlenecks of 8 and 16 channels, no shortcuts, with a small field of view."""
+
+    def __init__(self, channels: int, classes: int, attend: Attend) -> None:
         super().__init__()
-        first, second = kernels
-        self.conv1 = nn.Conv2d(inputs, outputs, first, stride, first // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, second, 1, second // 2, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.stem = nn.Sequential(*_conv(channels, 8, 3), nn.ReLU())
+        self.units = nn.Sequential(
+            inverted(8, 8, attend),
+            inverted(8, 8, attend, stride=2),
+            inverted(8, 16, attend, kernel=1),
+            inverted(16, 16, attend, stride=2),
+            inverted(16, 16, attend, kernel=1),
+            inverted(16, 16, attend, kernel=1),
+        )
+        self.fc = nn.Linear(16, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        return self.fc(F.relu(self.units(self.stem(x))).mean((2, 3)))
 
 
-class SmallResNet(nn.Module):
-    """Three stages of two units; ``local``: wider, and what is further away than 3 px is seen by attention alone."""
+class Residual(nn.Module):
+    """A residual unit of two convolutions, with attention before the addition."""
 
-    def __init__(self, classes: int, channels: int, *, local: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, attend: Attend, stride: int, kernels: tuple[int, int]) -> None:
         super().__init__()
-        widths = (16, 32, 64) if local else (8, 16, 32)
-        kernels = ((3, 1), (1, 1), (1, 1)) if local else ((3, 3),) * 3
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        first, second = kernels
+        self.body = nn.Sequential(
+            *(*_conv(inputs, outputs, first, stride), nn.ReLU()), *_conv(outputs, outputs, second), attend(outputs)
         )
-        units, inputs = [], widths[0]
-        for stage, width in enumerate(widths):
-            units += [Unit(inputs, width, 2 if stage else 1, kernels[stage]), Unit(width, width, 1, kernels[stage])]
-            inputs = width
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(*_conv(inputs, outputs, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class Wide(nn.Module):
+    """Six residual units of 16, 32 and 64 channels; ``local``: each place sees 7 px around itself."""
+
+    def __init__(self, channels: int, classes: int, attend: Attend, *, local: bool = False) -> None:
+        super().__init__()
+        kernels = ((3, 1), (1, 1), (1, 1)) if local else ((3, 3),) * 3
+        self.stem = nn.Sequential(*_conv(channels, 16, 3), nn.ReLU())
+        units: list[nn.Module] = []
+        for stage, width in enumerate((16, 32, 64)):
+            inputs = 16 if not stage else width // 2
+            units.append(Residual(inputs, width, attend, 2 if stage else 1, kernels[stage]))
+            units.append(Residual(width, width, attend, 1, kernels[stage]))
         self.units = nn.Sequential(*units)
-        self.fc = nn.Linear(inputs, classes)
+        self.fc = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.units(self.stem(x)).mean((2, 3)))
 
 
-@functools.cache
-def images(name: str, classes: range) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
-    """Training and validation images of these classes, ``[channels, side, side]``, always with the same noise."""
-    about = DATA[name]
-    data = open_data(about.spec, DataOptions(val_fraction=0.45))
-    parts = []
-    for number, (source, most) in enumerate(zip((data.train, data.val), about.sizes, strict=True)):
-        rows: list[tuple[Tensor, int]] = []
-        with seeded(17, number):
-            for picture, label in (source[index] for index in range(len(source))):
-                if label not in classes or len(rows) == most:
-                    continue
-                values = torchvision.transforms.functional.to_tensor(with_channels(picture, 1))
-                values = F.interpolate(values[None], size=about.side, mode="bilinear", antialias=True)[0]
-                rows.append((2 * values - 1, label - classes.start))
-            if about.cue:
-                rows = [cued(_any(rows), _any(rows), about.cue) for _ in range(most)]
-            rows = [(image + about.noise * torch.randn(image.shape), label) for image, label in rows]
-        parts.append(rows)
-    return parts[0], parts[1]
+def local(channels: int, classes: int, attend: Attend) -> nn.Module:
+    return Wide(channels, classes, attend, local=True)
 
 
-def _any(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, int]:
-    return rows[int(torch.randint(len(rows), ()))]
+# --- arms ----------------------------------------------------------------------------------------------------------
 
-
-def cued(named: tuple[Tensor, int], other: tuple[Tensor, int], square: int) -> tuple[Tensor, int]:
-    """Both pictures in channels of their own, in random order, and the cue which of them is to be named."""
-    first = bool(torch.rand(()) < 0.5)
-    cue = -torch.ones_like(named[0])
-    cue[:, :square, :square] = 1.0 if first else -1.0
-    pictures = (named[0], other[0]) if first else (other[0], named[0])
-    return torch.cat([*pictures, cue]), named[1]
-
-
-# --- arms -----------------------------------------------------------------------------------------------------
+Prepare = Callable[[nn.Module, Connection], None]
+"""What an arm changes in a connection; first the network, for the widths of the block that hears."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training. ``prepare`` changes the network after it was converted, or is ``None`` for none.
+    """One way of training.
 
-    ``order``: added to the seed of the order of the images. ``against``: the arm that it is compared with.
+    ``options``   of the conversion; ``None`` for a network that is not converted
+    ``prepare``   what changes each connection after that
+    ``attention`` whether the network has any
+    ``order``     added to the seed of the order of the images
+    ``rates``     rates of the matching layers, and of α and β, over that of the base
     """
 
-    against: str | None
+    words: str
+    options: dict[str, Any] | None = None
+    prepare: Prepare | None = None
     attention: bool = True
-    connect: bool = True
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    prepare: Callable[[nn.Module], None] | None = None
     order: int = 0
-    conversion: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rates: tuple[float, float] = (10.0, 10.0)
 
 
-def beta_at_zero(model: nn.Module) -> None:
-    for connection in dcafy.connections(model).values():
-        connection.beta.requires_grad_(False)
-        connection.match.requires_grad_(False)
+class Roll(nn.Module):
+    """The message of another image of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(1, 0)
 
 
-def beta_started(model: nn.Module) -> None:
-    with torch.no_grad():
-        for connection in dcafy.connections(model).values():
-            connection.beta.fill_(0.1)
+def alpha_alone(network: nn.Module, connection: Connection) -> None:
+    connection.beta.requires_grad_(False)
+    connection.match.requires_grad_(False)
 
 
-def match_near_identity(model: nn.Module) -> None:
-    for connection in dcafy.connections(model).values():
-        for layer in connection.match.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.eye_(layer.weight)
-                nn.init.zeros_(layer.bias)
+def shuffled(network: nn.Module, connection: Connection) -> None:
+    assert connection.centre is not None
+    connection.centre = nn.Sequential(connection.centre, Roll())
 
 
-SCRATCH = {
-    "vanilla": Arm(None, connect=False),
-    "vanilla, other order": Arm("vanilla", connect=False, order=1000),
-    "no attention": Arm("vanilla", attention=False, connect=False),
-    "connected": Arm("vanilla"),
-    "connected, α alone": Arm("vanilla", prepare=beta_at_zero),
+def own_message(network: nn.Module, connection: Connection) -> None:
+    """The very layers of *centred*, but for the width that goes in, fed with the block's own G."""
+    if isinstance(connection.match, nn.Sequential):
+        first, last = connection.match[0], connection.match[-2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        connection.match[0] = nn.Linear(last.out_features, first.out_features)
+    connection.bounded = False
+    connection.register_forward_pre_hook(lambda module, given: (given[0], given[0], None))
+
+
+class PerChannel(nn.Module):
+    """A weight for each channel of a message, beside the β of all."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def _centre(connection: Connection) -> nn.BatchNorm1d:
+    assert isinstance(connection.centre, nn.BatchNorm1d)
+    return connection.centre
+
+
+def per_channel(network: nn.Module, connection: Connection) -> None:
+    centre = _centre(connection)
+    connection.centre = nn.Sequential(centre, PerChannel(centre.num_features))
+
+
+def by_layer_norm(network: nn.Module, connection: Connection) -> None:
+    connection.centre = nn.LayerNorm(_centre(connection).num_features, elementwise_affine=False)
+
+
+def normalised_first(network: nn.Module, connection: Connection) -> None:
+    if isinstance(connection.match, nn.Sequential):
+        first = connection.match[0]
+        assert isinstance(first, nn.Linear)
+        connection.match = nn.Sequential(nn.BatchNorm1d(first.in_features, affine=False), *connection.match)
+
+
+CENTRED = {"message": "centred"}
+
+MAIN = {
+    "vanilla": Arm("the network as it is"),
+    "connected": Arm("eq. 3", {}),
+    "centred": Arm("eq. 3 with centred messages", CENTRED),
+    "own message": Arm("the same layers on the block's own G", CENTRED, own_message),
+    "shuffled": Arm("centred messages of another image", CENTRED, shuffled),
+    "normalised": Arm("f as published: LayerNorm and ReLU", {"schema": "normalised"}),
+    "α alone": Arm("eq. 3 with β = 0 for good", {}, alpha_alone),
+}
+"""The main comparison."""
+
+CONTROLS = {
+    "no attention": Arm("without its attention", attention=False),
+    "other order": Arm("the images in another order", order=10_000),
 }
 
-TUNED = {
-    "continued": Arm(None, connect=False),
-    "continued, other order": Arm("continued", connect=False, order=1000),
-    "converted, rate x1": Arm("continued", options={"rate": 1}),
-    "converted, rate x10": Arm("continued", options={"rate": 10}),
-    "converted, rate x50": Arm("continued", options={"rate": 50}),
-    "converted, β from 0.1": Arm("continued", prepare=beta_started),
-    "converted, warm-up": Arm("continued", options={"warmup_epochs": 1.0}),
-    "converted, match near identity": Arm("continued", prepare=match_near_identity),
-    "converted, base frozen": Arm("continued", options={"freeze_base": True}),
+OPTIONS = {
+    "topology own": Arm("each block hears itself, centred, without layers", {"topology": "own"}),
+    "tree": Arm("a binary tree, centred", {**CENTRED, "topology": "tree"}),
+    "dense": Arm("all earlier blocks, centred", {**CENTRED, "topology": "dense"}),
+    "per-channel β": Arm("centred, with a weight per channel", CENTRED, per_channel),
+    "by LayerNorm": Arm("LayerNorm without affine in the place of centring", CENTRED, by_layer_norm),
+    "T̃ normalised": Arm("centred before the match and after it", CENTRED, normalised_first),
+    "centred x1": Arm("connections at the rate of the base", CENTRED, rates=(1.0, 1.0)),
+    "centred x50": Arm("connections at 50 times the rate", CENTRED, rates=(50.0, 50.0)),
+    "match x1": Arm("α and β at 10 times the rate, layers at the base's", CENTRED, rates=(1.0, 10.0)),
+    "α, β x1": Arm("layers at 10 times the rate, α and β at the base's", CENTRED, rates=(10.0, 1.0)),
 }
+"""What else was tried, in one setting."""
 
-TRANSFER = {
-    "continued": Arm(None, connect=False),
-    "converted": Arm("continued"),
-}
+FEW = {name: {**MAIN, **CONTROLS}[name] for name in ("vanilla", "no attention", "connected", "centred", "own message")}
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Data, attention, and whether networks are trained anew (``scratch``), further (``tuned``) or on other classes."""
+    """Data, network and budget; ``main``: one of the three with 20 seeds, the others are exploratory with 5.
 
-    data: str
-    attention: str
-    regime: str
+    ``classes``   of garments that are to be named
+    ``before``    classes that a network was trained on before, and is fine-tuned from
+    """
+
+    name: str
+    words: str
+    pairs: Pairs
+    network: Callable[[int, int, Attend], nn.Module]
+    attention: str = "se"
+    steps: int = 1500
+    lr: float = 0.1
+    batch: int = 100
+    main: bool = False
+    classes: range = range(10)
+    before: range | None = None
+    arms: dict[str, Arm] = field(default_factory=lambda: FEW)
 
     @property
-    def epochs(self) -> int:
-        return DATA[self.data].epochs if self.regime == "scratch" else DATA[self.data].epochs // 2
+    def seeds(self) -> int:
+        return 20 if self.main else 5
 
     @property
-    def name(self) -> str:
-        return f"{self.data} {self.attention} {self.regime}"
-
-    @property
-    def arms(self) -> dict[str, Arm]:
-        return {"scratch": SCRATCH, "tuned": TUNED, "transfer": TRANSFER}[self.regime]
+    def budget(self) -> dict[str, Any]:
+        """What decides a row beside setting, arm and seed: rows of another budget are not taken together."""
+        return {"steps": self.steps, "lr": self.lr, "batch": self.batch, "classes": len(self.classes)}
 
 
-SETTINGS = tuple(
-    Setting(data, attention, regime)
-    for regime in ("scratch", "tuned", "transfer")
-    for data in DATA
-    for attention in ("se", "cbam", "eca", "gc")
-)
+SWITCH = "two garments summed, one upside down; a patch in a corner, seen early only, says which one to name"
+CUED = "two garments in channels of their own; a patch in a third, out of sight of the convolutions, says which"
+NARROW = "narrow inverted bottlenecks without shortcuts"
 
-
-def config(setting: Setting, seed: int, **options: Any) -> TrainingConfig:
-    """SGD with Nesterov momentum and a cosine, as in paper 4.1; connections at 10 times the rate where not said."""
-    rate = options.pop("rate", 10)
-    lr = 0.1 if setting.regime == "scratch" else 0.03
-    kept = {"batch_size": 64, "optimizer": "sgd", "epochs": setting.epochs, "lr": lr, "connection_lr": rate * lr}
-    return TrainingConfig(**{**kept, "seed": seed, "cpu": not torch.cuda.is_available(), **options})
-
-
-def fresh(setting: Setting, seed: int, classes: int, *, attention: bool = True) -> nn.Module:
-    """An untrained network; what all arms have in common is the same under one seed."""
-    about = DATA[setting.data]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = SmallResNet(classes, about.channels, local=about.cue > 0)
-        if attention:
-            model = dcafy.insert(model, setting.attention, init="paper", reduction=1 if about.cue else 8,
-                                 example_inputs=torch.zeros(2, about.channels, about.side, about.side))  # fmt: skip
-    return model
-
-
-def trained_vanilla(setting: Setting, seed: int, kept: dict[Any, Any]) -> nn.Module:
-    """A vanilla network, trained on all classes, or on the first half of them for ``transfer``."""
-    classes = range(5) if setting.regime == "transfer" else range(10)
-    key = (setting.data, setting.attention, classes, seed)
-    if key not in kept:
-        kept.clear()
-        model = fresh(setting, seed, len(classes))
-        train, val = images(setting.data, classes)
-        finetune(model, train, val, config(dataclasses.replace(setting, regime="scratch"), seed, usage_images=0))
-        kept[key] = model
-    return copy.deepcopy(kept[key])
-
-
-def run(setting: Setting, name: str, seed: int, kept: dict[Any, Any]) -> dict[str, Any]:
-    """One training: what it measured."""
-    arm = setting.arms[name]
-    classes = range(5, 10) if setting.regime == "transfer" else range(10)
-    train, val = images(setting.data, classes)
-    if setting.regime == "scratch":
-        model = fresh(setting, seed, len(classes), attention=arm.attention)
-    else:
-        model = trained_vanilla(setting, seed, kept)
-    new: tuple[str, ...] = ()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        if setting.regime == "transfer":
-            model.fc = nn.Linear(model.fc.in_features, len(classes))
-            new = ("fc",)
-        if arm.connect:
-            model = dcafy.convert(model, example_inputs=train[0][0].repeat(2, 1, 1, 1), **arm.conversion)
-        if arm.prepare is not None:
-            arm.prepare(model)
-    start = time.perf_counter()
-    history = finetune(model, train, val, config(setting, seed + arm.order, **arm.options), new_layers=new)
-    row = {
-        "setting": setting.name,
-        "arm": name,
-        "seed": seed,
-        "top1": history.metrics["top1"],
-        "loss": history.metrics["loss"],
-        "seconds": round(time.perf_counter() - start, 2),
-    }
-    if history.usage is not None:
-        own = history.usage.connections
-        row["beta"] = sum(abs(c.beta) for c in own) / len(own)
-        row["contribution"] = sum(c.contribution for c in own) / len(own)
-        row["message_share"] = sum(c.message_share for c in own) / len(own)
-        row["cut_top1"] = history.usage.accuracy_change
-        row["cut_loss"] = history.usage.loss_change
-    return row
-
-
-# --- the table --------------------------------------------------------------------------------------------------
-
-
-def points(values: Sequence[float], others: Sequence[float]) -> str:
-    found = paired_difference(values, others)
-    if found.low is None or found.high is None:
-        return f"{100 * found.mean:+.2f}"
-    mark = " **" if found.verdict in ("better", "worse") else ""
-    return f"{100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]{mark}"
-
-
-def report(rows: list[dict[str, Any]], note: str = "") -> str:
-    """Every setting as a table: means over the seeds, paired differences with 95% intervals; ``note`` goes first."""
-    lines = [
-        "# Does connecting attention help?",
-        "",
-        f"{time.strftime('%Y-%m-%d')}; dcafy {dcafy.__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {_device()}. Made by `python benchmarks/accuracy.py`.",
-        "",
-        "Top-1 accuracy on validation images in %, means over seeds; differences are paired by seed, in points, with "
-        "95% intervals (Student's t), marked ** where the interval excludes zero. *cut* is what setting β = 0 after "
-        "the training changes. A setting in which removing the attention costs nothing cannot judge connections.",
-        "",
-        *([note.strip(), ""] if note else []),
-    ]
-    for setting in SETTINGS:
-        own = [row for row in rows if row["setting"] == setting.name]
-        if not own:
-            continue
-        lines += [f"## {setting.name}", "", _about(setting), ""]
-        lines += ["| arm | seeds | top1 | difference to | points | mean abs β | message share | cut, points |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for name, arm in setting.arms.items():
-            mine = {row["seed"]: row for row in own if row["arm"] == name}
-            if not mine:
-                continue
-            theirs = {row["seed"]: row for row in own if row["arm"] == arm.against}
-            both = sorted(mine.keys() & theirs.keys())
-            cells = [name, str(len(mine)), f"{100 * _mean(mine.values(), 'top1'):.2f}", arm.against or ""]
-            cells.append(points([mine[s]["top1"] for s in both], [theirs[s]["top1"] for s in both]) if both else "")
-            if "beta" in next(iter(mine.values())):
-                cells += [f"{_mean(mine.values(), 'beta'):.4f}", f"{100 * _mean(mine.values(), 'message_share'):.1f}%"]
-                cut = [row["cut_top1"] for row in mine.values()]
-                cells.append(points(cut, [0.0] * len(cut)))
-            lines.append("| " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _device() -> str:
-    return f"GPU {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU"
-
-
-def _about(setting: Setting) -> str:
-    about = DATA[setting.data]
-    train, val = about.sizes
-    return (
-        f"{about.words[0].upper()}{about.words[1:]}; {train} images to train and {val} to validate, {about.side} px, "
-        f"Gaussian noise of {about.noise}. {about.network}, with {setting.attention.upper()} in each unit; "
-        f"{setting.epochs} epochs of SGD."
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("switch", f"{SWITCH}; {NARROW}", switch, Narrow, main=True, arms={**MAIN, **CONTROLS}),
+        Setting("cued", f"{CUED}; residual units", cued, local, main=True, arms={**MAIN, **CONTROLS}),
+        Setting(
+            "tuned",
+            f"{SWITCH}; {NARROW}, trained on five classes, fine-tuned to the five others",
+            *(switch, Narrow),
+            steps=600,
+            lr=0.03,
+            main=True,
+            classes=range(5, 10),
+            before=range(5),
+            arms={name: arm for name, arm in {**MAIN, **CONTROLS}.items() if arm.attention},
+        ),
+        Setting("switch, options", f"{SWITCH}; {NARROW}", switch, Narrow, arms={"vanilla": MAIN["vanilla"], **OPTIONS}),
+        *(
+            Setting(f"cued {name}", f"{CUED}; residual units, {name.upper()}", cued, local, name)
+            for name in ("eca", "cbam", "gc")
+        ),
+        Setting("gain", f"one garment, each channel with a gain and an offset; {NARROW}", gain, Narrow),
+        Setting("noise", f"one garment in noise of any level; {NARROW}", noise, Narrow),
+        Setting("wide", f"{SWITCH}; wide residual units that see all of it (a control)", switch, Wide),
+        Setting("plain", f"Fashion-MNIST at its full size; {NARROW}", plain, Narrow),
     )
+}
 
 
-def _mean(rows: Any, name: str) -> float:
-    values = [row[name] for row in rows]
-    return sum(values) / len(values)
+# --- one run -------------------------------------------------------------------------------------------------------
+
+VALIDATION = 10_000
+
+
+class Study:
+    """The data, and the networks that others are fine-tuned from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._garments: dict[Any, Garments] = {}
+        self._trained: dict[Any, nn.Module] = {}
+
+    def garments(self, part: str, classes: range) -> Garments:
+        key = part, classes
+        if key not in self._garments:
+            self._garments[key] = garments(self.folder, part, classes)
+        return self._garments[key]
+
+    def batch(self, setting: Setting, part: str, count: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images drawn anew, and the class of the garment that each asks for."""
+        images, labels = self.garments(part, setting.classes)
+        one, other = (torch.randint(0, len(labels), (count,), generator=chance) for _ in range(2))
+        x, asked = setting.pairs(images[one], images[other], chance)
+        x = x.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
+        return x, torch.where(asked == 0, labels[one], labels[other])
+
+    def validation(self, setting: Setting) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same images for every network."""
+        chance = torch.Generator().manual_seed(5)
+        return (self.batch(setting, "t10k", 500, chance) for _ in range(VALIDATION // 500))
+
+    def network(self, setting: Setting, seed: int, *, attention: bool = True) -> nn.Module:
+        """An untrained network; what all arms have in common is the same under one seed."""
+        torch.manual_seed(seed)
+        x, _ = self.batch(setting, "train", 2, torch.Generator().manual_seed(0))
+        attend = ATTENTION[setting.attention if attention else "none"]
+        network = setting.network(x.shape[1], len(setting.classes), attend)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def start(self, setting: Setting, seed: int, *, attention: bool) -> nn.Module:
+        """What an arm begins with: an untrained network, or one that was trained on other classes."""
+        if setting.before is None:
+            return self.network(setting, seed, attention=attention)
+        key = setting.name, seed
+        if key not in self._trained:
+            first = dataclasses.replace(setting, classes=setting.before, before=None, steps=2 * setting.steps, lr=0.1)
+            network = self.network(first, seed)
+            self.train(network, first, MAIN["vanilla"], seed + 5000)
+            self._trained = {key: network}
+        network = copy.deepcopy(self._trained[key])
+        torch.manual_seed(seed)
+        network.fc = nn.Linear(network.fc.in_features, len(setting.classes))  # type: ignore[arg-type, union-attr]
+        return network
+
+    def train(self, network: nn.Module, setting: Setting, arm: Arm, seed: int) -> None:
+        """SGD with Nesterov momentum (paper 4.1), a short warm-up, and a cosine to 0."""
+        optimizer = torch.optim.SGD(_groups(network, setting, arm), lr=setting.lr, momentum=0.9, nesterov=True)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        chance = torch.Generator().manual_seed(seed + arm.order)
+        network.train()
+        for step in range(setting.steps):
+            part = min(1.0, 20 * (step + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * step / setting.steps))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = part * rate
+            x, y = self.batch(setting, "train", setting.batch, chance)
+            loss = F.cross_entropy(network(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def scores(self, network: nn.Module, setting: Setting) -> tuple[Tensor, float]:
+        """For each validation image whether it is named rightly; and the mean loss."""
+        network.eval()
+        right, loss = [], 0.0
+        for x, y in self.validation(setting):
+            output = network(x)
+            right.append(output.argmax(1) == y)
+            loss += float(F.cross_entropy(output, y, reduction="sum"))
+        return torch.cat(right), loss / VALIDATION
+
+    def run(self, setting: Setting, name: str, seed: int) -> dict[str, Any]:
+        """One training: what it measured."""
+        arm, began = setting.arms[name], time.process_time()
+        network = self.start(setting, seed, attention=arm.attention)
+        base = sum(p.numel() for p in network.parameters())
+        if arm.options is not None:
+            torch.manual_seed(7000 + seed)
+            x, _ = self.batch(setting, "train", 2, torch.Generator().manual_seed(0))
+            network = _converted(network, x, arm)
+        added = sum(p.numel() for p in network.parameters() if p.requires_grad) - base
+        self.train(network, setting, arm, seed)
+        right, loss = self.scores(network, setting)
+        row = {
+            "setting": setting.name,
+            "arm": name,
+            "seed": seed,
+            **setting.budget,
+            "accuracy": round(float(right.double().mean()), 5),
+            "loss": round(loss, 5),
+            "parameters": base,
+            "added": added,
+            **self.maps(network, setting),
+        }
+        if arm.options is not None:
+            betas = [connection.beta for connection in dcafy.connections(network).values()]
+            row["beta"] = round(sum(float(beta.detach().abs()) for beta in betas) / len(betas), 4)
+            for beta in betas:
+                beta.data.zero_()
+            cut, cut_loss = self.scores(network, setting)
+            row["cut"], row["cut_loss"] = round(float(cut.double().mean()), 5), round(cut_loss, 5)
+        row["seconds"] = round(time.process_time() - began, 1)
+        row["right"] = packed(right)
+        return row
+
+    @torch.no_grad()
+    def maps(self, network: nn.Module, setting: Setting) -> dict[str, float]:
+        """Paper Fig. 1: the share of attention values from 0.4 to 0.6, and how they spread over channels."""
+        seen: list[Tensor] = []
+        gates = [module for module in network.modules() if isinstance(module, Gate)]
+        handles = [gate.register_forward_hook(lambda module, given, output: seen.append(output)) for gate in gates]
+        x, _ = self.batch(setting, "t10k", 500, torch.Generator().manual_seed(6))
+        network.eval()
+        network(x)
+        for handle in handles:
+            handle.remove()
+        if not seen:
+            return {}
+        near = sum(float(((T - 0.5).abs() < 0.1).double().mean()) for T in seen) / len(seen)
+        spread = sum(float(T.flatten(1).std(1).mean()) for T in seen) / len(seen)
+        return {"near_half": round(near, 4), "spread": round(spread, 4)}
+
+
+def _converted(network: nn.Module, example: Tensor, arm: Arm) -> nn.Module:
+    converted: nn.Module = dcafy.convert(network, example_inputs=example, verify=False, **(arm.options or {}))
+    if arm.prepare is not None:
+        for connection in dcafy.connections(converted).values():
+            arm.prepare(converted, connection)
+    return converted
+
+
+def _groups(network: nn.Module, setting: Setting, arm: Arm) -> list[dict[str, Any]]:
+    if arm.options is not None:
+        match, scale = (setting.lr * rate for rate in arm.rates)
+        return dcafy.parameter_groups(network, lr=setting.lr, connection_lr=match, scale_lr=scale, weight_decay=1e-4)
+    split = (
+        ([p for p in network.parameters() if p.ndim > 1], 1e-4),
+        ([p for p in network.parameters() if p.ndim < 2], 0),
+    )
+    return [{"params": part, "weight_decay": decay} for part, decay in split]
+
+
+def packed(right: Tensor) -> str:
+    """One bit for each validation image."""
+    numbers = (right.view(-1, 8).int() << torch.arange(8)).sum(1).to(torch.uint8)
+    return base64.b85encode(zlib.compress(bytes(numbers.tolist()))).decode()
+
+
+def unpacked(text: str) -> Tensor:
+    numbers = torch.frombuffer(bytearray(zlib.decompress(base64.b85decode(text))), dtype=torch.uint8)
+    return ((numbers[:, None] >> torch.arange(8)) & 1).bool().flatten()
+
+
+# --- all runs ------------------------------------------------------------------------------------------------------
+
+Key = tuple[str, str, int]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows; what a killed run left half written is taken off the file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def valid(row: dict[str, Any]) -> bool:
+    """Whether a row is of a setting and arm that there are, with the budget that they have now."""
+    setting = SETTINGS.get(row["setting"])
+    return setting is not None and row["arm"] in setting.arms and setting.budget.items() <= row.items()
+
+
+def due(settings: list[Setting], seeds: int | None) -> Iterator[Key]:
+    """Every run, in order: vanilla networks first, whose spread says whether a setting can show anything."""
+    main = [setting for setting in settings if setting.main]
+    for setting in main:
+        yield from ((setting.name, "vanilla", seed) for seed in range(min(4, seeds or 4)))
+    for group in (main, [setting for setting in settings if not setting.main]):
+        for seed in range(max((seeds or setting.seeds for setting in group), default=0)):
+            for setting in group:
+                yield from ((setting.name, name, seed) for name in setting.arms if seed < (seeds or setting.seeds))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", metavar="GLOB", help="settings such as 'digits se*'")
-    parser.add_argument("--seeds", type=int, default=10, help="on digits; half of them elsewhere")
-    parser.add_argument("--results", type=Path, default=Path("accuracy.jsonl"))
-    parser.add_argument("--report", type=Path, help="write the tables here, as Markdown")
-    parser.add_argument("--note", type=Path, help="Markdown to put at the head of the report")
+    parser.add_argument("--only", action="append", metavar="GLOB", help="runs such as 'switch/*' or 'cued/centred'")
+    parser.add_argument("--seeds", type=int, help="another number of them")
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="Fashion-MNIST")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="write the tables, and run nothing")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    torch.set_num_threads(1)
+    rows = [row for row in read(options.results) if valid(row)]
     done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
-    kept: dict[Any, Any] = {}
-    globs = options.only or ["*"]
-    chosen = dict.fromkeys(s for glob in globs for s in SETTINGS if fnmatch.fnmatch(s.name, glob))
-    for setting in chosen:
-        for seed in range(max(options.seeds // 2, 1) if setting.data != "digits" else options.seeds):
-            for name in setting.arms:
-                if (setting.name, name, seed) in done:
-                    continue
-                row = run(setting, name, seed, kept)
-                rows.append(row)
-                with options.results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{setting.name}, {name}, seed {seed}: {row['top1']:.2%} in {row['seconds']} s", flush=True)
-    if options.report:
-        options.report.write_text(report(rows, options.note.read_text() if options.note else "") + "\n")
+    study, globs = Study(options.data), options.only or ["*"]
+    for name, arm, seed in () if options.report else due(list(SETTINGS.values()), options.seeds):
+        if (name, arm, seed) in done or not any(fnmatch.fnmatch(f"{name}/{arm}", glob) for glob in globs):
+            continue
+        row = study.run(SETTINGS[name], arm, seed)
+        with options.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.append(row)
+        done.add((name, arm, seed))
+        print(f"{name}, {arm}, seed {seed}: {row['accuracy']:.2%} in {row['seconds']} s", flush=True)
+    from accuracy_report import report, spreads
+
+    print(spreads(rows))
+    options.results.with_suffix(".md").write_text(report(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

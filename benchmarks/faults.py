@@ -3,10 +3,10 @@
     python benchmarks/faults.py --seed 1 --inputs 20000
     python benchmarks/faults.py --seed 1 --inputs 500 --parts coco pictures --keep found
 
-Each input is opened in a fork of one warm process, with limits on time and memory. A *finding* is an exception that is
-not dcafy's own, a crash, more than 5 s of processor time, more than 1 GB beyond the file, a message that is not one
-short printable line, a file written elsewhere, a program or a connection started, or code of the input's that ran. The
-last line has the totals as JSON; the exit code is 1 where there is any finding. What the inputs are: ``hostile.py``.
+Inputs are opened in forks of one warm process, with limits on the time and memory of each. A *finding* is an exception
+that is not dcafy's own, a crash, more than 5 s of processor time, more than 1 GB beyond the file, a message that is not
+one short printable line, a file written elsewhere, a program or a connection started, or code of the input's that ran.
+The last line has the totals as JSON; the exit code is 1 where there is any finding. ``hostile.py`` has the inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
+import gc
 import json
 import os
 import re
@@ -26,14 +28,12 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 SECONDS = 5.0
 """Processor time that an input may take."""
@@ -46,6 +46,9 @@ PATIENCE = 120.0
 
 LONGEST = 1000
 """Characters of a message."""
+
+TOGETHER = 8
+"""Inputs that one fork opens, one after the other: a fork of so large a process takes as long as most inputs."""
 
 _PROGRAMS = (
     *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "os.fork", "os.forkpty", "pty.spawn"),
@@ -80,22 +83,19 @@ def _status(key: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
 
 
-def _limit(work: Path) -> None:
-    """Bounds what this process may take; these only end what has already gone too far."""
+def _limit() -> None:
+    """Bounds what this process may take; it ends what has already gone too far."""
     space = int((_status("VmSize") + 6 * MEGABYTES) * 2**20)
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(2 * SECONDS), int(2 * SECONDS) + 2))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.environ["HOME"] = os.environ["XDG_CACHE_HOME"] = str(work)
     with open(os.devnull, "r+b") as nowhere:
         for number in (0, 1, 2):
             os.dup2(nowhere.fileno(), number)
 
 
-def _watched(work: Path) -> dict[str, str]:
-    """What this process does that no input may make it do, as it comes to be known."""
-    found: dict[str, str] = {}
-    inside = (str(work), tempfile.gettempdir(), "/dev/", "/proc/")
+def _watch(found: dict[str, str]) -> None:
+    """Has what this process does that no input may make it do written into ``found``."""
+    inside = (tempfile.gettempdir(), "/dev/", "/proc/")
 
     def is_elsewhere(path: str) -> bool:
         return os.path.isabs(path) and not path.startswith(inside)
@@ -112,7 +112,6 @@ def _watched(work: Path) -> dict[str, str]:
             found["program"] = f"{event} {given!r}"[:300]
 
     sys.addaudithook(hook)
-    return found
 
 
 def _where(error: BaseException) -> str:
@@ -122,10 +121,12 @@ def _where(error: BaseException) -> str:
     return (f"{ours[-1].filename.rpartition('/dcafy/')[2]}:{ours[-1].name}" if ours else "?") + last
 
 
-def _judged(act: Callable[[], None], work: Path) -> Verdict:
+def _judged(act: Callable[[], None], work: Path, found: dict[str, str]) -> Verdict:
     from dcafy.errors import DcafyError, NoAttentionError
 
-    found = _watched(work)
+    found.clear()
+    most = int(time.process_time() + 2 * SECONDS) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the peak counts from here
     before, start = _status("VmRSS"), time.process_time()
@@ -152,38 +153,54 @@ def _judged(act: Callable[[], None], work: Path) -> Verdict:
     return Verdict(end, said, seconds, megabytes, {**findings, **found})
 
 
-def opened(act: Callable[[], None], work: Path, marker: Path) -> Verdict:
-    """What becomes of ``act`` in a process of its own."""
+# --- forks --------------------------------------------------------------------------------------------------
+
+Input = tuple[Callable[[], None], Path]
+"""What opens an input, and the folder in which that is done."""
+
+
+def opened(inputs: Sequence[Input]) -> list[Verdict]:
+    """What becomes of each input; where one ends its process, the next ones get another."""
+    verdicts: list[Verdict] = []
+    while len(verdicts) < len(inputs):
+        verdicts += _in_a_fork(inputs[len(verdicts) :])
+    return verdicts
+
+
+def _in_a_fork(inputs: Sequence[Input]) -> list[Verdict]:
+    """The verdicts on the first inputs, up to one that ends the process."""
     reads, writes = os.pipe()
     child = os.fork()
     if not child:
         os.close(reads)
         try:
-            _limit(work)
-            verdict = _judged(act, work)
-            with open(writes, "w", encoding="utf-8") as pipe:
-                pipe.write(json.dumps(vars(verdict)))
+            _limit()
+            found: dict[str, str] = {}
+            _watch(found)
+            for act, work in inputs:
+                os.chdir(work)
+                os.write(writes, json.dumps(vars(_judged(act, work, found))).encode() + b"\n")
         finally:
             os._exit(0)
     os.close(writes)
-    with open(reads, encoding="utf-8") as pipe:
-        ready, _, _ = select.select([pipe], [], [], PATIENCE)
-        if not ready:
-            os.kill(child, signal.SIGKILL)
-        text = pipe.read()
+    text, waits = b"", True
+    while waits:
+        waits = bool(select.select([reads], [], [], PATIENCE)[0])
+        part = os.read(reads, 2**16) if waits else b""
+        text += part
+        if not part:
+            break
+    if not waits:
+        os.kill(child, signal.SIGKILL)
+    os.close(reads)
     _, status, used = os.wait4(child, 0)
-    if text:
-        verdict = Verdict(**json.loads(text))
-    else:
+    verdicts = [Verdict(**json.loads(line)) for line in text.split(b"\n") if line]
+    if len(verdicts) < len(inputs):
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        late = number in (signal.SIGXCPU, signal.SIGKILL)
-        end = "hang" if not ready else "slow" if late else "crash"
+        end = "hang" if not waits else "slow" if number == signal.SIGXCPU else "crash"
         said = f"ended by {signal.Signals(number).name}" if number else "it ended without a word"
-        verdict = Verdict(end, said, used.ru_utime + used.ru_stime, 0, {end: said})
-    if marker.exists():
-        marker.unlink()
-        verdict.findings["code"] = "the input's code ran"
-    return verdict
+        verdicts.append(Verdict(end, said, used.ru_utime + used.ru_stime, 0, {end: said}))
+    return verdicts
 
 
 # --- all inputs ---------------------------------------------------------------------------------------------
@@ -233,49 +250,58 @@ class Faults:
 
 def search(seed: int, inputs: int, parts: list[str], root: Path, keep: Path | None) -> Faults:
     """Opens so many inputs of these parts."""
-    import hypothesis
     from hostile import MARKER, PARTS, Seeds
 
     seeds = Seeds.made(root)
     faults = Faults(keep)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would write to every page
     whole = sum(PARTS[name].share for name in parts)
     wanted = {name: inputs * PARTS[name].share // whole for name in parts}
     wanted[parts[0]] += inputs - sum(wanted.values())
 
-    def opens(name: str, act: Callable[[Seeds, Path, Any], None]) -> Callable[[Any], None]:
-        def one(plan: Any) -> None:
-            if faults.inputs[name] >= wanted[name]:
-                return
-            work = Path(tempfile.mkdtemp(dir=root))
-            os.chdir(work)
-            verdict = opened(lambda: act(seeds, work, plan), work, root / MARKER)
-            if (work / MARKER).exists():
-                verdict.findings["code"] = "a program that the input names ran"
-            faults.add(name, plan, verdict, work)
-            os.chdir(root)
-            shutil.rmtree(work, ignore_errors=True)
-
-        return one
-
     for name in parts:
-        test = hypothesis.given(PARTS[name].plans)(opens(name, PARTS[name].act))
-        rounds, before = 0, -1
-        while before < faults.inputs[name] < wanted[name]:  # it ends early where all that there is has been drawn
-            before = faults.inputs[name]
-            bounded = hypothesis.settings(
-                max_examples=wanted[name] - before,
-                deadline=None,
-                database=None,
-                phases=[hypothesis.Phase.generate],
-                suppress_health_check=list(hypothesis.HealthCheck),
-            )(test)
-            hypothesis.seed(seed * 1000 + rounds)(bounded)()
-            rounds += 1
+        plans = _plans(PARTS[name].plans, wanted[name], seed)
+        for start in range(0, len(plans), TOGETHER):
+            some = plans[start : start + TOGETHER]
+            works = [Path(tempfile.mkdtemp(dir=root)) for _ in some]
+            acts = [
+                functools.partial(PARTS[name].act, seeds, work, plan) for work, plan in zip(works, some, strict=True)
+            ]
+            for plan, work, verdict in zip(some, works, opened(list(zip(acts, works, strict=True))), strict=True):
+                if (work / MARKER).exists() or (root / MARKER).exists():
+                    (root / MARKER).unlink(missing_ok=True)
+                    verdict.findings["code"] = "code or a program of the input's ran"
+                faults.add(name, plan, verdict, work)
+                shutil.rmtree(work, ignore_errors=True)
     return faults
+
+
+def _plans(strategy: Any, wanted: int, seed: int) -> list[Any]:
+    """So many plans, always the same for a seed; fewer where there are no more."""
+    import hypothesis
+
+    plans: list[Any] = []
+    rounds, before = 0, -1
+    while before < len(plans) < wanted:
+        before = len(plans)
+        test = hypothesis.given(strategy)(lambda plan: plans.append(plan))
+        bounded = hypothesis.settings(
+            max_examples=wanted - before,
+            deadline=None,
+            database=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )(test)
+        hypothesis.seed(seed * 1000 + rounds)(bounded)()
+        rounds += 1
+    return plans[:wanted]
 
 
 def _warm() -> None:
     """Imports what the inputs need, once."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import torch
 
     torch.set_num_threads(1)

@@ -113,11 +113,11 @@ def changed(document: Any, changes: list[Any]) -> Any:
         if how == "delete":
             del holder[key]
         elif how == "add" and isinstance(holder, dict):
-            holder[str(value)[:60_000]] = 1
+            holder[_text(value)] = 1
         elif how == "add":
             holder.insert(other % (len(holder) + 1), value)
         elif how == "rename" and isinstance(holder, dict):
-            holder[str(value)[:60_000]] = holder.pop(key)
+            holder[_text(value)] = holder.pop(key)
         elif how == "copy":
             source, name = spots[other % len(spots)]
             with contextlib.suppress(RecursionError):
@@ -125,10 +125,14 @@ def changed(document: Any, changes: list[Any]) -> Any:
         elif how == "cut" and isinstance(holder[key], str):
             text = holder[key]
             place = other % (len(text) + 1)
-            holder[key] = text[:place] + str(value)[:200] + text[place:]
+            holder[key] = text[:place] + _text(value)[:200] + text[place:]
         else:
             holder[key] = value
     return document
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:d}" if type(value) is int and abs(value) < 2**70 else "odd"
 
 
 def _nested(value: Any) -> Any:

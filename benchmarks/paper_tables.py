@@ -4,6 +4,13 @@
 
 Every network is a torchvision base with dcafy.insert and dcafy.convert, on the meta device: nothing is computed.
 
+Connected networks are counted twice. *eq. 3*: f(αG, βT̃) = αG + βT̃, as the paper has it. *published*: as the code does
+that was published with it, f = ReLU(LayerNorm(w1·G + w2·T̃ + b)) (dcafy's schema ``normalised``; BN and ReLU for
+CBAM's spatial maps; for GC alone the plain sum G + pT̃, with a match that has a LayerNorm in its middle only). That code
+has an f in the first block as well, which hears nothing, and a match in front of it where widths differ; and b does
+nothing, for LayerNorm takes it out again. The paper's cells count them: a working network does not have them, and they
+stand in a row of their own. With them, every cell is exact.
+
 Counting, as it reproduces the paper's cells: convolution multiply-adds plus one per bias, Linear in x out without
 bias, batch norm 2 per element, ReLU 1 per output, pooling 1 per input element, LayerNorm, sigmoid and products 0;
 eval mode, one image of 224 x 224; 1 GFLOP is 1e9 of these.
@@ -12,6 +19,7 @@ eval mode, one image of 224 x 224; 1 GFLOP is 1e9 of these.
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dcafy
+from dcafy.emit.matching import channel_match
 
 BASES: dict[str, Callable[[], nn.Module]] = {
     "MobileNetV2": torchvision.models.mobilenet_v2,
@@ -40,14 +49,19 @@ R16, R8, R4 = ({"channel_match": "fc2", "reduction": reduction} for reduction in
 
 ONE_FC = "The paper says 'two FC, r=16 in all experiments'; its own parameter column needs one FC here, or r=8."
 OWN_REDUCTION = (
-    "The paper's r=8 and r=4 cells changed the SE block's own reduction along with the match's: with SE at 16, as the "
-    "text has it, there are fewer parameters."
+    "The paper's r=8 and r=4 cells changed SE's own reduction along with the match's, in the first block of each stage "
+    "only: so does the published column. With SE at 16, as the text has it, there are fewer parameters."
 )
 UNEQUAL = "The paper compares r=16 (vanilla) with r=8 (DCA): the difference is not the connections' alone."
-DEAD_LAYERS = "The paper's cells count layers that are never used (a matcher before the first block, for one)."
+PUBLISHED = (
+    "The paper's numbers were not made with its eq. 3: its cells are those of the published f, with what is never used."
+)
 CBAM_FLOPS = "The paper's CBAM GFLOPs cells do not agree with one another; no one way of counting gives them all."
 SK_FLOPS = "The paper's 0.36 GFLOPs are not what the counting of all other cells gives: 0.3548."
-SCALARS = "The paper's README counts one scalar per connection here; every connection of dcafy has two (+15)."
+PLAIN_SUM = (
+    "GC is published as G + pT̃, with one scalar, and a match with a LayerNorm in its middle only; eq. 3 has α and β, "
+    "and two LayerNorms (paper 3.3)."
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Row:
     ``paper``       the cells: parameters in millions, GFLOPs
     ``insertions``  arguments of successive calls of ``dcafy.insert``
     ``options``     of ``dcafy.convert``; ``None`` for a network that is not connected
+    ``published``   the insertions of the published column, where they are others
     """
 
     base: str
@@ -66,16 +81,62 @@ class Row:
     insertions: tuple[dict[str, Any], ...] = ()
     options: dict[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
+    published: tuple[dict[str, Any], ...] = ()
 
-    def build(self) -> nn.Module:
-        """The network, without data."""
+    def build(self, **options: Any) -> nn.Module:
+        """The network, without data; ``options``: of the conversion, besides its own."""
         with torch.device("meta"):
             model = BASES[self.base]().eval()
-        for arguments in self.insertions:
+        for arguments in (options and self.published) or self.insertions:
             model = dcafy.insert(model, NAMES[self.attention], init="paper", copy=False, **arguments)
         if self.options is not None:
-            model = dcafy.convert(model, min_hidden=1, verify=False, copy=False, **self.options)
+            model = dcafy.convert(model, min_hidden=1, verify=False, copy=False, **self.options, **options)
         return model.eval()
+
+    def build_published(self) -> nn.Module:
+        """The connected network as the published code has it, as far as it works."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The schema 'normalised' is not the identity")
+            model = self.build(schema="direct" if self.attention == "GC" else "normalised")
+        if self.attention == "GC":
+            for connection in dcafy.connections(model).values():
+                connection.match = _without_last_norm(connection.match)
+                alpha = connection._parameters.pop("alpha")
+                connection.register_buffer("alpha", alpha)
+        return model
+
+    def unused(self) -> int:
+        """How many parameters the published code has besides, which nothing depends on."""
+        plan = self.build().dca.recipe.plan
+        first = {c.dimension: plan.block(c.blocks[0]) for c in plan.chains if c.links}
+        found = 6 if "spatial" in first else 0  # p1, p2, and a BN over two maps
+        if "channel" not in first:
+            return found
+        width, branches = first["channel"].channels, 2 if self.attention == "SK" else 1
+        chain = next(c for c in plan.chains if c.dimension == "channel" and c.links)
+        match = channel_match(
+            str(chain.links[0].channel_match),
+            FRONT[self.base] if self.attention != "SK" else width,
+            width,
+            reduction=int(chain.links[0].reduction),
+            min_hidden=1,
+            device="meta",
+        )
+        if self.attention == "GC":
+            return found + 1 + parameters(_without_last_norm(match))
+        biases = 0 if self.attention == "CBAM" else len(chain.blocks)
+        return found + branches * (2 + 2 * width + biases) + parameters(match)
+
+
+FRONT = {"ResNet50": 64, "ResNet101": 64, "ResNet152": 64, "MobileNetV2": 32, "MnasNet1_0": 16}
+"""Base -> the width of what goes into its first unit; SK, in the middle of a unit, has its own in front of it."""
+
+
+def _without_last_norm(match: nn.Module) -> nn.Module:
+    if not isinstance(match, nn.Sequential):
+        return match
+    *layers, _, last = match
+    return nn.Sequential(*layers, last)
 
 
 def vanilla(base: str, attention: str, paper: tuple[float, float], reduction: int = 16, *notes: str) -> Row:
@@ -91,10 +152,15 @@ def dca(
     reduction: int = 16,
     variant: str = "DCA",
     insertions: tuple[dict[str, Any], ...] = (),
+    published: tuple[dict[str, Any], ...] = (),
 ) -> Row:
-    return Row(
-        base, attention, variant, paper, insertions or ({"reduction": reduction},), options, (*notes, DEAD_LAYERS)
-    )
+    own = insertions or ({"reduction": reduction},)
+    return Row(base, attention, variant, paper, own, options, (*notes, PUBLISHED), published)
+
+
+def stages(reduction: int) -> tuple[dict[str, Any], ...]:
+    """Insertions with another reduction in the first block of each stage of a ResNet."""
+    return {"reduction": reduction, "where": "layer*.0"}, {"reduction": 16, "where": "layer*.[1-9]*"}
 
 
 FIRST_AND_OTHERS = ({"reduction": 8, "where": "layers.*.0"}, {"reduction": 16, "where": "layers.*.[1-9]"})
@@ -129,8 +195,8 @@ ROWS = (
     dca("MnasNet1_0", "CBAM", (4.56, 0.33), FC1, ONE_FC, UNEQUAL, CBAM_FLOPS, reduction=8),
     dca("ResNet50", "SE", (28.65, 4.13), R16, variant="DCA (2FC r=16), Tables 1,2a,2d,2e"),
     dca("ResNet50", "SE", (30.9, 4.13), FC1, variant="DCA 1FC (2e)"),
-    dca("ResNet50", "SE", (29.87, 4.13), R8, OWN_REDUCTION, variant="DCA 2FC r=8 (2e)"),
-    dca("ResNet50", "SE", (32.31, 4.13), R4, OWN_REDUCTION, variant="DCA 2FC r=4 (2e)"),
+    dca("ResNet50", "SE", (29.87, 4.13), R8, OWN_REDUCTION, variant="DCA 2FC r=8 (2e)", published=stages(8)),
+    dca("ResNet50", "SE", (32.31, 4.13), R4, OWN_REDUCTION, variant="DCA 2FC r=4 (2e)", published=stages(4)),
     dca("ResNet101", "SE", (49.93, 7.86), R16),
     dca("ResNet152", "SE", (67.45, 11.6), R16),
     dca("ResNet50", "SK", (37.48, 5.98), FC1, ONE_FC),
@@ -138,7 +204,7 @@ ROWS = (
     dca("ResNet50", "CBAM", (30.9, 4.14), FC1, ONE_FC, CBAM_FLOPS, variant="DCA-All"),
     dca("ResNet50", "CBAM", (30.9, 4.14), {**FC1, "dimension": "channel"}, ONE_FC, CBAM_FLOPS, variant="DCA-C (2b)"),
     dca("ResNet50", "CBAM", (28.09, 4.14), {"dimension": "spatial"}, CBAM_FLOPS, variant="DCA-S (2b,2c)"),
-    dca("ResNet50", "GC", (28.63, 4.13), R16, SCALARS, variant="DCA (README)"),
+    dca("ResNet50", "GC", (28.63, 4.13), R16, PLAIN_SUM, variant="DCA (README)"),
 )
 
 
@@ -201,38 +267,63 @@ class Measured:
     row: Row
     parameters: int
     operations: int
+    published: int | None
+    unused: int
 
 
 def measured(rows: Sequence[Row] = ROWS) -> list[Measured]:
     """Every row, built and counted."""
     built = []
     for row in rows:
-        model = row.build()
-        built.append(Measured(row, parameters(model), operations(model)))
+        model, connected = row.build(), row.options is not None
+        published, unused = (parameters(row.build_published()), row.unused()) if connected else (None, 0)
+        built.append(Measured(row, parameters(model), operations(model), published, unused))
     return built
 
 
+COLUMNS = (
+    "network",
+    "attention",
+    "variant",
+    "Params [M]",
+    "eq. 3",
+    "diff",
+    "published",
+    "diff",
+    "GFLOPs",
+    "eq. 3",
+    "diff",
+)
+
+
 def table(results: Sequence[Measured]) -> tuple[Table, list[str]]:
-    """Paper, dcafy and difference, and the footnotes."""
-    shown = Table(title="DCANet, Tables 1 and 2: paper / dcafy / difference", title_justify="left")
-    for name in ("network", "attention", "variant", "Params [M]", "dcafy", "diff", "GFLOPs", "dcafy", "diff", "notes"):
+    """The paper's cells, eq. 3, the published code, differences, and the footnotes."""
+    shown = Table(title="DCANet, Tables 1 and 2: the paper, eq. 3, the published code", title_justify="left")
+    for name in (*COLUMNS, "notes"):
         shown.add_column(name, justify="left" if name in ("network", "attention", "variant", "notes") else "right")
     notes = list(dict.fromkeys(note for result in results for note in result.row.notes))
     for result in results:
-        row = result.row
-        millions, giga = result.parameters / 1e6, result.operations / 1e9
+        row, giga = result.row, result.operations / 1e9
+        total = None if result.published is None else result.published + result.unused
         shown.add_row(
-            *(row.base, row.attention, row.variant),
-            *(f"{row.paper[0]:.2f}", f"{result.parameters:,}", f"{round(millions, 2) - row.paper[0]:+.2f}"),
+            *(row.base, row.attention, row.variant, f"{row.paper[0]:.2f}"),
+            *(f"{result.parameters:,}", _difference(result.parameters, row)),
+            *(("", "") if total is None else (f"{total:,}", _difference(total, row))),
             *(f"{row.paper[1]:.2f}", f"{giga:.3f}", f"{round(giga, 2) - row.paper[1]:+.2f}"),
             ",".join(str(notes.index(note) + 1) for note in row.notes),
         )
+        if result.unused:
+            shown.add_row("", "", "  in no working network", "", "", "", f"{result.unused:,}")
     return shown, notes
+
+
+def _difference(parameters: int, row: Row) -> str:
+    return f"{round(parameters / 1e6, 2) - row.paper[0]:+.2f}"
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    console = Console(width=150)
+    console = Console(width=180)
     shown, notes = table(measured())
     console.print(shown)
     for number, note in enumerate(notes, start=1):

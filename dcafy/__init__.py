@@ -21,11 +21,10 @@ for torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dcafy.fronts import front
 from dcafy.version import __version__
 
+TYPE_CHECKING = False  # and not from typing: ``python -m dcafy`` has the working folder on its path until __main__ runs
 if TYPE_CHECKING:
     from dcafy.analysis.usage import usage
     from dcafy.attention.insertion import insert
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from dcafy.images.about import about, transforms
     from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped
     from dcafy.plan.plan import Plan
 
@@ -70,6 +70,7 @@ _HOME = {
     "TrainingError": "errors",
     "UsageError": "errors",
     "VerificationError": "errors",
+    "about": "images.about",
     "connections": "emit.dca",
     "convert": "conversion",
     "drop": "converted",
@@ -82,6 +83,7 @@ _HOME = {
     "revert": "converted",
     "run": "emit.wire",
     "save": "checkpoint",
+    "transforms": "images.about",
     "usage": "analysis.usage",
 }
 """Public name -> the module it lives in."""
@@ -105,6 +107,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "about",
     "connections",
     "convert",
     "drop",
@@ -117,6 +120,7 @@ __all__ = [
     "revert",
     "run",
     "save",
+    "transforms",
     "usage",
 ]
 

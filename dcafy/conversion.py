@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from dcafy.attention.inserted import silent
 from dcafy.attention.insertion import insert
 from dcafy.choices import CHOICES
 from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
-from dcafy.emit.dca import Recipe, is_connected
+from dcafy.emit.dca import Recipe, connections, is_connected
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.emit.verify import tell_drift, verify_outputs
 from dcafy.emit.wiring import completed, cost, costs
@@ -68,19 +69,24 @@ def convert(
     The result is an ``fx.GraphModule`` besides, where one graph of the whole can be written: its ``graph`` is the whole
     connected network. Messages pass by a wire (``docs/in_place.md``); parts of the result compute connected, too.
 
-    Every connection starts at α = 1, β = 0 (paper eq. 3), where its output is G itself.
+    Every connection starts at α = 1, β = 0 (paper eq. 3), where its output is G itself. Behind attention that was
+    inserted as a no-op, and not trained since, β starts at 0.5: its T is the same whatever it hears.
 
     ``plan``: from :func:`inspect`, perhaps edited; a link's own settings beat the options given here.
-    ``schema``: the form of f: ``direct``, ``weighted`` or ``softmax`` (paper 3.2).
+    ``schema``: the form of f: ``direct``, ``weighted`` or ``softmax`` (paper 3.2), or ``normalised``, which ends with a
+    norm and a ReLU, as the code does that was published with the paper.
+    ``message``: ``plain``, or ``centred`` where what is the same for every image is taken out of what is heard.
     ``channel_match``: ``fc2`` or ``fc1``, where widths differ (paper 3.3); ``reduction`` and ``min_hidden`` set the
     hidden width of ``fc2``. ``spatial_match``: ``avg``, ``max`` or ``conv``, where sizes differ.
     ``dimension``: ``channel``, ``spatial`` or ``all`` (paper 4.2: DCA-C, DCA-S, DCA-All).
-    ``topology``: ``chain``, or ``dense`` where each block hears all earlier ones that reach it.
+    ``topology``: ``chain``; ``dense`` where each block hears all earlier ones that reach it; ``tree`` where the n-th
+    hears the (n - 2^j)-th for every 2^j that divides n (paper section 5); ``own`` where each hears itself, centred.
     ``attention``: a network without attention is given this one first, as :func:`dcafy.insert` does it, with
-    ``attention_reduction`` for its bottleneck (``None`` or 0: none, with ``gc``), ``where`` and ``init``.
+    ``attention_reduction`` for its bottleneck (``None`` or 0: none, with ``gc``), ``where``, and ``attention_init`` for
+    its ``init``.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
-    ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` is
-    not the identity at the start: a warning tells how far the outputs have moved.
+    ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` and
+    ``normalised`` are not the identity at the start: a warning tells how far the outputs have moved.
 
     Raises ``NoAttentionError`` where there is nothing to connect, ``PlanError`` for a plan that does not
     fit, ``VerificationError``, and what :func:`inspect` raises; ``model`` is as it was in every case.
@@ -100,7 +106,7 @@ def convert(
     given = model
     model = with_attention(given, conversion, example_inputs=example_inputs, copy=copy)
     copied, copy = copy, copy and model is given  # attention was put into a copy already
-    original = given if conversion.init == "identity" else model  # the paper's own form is no no-op
+    original = given if conversion.attention_init == "identity" else model  # the paper's own form is no no-op
     seen = survey(model, example_inputs)
     if is_connected(model):
         raise InputError(
@@ -137,7 +143,7 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
         options.attention,
         reduction=options.attention_reduction or None,
         where=options.where,
-        init=options.init,  # type: ignore[arg-type]
+        init=options.attention_init,  # type: ignore[arg-type]
         example_inputs=example_inputs,
         copy=copy,
     )
@@ -168,4 +174,12 @@ def _connected(model: nn.Module, known: Survey, plan: Plan, options: Linking, co
     host = own_copy(model) if copy else shared_copy(model)
     recipe = Recipe(plan, options.overridden(Overrides()), inputs=as_data(known.inputs))
     connect(host, known.network, recipe, probe(known.inputs), whole=known.whole)
+    starting = silent(model, {link.target for link in plan.links})
+    for name, connection in connections(host).items():
+        if name.partition("<-")[0].partition("[")[0] in starting:
+            nn.init.constant_(connection.beta, START)
     return host
+
+
+START = 0.5
+"""β at the start where nothing of what is heard shows in T yet: with 0, two zeros in series would starve the match."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dcafy.attention.inserted import inserted_modules, inserted_parameters
 from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
 from dcafy.emit.connection import Connection
@@ -18,6 +19,7 @@ from dcafy.emit.dca import (
     is_ours,
     link_of,
     own_contexts,
+    own_modules,
     own_parameters,
     require_connected,
 )
@@ -26,6 +28,7 @@ from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import InputError, UsageError
 from dcafy.graph.copies import own_copy, shared_copy
 from dcafy.graph.modes import keep_in_eval
+from dcafy.graph.paths import joined
 from dcafy.graph.rewritten import restore
 from dcafy.graph.rows import graph_from
 from dcafy.graph.source import require_writable
@@ -39,12 +42,18 @@ from dcafy.wording import nearest
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, connection_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    *,
+    lr: float,
+    connection_lr: float | None = None,
+    scale_lr: float | None = None,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: the base, the matching layers' weights, and what no decay may shrink.
+    """Optimizer groups: the base, the matching layers' weights, α and β, and what no decay may shrink.
 
-    No decay on α, β, norms and biases (everything of one dimension). ``connection_lr`` (default: ``lr``) is
-    the rate of everything under ``dca``. Parameters that do not require a gradient are left out.
+    No decay on α, β, norms and biases (everything of one dimension). ``connection_lr`` (default: ``lr``) is the rate of
+    everything under ``dca``; ``scale_lr`` is that of α and β, where they have their own. Inserted attention has that of
+    the base. Parameters that do not require a gradient are left out.
 
     >>> import dcafy, torch, torchvision
     >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
@@ -53,29 +62,36 @@ def parameter_groups(
     [0.01, 0.1]
     """
     require_connected(model)
-    own = own_parameters(model)
-    rates = {False: lr, True: lr if connection_lr is None else connection_lr}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    own, scales = own_parameters(model), {id(c.alpha) for c in connections(model).values()}
+    scales |= {id(c.beta) for c in connections(model).values()}
+    connection_lr = lr if connection_lr is None else connection_lr
+    scale_lr = connection_lr if scale_lr is None else scale_lr
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in own, parameter.ndim > 1), []).append(parameter)
+            ours = id(parameter) in own
+            rate = scale_lr if id(parameter) in scales else connection_lr if ours else lr
+            groups.setdefault((ours, rate, parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": parameters, "lr": rates[ours], "weight_decay": weight_decay if decays else 0.0}
-        for (ours, decays), parameters in groups.items()
+        {"params": parameters, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        for (_, rate, decays), parameters in groups.items()
     ]
 
 
 def freeze_base(model: nn.Module) -> nn.Module:
-    """``model`` with only ``dca.*`` trainable, like an adapter; batch norm of the base stays in eval.
+    """``model`` with only ``dca.*`` and inserted attention trainable, like an adapter; its batch norms stay in eval.
 
-    Frozen running statistics must not drift, so the base's batch norms stay in eval through ``.train()``.
+    Frozen running statistics must not drift, so the base's batch norms stay in eval through ``.train()``. Attention
+    that :func:`dcafy.insert` put in is no base: it starts as a no-op, and with its last layer frozen at zero nothing
+    behind it would get a gradient. Statistics that connections and inserted attention keep themselves go on moving.
     """
     require_connected(model)
-    own = own_parameters(model)
+    own = own_parameters(model) | inserted_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in own)
+    new = own_modules(model) | inserted_modules(model)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and id(module) not in new:
             keep_in_eval(module)
     return model
 
@@ -83,7 +99,7 @@ def freeze_base(model: nn.Module) -> nn.Module:
 def revert(model: nn.Module) -> nn.Module:
     """A new model without connections, of the user's own classes, with the base weights as they are now.
 
-    Its state dict has exactly the keys of the model that was converted.
+    Its state dict has exactly the keys of the model that was converted; inserted attention is part of that.
     """
     require_connected(model)
     return _unconnected(own_copy(model))
@@ -124,6 +140,8 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
     before = {_heard_by(name, recipe.plan): one for name, one in connections(twin).items()}
     before |= {(reader, ""): one for (reader, _), one in list(before.items())}  # of which the α may be all that stays
     before |= {(reader, ""): one for reader, one in own_contexts(twin).items()}
+    # Of several that a block hears the first has the norm of all.
+    norms = {reader: one.norm for (reader, _), one in before.items() if one.norm is not None}
     example = dca_of(twin).example.inputs
     made = _unconnected(twin)
     if not plan.links and not plan.alone:
@@ -134,9 +152,9 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
     with OwnDraws():  # layers are made, and then given what there was
         connect(made, seen.network, dataclasses.replace(recipe, plan=plan), example, whole=seen.whole)
     for name, one in connections(made).items():
-        _take(one, before[_heard_by(name, plan)], name)
+        _take(one, before[_heard_by(name, plan)], name, norms)
     for name, one in own_contexts(made).items():
-        _take(one, before[name, ""], name)
+        _take(one, before[name, ""], name, norms)
     return made
 
 
@@ -185,9 +203,11 @@ def _heard_by(name: str, plan: Plan) -> tuple[str, str]:
     return reader, source or link_of(name, plan.links).source
 
 
-def _take(connection: nn.Module, before: nn.Module, name: str) -> None:
-    """Gives a connection the parameters, buffers and modes of what it was made anew for."""
-    theirs = dict(before.named_modules())
+def _take(connection: nn.Module, before: nn.Module, name: str, norms: Mapping[str, nn.Module]) -> None:
+    """Gives a connection the parameters, buffers and modes of what it was made anew for; ``norms``: by block."""
+    norm = norms.get(name.partition("<-")[0])
+    theirs = {} if norm is None else {joined("norm", path): module for path, module in norm.named_modules()}
+    theirs |= dict(before.named_modules())
     for path, module in connection.named_modules():
         other = theirs.get(path)
         kept: tuple[str, ...] = ("_parameters", "_buffers")

@@ -56,16 +56,21 @@ def content(path: str | os.PathLike[str], most: int) -> bytes:
 # --- writing --------------------------------------------------------------------------------------------
 
 
-def replace_file(path: Path, write: Any) -> None:
-    """``path`` with what ``write(beside)`` writes, all at once; ``CheckpointError`` where the disk refuses."""
+_GO_ON = "Make room or name another folder, then go on with --resume."
+
+
+def replace_file(path: Path, write: Any, *, then: str = _GO_ON) -> None:
+    """``path`` with what ``write(beside)`` writes, all at once; ``CheckpointError`` where the disk refuses.
+
+    ``then``: what the message says to do next.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _staged(path) as beside:
             write(beside)
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: a NUL in the path
         raise CheckpointError(
-            f"{quoted(str(path), 200)} could not be written: {refused(error)}. What was there before is whole. Make "
-            "room or name another folder, then go on with --resume."
+            f"{quoted(str(path), 200)} could not be written: {refused(error)}. What was there before is whole. {then}"
         ) from error
 
 

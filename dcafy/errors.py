@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dcafy.text import short
+
 __all__ = [
     "CheckpointError",
     "DcafyError",
@@ -18,7 +20,24 @@ __all__ = [
 
 
 class DcafyError(Exception):
-    """Every error that dcafy raises on purpose; catching it catches all of them."""
+    """Every error that dcafy raises on purpose; catching it catches all of them.
+
+    Its message is one short line, whatever names and values of the user's, or of a stranger's file, are in it.
+    """
+
+    _lines = False
+
+    def __init__(self, message: str) -> None:
+        lines = message.split("\n") if self._lines else [message]
+        super().__init__("\n".join(line[: _indent(line)] + short(line, _MOST) for line in lines))
+
+
+_MOST = 900
+"""Characters that a line of a message may have."""
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
 
 
 class UsageError(DcafyError):
@@ -34,7 +53,9 @@ class TracingError(DcafyError):
 
 
 class NoAttentionError(DcafyError):
-    """There is nothing to connect: no attention block, or none that follows another."""
+    """There is nothing to connect: no attention block, or none that follows another; one reason a line."""
+
+    _lines = True
 
 
 class PlanError(DcafyError):

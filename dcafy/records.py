@@ -101,6 +101,9 @@ def _no_constant(name: str) -> Any:
 WRITTEN: Mapping[str, Any] = types.MappingProxyType({"written": True})
 """The metadata of a field that has a default in Python, and has to be in the data all the same."""
 
+LATER: Mapping[str, Any] = types.MappingProxyType({"later": True})
+"""The metadata of a field that older data does not have; it is written only where it is not ``None``."""
+
 # --- JSON values -> records -----------------------------------------------------------------------------
 
 
@@ -251,7 +254,8 @@ def written(value: Any, ways: Mapping[type[Any], Callable[[Any], Any]] | None = 
     if way is not None:
         return way(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: written(getattr(value, item.name), ways) for item in dataclasses.fields(value)}
+        fields = {item.name: (getattr(value, item.name), item.metadata is LATER) for item in dataclasses.fields(value)}
+        return {name: written(entry, ways) for name, (entry, later) in fields.items() if not (later and entry is None)}
     if isinstance(value, Mapping):
         return {key: written(item, ways) for key, item in value.items()}
     return [written(item, ways) for item in value] if isinstance(value, list | tuple) else value

@@ -348,6 +348,9 @@ class _Surveyor:
         yield Skipped(path or self.name, f"not traced as a whole: {reason}")
         if not any(child.startswith(f"{path}.") for child in known):
             inside = observe(module, observed, self.evaluator)
+            if isinstance(inside, str) and path:
+                yield Skipped(path, f"nothing was looked for in it, as it could not be run by itself either: {inside}")
+                return
             if isinstance(inside, str):
                 raise TracingError(
                     f"{path or self.name} could not be traced: {reason}. It could not be run on the example either "

@@ -60,8 +60,11 @@ class Swap:
     def _either(self, meanwhile: Callable[..., Any], before: Any) -> Any:
         """``meanwhile`` in this thread, while it lasts, and what the name stood ``before`` in every other.
 
-        Whoever imports in the meantime may keep it for good.
+        Whoever imports in the meantime may keep it for good. A class has to do what the real one does for others by
+        itself: what is asked of a class cannot be asked of a function.
         """
+        if isinstance(meanwhile, type):
+            return meanwhile
         here, thread = self._thread, threading.get_ident
         of_class = isinstance(before, classmethod | types.ClassMethodDescriptorType)
 

@@ -12,21 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from dcafy.errors import UsageError
-
-
-def printable(name: str) -> str:
-    """``name`` with everything that could steer a terminal written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-
-
-def short(text: str, most: int = 100) -> str:
-    """``text`` on one line, printable, and cut in the middle where it is longer than ``most``.
-
-    >>> short("a name" + 100 * "!", 20)
-    'a name!!! ... !!!!!!'
-    """
-    text = printable(" ".join(text.split()) if text.strip() else text)
-    return text if len(text) <= most else f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
+from dcafy.text import printable as printable
+from dcafy.text import short as short
 
 
 def quoted(name: str, most: int = 60) -> str:
@@ -36,6 +23,18 @@ def quoted(name: str, most: int = 60) -> str:
     "'a b'"
     """
     return f"'{short(name, most)}'"
+
+
+def shown(value: object, most: int = 100) -> str:
+    """The ``repr`` of a value as :func:`short` has it.
+
+    >>> shown([1, "a"])
+    "[1, 'a']"
+    """
+    try:
+        return short(repr(value), most)
+    except Exception:  # a number of thousands of digits, or what the user's class makes of it
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def counted(number: int, noun: str) -> str:
@@ -101,7 +100,15 @@ def reason_of(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_machinery(f.filename)]
     text = textwrap.shorten(str(error), 160, placeholder=" ...")
     where = f" ({PurePath(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    if type(error).__name__ == "TraceError":  # in dcafy's own words
+        return f"{text}{where}"
+    if any(word in str(error) for word in _OF_RECORDING):  # which the user's code would never meet
+        return f"dcafy cannot follow it without data{where}"
     return f"{type(error).__name__}: {text or 'no message'}{where}"
+
+
+_OF_RECORDING = ("meta tensor", "device meta", "Proxy", "proxy", "argument of type")
+"""What errors speak of that come from recording a forward, and not from the forward."""
 
 
 def _is_machinery(filename: str) -> bool:

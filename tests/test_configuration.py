@@ -77,7 +77,7 @@ def test_data_gives_the_configuration_back():
 
 def test_as_one_value_they_do_what_insert_and_convert_do():
     model = torchvision.models.resnet18().eval()
-    conversion = Conversion(attention="ge-theta", where="layer[34].*", init="paper", channel_match="fc1")
+    conversion = Conversion(attention="ge-theta", where="layer[34].*", attention_init="paper", channel_match="fc1")
     torch.manual_seed(3)
     both = dcafy.convert(
         dcafy.insert(model, "ge-theta", where="layer[34].*", init="paper"), channel_match="fc1", verify=False

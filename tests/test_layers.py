@@ -13,7 +13,7 @@ import dcafy
 
 LAYERS = (
     # ground
-    ("version", "errors", "fronts", "wording", "threads", "draws"),
+    ("version", "text", "errors", "fronts", "wording", "threads", "draws"),
     ("records", "disk"),
     ("zoos",),
     # words and material
@@ -34,6 +34,7 @@ LAYERS = (
     # doing
     ("training",),
     ("detection",),
+    ("export",),
     ("runs",),
     # faces
     ("report",),

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
-from dcafy.attention.kinds import ATTENTIONS, INSERTED, Insertion
+from dcafy.attention.kinds import ATTENTIONS, INSERTED, KIND, Insertion
 from dcafy.attention.sk import SK
 from dcafy.attention.units import Kernel, Unit, units
 from dcafy.draws import OwnDraws
@@ -118,6 +118,7 @@ def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int | None, 
             module = ATTENTIONS[attention].build(unit.channels, reduction, init, unit.side)
     name = free_name(host, attention.replace("-", "_"))
     module.to(dtype=_dtype(host)).train(host.training)
+    module.__dict__[KIND] = attention
     if refusal(host) is not None:
         _require_last(unit, host, reads)
         host.add_module(name, module)

@@ -21,12 +21,14 @@ Build = Callable[[int, Any, Init, int], "nn.Module"]
 class Attention:
     """One attention that can be inserted.
 
-    ``obstacle``: why it cannot start as an exact no-op, empty where it can. ``without_bottleneck``: whether it can do
-    without one (a reduction of ``None``).
+    ``obstacle``            why it cannot start as an exact no-op, empty where it can
+    ``silent``              the layers, below the module, that are zero where it does: T is the same whatever G is
+    ``without_bottleneck``  whether it can do without one (a reduction of ``None``)
     """
 
     build: Build
     obstacle: str = ""
+    silent: tuple[str, ...] = ()
     without_bottleneck: bool = False
 
 
@@ -53,22 +55,25 @@ def _sk(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
 
 
 ATTENTIONS: dict[str, Attention] = {
-    "se": Attention(_reduced("se", "SE")),
+    "se": Attention(_reduced("se", "SE"), silent=("expand",)),
     "ge": Attention(
         lambda channels, reduction, init, side: _of("ge", "GEPlain")(), obstacle="nothing in it can be trained"
     ),
     "ge-theta": Attention(_ge_theta),
     "sk": Attention(_sk, obstacle="its maps weigh two branches against one another, and the second one is new"),
-    "cbam": Attention(_reduced("cbam", "CBAM")),
-    "bam": Attention(_reduced("bam", "BAM")),
-    "gc": Attention(_reduced("gc", "GC"), without_bottleneck=True),
-    "sge": Attention(lambda channels, reduction, init, side: _of("sge", "SGE")(channels, init=init)),
-    "eca": Attention(lambda channels, reduction, init, side: _of("eca", "ECA")(channels, init=init)),
+    "cbam": Attention(_reduced("cbam", "CBAM"), silent=("channel.expand", "spatial.norm")),
+    "bam": Attention(_reduced("bam", "BAM"), silent=("channel.norm", "norm")),
+    "gc": Attention(_reduced("gc", "GC"), silent=("bottleneck.expand",), without_bottleneck=True),
+    "sge": Attention(lambda channels, reduction, init, side: _of("sge", "SGE")(channels, init=init), silent=("norm",)),
+    "eca": Attention(lambda channels, reduction, init, side: _of("eca", "ECA")(channels, init=init), silent=("conv",)),
 }
 """Name -> the attention."""
 
 INSERTED = "inserted_attention"
 """The attribute of a network that says what was inserted into it, in this order."""
+
+KIND = "inserted_as"
+"""The attribute of an inserted module that says what attention it is."""
 
 
 @dataclass(frozen=True)

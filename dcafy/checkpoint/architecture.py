@@ -14,8 +14,9 @@ import importlib
 import json
 import logging
 import math
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import BuiltinFunctionType, FunctionType
@@ -38,6 +39,7 @@ from dcafy.wording import printable
 from dcafy.zoos import specs
 from dcafy.zoos.fitting import Shapes, difference, shapes_of
 from dcafy.zoos.packages import ZOOS
+from dcafy.zoos.specs import NOTES
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,38 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("drop_rate", "drop_path_rate", "drop_block_rate", "attn_drop_rate"), (int, float)),
     **dict.fromkeys(("proj_drop_rate", "dropout", "stochastic_depth_prob"), (int, float)),
 }
-"""Arguments that a folder may give to a builder, and their types: none of them loads or imports anything."""
+"""Arguments whose types are known; others are numbers, words, and lists and dictionaries of them."""
+
+_LOADING = re.compile(r"pretrained|checkpoint|weights|cache|hub|url|download|file|model|progress", re.IGNORECASE)
+"""In the name of an argument: it may say what a builder loads, from where, and is not taken from a folder."""
+
+_WORD = re.compile(r"\w{0,64}", re.ASCII)
+"""A text that is taken from a folder: a zoo looks such words up in its own tables; it is no path and no module."""
+
+
+def _is_given(name: str, value: Any, depth: int = 4) -> bool:
+    """Whether a folder may give a builder this argument."""
+    if not name.isidentifier() or name.startswith("_") or _LOADING.search(name):
+        return False
+    known = _ARGUMENTS.get(name)
+    if known is not None:
+        numbers = not isinstance(value, tuple) or all(type(item) is int for item in value)
+        return type(value) in known and numbers and _is_data(value, 1)
+    return _is_data(value, depth)
+
+
+def _is_data(value: Any, depth: int) -> bool:
+    if value is None or type(value) in (bool, int):
+        return True
+    if type(value) is float:
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None
+    if isinstance(value, dict):
+        named = all(isinstance(key, str) and _is_given(key, item, depth - 1) for key, item in value.items())
+        return depth > 0 and len(value) <= 64 and named
+    inside = isinstance(value, tuple | list) and len(value) <= 256
+    return inside and depth > 0 and all(_is_data(item, depth - 1) for item in value)
 
 
 # --- building -------------------------------------------------------------------------------------------
@@ -92,8 +125,7 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
 
 def _blueprint(how: Built) -> specs.Blueprint:
     for name, value in how.arguments.items():
-        allowed = type(value) in _ARGUMENTS.get(name, ())
-        if not allowed or (isinstance(value, tuple) and any(type(item) is not int for item in value)):
+        if not _is_given(name, value):
             raise UsageError(
                 f"{printable(name)} with the value {printable(repr(value)[:60])} is not given to a builder."
             )
@@ -143,23 +175,60 @@ _INFORMATIVE = frozenset(
 """Attributes of the outermost module that describe it: a new head leaves them as they were."""
 
 
-def recognised(model: nn.Module, recipe: Recipe) -> Built | None:
-    """How torchvision or timm builds the network that ``model`` was converted from; ``None`` where they do not."""
+def recognised(model: nn.Module, recipe: Recipe | None, inputs: Any = None) -> Built | None:
+    """How torchvision or timm builds the network that ``model`` was converted from; ``None`` where they do not.
+
+    ``recipe``: how it was converted, where it was. ``inputs``: an example for what was inserted; else the recipe's.
+    """
+    inputs = recipe.inputs if inputs is None and recipe is not None else inputs
     ours = _network(model)
     inserted: tuple[Insertion, ...] = getattr(model, INSERTED, ())
     for named in _candidates(model, ours, recipe):
         candidate = dataclasses.replace(named, insertions=inserted)
-        theirs = _zoo_network(candidate, recipe.inputs)
+        theirs = _zoo_network(candidate, inputs)
         if theirs is None:
             continue
         if ours.is_like(theirs):
             return candidate
+        told = _told(ours, theirs)
+        if told:
+            candidate = dataclasses.replace(candidate, arguments={**candidate.arguments, **told})
+            theirs = _zoo_network(candidate, inputs)
+            if theirs is None:
+                continue
+            if ours.is_like(theirs):
+                return candidate
         for number in _class_counts(ours.shapes, theirs.shapes):
             headed = dataclasses.replace(candidate, arguments={**candidate.arguments, "num_classes": number})
-            theirs = _zoo_network(headed, recipe.inputs)
+            theirs = _zoo_network(headed, inputs)
             if theirs is not None and ours.is_like(theirs):
                 return headed
     return None
+
+
+_TOLD: dict[str, dict[str, str]] = {
+    "": {name: name for name in ("transform_input", "aux_logits", "score_thresh", "nms_thresh", "detections_per_img",
+         "topk_candidates", "aux_loss", "replace_stride_with_dilation")},
+    "transform": {"min_size": "min_size", "max_size": "max_size", "image_mean": "image_mean", "image_std": "image_std"},
+    "roi_heads": {f"{name}": f"box_{name}" for name in ("score_thresh", "nms_thresh", "detections_per_img")},
+    "rpn": {"nms_thresh": "rpn_nms_thresh", "score_thresh": "rpn_score_thresh"},
+}  # fmt: skip
+"""Module of a torchvision network -> its settings that are arguments of the builder, and their names there."""
+
+
+def _told(ours: _Network, theirs: _Network) -> dict[str, Any]:
+    """Arguments that a network has kept as settings, where they are others than the zoo's network has."""
+    found = {}
+    for path, names in _TOLD.items():
+        if path in ours.modules and path in theirs.modules:
+            here, there = ours.modules[path].settings, theirs.modules[path].settings
+            for name, argument in names.items():
+                if name in here and name in there and here[name] != there[name]:
+                    value = here[name]
+                    # The detectors keep a list of sizes for what is one number.
+                    one = argument == "min_size" and isinstance(value, list) and len(value) == 1
+                    found[argument] = value[0] if one else value
+    return _given(found)
 
 
 def _class_counts(ours: Shapes, theirs: Shapes) -> list[int]:
@@ -183,13 +252,16 @@ _COCO_CLASSES = 91
 """What torchvision's detectors tell apart where no number of classes is given."""
 
 
-def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Built]:
-    if recipe.model is not None:
+def _candidates(model: nn.Module, ours: _Network, recipe: Recipe | None) -> Iterator[Built]:
+    if recipe is not None and recipe.model is not None:
         yield Built(recipe.model, recipe.arguments)
+    own = specs.blueprint_of(model)
+    if own is not None:
+        yield Built(f"{own.zoo}:{own.name}", _given(own.settings))
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and isinstance(config.get("architecture"), str):
         given = getattr(model, "_model_args", None)  # kept by timm since 1.0.31
-        arguments = {k: v for k, v in given.items() if type(v) in _ARGUMENTS.get(k, ())} if given else {}
+        arguments = _given(given or {})
         for name in dict.fromkeys(
             ".".join(filter(None, (config["architecture"], tag))) for tag in (config.get("tag"), "")
         ):
@@ -200,6 +272,17 @@ def _candidates(model: nn.Module, ours: _Network, recipe: Recipe) -> Iterator[Bu
         arguments = {"aux_loss": True} if "aux_classifier" in ours.modules else {}
         names = _torchvision_names(home, sum(map(math.prod, ours.shapes.values())))
         yield from (Built(f"torchvision:{name}", arguments) for name in names)
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a folder may give again, as it gives them: lists are tuples."""
+
+    def as_read(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: as_read(item) for key, item in value.items()}
+        return tuple(map(as_read, value)) if isinstance(value, list | tuple) else value
+
+    return {name: as_read(value) for name, value in arguments.items() if _is_given(name, as_read(value))}
 
 
 def _torchvision_names(home: str, size: int) -> list[str]:
@@ -246,7 +329,8 @@ def _module(module: nn.Module) -> _Module:
     cls = original_class(module)
     kind = f"{cls.__module__}.{cls.__qualname__}"
     kind = _SAME.get(kind, kind)
-    plain = {name: _plain(value) for name, value in vars(module).items() if name not in _MACHINERY}
+    own = {name: value for name, value in vars(module).items() if name not in _MACHINERY | NOTES}
+    plain = {name: _plain(value) for name, value in own.items()}
     tensors = {
         name: tuple(value.shape)
         for holder in (module._parameters, module._buffers)

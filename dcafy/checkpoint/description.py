@@ -16,6 +16,7 @@ import torch
 from dcafy import records
 from dcafy.attention.kinds import Insertion
 from dcafy.errors import CheckpointError, PlanError
+from dcafy.images.about import About
 from dcafy.plan.options import Linking
 from dcafy.plan.plan import Plan
 from dcafy.records import Format, OtherVersion, ReadBy, Unknown, Wrong, matching, one_of, parsed, short, within, written
@@ -36,7 +37,12 @@ def _keyed_by_block(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "weights": {**weights, "keyed_by": "block"}} if isinstance(weights, dict) else data
 
 
-FORMAT = Format("format_version", 2, {1: _keyed_by_block, 2: _with_insertions})
+def _about_nothing(data: dict[str, Any]) -> dict[str, Any]:
+    """Folders of version 2 do not say what is known of the network besides itself."""
+    return {"about": None, **data}
+
+
+FORMAT = Format("format_version", 3, {1: _keyed_by_block, 2: _about_nothing, 3: _with_insertions})
 """The version of ``dcafy.json``, and the way from older ones."""
 
 FILES = {True: "model.safetensors", False: "connections.safetensors"}
@@ -64,11 +70,9 @@ class Facts:
 
 def _argument(value: Any, where: str) -> Any:
     """An argument for a builder, with lists as tuples: ``architecture`` says which there may be."""
-    if isinstance(value, list):
-        return tuple(_argument(item, where) for item in value)
     if isinstance(value, dict):
-        raise Wrong(where, "a number, text, or a list of them", value)
-    return value
+        return {key: _argument(item, where) for key, item in value.items()}
+    return tuple(_argument(item, where) for item in value) if isinstance(value, list) else value
 
 
 def _inputs(value: Any, where: str) -> Any:
@@ -80,8 +84,10 @@ def _inputs(value: Any, where: str) -> Any:
     return value
 
 
-def _plan(value: Any, where: str) -> Plan:
-    """A plan with nothing in it that is not a plan's, and with numbers that layers can be made of."""
+def _plan(value: Any, where: str) -> Plan | None:
+    """None, or a plan with nothing in it that is not a plan's, and with numbers that layers can be made of."""
+    if value is None:
+        return None
     if not isinstance(value, dict):
         raise Wrong(where, "an object", value)
     try:
@@ -94,13 +100,13 @@ def _plan(value: Any, where: str) -> Plan:
     for link in plan.links:
         set_ = {name: item for name, item in dataclasses.asdict(link).items() if item is not None}
         _sized(set_, f"{where}.chains.links")
-    return plan
+    return plan.with_links(lambda link: dataclasses.replace(link, message=link.message or _UNSAID["message"]))
 
 
 def _options(value: Any, where: str) -> dict[str, Any]:
     """The options of a conversion, as far as a link may override them."""
     records.read(Linking, value, where)
-    return _sized(value, where)
+    return {**_UNSAID, **_sized(value, where)}
 
 
 def _sized(options: dict[str, Any], where: str) -> dict[str, Any]:
@@ -110,6 +116,9 @@ def _sized(options: dict[str, Any], where: str) -> dict[str, Any]:
             within(1, _WIDEST)(options[item.name], f"{where}.{item.name}")
     return options
 
+
+_UNSAID = {"message": "plain"}
+"""What an entry is where it is absent, as in folders from before there was another; what is so is not written."""
 
 _WIDEST = 2**16
 """The largest ``reduction`` and ``min_hidden`` that are taken from a folder: layers are made of them."""
@@ -196,18 +205,20 @@ class Description:
 
     ``versions``   package -> version, of those that made the model
     ``model``      how the network is built, where that is known
+    ``about``      its classes, how its images are made ready, what it was trained on, where that is known
     ``options``    the options of :func:`dcafy.convert`
     ``inputs``     the example it was traced with (see :func:`dcafy.trace.inputs.as_data`), where that is known
-    ``plan``       what was connected
+    ``plan``       what was connected; ``None`` for a network without connections
     """
 
     versions: dict[str, str]
     model: Built | None
+    about: About | None
     options: Annotated[dict[str, Any], ReadBy(_options)]
     inputs: Annotated[Any, _inputs]
     weights: Weights
     state: State
-    plan: Annotated[Plan, ReadBy(_plan)]
+    plan: Annotated[Plan | None, ReadBy(_plan)]
 
 
 def installed_versions(model: Built | None) -> dict[str, str]:
@@ -230,6 +241,9 @@ def described(description: Description) -> str:
     """The text of ``dcafy.json``; :func:`read` gives the description back."""
     # Facts are one of hundreds: a line each.
     data = written(description, {Facts: str, Plan: Plan.to_dict})
+    for options in (data["options"], *(link for chain in data["plan"]["chains"] for link in chain["links"])):
+        for name in [name for name, value in _UNSAID.items() if options.get(name) == value]:
+            del options[name]
     return json.dumps(FORMAT.stamped(data), indent=2, allow_nan=False) + "\n"
 
 

@@ -20,19 +20,23 @@ from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connect
 from dcafy.conversion import convert
 from dcafy.emit.dca import is_connected
 from dcafy.errors import CheckpointError, DcafyError, InputError
+from dcafy.graph.copies import own_copy
+from dcafy.images.about import put_about
 from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import from_data, in_dtype_of
 from dcafy.wording import printable
 from dcafy.zoos.fitting import difference
+from dcafy.zoos.specs import has_weights_now
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """The converted model that :func:`dcafy.save` wrote to ``directory``: it computes the same, bit for bit.
+    """The model that :func:`dcafy.save` or a command wrote to ``directory``: it computes the same, bit for bit.
 
     Modes and frozen parameters are as they were saved. The network is converted again with the saved plan, then
     given the saved tensors. It is ``model`` where that is given (a new model comes back, and ``model`` is left
     as it is); else torchvision or timm builds it by name, where the folder has one, without fetching weights.
-    No other code runs, whatever the folder says.
+    No other code runs, whatever the folder says. What is known of the network besides comes with it:
+    :func:`dcafy.about` gives its classes, preprocessing and results, :func:`dcafy.transforms` the preprocessing.
 
     ``model``: the network as it was before :func:`dcafy.convert`. Its weights do not matter if the folder holds
     them; a folder saved with ``base=False`` needs the very weights that the connections were trained on.
@@ -96,6 +100,9 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
     )
     restore(converted, description.state)
     _require_data(converted)
+    has_weights_now(converted)
+    if description.about is not None:
+        put_about(converted, description.about)
     return converted
 
 
@@ -103,6 +110,7 @@ def _rekeyed(
     description: Description, tensors: Mapping[str, Tensor], converted: nn.Module
 ) -> tuple[Description, dict[str, Tensor]]:
     """The description and the tensors of a folder of format 1, with the keys that connections have now."""
+    assert description.plan is not None  # those of format 1 were all connected
     keys = Keys(converted, description.plan)
     weights, state = description.weights, description.state
     weights = dataclasses.replace(
@@ -147,7 +155,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
     """The network of the name in the folder; ``CheckpointError`` where there is none, or not enough to go with it."""
-    network = printable(description.model.name if description.model else description.plan.model or "a network")
+    network = printable(_name(description))
     if not description.weights.with_base:
         raise CheckpointError(
             f"it holds connections only (it was saved with base=False). Pass the {network} that they were trained on, "
@@ -160,6 +168,12 @@ def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
             "that was used (its weights do not matter): dcafy.load(directory, model=...)."
         )
     return built(description.model, {key: fact.shape for key, fact in base.items()}, description.inputs)
+
+
+def _name(description: Description) -> str:
+    if description.model is not None:
+        return description.model.name
+    return (description.plan.model if description.plan else "") or "a network"
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -193,6 +207,8 @@ def _require_same_weights(network: nn.Module, base: Mapping[str, Facts]) -> None
 
 
 def _converted(network: nn.Module, description: Description, *, copy: bool) -> nn.Module:
+    if description.plan is None:
+        return own_copy(network) if copy else network
     inputs = None if description.inputs is None else in_dtype_of(network, from_data(description.inputs))
     with warnings.catch_warnings():
         # Where the connections start says nothing about those that are loaded next.

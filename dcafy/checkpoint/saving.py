@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
+import torch
 from torch import nn
 
 from dcafy.checkpoint.architecture import recognised
-from dcafy.checkpoint.description import FILES, Description, Weights, installed_versions
+from dcafy.checkpoint.description import FILES, Built, Description, Weights, installed_versions
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import state_of
 from dcafy.checkpoint.tensors import fingerprint, is_connection, pack
 from dcafy.emit.dca import Recipe, is_connected, recipes
 from dcafy.errors import InputError
+from dcafy.images.about import About, about, known
+from dcafy.images.preparation import preparation
 from dcafy.trace.accepted import require_module
+from dcafy.trace.inputs import as_data
+from dcafy.zoos.specs import blueprint_of
 
 
 def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True) -> None:
@@ -36,17 +42,30 @@ def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True
     >>> torch.equal(dcafy.load(folder)(x), connected(x))
     True
     """
-    recipe = _recipe(dca)
+    _recipe(dca)
+    store(dca, directory, base=base)
+
+
+def store(model: nn.Module, directory: str | os.PathLike[str], *, base: bool = True) -> None:
+    """A folder as :func:`save` writes it, also of a network without connections (the original of a comparison)."""
+    recipe = _recipe(model) if is_connected(model) else None
     folder = Folder(directory)
     folder.require_replaceable()
-    packed = pack(dca, kept=lambda key: base or is_connection(key))
+    packed = pack(model, kept=lambda key: base or is_connection(key))
     of_base = {key: facts for key, facts in packed.facts.items() if not is_connection(key)}
-    model = recognised(dca, recipe)
+    what = known(model)
+    if recipe is not None:
+        inputs = recipe.inputs
+    else:  # as attention was inserted
+        size = None if what is None or what.preparation is None else what.preparation
+        inputs = None if size is None else as_data((torch.zeros(2, size.channels, *size.size),))
+    built = recognised(model, recipe, inputs)
     description = Description(
-        versions=installed_versions(model),
-        model=model,
-        options=recipe.options,
-        inputs=recipe.inputs,
+        versions=installed_versions(built),
+        model=built,
+        about=_about(model, built),
+        options={} if recipe is None else recipe.options,
+        inputs=inputs,
         weights=Weights(
             file=FILES[base],
             sha256=fingerprint({key: packed.facts[key] for key in packed.tensors}),
@@ -55,10 +74,21 @@ def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True
             tied=packed.tied,
             layouts=packed.layouts,
         ),
-        state=state_of(dca),
-        plan=recipe.plan,
+        state=state_of(model),
+        plan=None if recipe is None else recipe.plan,
     )
     folder.replace(description, packed.tensors)
+
+
+def _about(model: nn.Module, built: Built | None) -> About | None:
+    """What is known of the network; of one that a zoo builds, what the zoo knows."""
+    found = known(model)
+    if found is not None or built is None:
+        return found
+    found = about(model)
+    if found.preparation is None or blueprint_of(model) is not None:
+        return found
+    return dataclasses.replace(found, preparation=preparation(model, built.name))
 
 
 def _recipe(model: nn.Module) -> Recipe:

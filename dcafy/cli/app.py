@@ -14,6 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from dcafy import errors
+from dcafy.text import short
+from dcafy.wording import quoted
 
 OK, BUG, USAGE, NO_ATTENTION, UNSAFE, NOT_TRACEABLE, FAILED, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 6, 130, 141
 
@@ -67,9 +69,16 @@ def _reported() -> Iterator[None]:
         hints = [hint for words, hint in ON_THE_COMMAND_LINE.items() if words in str(error)]
         _complain(f"{error}{''.join(hints)}")
         raise typer.Exit(exit_code(error)) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(f"{quoted(str(error.filename), 200)}: {error.strerror}. Name another file or folder.")
+        raise typer.Exit(USAGE) from None
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            raise  # a mistake on the command line, which typer explains
+            if hasattr(error, "message"):  # a mistake on the command line, which typer explains
+                error.message = short(str(error.message), 600)
+            raise
         if os.environ.get("WORLD_SIZE", "1") != "1" and any(words in str(error) for words in _LOST):
             _complain("another process of this run has ended. What it says tells why.")
             raise typer.Exit(exit_code(error)) from None
@@ -86,11 +95,15 @@ class _ToStderr(logging.Handler):
     """What the package logs, one line each, on what is stderr at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"dcafy: {record.getMessage()}", file=sys.stderr)
+        print(f"dcafy: {short(record.getMessage(), 900)}", file=sys.stderr)
 
 
 class _Commands(TyperGroup):
     """The commands, which share how errors are told and what they exit with."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _reported():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         with _reported():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dcafy import errors
 from dcafy.cli.app import app
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
 from dcafy.plan.options import Conversion
 from dcafy.sources.options import FileOptions
+from dcafy.wording import printable, quoted
 
 
 @app.command("convert")
@@ -29,20 +32,26 @@ def convert_command(
     base: Annotated[
         bool, typer.Option("--base/--connections-only", help="Write all weights, or only the connections'.")
     ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model in a folder.  [default: refuse]")
+    ] = False,
     verify: Annotated[bool, typer.Option(help="Run both networks and compare their outputs bit by bit.")] = True,
     input_size: InputSize = None,
     settings: Settings = None,
 ) -> None:
     """Connect the attention blocks of a network and save the result as a folder."""
     given, example = settings_given(settings), example_input(input_size)
+    _require_free(output, overwrite)
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.checkpoint import save
         from dcafy.checkpoint.tensors import is_connection
         from dcafy.conversion import convert
         from dcafy.emit.dca import connections
+        from dcafy.runs.using import tell_random
         from dcafy.sources import open_model
 
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
+        tell_random(network, model)
         before = sum(parameter.numel() for parameter in network.parameters())
         connected = convert(network, example_inputs=example, verify=verify, **dataclasses.asdict(conversion))
         save(connected, output, base=base)
@@ -51,5 +60,17 @@ def convert_command(
     print(
         f"{len(connections(connected))} connections with {own:,} parameters"
         + (f", {conversion.attention} with {added:,}" if conversion.attention else "")
-        + f", saved in {output}."
+        + f", saved in {printable(str(output))}."
     )
+
+
+def _require_free(output: Path, overwrite: bool) -> None:
+    """Nothing where a model may be saved; ``UsageError`` where one is there that nobody said should go."""
+    from dcafy.checkpoint.folder import MARKER, OF_A_RUN
+
+    there = [name for name in (MARKER, *sorted(OF_A_RUN)) if os.path.lexists(output / name)]
+    if there and not overwrite:
+        raise errors.UsageError(
+            f"There is a {'model' if there[0] == MARKER else 'run'} in {quoted(str(output), 200)} already. Name "
+            "another folder, or add --overwrite to replace it."
+        )

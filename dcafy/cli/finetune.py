@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from dcafy.plan.options import Conversion, Inserting
 from dcafy.runs.options import ARMS, RunOptions, chosen
 from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
-from dcafy.wording import printable
+from dcafy.wording import printable, quoted
 
 if TYPE_CHECKING:
     from dcafy.runs.request import Request
@@ -68,15 +69,18 @@ def finetune_command(
     given, output = given_options(context), run.output
     if "seeds" in given and not (run.arms or run.resume):
         raise errors.UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as alone:
         from dcafy.runs.request import REQUEST, Request
+        from dcafy.training.folder import alone_in
         from dcafy.training.parallel import is_main_process
 
-        if run.resume and (output / REQUEST).exists():
+        if is_main_process() and os.path.isdir(output):
+            alone.enter_context(alone_in(output))
+        if run.resume and os.path.exists(output / REQUEST):
             asked = _known(output, model, given)
         elif run.data is None or not model:
             raise errors.UsageError(
-                f"There is no run in {str(output)!r} to go on with."
+                f"There is no run in {quoted(str(output), 200)} to go on with."
                 if run.resume
                 else "--data names no images. Write --data imagefolder:PATH, or --data digits to try."
             )
@@ -101,6 +105,7 @@ def finetune_command(
                 None if run.backbone is None else str(run.backbone),
                 prefix=file.prefix,
                 ignore_head=file.ignore_head,
+                keep=run.keep,
             ).anchored()
             if is_main_process():
                 _require_free(output)
@@ -127,10 +132,10 @@ def _require_free(output: Path) -> None:
     """Nothing where a run may begin."""
     from dcafy.runs.request import REQUEST, require_empty
 
-    if (output / REQUEST).exists():
+    if os.path.exists(output / REQUEST):
         raise errors.UsageError(
-            f"There is a run in {str(output)!r} already. Go on with it: dcafy finetune {output} --resume. Or name "
-            "another folder."
+            f"There is a run in {quoted(str(output), 200)} already. Go on with it: dcafy finetune {output} "
+            "--resume. Or name another folder."
         )
     require_empty(output)
 
@@ -164,6 +169,7 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
         "plain": asked.arm == "plain",
         "compare": ",".join(asked.arms) or None,
         "seeds": max(asked.seeds, 1),
+        "keep": asked.keep,
         **dataclasses.asdict(asked.conversion),
         **dataclasses.asdict(asked.images),
         **dataclasses.asdict(asked.training),
@@ -175,8 +181,8 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     for name, value in given.items():
         if name in known and name not in (*_MAY_CHANGE, "download") and known[name] != value:
             raise errors.UsageError(
-                f"The run in {str(output)!r} was started {_as_given(name, known[name])}. Leave it out to go on with "
-                "it, or start another run."
+                f"The run in {quoted(str(output), 200)} was started {_as_given(name, known[name])}. Leave it out to "
+                "go on with it, or start another run."
             )
     changed = {name: given[name] for name in _MAY_CHANGE if name in given}
     images = dataclasses.replace(asked.images, download=given.get("download", False))  # no file chooses to fetch
@@ -213,6 +219,8 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, require_arm, subject, train
     from dcafy.runs.summary import of_comparison, of_history
+    from dcafy.runs.using import tell_random
+    from dcafy.training.folder import alone_in
     from dcafy.training.parallel import finished, is_main_process
     from dcafy.training.telling import JsonLines, Listener, for_stderr
 
@@ -220,7 +228,8 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
         log = () if run.json_log is None else (JsonLines(run.json_log, steps=True, title=title),)
         return (for_stderr(title), *log)
 
-    try:
+    with contextlib.ExitStack() as alone:
+        alone.callback(finished)
         # Whatever is wrong with the network, the data or the log shows here, before there is a run.
         if run.json_log is not None and is_main_process():
             JsonLines(run.json_log).require_writable()
@@ -228,7 +237,11 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
             require_arm(asked, arm)
         on = subject(asked, seed=asked.training.seed, arm=(asked.arms or (asked.arm,))[-1], file=file)
         if is_main_process():
+            tell_random(on.network, asked.model)
             _tell(on.data.amiss)
+            alone.enter_context(alone_in(output))
+            if not run.resume:
+                _require_free(output)  # of whoever began there meanwhile
             write_request(output, asked)
         if asked.seeds:
             from dcafy.runs.compare import compare
@@ -240,5 +253,3 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
             return ""
         finish(on, output)
         return of_history(history, output)
-    finally:
-        finished()

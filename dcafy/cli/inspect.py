@@ -18,6 +18,7 @@ from dcafy.sources.options import FileOptions
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from dcafy.plan.blocks import Link
     from dcafy.plan.plan import Plan
@@ -37,13 +38,15 @@ def inspect_command(
     chosen, example = settings_given(settings), example_input(input_size)
     # What the user's code prints while it is imported must not end up in the document.
     with contextlib.redirect_stdout(sys.stderr):
-        plan = _found(model, example, settings=chosen, **dataclasses.asdict(file))
+        plan, network = _found(model, example, settings=chosen, **dataclasses.asdict(file))
     if as_json:
-        print(json.dumps(plan_document(plan), indent=2))
+        print(json.dumps({**plan_document(plan), **_state_document(network)}, indent=2))
     else:
         from dcafy.plan.tables import written
+        from dcafy.runs.summary import of_network
 
         print(written(plan, nodes=nodes, terminal=sys.stdout.isatty()), end="")
+        print(of_network(network), end="")
     sys.stdout.flush()
     if not plan.blocks:
         raise errors.NoAttentionError(
@@ -53,12 +56,16 @@ def inspect_command(
         )
 
 
-def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
-    """The plan for the model that ``spec`` names, under that name."""
+def _found(spec: str, example: torch.Tensor | None, **how: Any) -> tuple[Plan, nn.Module]:
+    """The plan for the model that ``spec`` names, under that name, and the model; of a connected one its own plan."""
     from dcafy.conversion import appraise
+    from dcafy.emit.dca import recipes
     from dcafy.sources import open_model
 
     model = open_model(spec, on_meta=True, **how).model
+    own = dict(recipes(model)).get("")
+    if own is not None:
+        return dataclasses.replace(own.plan, model=spec), model
     try:
         plan = appraise(model, example_inputs=example)
     except (errors.TracingError, errors.InputError):
@@ -66,7 +73,23 @@ def _found(spec: str, example: torch.Tensor | None, **how: Any) -> Plan:
             raise
         # Where the course of the forward depends on values, as in detectors, it takes values to look.
         plan = appraise(open_model(spec, **how).model, example_inputs=example)
-    return dataclasses.replace(plan, model=spec)
+    return dataclasses.replace(plan, model=spec), model
+
+
+def _state_document(network: nn.Module) -> dict[str, Any]:
+    """What ``--json`` tells besides of a network that is connected or comes from a folder."""
+    from dcafy.emit.dca import connections, is_connected
+    from dcafy.images.about import known
+    from dcafy.records import written
+
+    document: dict[str, Any] = {}
+    if is_connected(network):
+        document["connected"] = {
+            name: {"alpha": c.alpha.item(), "beta": c.beta.item(), "contribution": c.contribution()}
+            for name, c in connections(network).items()
+        }
+    about = known(network)
+    return document if about is None else {**document, "about": written(about)}
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dcafy import errors
+from dcafy.records import shallow
+from dcafy.wording import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -50,26 +54,50 @@ def settings_given(given: list[str] | None) -> dict[str, Any]:
     for option in given or []:
         key, equals, value = option.partition("=")
         if not equals or not key.isidentifier():
-            raise errors.UsageError(f"--set {option!r} is not of the form key=value, such as --set num_classes=10.")
+            raise errors.UsageError(
+                f"--set {quoted(option)} is not of the form key=value, such as --set num_classes=10."
+            )
         if key in settings:
             raise errors.UsageError(f"--set gives {key} twice.")
-        try:
-            settings[key] = json.loads(value)
-        except ValueError:
-            settings[key] = value
+        settings[key] = _value(key, value)
     return settings
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    except RecursionError:
+        pass
+    else:
+        with contextlib.suppress(ValueError):
+            return shallow(value)
+    raise errors.UsageError(f"--set {key} has lists in lists without end. Give a plainer value.")
+
+
+_MOST = 2**28
+"""Numbers that an example on the command line may have: a gigabyte."""
 
 
 def example_input(size: str | None) -> torch.Tensor | None:
     """An example input of that size, in a batch of two; ``UsageError`` where it is no size."""
     if size is None:
         return None
-    is_size = re.fullmatch(r"\d+(x\d+){2,3}", size.lower()) is not None
+    is_size = re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9}){2,3}", size.lower()) is not None
     numbers = [int(number) for number in size.lower().split("x")] if is_size else [0]
     if min(numbers) == 0:
         raise errors.UsageError(
-            f"--input-size {size!r} is not channels x height x width, in pixels, such as 3x224x224."
+            f"--input-size {quoted(size)} is not channels x height x width, in pixels, such as 3x224x224."
+        )
+    if 2 * math.prod(numbers) > _MOST:
+        raise errors.UsageError(
+            f"--input-size {size} is larger than what can be looked at: two of them may have {_MOST:,} numbers. Name a "
+            "smaller one."
         )
     import torch
 
-    return torch.zeros(2, *numbers)
+    try:
+        return torch.zeros(2, *numbers)
+    except RuntimeError as error:
+        raise errors.UsageError(f"--input-size {size!r} is larger than there is memory for.") from error

@@ -16,6 +16,7 @@ from dcafy.errors import InputError
 from dcafy.graph.paths import holder, put
 from dcafy.images.data import Data
 from dcafy.training.head import widened
+from dcafy.wording import printable
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,32 @@ def labels_for(model: nn.Module, data: Data) -> int:
     A detector that was trained on COCO has 91 outputs, named by torchvision: where it has all categories of the data,
     they keep their numbers there. Else the categories are counted from 1.
     """
-    from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
-
-    known: list[str] = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    known = _coco()
     parts: tuple[CocoImages, CocoImages] = (data.train, data.val)
     if classes_of(model) == len(known) and set(data.classes) <= set(known):
         for part in parts:
             part.label_of = {category: known.index(name) for category, name in part.known.categories.items()}
         return len(known)
     return len(data.classes) + 1
+
+
+def names_of_labels(data: Data) -> tuple[str, ...]:
+    """The name of each label that a detector for ``data`` gives, the background's first.
+
+    After :func:`labels_for`; a label that no category of the data has is named as torchvision names it.
+    """
+    part: CocoImages = data.train
+    names = {label: printable(part.known.categories[category]) for category, label in part.label_of.items()}
+    if sorted(names) != list(range(1, len(names) + 1)):
+        names = dict(enumerate(_coco())) | names
+    return tuple({0: "__background__", **dict(sorted(names.items()))}.values())
+
+
+def _coco() -> list[str]:
+    from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
+
+    known: list[str] = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return known
 
 
 def needs(model: nn.Module, data: Data) -> None:

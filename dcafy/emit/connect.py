@@ -64,17 +64,22 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         heard_by.setdefault(name, []).append(reader)
         return names.setdefault((name, reader), len(names))
 
-    asked: list[tuple[_Host, _Hears, tuple[tuple[int, int | None], ...]]] = []
+    asked: list[tuple[_Host, _Hears, tuple[Numbers, ...]]] = []
     for target, heard in hearing(links).items():
         region = network.region(target)
         sites = region.hearing(target)
-        single = heard[0].source if len(heard) == 1 else ""
+        single = heard[0].source if len(heard) == 1 and heard[0].source != target else ""
         for wiring in wires(network, tuple(heard), _place(target, modules)):
             host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
             for i in wiring.contexts:
-                pairs = [_source(network, link, i) for link in heard]
+                pairs = [None if link.source == target else _source(network, link, i) for link in heard]
                 reader = f"{target}|{i}"
-                numbered = tuple((line(T, reader), None if G is None else line(G, reader)) for T, G in pairs)
+                numbered = tuple(
+                    None
+                    if pair is None
+                    else (line(pair[0], reader), None if pair[1] is None else line(pair[1], reader))
+                    for pair in pairs
+                )
                 batch = tuple(_same_batch(network, link, i) for link in heard)
                 asked.append((host(region, sites[i]), _Hears(target, sites[i], wiring, batch, source=single), numbered))
     for one in recipe.plan.alone:
@@ -84,7 +89,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
             host(region, sites[wiring.contexts[0]]).wires.append((one.name, wiring))
             asked += [(host(region, sites[i]), _Hears(one.name, sites[i], wiring, ()), ()) for i in wiring.contexts]
     told: dict[tuple[str, str, str, int], list[tuple[str, Site]]] = {}
-    for source in dict.fromkeys(link.source for link in links):
+    for source in dict.fromkeys(link.source for link in links if link.source != link.target):
         region = network.region(source)
         for name, site in region.telling(source).items():
             if name in heard_by:
@@ -92,7 +97,10 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
                 told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
     wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
     for asking, hears, numbered in asked:
-        lines = tuple((wire.lines[T], None if G is None else wire.lines[G]) for T, G in numbered)
+        lines = tuple(
+            None if pair is None else (wire.lines[pair[0]], None if pair[1] is None else wire.lines[pair[1]])
+            for pair in numbered
+        )
         asking.hears.append(dataclasses.replace(hears, lines=lines))
     for (source, path, local, _), values in told.items():
         to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
@@ -104,16 +112,22 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     open_runs(model, recipe, wire, example, whole=whole)
 
 
+Numbers = tuple[int, "int | None"] | None
+"""The lines of a T, and of its G if that is heard too, by their numbers; ``None`` where a block hears itself."""
+
+
 def _before(
-    network: Network, links: tuple[Link, ...], asked: Iterable[tuple[Any, _Hears, tuple[tuple[int, int | None], ...]]]
+    network: Network, links: tuple[Link, ...], asked: Iterable[tuple[Any, _Hears, tuple[Numbers, ...]]]
 ) -> Before:
     """For blocks that may be taken out: who hears them could hear what they heard, which is of the same size."""
     heard, sources = hearing(links), {link.source for link in links}
     found: Before = {}
     for _, hears, numbered in asked:
-        (link, *more) = heard.get(hears.target, ()) or (None,)
-        if link is not None and not more and hears.target not in found and hears.target in sources:
-            found[hears.target] = (link.source, *numbered[0])
+        if hears.target not in heard:  # it hears nobody
+            continue
+        (link, *more), pair = heard[hears.target], numbered[0]
+        if pair is not None and not more and hears.target not in found and hears.target in sources:
+            found[hears.target] = (link.source, *pair)
     return {name: row for name, row in found.items() if _size(network, name) == _size(network, row[0])}
 
 
@@ -158,7 +172,7 @@ class _Hears:
     site: Site
     wiring: Wiring
     batch: tuple[bool, ...]
-    lines: tuple[tuple[Line, Line | None], ...] = ()
+    lines: tuple[tuple[Line, Line | None] | None, ...] = ()
     source: str = ""
 
     def heard(self, places: dict[int, str]) -> Heard:
@@ -363,10 +377,8 @@ class _Edits:
         def canonical(node: fx.Node) -> fx.Node:
             return self.sites.canonical(dataclasses.replace(site, node=node))
 
-        assert message.source is not None
-        assert message.fused_output is not None
-        copies = {message.source: self.image[canonical(message.fused_output)]}
-        last = copies[message.source]
+        copies = {source: self.image[canonical(output)] for source, output in message.fused}
+        last = next(node for node in reversed(self.graph.nodes) if node in copies.values())
         for node in message.extraction:
             with self.graph.inserting_after(last):
                 last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self._read(n, canonical(n)))

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.emit.matching import MATCHES, known
-from dcafy.emit.schemas import SCHEMAS
+from dcafy.emit.schemas import SCHEMAS, Term
 from dcafy.plan.options import Dimension
 
 
 class Connection(nn.Module):
-    """``f(αG, β·match(T̃))``, in the shape and dtype of G; exactly G at the start (α = 1, β = 0).
+    """``f(αG, β·match(T̃))``, in the shape and dtype of G; at α = 1, β = 0 exactly G (but see the schemas).
 
     ``T̃`` is ``T ⊙ G_prev`` where ``bounded``, else ``T`` (paper 3.1). ``match`` is a chain of plain layers or
     ``nn.Identity``; it works on ``[N, C]`` for channel attention, on ``[N, k, *size]`` for spatial attention.
@@ -21,6 +21,8 @@ class Connection(nn.Module):
     ``target_axis``, ``source_axis``, ``map_axis``: where this block's G, the earlier one's and its T have their
     channels (1, -1, or ``None`` for ``[N, H, W]``); channel attention ignores them: any layout of a vector will do.
     ``averages``: whether the earlier map's channels are averaged into one; ``grows``: whether it is the smaller one.
+    ``centre``: what takes from ``match(T̃)`` what is the same for every image, if anything does. ``norm``: what f ends
+    with, where its schema says so.
 
     >>> from dcafy.emit.matching import channel_match
     >>> connection = Connection("channel", match=channel_match("fc2", 64, 128))
@@ -43,6 +45,8 @@ class Connection(nn.Module):
         target_axis: int | None = 1,
         averages: bool = False,
         grows: bool = False,
+        centre: nn.Module | None = None,
+        norm: nn.Module | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,6 +64,8 @@ class Connection(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         self.match = nn.Identity() if match is None else match
+        self.centre = centre
+        self.norm = norm
 
     def forward(self, G: Tensor, T_prev: Tensor | None = None, G_prev: Tensor | None = None) -> Tensor:
         """G connected to the earlier block's T; αG where there is none.
@@ -67,7 +73,7 @@ class Connection(nn.Module):
         ``G_prev`` is the earlier block's G, needed where T is bounded.
         """
         terms = () if T_prev is None else ((self.beta, self.matched(G, T_prev, G_prev)),)
-        return SCHEMAS[self.schema].of(G, self.alpha, terms)
+        return _f(self, G, terms)
 
     def matched(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
         """``match(T̃)`` in the shape and dtype of G."""
@@ -80,6 +86,12 @@ class Connection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dimension}, schema={self.schema}, bounded={self.bounded}"
+
+
+def _f(connection: Any, G: Tensor, terms: tuple[Term, ...]) -> Tensor:
+    """f of G and what is heard, with the α, schema and norm of one connection."""
+    joined = SCHEMAS[connection.schema].of(G, connection.alpha, terms)
+    return joined if connection.norm is None else MATCHES[connection.dimension].normalised(connection, joined)
 
 
 class OwnContext(Connection):
@@ -99,14 +111,14 @@ class OwnContext(Connection):
     def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
         """What f makes of αG where nothing is heard."""
         nothing = () if SCHEMAS[self.schema].exact else ((self.alpha, torch.zeros_like(G)),)
-        return SCHEMAS[self.schema].of(G, self.alpha, nothing)
+        return _f(self, G, nothing)
 
 
 class JoinedConnection(nn.Module):
     """``f(αG, Σ βᵢ·matchᵢ(T̃ᵢ))``: a block that hears several earlier ones (paper section 5).
 
     ``parts`` holds one :class:`Connection` per earlier block, each with its own β; they share α, and those of one
-    earlier width share their matching layers.
+    earlier width share their matching layers. The first one has what f ends with.
     """
 
     is_connection = True
@@ -131,4 +143,4 @@ class JoinedConnection(nn.Module):
             for part, T_prev, G_prev in zip(self.parts, messages[::2], messages[1::2], strict=True)
             if T_prev is not None
         )
-        return SCHEMAS[self.schema].of(G, self.alpha, terms)  # type: ignore[arg-type]
+        return _f(self.parts[0], G, terms)  # type: ignore[arg-type]

@@ -138,6 +138,11 @@ def require_connected(model: nn.Module) -> None:
         raise InputError(f"{type(model).__name__} has no connections: convert it first with dcafy.convert(model).")
 
 
+def own_modules(model: nn.Module) -> set[int]:
+    """The identities of all modules that the connections are made of."""
+    return {id(part) for _, module, _ in connected_hosts(model) for part in module.dca.modules()}  # type: ignore[union-attr]
+
+
 def own_parameters(model: nn.Module) -> set[int]:
     """The identities of all parameters that the connections have."""
     return {id(p) for _, module, _ in connected_hosts(model) for p in dca_of(module).parameters()}

@@ -92,14 +92,14 @@ class Heard:
 
     ``reader``      who hears: the block
     ``connection``  where the connection is below ``dca``; empty: ``dca`` itself
-    ``sources``     per block that is heard: the line of its T, and of its G or ``None``
+    ``sources``     per block that is heard: the line of its T, and of its G or ``None``; ``None`` for itself
     ``batch``       per source: whether its messages have the batch size of G
     ``source``      the block that is heard, where it is one: if it is taken out, what it would have heard is heard
     """
 
     reader: str
     connection: str
-    sources: tuple[tuple[Line, Line | None], ...]
+    sources: tuple[tuple[Line, Line | None] | None, ...]
     batch: tuple[bool, ...]
     source: str = ""
 

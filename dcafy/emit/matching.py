@@ -51,6 +51,9 @@ def _conv(ratio: tuple[int, ...], channels: int, **place: Any) -> nn.Module:
     return layers[len(ratio)](channels, channels, window, stride=ratio, padding=padding, **place)
 
 
+_BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+"""Rank of a map -> the batch norm over its places."""
+
 SPATIAL_MATCHES: dict[str, Callable[..., nn.Module]] = {"avg": _avg, "conv": _conv, "max": _max}
 """Name -> the layer that shrinks a map by a whole ratio (paper 3.3)."""
 
@@ -109,6 +112,7 @@ class EachPlace(nn.Sequential):
 
 class _Channel:
     options: tuple[str, ...] = ("channel_match",)
+    norm_has_statistics = False
 
     def needs_layers(self, channels: int, own: int) -> bool:
         """Whether only layers bring maps of so many channels to G's."""
@@ -117,21 +121,39 @@ class _Channel:
     def layers(self, link: Link, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
         """The layers that a link with all its settings takes; ``place``: device and dtype."""
         sizes: dict[str, Any] = {"reduction": link.reduction, "min_hidden": link.min_hidden}
-        return channel_match(str(link.channel_match), message[0], own[0], **sizes, **place)
+        match = channel_match(str(link.channel_match), message[0], own[0], **sizes, **place)
+        if link.message == "centred" and isinstance(match, nn.Sequential):
+            return match[:-1]  # a ReLU before the centring would cut off half of how messages differ
+        return match
+
+    def centre(self, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
+        """What takes from a message what is the same for every image."""
+        return nn.BatchNorm1d(own[0], affine=False, **place)
+
+    def norm(self, own: Extent, place: dict[str, Any]) -> nn.Module:
+        """What the schema ``normalised`` ends with: LayerNorm and ReLU, as in the published code."""
+        channels = own[0]  # over one channel a LayerNorm would put its bias in the place of everything
+        return nn.Sequential(*([nn.LayerNorm(channels, **place)] if channels > 1 else []), nn.ReLU())
+
+    def normalised(self, connection: Any, value: Tensor) -> Tensor:
+        """What :meth:`norm` makes of ``value``, which has the shape of G."""
+        normed: Tensor = connection.norm(value.flatten(1))
+        return _shaped(normed, value.shape)
 
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         """``match(T̃)`` of a connection, in the shape and dtype of G."""
         message = T_prev
         if connection.bounded and G_prev is not None:
             message = message * _shaped(G_prev, message.shape)
-        if not isinstance(connection.match, nn.Identity):
+        if connection.centre is not None or not isinstance(connection.match, nn.Identity):
             flat = not _is_traced(message) and message.ndim == 2
-            message = connection.match(message if flat else message.flatten(1))
+            message = _centred(connection, connection.match(message if flat else message.flatten(1)))
         return _typed(_shaped(message, G.shape), G)
 
 
 class _Spatial(_Channel):
     options = ("spatial_match", "channel_match")
+    norm_has_statistics = True
 
     def needs_layers(self, channels: int, own: int) -> bool:
         return DIMENSIONS["spatial"].needs_layers(channels, own)
@@ -147,6 +169,17 @@ class _Spatial(_Channel):
         assert isinstance(layers, nn.Sequential)
         return nn.Sequential(*(shrunk if isinstance(shrunk, nn.Sequential) else ()), EachPlace(*layers))
 
+    def centre(self, message: Extent, own: Extent, place: dict[str, Any]) -> nn.Module:
+        channels = own[0] if message[0] == own[0] or self.needs_layers(message[0], own[0]) else 1
+        return _BATCH_NORMS[len(own[1] or ())](channels, affine=False, **place)
+
+    def norm(self, own: Extent, place: dict[str, Any]) -> nn.Module:
+        return nn.Sequential(_BATCH_NORMS[len(own[1] or ())](own[0], **place), nn.ReLU())
+
+    def normalised(self, connection: Any, value: Tensor) -> Tensor:
+        normed: Tensor = connection.norm(_channels_first(value, connection.target_axis))
+        return _channels_back(normed, connection.target_axis)
+
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         target = _channels_first(G, connection.target_axis)
         message = _channels_first(T_prev, connection.map_axis)
@@ -158,8 +191,23 @@ class _Spatial(_Channel):
             if isinstance(layer, EachPlace):
                 message = _to_size(message, target.shape[2:], connection.grows)
             message = layer(message)
-        message = _to_size(message, target.shape[2:], connection.grows)
+        message = _centred(connection, _to_size(message, target.shape[2:], connection.grows))
         return _typed(_channels_back(message, connection.target_axis), G)
+
+
+def _centred(connection: Any, message: Tensor) -> Tensor:
+    """The message of a connection that centres without what is the same for every image; any other as it is.
+
+    One image alone says nothing of others, so that it is centred by what is known of them, in training as well.
+    """
+    centre = connection.centre
+    if centre is None:
+        return message
+    alone = not _is_traced(message) and centre.training and message.numel() == message.shape[1]
+    if alone:
+        return F.batch_norm(message, centre.running_mean, centre.running_var, eps=centre.eps)
+    centred: Tensor = centre(message)
+    return centred
 
 
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:

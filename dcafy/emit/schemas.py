@@ -23,12 +23,14 @@ Term = tuple["Tensor", "Tensor"]
 class Schema:
     """``combine``: f, of ``a = αG`` and ``b = βT̃``; ``exact``: whether it is G itself at α = 1, β = 0.
 
-    ``at_once``: the same of b, α and G, where there is one operation for it.
+    ``at_once``: the same of b, α and G, where there is one operation for it. ``normalises``: whether f ends with the
+    norm and the ReLU that each dimension has for it (``dcafy.emit.matching``).
     """
 
     combine: Callable[[Tensor, Tensor], Tensor]
     exact: bool = True
     at_once: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    normalises: bool = False
 
     def of(self, G: Tensor, alpha: Tensor, terms: tuple[Term, ...]) -> Tensor:
         """f(αG, Σβᵢ·match(T̃ᵢ)); αG where there is no term."""
@@ -90,5 +92,6 @@ SCHEMAS: dict[str, Schema] = {
     "direct": Schema(_direct, at_once=_direct_at_once),
     "weighted": Schema(_weighted),
     "softmax": Schema(_softmax, exact=False),
+    "normalised": Schema(_direct, exact=False, at_once=_direct_at_once, normalises=True),
 }
 """Name -> the schema."""

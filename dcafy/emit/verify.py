@@ -1,4 +1,4 @@
-"""Does the converted model compute what the original does? Copies of both are run, in eval mode."""
+"""Does the converted model compute what the original does? Both are run in eval mode, and left as they were."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dcafy.draws import drawing_apart
 from dcafy.errors import InputError, VerificationError
-from dcafy.graph.copies import copy_to_run, own_copy
+from dcafy.graph.copies import copies_plainly, copy_to_run, own_copy
 from dcafy.graph.nodes import tensors_in
 from dcafy.trace.inputs import real_inputs
 from dcafy.wording import reason_of, warn
@@ -93,9 +93,22 @@ def tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tupl
 
 
 def _output(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that a copy in eval mode puts out; others may use the model meanwhile, and it is as it was."""
-    twin = copy_to_run(model)
-    for module in twin.modules():
-        module.training = False
-    with torch.no_grad():
-        return list(tensors_in(drawing_apart(lambda: twin(*inputs), seed=0)))
+    """The tensors that the model puts out in eval mode, and it is as it was.
+
+    Where a copy computes the same for sure, it is a copy that runs: others may use the model meanwhile.
+    """
+    twin = copy_to_run(model) if copies_plainly(model) else model
+    modes = [(module, module.training) for module in twin.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in twin.buffers()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            return list(tensors_in(drawing_apart(lambda: twin(*inputs), seed=0)))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if buffer.shape == before.shape and not torch.equal(buffer, before):
+                    buffer.copy_(before)

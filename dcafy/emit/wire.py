@@ -150,7 +150,8 @@ def _begin_anew(ends: Ends) -> None:
 
 def _lines(what: Heard | Told | None) -> list[Line]:
     """The lines on which something is heard."""
-    return [line for pair in what.sources for line in pair if line is not None] if isinstance(what, Heard) else []
+    pairs = what.sources if isinstance(what, Heard) else ()
+    return [line for pair in pairs if pair is not None for line in pair if line is not None]
 
 
 def tell(dca: Any, number: int, *values: Tensor) -> None:
@@ -192,6 +193,9 @@ def hear(dca: Any, number: int, G: Tensor) -> Tensor:
         _keep(frame, port, heard, messages)
     if heard is None:
         return G
+    if None in heard.sources:  # it hears itself: never what is kept for a second run, but the G of this one
+        own = [(G, None) if pair is None else messages[2 * i : 2 * i + 2] for i, pair in enumerate(heard.sources)]
+        messages = tuple(value for pair in own for value in pair)
     connection = connection_at(dca, heard.connection)
     if not traced and dca.training and torch.is_grad_enabled() and not connection.alpha.requires_grad:
         _check_frozen(ends.wire)
@@ -216,7 +220,11 @@ def behind_layer(module: nn.Module, output: Any) -> Any:
 def _messages(wire: Wire, heard: Any, G: Tensor, traced: bool) -> tuple[Any, ...]:
     """T and G (or ``None``) of each block that is heard, one after the other; ``None`` twice where nothing was told."""
     found: list[Any] = []
-    for (first, second), same_batch in zip(heard.sources, heard.batch, strict=True):
+    for pair, same_batch in zip(heard.sources, heard.batch, strict=True):
+        if pair is None:
+            found += [None, None]
+            continue
+        first, second = pair
         T = _take(first)
         G_prev = None if second is None else _take(second)
         if T is not None and not torch.compiler.is_compiling() and getattr(first.here, "task", -1) != backward():
@@ -318,7 +326,7 @@ def _check_checkpoints(dca: Any, heard: Any, messages: tuple[Any, ...]) -> None:
             "A reentrant checkpoint runs connected attention blocks: no gradient passes between blocks of different "
             "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
-    if not heard.sources or any(message is not None for message in messages):
+    if not heard.sources or any(message is not None for message in messages) or None in heard.sources:
         return
     task = backward()
     if task != -1 and getattr(wire.here, "task", None) != task:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dcafy.emit.connection import Connection, JoinedConnection, OwnContext
-from dcafy.emit.matching import MATCHES
+from dcafy.emit.matching import MATCHES, known
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import PlanError, UsageError
 from dcafy.find.layout import widest
@@ -40,8 +40,9 @@ class Wiring:
 def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any]) -> tuple[Wiring, ...]:
     """The modules for all links into one block, which have all their settings.
 
-    A block that is passed one map per branch has one module per branch (SK); any other has one for all of its
-    extraction outputs. ``place``: device and dtype. Raises ``PlanError`` for a link that no connection can make.
+    A block that is passed one map per branch has one module per branch (SK), and so has a block of several extraction
+    outputs where the module keeps statistics of them; any other has one for all of its extraction outputs. ``place``:
+    device and dtype. Raises ``PlanError`` for a link that no connection can make.
     """
     target = network[links[0].target]
     messages = [message_for(network, link) for link in links]
@@ -52,13 +53,16 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any]) -> t
             "second term, so that they need the same one."
         )
     every = tuple(range(len(target.contexts)))
-    branched = any(message.kind == "branches" for message in messages)
+    keeps = any(link.message == "centred" for link in links) or (
+        SCHEMAS[schemas[0]].normalises and MATCHES[target.block.dimension].norm_has_statistics
+    )
+    branched = any(message.kind == "branches" for message in messages) or (keeps and len(target.contexts) > 1)
     made = []
     for contexts in [(i,) for i in every] if branched else [every]:
         suffix = f"branch{contexts[0]}" if branched else ""
         name = f"{target.name}[{contexts[0]}]" if branched else target.name
         matches: dict[Any, nn.Module] = {}
-        parts = [_connection(network, link, place, matches) for link in links]
+        parts = [_connection(network, link, place, matches, contexts[0], first=link is links[0]) for link in links]
         if len(parts) == 1:
             made.append(Wiring(parts[0], contexts, suffix, {name: ""}))
         else:
@@ -70,9 +74,16 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any]) -> t
 def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple[Wiring, ...]:
     """The modules of a block that hears nobody, as :func:`wires` makes them for one that does."""
     target, every = network[alone.name], tuple(range(len(network[alone.name].contexts)))
+    known(SCHEMAS, alone.schema, "schema")
+    matching, ends = MATCHES[target.block.dimension], SCHEMAS[alone.schema].normalises
+
+    def made(output: int) -> OwnContext:
+        norm = matching.norm(extents(target)[output], place) if ends else None
+        return OwnContext(target.block.dimension, schema=alone.schema, target_axis=target.axis, norm=norm, **place)
+
     return tuple(
         Wiring(
-            OwnContext(target.block.dimension, schema=alone.schema, target_axis=target.axis, **place),
+            made(contexts[0]),
             contexts,
             f"branch{contexts[0]}" if alone.branched else "",
             {f"{alone.name}[{contexts[0]}]" if alone.branched else alone.name: ""},
@@ -91,7 +102,7 @@ def _parameter_count(network: Network, links: tuple[Link, ...], alone: tuple[Alo
 
 def message_for(network: Network, link: Link) -> Message:
     """What the source of a link passes on; ``PlanError`` where the target cannot hear it."""
-    source, target, message = network[link.source], network[link.target], network.message(link.source)
+    source, target, message = network[link.source], network[link.target], network.message(link.source, link.target)
     reason = network.obstacle(link.source, link.target)
     if reason or isinstance(message, Unlinkable):
         raise PlanError(f"{link.target} cannot hear {link.source}: {reason}. Leave the link out of the plan.")
@@ -102,31 +113,56 @@ def message_for(network: Network, link: Link) -> Message:
     return message
 
 
-def _connection(network: Network, link: Link, place: dict[str, Any], matches: dict[Any, nn.Module]) -> Connection:
-    """``matches``: matching layers that are there already, by what they match; those of one width are shared."""
+def _connection(
+    network: Network, link: Link, place: dict[str, Any], matches: dict[Any, nn.Module], output: int, *, first: bool
+) -> Connection:
+    """``matches``: matching layers that are there already, by what they match; those of one width are shared.
+
+    ``output``: the first of the block's extraction outputs that hears it. ``first``: whether it is the first one of its
+    block, which has what f ends with.
+    """
     source, target, message = network[link.source], network[link.target], message_for(network, link)
     matching = MATCHES[target.block.dimension]
     extent, own = widest(message.extents), widest(extents(target))
-    key = (*(getattr(link, option) for option in matching.options), link.reduction, link.min_hidden, extent)
+    key = (
+        *(getattr(link, option) for option in matching.options),
+        link.reduction,
+        link.min_hidden,
+        link.message,
+        extent,
+    )
     if key not in matches:
         matches[key] = matching.layers(link, extent, own, place)
+    schema, centred = link.schema or "direct", link.message == "centred"
     return Connection(
         target.block.dimension,
         matches[key],
-        schema=link.schema or "direct",
+        schema=schema,
         bounded=message.kind in ("product", "branches"),
         source_axis=source.axis,
         map_axis=message.axis,
         target_axis=target.axis,
         averages=extent[0] not in (1, own[0]) and not matching.needs_layers(extent[0], own[0]),
         grows=any(a < b for a, b in zip(extent[1] or (), own[1] or (), strict=False)),
+        centre=matching.centre(message.heard_by(output)[0], extents(target)[output], place) if centred else None,
+        norm=matching.norm(extents(target)[output], place) if first and SCHEMAS[schema].normalises else None,
         **place,
     )
 
 
 def completed(link: Link, options: Linking) -> Link:
-    """The link with every setting that it leaves open filled in; ``PlanError`` where one is not known."""
+    """The link with every setting that it leaves open filled in; ``PlanError`` where one is not known.
+
+    What a block hears of itself is always centred: G itself once more would add nothing.
+    """
     merged = Linking(**options.overridden(link))
+    if link.source == link.target:
+        if link.message == "plain":
+            raise PlanError(
+                f"The plan has {link.target!r} hear itself with message='plain', which is G once more. Leave the "
+                "message out, or use 'centred'."
+            )
+        merged = dataclasses.replace(merged, message="centred")
     try:
         check(merged, {"schema": SCHEMAS}, dashes=False)
     except UsageError as error:
@@ -135,8 +171,9 @@ def completed(link: Link, options: Linking) -> Link:
 
 
 def costs(plan: Plan, network: Network, options: Linking) -> tuple[Cost, ...]:
-    """What each topology would add to the model, with these options."""
-    return tuple(cost(name, shaped(plan, network, topology=name), network, options) for name in TOPOLOGIES)
+    """What each topology in which blocks hear others would add to the model, with these options."""
+    names = [name for name, row in TOPOLOGIES.items() if not row.every]
+    return tuple(cost(name, shaped(plan, network, topology=name), network, options) for name in names)
 
 
 def cost(topology: str, plan: Plan, network: Network, options: Linking) -> Cost:

@@ -10,6 +10,8 @@ from dcafy.graph.nodes import node_value, tensors_in, values_of
 from dcafy.graph.ops import Op, alters_argument, op_name, op_of
 
 REARRANGES = frozenset({Op.LAYOUT, Op.EXPAND, Op.SLICE})
+_SUMS = frozenset({"add", "iadd"})
+_DIFFERENCES = frozenset({"sub", "isub", "subtract"})
 REDUCES = frozenset({Op.REDUCE, Op.POOL, Op.CONTRACT})
 
 
@@ -21,6 +23,7 @@ class Dataflow:
     ``sizes``     node -> how many elements it yields
     ``depends``   the nodes whose tensors depend on the network's input
     ``origins``   node -> the network's inputs that its tensors depend on
+    ``windows``   the end of a sum over windows by running sums (corners added and subtracted) -> places in a window
     ``written``   a tensor that begins without the input -> the nodes that write something of the input into it
     """
 
@@ -38,7 +41,14 @@ class Dataflow:
         for node in self.depends:
             if self.ops[node] is Op.CONTRACT and self._is_layer(node):
                 self.ops[node] = Op.PARAMETRIC
+            elif self.ops[node] is Op.PARAMETRIC and self._sums_up(node):
+                self.ops[node] = Op.REDUCE
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
+        self.windows: dict[fx.Node, int] = {}
+        for node in self.order:
+            if node in self.depends and op_name(node, modules) in _DIFFERENCES and (places := self._window(node)):
+                self.windows[node] = places
+                self.ops[node] = Op.POOL
 
     def _follow(self, node: fx.Node) -> None:
         """Whether ``node`` depends on the input, and what it writes into."""
@@ -74,6 +84,41 @@ class Dataflow:
         operands = [source for source in node.all_input_nodes if self.sizes[source]]
         pools = is_vector(node_value(node)) and not any(is_vector(node_value(n)) for n in operands if n in self.depends)
         return not pools and not all(operand in self.depends for operand in operands)
+
+    def _sums_up(self, node: fx.Node) -> bool:
+        """Whether a convolution makes one number of each channel: a pooling with weights (GE-θ, global)."""
+        layer = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if not op_name(node, self.modules).lower().startswith("conv"):
+            return False
+        source, made = node_value(node.all_input_nodes[0]), node_value(node)
+        weight = getattr(layer, "weight", None) if layer else node_value(node.all_input_nodes[1])
+        if not (isinstance(source, Tensor) and isinstance(made, Tensor) and isinstance(weight, Tensor)):
+            return False
+        alone = weight.ndim == source.ndim and weight.shape[1] == 1 < source.shape[1]
+        return alone and weight.shape[2:] == source.shape[2:] != made.shape[2:] == (1,) * (made.ndim - 2)
+
+    def _window(self, node: fx.Node) -> int:
+        """How many places the windows have over which ``node`` yields the sum of each; 0 for anything else."""
+        corners, pending = [], [node]
+        while pending:
+            source = pending.pop()
+            if op_name(source, self.modules) in (*_DIFFERENCES, *_SUMS):
+                pending += self.inputs(source)
+            elif self.ops[source] is not Op.SLICE:
+                return 0
+            else:
+                corners.append(source)
+        whole = {corner.all_input_nodes[0] for corner in corners}
+        last = any(op_name(user, self.modules) in (*_DIFFERENCES, *_SUMS) for user in node.users)
+        if len(corners) < 2 or len(whole) > 1 or last or not self._is_running_sum(*whole):
+            return 0
+        sizes = zip(node_value(whole.pop()).shape, node_value(node).shape, strict=True)
+        return math.prod(given - made for given, made in sizes if given != made)
+
+    def _is_running_sum(self, node: fx.Node) -> bool:
+        while self.ops[node] in REARRANGES and self.inputs(node):
+            node = self.inputs(node)[0]
+        return op_name(node, self.modules) == "cumsum"
 
     def core(self, node: fx.Node) -> fx.Node:
         """The node before it was only viewed, expanded or sliced: where the map itself is computed."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from torch import fx
+from torch import Tensor, fx
 
-from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
+from dcafy.find.dataflow import REARRANGES, REDUCES, Dataflow, is_vector, positions
 from dcafy.find.roles import Candidate, Found, Roles
 from dcafy.find.walk import RATIOS, Walk
 from dcafy.graph.nodes import node_value
@@ -20,6 +20,11 @@ from dcafy.graph.ops import Op, gate_of, op_name
 from dcafy.graph.paths import joined
 from dcafy.plan.blocks import FusionKind
 from dcafy.plan.gates import GATES
+
+_COLOURS = 4
+"""Up to so many channels what a network is given is an image, with transparency perhaps."""
+
+_NUMBER_BY_NUMBER = REARRANGES | {Op.ADD, Op.MULTIPLY, Op.ELEMENTWISE, Op.GATE}
 
 ROOT_NAME = "root"
 """The name of a block that the network's own forward holds."""
@@ -110,18 +115,33 @@ class _Finder:
             # What was only expanded to X's size is no X (a norm's statistics, of which each channel has one).
             if min(self.flow.sizes[large], self.flow.sizes[self.flow.core(large)]) < least or small is large:
                 continue
-            if self._is_foreign(core, large):
+            if self._is_foreign(core, large) or self._is_windows(large):
                 continue
             walk = self._walk(core, large, kind, maps)
             if walk is None:
                 continue
             walk.give_back_inner()
-            if not self._is_soft_pooling(node, core, walk) and not self._gates_itself(core, large):
+            if not (
+                self._is_soft_pooling(node, core, walk)
+                or self._gates_itself(core, large)
+                or self._weighs_an_image(core, large)
+                or self._is_made_of(large, walk)
+            ):
                 yield Candidate(core, node, kind, frozenset(walk.frontier), frozenset(walk.between | {core}))
             return
 
     def _walk(self, core: fx.Node, large: fx.Node, kind: FusionKind, maps: frozenset[fx.Node]) -> Walk | None:
-        """The walk back from a map that shows it to be attention, at the highest ratio that does.
+        """The walk back from a map that shows it to be attention, if one does."""
+        found = self._at_ratios(core, large, kind, maps)
+        if found is None and kind == "mul":
+            walk = Walk(self.flow, RATIOS[0], large, maps, mixed=True)
+            if walk.reaches_frontier(core, self.flow.sizes[core]) and self._is_attention(core, kind, walk):
+                found = walk
+        above = found is not None and found.spread and self._is_above(found.frontier, large)
+        return None if above else found
+
+    def _at_ratios(self, core: fx.Node, large: fx.Node, kind: FusionKind, maps: frozenset[fx.Node]) -> Walk | None:
+        """The walk at the highest ratio that shows attention.
 
         One that ended at windows or a 1-channel layer and had let a reduction of narrow maps pass is the last choice:
         at a lower ratio that very reduction may be the extraction (CBAM's spatial part in 8 channels).
@@ -144,6 +164,9 @@ class _Finder:
         name = op_name(node, self.flow.modules)
         if name == "addcmul" and len(tensors) == 3:
             return "mul", tensors[1:]
+        if name == "lerp" and len(tensors) == 3:  # a + t · (b - a)
+            *ends, weight = tensors
+            return "mul", [weight, next((end for end in reversed(ends) if end in self.flow.depends), ends[0])]
         if len(tensors) != 2:
             return None, []
         largest = max(self.flow.sizes[n] for n in tensors)
@@ -157,11 +180,66 @@ class _Finder:
         parametric = any(self.flow.ops[n] is Op.PARAMETRIC for n in walk.between - walk.frontier)
         if not walk.frontier or core in walk.frontier:
             return False
+        if walk.mixed:
+            return gated and walk.has_layers_of_its_own()
         if kind == "add":
             return parametric and is_vector(node_value(core)) and not walk.local
-        if walk.local:
+        if walk.local or self._is_one_for_all(core, nodes):
             return gated
         return parametric or gated
+
+    def _is_one_for_all(self, core: fx.Node, nodes: set[fx.Node]) -> bool:
+        """Whether the map has one number for all channels of a place, which nothing bounds (the scale of XNOR-Net)."""
+        value = node_value(core)
+        one = isinstance(value, Tensor) and value.ndim > 3 and 1 in (value.shape[1], value.shape[-1])
+        return one and positions(core) > 1 and not any(gate_of(node, self.flow.modules) for node in nodes)
+
+    def _is_windows(self, large: fx.Node) -> bool:
+        """Whether the operand is every window of a map: what weighs those is a kernel (involution), no attention."""
+        node = self.flow.core(large)
+        parts = [self.flow.core(part) for part in self.flow.inputs(node)]
+        several = self.flow.ops[node] is Op.JOIN and len(parts) > 3 and len(set(parts)) == 1
+        return several or op_name(node, self.flow.modules).lower() in ("unfold", "im2col")
+
+    def _weighs_an_image(self, small: fx.Node, large: fx.Node) -> bool:
+        """Whether an image is weighed place by place, and no map of features: illumination, a mask (Retinex)."""
+        value = node_value(large)
+        if self.path or not isinstance(value, Tensor) or value.ndim < 4 or value.shape[1] > _COLOURS:
+            return False
+        node = large
+        while self.flow.ops[node] in _NUMBER_BY_NUMBER and self.flow.inputs(node):
+            node = max(self.flow.inputs(node), key=lambda n: self.flow.sizes[self.flow.core(n)])
+        return node.op == "placeholder" and positions(small) > 1
+
+    def _is_above(self, frontier: set[fx.Node], large: fx.Node) -> bool:
+        """Whether X is computed from G: a decoder raises the maps of an encoder, and gates them by the way."""
+        first = min(self.flow.order[node] for node in frontier)
+        pending, seen = [large], {large}
+        while pending:
+            node = pending.pop()
+            if node in frontier:
+                return True
+            for source in self.flow.inputs(node):
+                if source not in seen and self.flow.order[source] >= first:
+                    seen.add(source)
+                    pending.append(source)
+        return False
+
+    def _is_made_of(self, large: fx.Node, walk: Walk) -> bool:
+        """Whether X itself is computed from G and from nothing else: experts on a pooled vector, and their weights."""
+        pooled = max(self.flow.sizes[n] for node in walk.frontier for n in self.flow.inputs(node))
+        if self.flow.sizes[large] >= pooled:
+            return False
+        pending, seen = [large], {large}
+        while pending:
+            node = pending.pop()
+            if node.op == "placeholder":
+                return False
+            for source in self.flow.inputs(node):
+                if source not in seen and source not in walk.frontier:
+                    seen.add(source)
+                    pending.append(source)
+        return True
 
     def _is_foreign(self, small: fx.Node, large: fx.Node) -> bool:
         """Whether the map hears less of the network's inputs than X: it was extracted from something else.

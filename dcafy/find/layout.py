@@ -170,7 +170,7 @@ class Layouts:
         if op_name(node, self.flow.modules) == "stack" and wide > 1:
             (axis,) = axes_named(node, rank) or {0}
             return axis
-        reduction = self._reduction(node)
+        reduction = self.reduction(node)
         sources = [n for n in self.flow.inputs(reduction) if isinstance(node_value(n), Tensor)]
         source = max(sources, key=lambda n: self.flow.sizes[n], default=reduction)
         ranks = node_value(source).ndim if isinstance(node_value(source), Tensor) else rank
@@ -191,7 +191,7 @@ class Layouts:
             node = source
         return False
 
-    def _reduction(self, node: fx.Node) -> fx.Node:
+    def reduction(self, node: fx.Node) -> fx.Node:
         """The reduction behind an output of several (``max(1)[0]``), or behind the quotient of a mean by hand."""
         while self.flow.inputs(node):
             source = max(self.flow.inputs(node), key=lambda n: self.flow.sizes[n])

@@ -135,9 +135,17 @@ class Roles:
                 continue
             # Strips of rows and of columns stay apart: each is brought to another size along its own axis.
             layouts = [self.layouts.of(source) for source in sources]
-            if layouts[0].dimension == "spatial" and len({layout.kind for layout in layouts}) == 1:
+            if len({(layout.dimension, layout.kind) for layout in layouts}) > 1:
+                continue
+            # Statistics of one tensor are heard one by one (CBAM), vectors of several tensors as one (MMTM).
+            several = self.flow.ops[node] is Op.JOIN and len({self._pooled(source) for source in sources}) > 1
+            if layouts[0].dimension == "spatial" or several:
                 frontier = (frontier - sources) | {node}
         return frozenset(self._unfolded(node, candidate.between) for node in frontier)
+
+    def _pooled(self, node: fx.Node) -> fx.Node:
+        """The tensor that a reduction pools."""
+        return self.flow.core(max(self.flow.inputs(self.layouts.reduction(node)), key=self.flow.sizes.__getitem__))
 
     def _unfolded(self, node: fx.Node, between: frozenset[fx.Node]) -> fx.Node:
         """A flattened map where it has its rows and columns again, if nothing reads it before that."""
@@ -153,7 +161,7 @@ class Roles:
 
     def _mean(self, node: fx.Node, between: frozenset[fx.Node]) -> fx.Node:
         """The mean that a number makes of the sum ``node``, where nothing reads the sum itself; else ``node``."""
-        if op_name(node, self.flow.modules) in _TOTALS:
+        if op_name(node, self.flow.modules) in _TOTALS or node in self.flow.windows:
             readers = _readers(node, self.flow)
             scales = {*_QUOTIENTS, "mul", "imul", "multiply"}
             if len(readers) == 1 and readers[0] in between and op_name(readers[0], self.flow.modules) in scales:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from dcafy.find.dataflow import REARRANGES, REDUCES, Dataflow, positions
+from dcafy.find.dataflow import REDUCES, Dataflow, positions
 from dcafy.graph.nodes import node_value, tensors_in
 from dcafy.graph.ops import Op
 
@@ -18,6 +18,9 @@ At the last one only a reduction of all channels counts: of two, to one (CBAM in
 
 POOLED = 64
 """A tensor so many times smaller than X is pooled already: a sum over it belongs to the transformation."""
+
+_KEEPS = frozenset({Op.ADD, Op.MULTIPLY, Op.ELEMENTWISE, Op.GATE, Op.LAYOUT, Op.SLICE, Op.EXPAND, Op.PARAMETRIC})
+"""What makes a map of a map of the same size."""
 
 REACH = 128
 """More nodes than any transformation has: a walk this long has strayed into the network."""
@@ -33,6 +36,9 @@ class Walk:
     ``between``    the nodes that it passed
     ``local``      whether a frontier only pools over windows, or only is a 1-channel convolution
     ``narrow``     whether a reduction was met that a lower ratio would have let pass
+    ``mixed``      whether paths may end at a layer on X, as long as others end at a frontier (ESA of RFDN)
+    ``direct``     the layers on X at which such paths ended
+    ``spread``     whether a layer was passed that works on what was pooled and spread over the map again
     """
 
     flow: Dataflow
@@ -43,6 +49,9 @@ class Walk:
     between: set[fx.Node] = field(default_factory=set)
     local: bool = False
     narrow: bool = False
+    mixed: bool = False
+    direct: set[fx.Node] = field(default_factory=set)
+    spread: bool = False
     verdicts: dict[fx.Node, bool] = field(default_factory=dict)
 
     def reaches_frontier(self, node: fx.Node, ref: float) -> bool:
@@ -94,20 +103,50 @@ class Walk:
         return size * POOLED < self.flow.sizes[self.other]
 
     def _is_full(self, node: fx.Node) -> bool:
-        """Whether ``node`` has as much as X in as many places: a full map, no stack of statistics."""
-        if self.flow.sizes[node] < self.flow.sizes[self.other] or positions(node) < positions(self.other):
+        """Whether ``node`` has as much as X in as many places: a full map, no stack of statistics, nothing pooled."""
+        if not self._is_large(node):
             return False
-        return not self._is_stack(node, joined=False)
+        if self._is_spread(node):
+            self.spread = self.spread or self.flow.ops[node] is not Op.JOIN
+            return False
+        return True
 
-    def _is_stack(self, node: fx.Node, *, joined: bool) -> bool:
-        """Whether ``node`` joins reductions, and nothing was computed of them since but number by number."""
-        core = self.flow.core(node)
-        if self.flow.ops[core] in REDUCES and self._is_frontier(core, self.flow.sizes[node]):
-            return joined
-        op = self.flow.ops[node]
-        joined = joined or op is Op.JOIN
-        parts = self.flow.inputs(node) if op in (Op.JOIN, Op.ELEMENTWISE, *REARRANGES) else []
-        return bool(parts) and all(self._is_stack(part, joined=joined) for part in parts)
+    def _is_large(self, node: fx.Node) -> bool:
+        return self.flow.sizes[node] >= self.flow.sizes[self.other] and positions(node) >= positions(self.other)
+
+    def _is_spread(self, node: fx.Node) -> bool:
+        """Whether ``node`` holds what was expanded or interpolated to X's size, whatever was computed of it since.
+
+        A stack of reductions is as large as X where X is narrow.
+        """
+        large, pending, steps = False, [node], 0
+        while pending:
+            node, steps = pending.pop(), steps + 1
+            op, sources = self.flow.ops[node], self.flow.inputs(node)
+            stacked = op is Op.JOIN and all(self._stacks(part) for part in sources)
+            if stacked or (op is Op.EXPAND and not self._is_large(sources[0])):
+                large = True
+            elif op in _KEEPS and steps < REACH and any(self._is_large(source) for source in sources):
+                pending += [source for source in sources if self._is_large(source)]
+            else:
+                return False
+        return large
+
+    def _stacks(self, part: fx.Node) -> bool:
+        """Whether ``part`` is a statistic of something larger, in whatever arrangement, a mean by hand too."""
+        node = self.flow.core(part)
+        while self.flow.ops[node] is Op.ELEMENTWISE and len(self.flow.inputs(node)) == 1:
+            node = self.flow.core(self.flow.inputs(node)[0])
+        return self.flow.ops[node] in REDUCES and self._is_frontier(node, self.flow.sizes[part])
+
+    def has_layers_of_its_own(self) -> bool:
+        """Whether a layer works on what was pooled alone, and paths that end at X bring nothing to it."""
+        tainted = set(self.direct)
+        for node in sorted(self.between, key=self.flow.order.__getitem__):
+            if any(source in tainted for source in self.flow.inputs(node)):
+                tainted.add(node)
+        layers = self.between - tainted - self.frontier
+        return bool(self.direct) and any(self.flow.ops[node] is Op.PARAMETRIC for node in layers)
 
     def _mixes_features(self, node: fx.Node) -> bool:
         """Scores of a self-attention (features times features); a pooling's weights are far smaller than X."""
@@ -141,6 +180,8 @@ class Walk:
         """Whether ``node`` reduces a neighbourhood to something of the map's size."""
         largest = max((self.flow.sizes[n] for n in self.flow.inputs(node)), default=0)
         own = max((t.numel() for t in tensors_in(node_value(node))), default=1)
+        if node in self.flow.windows:
+            return self.flow.windows[node] >= self.ratio
         if largest < 2 * own or self._is_pooled(largest) or self._mixes_features(node):
             return False
         # A sum of windows or branches as large as X (a convolution by unfolding, maxout) gathers no context.
@@ -181,7 +222,11 @@ class Walk:
         A convolution to one channel may be the extraction itself (spatial squeeze-excite), where nothing
         behind it reduces.
         """
-        if not any(self._is_full(n) for n in inputs):
+        full = [n for n in inputs if self._is_full(n)]
+        if self.mixed and full and all(n is self.other for n in full):
+            self.direct.add(node)
+            return self._pass(node, ref, [n for n in inputs if n not in full])
+        if not full:
             snapshot = (set(self.frontier), set(self.between), dict(self.verdicts), self.local)
             if self._pass(node, ref, inputs):
                 return True
@@ -191,7 +236,7 @@ class Walk:
         if (
             squeezes
             and positions(node) > 1
-            and value.numel() * 2 <= source.numel()
+            and value.numel() * 2 <= source.numel() <= self.flow.sizes[self.other]
             and 1 in (value.shape[1], value.shape[-1])
         ):
             self.local = True

@@ -20,14 +20,24 @@ from dcafy.wording import reason_of
 
 def data_free_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` on the meta device, without hooks and in eval mode, to be traced."""
-    twin = _twin(model, _without_data)
+    twin = _bare(_twin(model, _without_data))
     for module in twin.modules():
-        module.__dict__["training"] = False
         own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for held in own:  # a class with a copying of its own may have made others
             held.update((name, _without_data(tensor)) for name, tensor in held.items() if tensor is not None)
         if isinstance(module, nn.DataParallel):
             module.device_ids = []  # there is nothing to scatter
+    return twin
+
+
+def running_copy(model: nn.Module) -> nn.Module:
+    """A copy without hooks, in eval mode, to be run on data: it shares the parameters, and nothing else."""
+    return _bare(_twin(model, lambda own: own if isinstance(own, nn.Parameter) else own.detach().clone()))
+
+
+def _bare(twin: nn.Module) -> nn.Module:
+    for module in twin.modules():
+        module.__dict__["training"] = False
         for name in _HOOKS.split():
             if module.__dict__.get(name):
                 module.__dict__[name] = collections.OrderedDict()
@@ -131,6 +141,11 @@ def _twin(model: nn.Module, tensor_of: Callable[[Tensor], Tensor]) -> nn.Module:
             }
             object.__setattr__(memo[id(module)], "__dict__", copied)
         return copy.deepcopy(model, memo)
+
+
+def copies_plainly(model: nn.Module) -> bool:
+    """Whether every module of ``model`` is copied without code of its own."""
+    return all(map(_copies_plainly, {type(module) for module in model.modules()}))
 
 
 _OWN_WAYS = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__new__")

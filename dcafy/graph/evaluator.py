@@ -84,7 +84,7 @@ class Evaluator:
 
     def method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The value of a method call on ``args[0]``."""
-        if isinstance(args[0], Tensor) and name in _PLACEMENT:
+        if isinstance(args[0], Tensor) and args[0].is_meta and name in _PLACEMENT:
             args, kwargs = _stay_on_meta(args), _stay_on_meta(kwargs)
         if isinstance(args[0], Tensor) and name.endswith("_") and not name.endswith("__"):
             args = (args[0].detach(), *args[1:])  # ``unsqueeze_`` alters the shape of a value that others share

@@ -22,7 +22,7 @@ def checked(plan: Plan, found: Plan, network: Network) -> Plan:
                     f"The plan links {name!r}, which is no attention block of this model. "
                     f"Its blocks are: {', '.join(names) or 'none'}. Make the plan with dcafy.inspect(model)."
                 )
-        if names.index(link.source) >= names.index(link.target):
+        if names.index(link.source) > names.index(link.target):
             raise PlanError(f"The plan links {link.source!r} to {link.target!r}, which data meets before it.")
         if network.apart(link.source, link.target):
             raise PlanError(

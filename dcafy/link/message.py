@@ -31,16 +31,15 @@ class Message:
 
     ``extents`` and ``kinds`` are those of what is passed on for each of the block's extraction outputs, the last one
     for all that follow; ``axis``: where T has its channels. ``maps`` holds each branch's map, in the order of the
-    block's extraction outputs, for ``branches``; ``fused_output`` and ``extraction`` (with ``source``, which it is to
-    be replaced by) say how, for ``fused``.
+    block's extraction outputs, for ``branches``; ``fused`` and ``extraction`` say how, for ``fused``: each tensor that
+    is extracted from, with what takes its place, and the nodes that are repeated.
     """
 
     kind: Literal["product", "map", "fused", "branches"]
     extents: tuple[Extent, ...]
     kinds: tuple[Origins, ...]
     axis: int | None
-    source: fx.Node | None = None
-    fused_output: fx.Node | None = None
+    fused: tuple[tuple[fx.Node, fx.Node], ...] = ()
     extraction: tuple[fx.Node, ...] = ()
     maps: tuple[fx.Node, ...] = ()
 
@@ -131,6 +130,9 @@ _FUSES = REDUCES | {Op.JOIN, Op.ADD, Op.SLICE, Op.LAYOUT, Op.EXPAND, Op.ELEMENTW
 """What lies between a block's fusions and its fused output: branches are added up, and no layer works on them."""
 
 
+_SEVERAL = "its extraction reads more than one tensor"
+
+
 def _numel(node: fx.Node) -> int:
     return sum(tensor.numel() for tensor in tensors_in(node_value(node)))
 
@@ -146,71 +148,91 @@ class _Refusion:
     def message(self) -> Message:
         """What is passed on; raises ``Unlinkable``."""
         try:
-            return self._from(self._source())
+            return self._from(self._sources())
         except Unlinkable as reason:
-            fusion = self.found.fusions[
-                0
-            ]  # X itself, where G is pooled from what layers made of it (polarized attention)
-            whole = max((n for n in fusion.all_input_nodes if n is not self.found.map), key=_numel)
+            # X itself, where G is pooled from what layers made of it (polarized attention).
+            whole = max((n for n in self.found.fusions[0].all_input_nodes if n is not self.found.map), key=_numel)
             try:
-                return self._from(whole)
+                return self._from((whole,))
             except Unlinkable:
                 raise reason from None
 
-    def _from(self, source: fx.Node) -> Message:
-        steps = self._steps(source)
-        fused = self._fused_output(node_value(source).ndim)
-        values = self._evaluate(source, steps, fused)
+    def _from(self, sources: tuple[fx.Node, ...]) -> Message:
+        steps = self._steps(sources)
+        fused = self._fused(sources)
+        values = self._evaluate(fused, steps)
         contexts = [values[c] for c in self.found.contexts if c in values]
         if len(contexts) < len(self.found.contexts):
-            raise Unlinkable("its extraction reads more than one tensor")
+            raise Unlinkable(_SEVERAL)
         if not all(isinstance(v, Tensor) for v in contexts):
             raise Unlinkable("its extraction does not yield a tensor on the fused output")
         maps = DIMENSIONS[self.found.block.dimension]
         extents = tuple(e for v in contexts if (e := maps.extent(v, self.found.axis)) is not None)
         if len(extents) < len(contexts):
             raise Unlinkable("its extraction yields no map on the fused output")
-        return Message("fused", extents, self.found.kinds, self.found.axis, source, fused, steps)
+        return Message("fused", extents, self.found.kinds, self.found.axis, fused, steps)
 
-    def _source(self) -> fx.Node:
-        """The tensor that is extracted from, before it was only rearranged."""
-        sources = set()
-        for context in self.found.contexts:
-            node = context
-            while (op := op_of(node, self.modules)) in _EXTRACTS:
-                inputs = [n for n in node.all_input_nodes if next(tensors_in(node_value(n)), None) is not None]
-                if not inputs:
-                    break
-                if op is Op.ADD and len(inputs) > 1:
-                    raise Unlinkable("its extraction reads more than one tensor")
-                if op in (Op.ELEMENTWISE, Op.MULTIPLY) and len(inputs) > 1:
-                    raise Unlinkable("its extraction is a mean whose weights belong to the unfused map")
-                node = max(inputs, key=_numel)
-                if op in REDUCES:
-                    break
-            sources.add(node)
-        if len(sources) != 1:
-            raise Unlinkable("its extraction reads more than one tensor")
-        return sources.pop()
+    def _sources(self) -> tuple[fx.Node, ...]:
+        """The tensors that are extracted from, in the order of the graph."""
+        sources: set[fx.Node] = set()
+        pending = list(self.found.contexts)
+        while pending:
+            node = pending.pop()
+            op = op_of(node, self.modules)
+            inputs = [n for n in node.all_input_nodes if next(tensors_in(node_value(n)), None) is not None]
+            if op not in _EXTRACTS or not inputs:
+                sources.add(node)
+                continue
+            if op is Op.ADD and len(inputs) > 1:
+                raise Unlinkable(_SEVERAL)
+            if op in (Op.ELEMENTWISE, Op.MULTIPLY) and len(inputs) > 1:
+                raise Unlinkable("its extraction is a mean whose weights belong to the unfused map")
+            if op in REDUCES:
+                sources.add(max(inputs, key=_numel))
+            else:
+                pending += inputs if op is Op.JOIN else [max(inputs, key=_numel)]
+        if len(sources) > 1:
+            sources = {self._viewed(node) for node in sources}
+        return tuple(node for node in self.found.map.graph.nodes if node in sources)
 
-    def _steps(self, source: fx.Node) -> tuple[fx.Node, ...]:
-        """The nodes from ``source`` to the contexts, all of which may run twice."""
-        below = {source}
-        for node in _from(source, set(self.found.contexts)):
+    def _viewed(self, node: fx.Node) -> fx.Node:
+        """What ``node`` is a view of, where that is what a fusion reads."""
+        fused = {source for fusion in self.found.fusions for source in fusion.all_input_nodes}
+        seen = node
+        while seen not in fused and op_of(seen, self.modules) is Op.LAYOUT and seen.all_input_nodes:
+            seen = seen.all_input_nodes[0]
+        return seen if seen in fused else node
+
+    def _fused(self, sources: tuple[fx.Node, ...]) -> tuple[tuple[fx.Node, fx.Node], ...]:
+        """Each source, and what takes its place: of several, the output of the fusion that reads it."""
+        if len(sources) == 1:
+            return ((sources[0], self._fused_output(node_value(sources[0]).ndim)),)
+        pairs = []
+        for source in sources:
+            own = [fusion for fusion in self.found.fusions if source in fusion.all_input_nodes]
+            if len(own) != 1:
+                raise Unlinkable(_SEVERAL)
+            pairs.append((source, own[0]))
+        return tuple(pairs)
+
+    def _steps(self, sources: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """The nodes from ``sources``, the first one first, to the contexts, all of which may run twice."""
+        below = set(sources)
+        for node in _from(sources[0], set(self.found.contexts)):
             if any(n in below for n in node.all_input_nodes):
                 below.add(node)
         needed: set[fx.Node] = set()
         pending = list(self.found.contexts)
         while pending:
             node = pending.pop()
-            if node in needed or node is source or node not in below:
+            if node in needed or node in sources or node not in below:
                 continue
             needed.add(node)
             pending += node.all_input_nodes
         for node in needed:
             if any(isinstance(m, nn.modules.batchnorm._NormBase) for m in self._layers(node)):
                 raise Unlinkable("its extraction updates statistics (batch norm) and cannot run twice")
-        return tuple(n for n in _from(source, set(self.found.contexts)) if n in needed)
+        return tuple(n for n in _from(sources[0], set(self.found.contexts)) if n in needed)
 
     def _layers(self, node: fx.Node) -> list[nn.Module]:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -232,8 +254,8 @@ class _Refusion:
                 return node
         raise Unlinkable("its fused output has other axes than what it extracts from")
 
-    def _evaluate(self, source: fx.Node, steps: tuple[fx.Node, ...], fused: fx.Node) -> dict[fx.Node, Any]:
-        values: dict[fx.Node, Any] = {source: node_value(fused)}
+    def _evaluate(self, fused: tuple[tuple[fx.Node, fx.Node], ...], steps: tuple[fx.Node, ...]) -> dict[fx.Node, Any]:
+        values: dict[fx.Node, Any] = {source: node_value(output) for source, output in fused}
         for node in steps:
             args = map_arg(node.args, lambda n: values.get(n, node_value(n)))
             kwargs = map_arg(node.kwargs, lambda n: values.get(n, node_value(n)))

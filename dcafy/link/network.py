@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from dcafy.find.roles import Found
-from dcafy.link.message import Message, Unlinkable, mismatch
+from dcafy.link.message import Message, Unlinkable, extents, mismatch
 from dcafy.link.region import Region
 
 
@@ -57,8 +57,11 @@ class Network:
         """The blocks, in order."""
         return tuple(self[name] for name in self.order)
 
-    def message(self, name: str) -> Message | Unlinkable:
-        """What a block passes on, or why it cannot."""
+    def message(self, name: str, target: str = "") -> Message | Unlinkable:
+        """What a block passes on to another, or why it cannot; to itself: its own G."""
+        if name == target:
+            own = self[name]
+            return Message("map", extents(own), own.kinds, own.axis)
         return self._home[name].messages[name]
 
     def nearest(self, target: str) -> tuple[str, ...]:
@@ -68,7 +71,7 @@ class Network:
 
     def obstacle(self, source: str, target: str) -> str | None:
         """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
-        message = self.message(source)
+        message = self.message(source, target)
         return str(message) if isinstance(message, Unlinkable) else mismatch(message, self[target])
 
     def apart(self, source: str, target: str) -> bool:

@@ -266,12 +266,12 @@ def placed(found: Found, message: Message, sites: Sites) -> dict[str, Site]:
     if message.kind == "branches":
         names = [f"{name}|{role}{i}" for role in "TG" for i in range(len(found.contexts))]
         return dict(zip(names, sites.telling((*message.maps, *found.contexts), fusion), strict=True))
-    assert message.fused_output is not None
-    needed = [message.fused_output]
+    sources, needed = [source for source, _ in message.fused], [output for _, output in message.fused]
+    last = needed[-1]
     for node in message.extraction:
-        needed += [n for n in node.all_input_nodes if n not in message.extraction and n is not message.source]
+        needed += [n for n in node.all_input_nodes if n not in message.extraction and n not in sources]
     needed = [node for node in dict.fromkeys(needed) if node.op != "get_attr"]
-    own = sites.together(tuple(needed), message.fused_output)
+    own = sites.together(tuple(needed), last)
     for node in message.extraction:
         if node.op == "call_module" and not str(node.target).startswith(f"{own[0].path}." if own[0].path else ""):
             raise NoPlace(own[0].path, "its extraction belongs to another module than its fusion")

@@ -1,4 +1,4 @@
-"""Who hears whom: a topology chooses among the earlier blocks that reach one; grouping and refusals are the same.
+"""Who hears whom: a topology chooses among a block and the earlier ones that reach it; the rest is the same for all.
 
 Nothing here needs torch: the command reads the names from here.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped, hearing
@@ -16,39 +17,74 @@ if TYPE_CHECKING:
     from dcafy.link.network import Network
 
 Names = tuple[str, ...]
-Topology = Callable[[Names, Names], Names]
-"""(earlier blocks that reach a block, nearest last, those of its own kind behind all others; those of them that a plan
-has it hear) -> those that it hears."""
 
 
-def _chain(earlier: Names, planned: Names) -> Names:
+@dataclass(frozen=True)
+class Topology:
+    """``hears``: (block, earlier ones that reach it, those that a plan has it hear) -> those that it hears.
+
+    The nearest of the earlier ones is the last; those of the block's own kind of map stand behind all others.
+    ``every``: whether blocks that hear nothing in a plan, such as the first one, hear something all the same.
+    """
+
+    hears: Callable[[str, Names, Names], Names]
+    every: bool = False
+
+
+def _chain(block: str, earlier: Names, planned: Names) -> Names:
     """The nearest one, as in the paper; a plan that is followed says which."""
     return planned or earlier[-1:]
 
 
-def _dense(earlier: Names, planned: Names) -> Names:
+def _dense(block: str, earlier: Names, planned: Names) -> Names:
     """All of them (paper section 5)."""
     return tuple(dict.fromkeys((*earlier, *planned)))
 
 
-TOPOLOGIES: dict[str, Topology] = {"chain": _chain, "dense": _dense}
+def _tree(block: str, earlier: Names, planned: Names) -> Names:
+    """The n-th of a chain hears the (n - 2^j)-th for every 2^j that divides n: a binary tree (paper section 5).
+
+    >>> _tree("8", tuple("1234567"), ())
+    ('4', '6', '7')
+    """
+    number = len(earlier) + 1
+    steps = [2**j for j in range(number.bit_length()) if number % 2**j == 0 and 2**j < number]
+    return tuple(dict.fromkeys((*(earlier[-step] for step in reversed(steps)), *planned)))
+
+
+def _own(block: str, earlier: Names, planned: Names) -> Names:
+    """Itself: what its G has in other images is its context."""
+    return (block,)
+
+
+TOPOLOGIES: dict[str, Topology] = {
+    "chain": Topology(_chain),
+    "dense": Topology(_dense),
+    "tree": Topology(_tree),
+    "own": Topology(_own, every=True),
+}
 """Name -> the topology."""
 
 
-def links_in(network: Network, topology: str = "chain", plan: Plan | None = None) -> tuple[list[Link], list[Skipped]]:
+def links_in(
+    network: Network, topology: str = "chain", plan: Plan | None = None, dimension: str = "all"
+) -> tuple[list[Link], list[Skipped]]:
     """The links of a network's blocks, and what was wanted and cannot be heard, with the reason.
 
-    With a ``plan`` only the blocks that hear something in it hear anything, from blocks that stand in it; links that it
-    has are its own, and new ones have the settings of their target's.
+    With a ``plan`` only the blocks that hear something in it hear anything (or those that stand in it, where every
+    block hears something), from blocks that stand in it; links that it has are its own, and new ones have the settings
+    of their target's. ``dimension``: of the blocks that hear.
     """
+    row = TOPOLOGIES[topology]
     links, skipped = [], []
     planned = hearing(plan.links) if plan else {}
     kept = {name for chain in plan.chains for name in chain.blocks} if plan else set(network.order)
     for target in network.order:
         earlier, given = network.nearest(target), {link.source: link for link in planned.get(target, ())}
-        if plan is not None and not given:
+        asked = row.every and target in kept and dimension in ("all", network[target].block.dimension)
+        if plan is not None and not given and not asked:
             continue
-        for source in TOPOLOGIES[topology](tuple(name for name in earlier if name in kept), tuple(given)):
+        for source in row.hears(target, tuple(name for name in earlier if name in kept), tuple(given)):
             if source in given:
                 links.append(given[source])
                 continue
@@ -86,7 +122,7 @@ def shaped(plan: Plan, network: Network, *, dimension: str = "all", topology: st
     ``dimension``: ``all``, ``channel`` or ``spatial`` (paper 4.2: DCA-All, DCA-C, DCA-S).
     """
     plan = _only(plan, dimension)
-    links, left = links_in(network, topology, plan)
+    links, left = links_in(network, topology, plan, dimension)
     skipped = tuple(item for item in dict.fromkeys(left) if item not in plan.skipped)
     if hearing(links) == hearing(plan.links):
         return dataclasses.replace(plan, skipped=plan.skipped + skipped)

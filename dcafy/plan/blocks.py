@@ -57,7 +57,7 @@ class _Ends:
 
 @dataclass(frozen=True)
 class Link(Overrides, _Ends):
-    """A connection to be made from ``source`` to ``target``, both block names.
+    """A connection to be made from ``source`` to ``target``, both block names; a block may hear itself, centred.
 
     A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it.
     """

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from dcafy.errors import UsageError
-from dcafy.wording import nearest
+from dcafy.records import LATER
+from dcafy.wording import nearest, shown
 
 Dimension = Literal["channel", "spatial"]
 """What attention maps vary over."""
@@ -56,11 +57,15 @@ def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = Non
         choices = meta["choices"] or (tables or {}).get(item.name, ())
         may_be_none = value is None and item.default is None
         if choices and not may_be_none and not (isinstance(value, str) and value in choices):
-            asked = f"{option} {value!r}" if dashes else f"{option}={value!r}"
+            asked = f"{option} {shown(value)}" if dashes else f"{option}={shown(value)}"
             known = list(choices)
-            raise UsageError(f"{asked} is not known.{nearest(str(value), known)} Use one of: {', '.join(known)}.")
+            raise UsageError(f"{asked} is not known.{nearest(shown(value), known)} Use one of: {', '.join(known)}.")
         if meta["bounds"] and not may_be_none:
             _check_bounds(option, value, *meta["bounds"], whole=str(item.type).startswith("int"))
+
+
+_MOST = 2**63
+"""What no whole number reaches: torch counts up to there, and so do the readers of a run's file."""
 
 
 def _check_bounds(
@@ -68,12 +73,14 @@ def _check_bounds(
 ) -> None:
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     lowest = -math.inf if least is None else least
+    if type(value) is int and value >= _MOST:
+        below = min(below, _MOST)
     if is_number and value >= lowest and (above is None or value > above) and value < below:
         return
     low = f"above {above:g}" if least is None else f"at least {least:g}"
     high = f" and below {below:g}" if below < math.inf else "" if whole else " and finite"
     kind = "a whole number of " if whole and not (option.startswith("--") and is_number) else ""
-    raise UsageError(f"{option} must be {kind}{low}{high}, not {value!r}.")
+    raise UsageError(f"{option} must be {kind}{low}{high}, not {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Overrides:
     reduction: int | None = None
     min_hidden: int | None = None
     spatial_match: str | None = None
+    message: str | None = dataclasses.field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,11 @@ class Linking:
     reduction: int = setting(16, "A block's channels over the hidden width of fc2.", least=1)
     min_hidden: int = setting(8, "The least hidden width of fc2, in channels.", least=1)
     spatial_match: str = setting("avg", "What shrinks maps (paper 3.3).", choices=("avg", "max", "conv"))
+    message: str = setting(
+        "plain",
+        "What of a message is heard: plain (all of it, as in the paper) or centred (how it differs between images).",
+        choices=("plain", "centred"),
+    )
 
     def overridden(self, own: Overrides) -> dict[str, Any]:
         """Every option by its name, with those that ``own`` sets in the place of these."""
@@ -116,10 +129,11 @@ class Inserting:
         "Where attention is put: auto (every residual unit), or a glob of module paths such as 'layer3.*'.",
         metavar="GLOB",
     )
-    init: str = setting(
+    attention_init: str = setting(
         "identity",
         "How inserted attention starts: identity (an exact no-op) or paper (the paper's own form).",
         choices=get_args(Init),
+        short="--init",
     )
 
 
@@ -128,7 +142,10 @@ class Conversion(Linking, Inserting):
     """The options of :func:`dcafy.convert` and of the insertion before it."""
 
     dimension: str = setting("all", "What is connected (paper 4.2).", choices=(*get_args(Dimension), "all"))
-    topology: str = setting("chain", "Who hears whom: each block the one before it, or all before it.")
+    topology: str = setting(
+        "chain",
+        "Who hears whom: each block the one before it, all before it, some of them as a binary tree, or itself.",
+    )
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -104,7 +104,7 @@ def _bridge(chain: Chain, dropped: set[str]) -> Chain:
     def sources(name: str) -> Iterator[str]:
         for link in heard.get(name, ()):
             if link.source in dropped:
-                yield from sources(link.source)
+                yield from sources(link.source) if link.source != name else ()
             else:
                 yield link.source
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dcafy.runs.request import Request
 from dcafy.runs.run import Subject, finish, subject, train
 from dcafy.runs.timing import step_times
 from dcafy.sources import FileOptions
+from dcafy.training.folder import alone_in
 from dcafy.training.history import History
 from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
@@ -96,6 +98,17 @@ def compare(
     Under one seed all have the same classifier, order of images and augmentation, and the same number of steps. A
     comparison that was stopped goes on where it was.
     """
+    with alone_in(directory) if is_main else nullcontext():
+        return _compared(request, directory, file, listener_for, is_main)
+
+
+def _compared(
+    request: Request,
+    directory: Path,
+    file: FileOptions | None,
+    listener_for: Callable[[str], tuple[Listener, ...]],
+    is_main: bool,
+) -> Comparison:
     seeds = tuple(range(request.training.seed, request.training.seed + request.seeds))
     arms = request.arms or ("original", "connected")
     histories: dict[str, list[History]] = {arm: [] for arm in arms}

@@ -26,6 +26,9 @@ TASKS: dict[str, dict[str, Any]] = {
 ARMS = ("plain", "attention", "original", "connected")
 """What can be trained: the network as it is, with inserted attention, without the connections only, and with them."""
 
+KEPT = ("last", "best", "both")
+"""Which epoch's model the folder of a run gives; with ``best`` and ``both`` the best one is in ``best`` inside it."""
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -68,6 +71,12 @@ class RunOptions:
         metavar="[ARMS]",
     )
     seeds: int = setting(1, "How many seeds are compared; 3 or more for a verdict.", least=1)
+    keep: str = setting(
+        "last",
+        "Which epoch's model the folder gives: the last, or the best on the validation images; both gives the last, "
+        "and the best in the folder best inside.",
+        choices=KEPT,
+    )
     json_log: Path | None = setting(
         None, "Also write every step and epoch here, one JSON object a line.", metavar="FILE"
     )
@@ -89,6 +98,54 @@ class RunOptions:
                     "connected."
                 )
         return tuple(name for name in ARMS if name in asked)
+
+
+@dataclass(frozen=True)
+class UseOptions:
+    """How a trained network is run on images."""
+
+    batch_size: int = setting(32, "Images in a batch.", least=1)
+    workers: int = setting(0, "Processes that read images.", least=0)
+    cpu: bool = setting(False, "Run on the CPU even where there is a GPU.")
+    image_size: int | None = setting(
+        None, "Side of the images in pixels. [default: what the network was trained with]", least=1
+    )
+    cut: bool = setting(False, "Switch all connections off (β = 0).")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class PredictOptions(UseOptions):
+    """What is told of each image."""
+
+    top: int | None = setting(
+        None,
+        "How many classes, or boxes, are told of each image. [default: 5 classes, 100 boxes]",
+        metavar="K",
+        least=1,
+    )
+    threshold: float = setting(0.5, "The least score of a box that is told.", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(UseOptions):
+    """What a network is measured on."""
+
+    part: str = setting(
+        "val",
+        "Which images of --data: those to validate on, those to train on, or all.",
+        choices=("val", "train", "all"),
+    )
+    val_fraction: float | None = setting(
+        None,
+        "The part of the images to validate on, where the data has no part of its own. [default: as in the training on "
+        "the same data, else 0.2]",
+        above=0,
+        below=1,
+    )
+    follow_links: bool = setting(False, "Also take pictures that links lead to outside of the folder.")
 
 
 _DETECTION_RATE = 0.01 / 16
@@ -127,7 +184,7 @@ def chosen(
     have the base's rate.
 
     >>> found = chosen(RunOptions(recipe="paper"), TrainingConfig(epochs=5), DataOptions(), Conversion(), ["epochs"])
-    >>> found.training.lr, found.training.epochs, found.images.crop_scale, found.conversion.init
+    >>> found.training.lr, found.training.epochs, found.images.crop_scale, found.conversion.attention_init
     (0.1, 5, 0.1, 'paper')
     """
     kept = set(given)

@@ -35,7 +35,7 @@ class Recipe:
         return {**self.stated, **self.published}
 
 
-_PAPERS_FORM = {"init": "paper", "min_hidden": 1}
+_PAPERS_FORM = {"attention_init": "paper", "min_hidden": 1}
 _CROPS = {"augment": "standard", "crop_scale": 0.1, "crop_ratio": 1.25, "val_resize": 256}
 
 RECIPES: dict[str, Recipe] = {

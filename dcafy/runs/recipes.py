@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dcafy.detection.classes import labels_for, needs, with_classes
+from dcafy.detection.classes import labels_for, names_of_labels, needs, with_classes
 from dcafy.detection.coco import open_coco
 from dcafy.detection.task import Boxes, Detection
 from dcafy.errors import UsageError
+from dcafy.images.about import About, preparation_of, put_about
 from dcafy.images.data import Data
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Sample, Seeded
-from dcafy.images.preparation import Prepared, augmentation, preparation
+from dcafy.images.preparation import Prepared, augmentation, with_resize
 from dcafy.images.sources import open_data
 from dcafy.training.head import reheaded
 from dcafy.training.options import TrainingConfig
 from dcafy.training.tasks import Batch, Classification, Task
+from dcafy.wording import printable
 
 if TYPE_CHECKING:
     from dcafy.runs.request import Request
@@ -71,9 +73,11 @@ class _Shown:
 
 def _classifier(network: nn.Module, data: Data, request: Request) -> Ready:
     images = request.images
-    how = preparation(network, request.arch or request.model, images.image_size, resize=images.val_resize)
+    how = preparation_of(network, request.arch or request.model, images.image_size)
+    how = how if images.val_resize is None else with_resize(how, images.val_resize)
     example = torch.zeros(2, how.channels, *how.size)
     new = reheaded(network, len(data.classes), example)
+    put_about(network, About(classes=tuple(map(printable, data.classes)), preparation=how))
     crops = {"scale": images.crop_scale, "ratio": images.crop_ratio}
     varied = Prepared(how, augmentation(images, drawn=data.drawn), **crops)
     return Ready(_Shown(data.train, varied), _Shown(data.val, Prepared(how)), example, new)
@@ -96,6 +100,7 @@ def _detector(network: nn.Module, data: Data, request: Request) -> Ready:
         )
     needs(network, data)
     new = with_classes(network, labels_for(network, data))
+    put_about(network, About("detection", names_of_labels(data)))
     varied = Boxes(request.images.augment)
     return Ready(_Shown(data.train, varied), _Shown(data.val, Boxes()), None, new)
 

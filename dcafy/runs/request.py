@@ -16,13 +16,25 @@ from dcafy.images.options import DataOptions
 from dcafy.images.sources import anchored
 from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
-from dcafy.runs.options import ARMS, TASKS
+from dcafy.runs.options import ARMS, KEPT, TASKS
 from dcafy.runs.paper import RECIPES
-from dcafy.training.options import TrainingConfig
+from dcafy.training.options import TIMES, TrainingConfig
 from dcafy.wording import printable, quoted, refused
 
 REQUEST = "finetune.json"
 """The name of the request in the folder of a run."""
+
+
+def _with_rates(data: dict[str, Any]) -> dict[str, Any]:
+    """Requests from before messages could be centred, when connections had ten times whatever rate the base has."""
+    conversion, training = data.get("conversion"), data.get("training")
+    if not isinstance(conversion, dict) or not isinstance(training, dict):
+        return data
+    renamed = {{"init": "attention_init"}.get(name, name): value for name, value in conversion.items()}
+    lr = training.get("lr")
+    if "scale_lr" not in training and training.get("connection_lr") is None and isinstance(lr, int | float):
+        training = {**training, "connection_lr": TIMES * lr}
+    return {**data, "conversion": {"message": "plain", **renamed}, "training": training}
 
 
 def _without_places(request: dict[str, Any]) -> dict[str, Any]:
@@ -30,14 +42,14 @@ def _without_places(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, "prefix": None, "ignore_head": False}
 
 
-def _with_arms(request: dict[str, Any]) -> dict[str, Any]:
-    """Runs of version 2 are of a connected network, and were compared with what it was before."""
-    compared = bool(request.get("seeds"))
-    arms = ["original", "connected"] if compared else []
-    return {**request, "arm": "connected", "arms": arms, "recipe": None, "backbone": None}
+def _completed(request: dict[str, Any]) -> dict[str, Any]:
+    """Requests of version 2 kept the last epoch, and were compared with what the network was before."""
+    arms = ["original", "connected"] if request.get("seeds") else []
+    new = {"keep": "last", "arm": "connected", "arms": arms, "recipe": None, "backbone": None}
+    return _with_rates({**new, **request})
 
 
-FORMAT = Format("version", 3, {1: _without_places, 2: _with_arms})
+FORMAT = Format("version", 2, {1: _without_places, 2: _completed})
 """The version of the request on the disk."""
 
 _LARGEST = 2**20
@@ -68,6 +80,7 @@ class Request:
     backbone: str | None = None
     prefix: str | None = None
     ignore_head: bool = False
+    keep: Annotated[str, one_of(KEPT)] = "last"
 
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""

@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from dcafy.checkpoint import load, save
+from dcafy.checkpoint import load
 from dcafy.checkpoint.description import FILES
-from dcafy.checkpoint.folder import MARKER
+from dcafy.checkpoint.folder import MARKER, Folder
+from dcafy.checkpoint.saving import store
 from dcafy.conversion import convert, with_attention
 from dcafy.converted import revert
 from dcafy.detection.backbone import with_backbone
-from dcafy.disk import replace_file
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import CheckpointError, InputError, UsageError
+from dcafy.images.about import About, Trained, about, put_about
 from dcafy.images.data import Data
 from dcafy.images.order import seeded
 from dcafy.plan.options import Conversion
@@ -37,10 +40,12 @@ from dcafy.runs.options import conversion_of
 from dcafy.runs.recipes import PURPOSES, Ready
 from dcafy.runs.request import REQUEST, Request, read_request
 from dcafy.sources import FileOptions, open_model
-from dcafy.training.history import History
+from dcafy.training.history import Epoch, History
 from dcafy.training.loop import finetune
+from dcafy.training.options import TrainingConfig
+from dcafy.training.parallel import is_main_process
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
-from dcafy.wording import one_line, printable
+from dcafy.wording import one_line, printable, quoted
 from dcafy.zoos.packages import ZOOS
 from dcafy.zoos.specs import runs_code
 
@@ -171,18 +176,74 @@ def train(
 ) -> History:
     """Trains the subject, with checkpoint and log in ``directory``."""
     config = dataclasses.replace(request.training, seed=seed)
+    task = PURPOSES[request.task].task(config)
+    best = () if request.keep == "last" else (_Best(request, on, directory / BEST, task.headline),)
     strict = (_Strict(),) if request.images.strict else ()
-    return finetune(
+    history = finetune(
         on.network,
         on.ready.train,
         on.ready.val,
         config,
-        task=PURPOSES[request.task].task(config),
+        task=task,
         directory=directory,
         resume=resume,
         new_layers=on.ready.new_layers,
-        listener=Several((*strict, JsonLines(directory / LOG), *listeners)),
+        listener=Several((*strict, *best, JsonLines(directory / LOG), *listeners)),
     )
+    if history.epochs:
+        put_about(on.network, _after(request, on, history.epochs[-1]))
+    if request.keep == "best" and is_main_process() and (directory / BEST).is_dir():
+        _take_best(on, directory / BEST)
+    return history
+
+
+BEST = "best"
+"""The folder of the best epoch's model, in the folder of a run."""
+
+
+def _after(request: Request, on: Subject, epoch: Epoch) -> About:
+    """What is known of the network after an epoch."""
+    trained = Trained(request.data, epoch.epoch, dict(epoch.metrics), request.images.val_fraction)
+    return dataclasses.replace(about(on.network), trained=trained)
+
+
+def _take_best(on: Subject, place: Path) -> None:
+    """Gives the network the values that the best epoch had; other than ``dcafy.load`` it needs no way to build it."""
+    description, tensors = Folder(place).read()
+    left = on.network.load_state_dict(tensors, strict=False)
+    unlike = [*left.unexpected_keys, *(key for key in left.missing_keys if key not in description.weights.tied)]
+    if unlike:
+        raise CheckpointError(
+            f"{quoted(str(place), 200)} does not hold the network of this run ({printable(unlike[0])}). Remove it: the "
+            "last epoch is in the checkpoint."
+        )
+    if description.about is not None:
+        put_about(on.network, description.about)
+
+
+class _Best(Listener):
+    """Saves what was measured whenever it is the best so far; of equals, the first."""
+
+    def __init__(self, request: Request, on: Subject, place: Path, metric: str) -> None:
+        self.request, self.on, self.place, self.metric = request, on, place, metric
+        self.so_far = -math.inf
+
+    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
+        if not epochs:
+            shutil.rmtree(self.place, ignore_errors=True)  # of a run that starts over
+        self.so_far = max((epoch.metrics.get(self.metric, -math.inf) for epoch in epochs), default=-math.inf)
+
+    def measured(self, model: nn.Module, epoch: Epoch) -> None:
+        # It is saved before the checkpoint is: killed in between, the same epoch comes again.
+        value = epoch.metrics.get(self.metric, -math.inf)
+        if value > self.so_far and math.isfinite(epoch.metrics.get("loss", 0.0)):
+            before = about(model)
+            put_about(model, _after(self.request, self.on, epoch))
+            try:
+                store(model, self.place)
+            finally:
+                put_about(model, before)
+            self.so_far = value
 
 
 class _Strict(Listener):
@@ -193,10 +254,5 @@ class _Strict(Listener):
 
 
 def finish(on: Subject, directory: Path) -> None:
-    """Saves the trained network in ``directory``: a connected one as :func:`dcafy.save` does."""
-    if is_connected(on.network):
-        save(on.network, directory)
-        return
-    from safetensors.torch import save_model
-
-    replace_file(directory / "model.safetensors", lambda beside: save_model(on.network, str(beside)))
+    """Saves the trained network in ``directory``, from where :func:`dcafy.load` gives it back, connected or not."""
+    store(on.network, directory)

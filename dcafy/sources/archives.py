@@ -19,8 +19,8 @@ from dcafy.sources.pickles import Allowance, Damaged, Reader
 from dcafy.sources.tensors import Tensors, empty, filled
 from dcafy.sources.values import known_to
 
-_STEPS = 1_500_000
-"""Instructions that pickles may have: some thirty for a tensor, so 50,000 tensors."""
+_STEPS = 1_000_000
+"""Instructions that pickles may have: some sixty for a tensor, so 15,000 tensors."""
 
 _MEMORY = 64 * 2**20
 """Bytes that opening a file may take beyond four times its size."""

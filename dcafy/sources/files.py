@@ -108,6 +108,9 @@ _STRANGERS: tuple[tuple[int, bytes, str], ...] = (
 _LONGEST_HEADER = 100_000_000
 """Bytes that the header of a safetensors file may have, by that format's definition."""
 
+_USUAL_HEADER = 5_000_000
+"""Bytes that it has for the weights of a network, 50,000 tensors and more."""
+
 
 def _opener(named: NamedFile, file: IO[bytes]) -> Callable[[NamedFile, IO[bytes]], Any]:
     """The function that opens this kind of file."""
@@ -136,12 +139,18 @@ def _open_safetensors(named: NamedFile, file: IO[bytes]) -> dict[str, torch.Tens
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if int.from_bytes(file.read(8), "little") > _USUAL_HEADER and not named.options.any_size:
+        raise TooLarge("has a header of more tensors than any network has")
     try:
         return load_file(str(named.path))
     except (MemoryError, RuntimeError) as error:  # a file that may not be mapped, or more than there is memory for
         raise named.error(f"could not be read into memory ({short(str(error))}).") from error
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+    except SafetensorError as error:
         raise named.error(f"is a truncated or damaged safetensors file ({short(str(error))}).") from error
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise named.error(
+            "is a truncated or damaged safetensors file (with a tensor of a shape or type that PyTorch does not have)."
+        ) from error
 
 
 _EXPORTED = f"is a .pt2 archive of torch.export, which holds a finished graph and no network to work on: {_SAVE_AGAIN}."

@@ -19,10 +19,9 @@ from dcafy.sources.contents import network_or_weights
 from dcafy.sources.files import listing, read_object
 from dcafy.sources.options import FileOptions
 from dcafy.wording import few, short
-from dcafy.zoos.factories import is_factory
 from dcafy.zoos.fitting import architectures_that_fit, load_into, same_shape
 from dcafy.zoos.packages import ZOOS
-from dcafy.zoos.specs import Blueprint, parse, unknown
+from dcafy.zoos.specs import Blueprint, in_our_notation, parse, runs_code, unknown
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,15 @@ def open_model(
     'torchvision:mobilenet_v3_small'
     """
     chosen, how = dict(settings or {}), FileOptions(**options)
+    if not os.path.exists(spec):
+        spec = in_our_notation(spec)
     named = spec.partition(":")[0] in ZOOS and ":" in spec
     with torch.random.fork_rng(devices=[]):
         if not named and os.path.isdir(spec):
             return _folder(Path(spec), spec, how, chosen)
         if not named and os.path.exists(spec):
             return _file(Path(spec), spec, how, chosen)
-        if named or is_factory(spec):
+        if named or runs_code(spec):
             return _named(spec, how, chosen, on_meta)
     raise _missing(spec)
 

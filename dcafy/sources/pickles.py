@@ -22,6 +22,10 @@ class Damaged(Exception):
     """The pickle is not one that ``torch.save`` writes, or not whole; the message says where it breaks."""
 
 
+class Unsupported(Exception):
+    """A known name is asked for something that is no plain data; the message says for what."""
+
+
 class TooLarge(Exception):
     """Reading it would take more time or memory than a file of its size warrants; the message says what of it."""
 
@@ -195,7 +199,15 @@ class Reader:
         if not isinstance(arguments, tuple):
             raise Damaged("arguments that are no tuple")
         self._allowance.spend(*_cost(arguments))
-        self.push(kind.make(*arguments))
+        unread = next((item for item in arguments if isinstance(item, Unread)), None)
+        if unread is not None:  # what it is made of was asked for in vain
+            self.push(unread)
+            return
+        try:
+            self.push(kind.make(*arguments))
+        except Unsupported as error:
+            self.wanted.add(str(error))
+            self.push(Unread(str(error)))
 
     def new(self, cls: Any, arguments: Any) -> None:
         """Puts an empty instance on the stack; a network class is never called, only a hull of it is made."""
@@ -219,8 +231,14 @@ class Reader:
             name, _ = self._kinds.get(id(instance), (COMPUTED, None))
             self.wanted.add(f"{name} (changed)")
         else:
-            self._allowance.spend(*_cost(state if isinstance(state, tuple) else (state,)))
-            fill(instance, state)
+            parts = state if isinstance(state, tuple) else (state,)
+            self._allowance.spend(*_cost(parts))
+            if any(isinstance(part, Unread) for part in parts):
+                return
+            try:
+                fill(instance, state)
+            except Unsupported as error:
+                self.wanted.add(str(error))
 
     # -- containers --------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.sources.classes import network_class
-from dcafy.sources.pickles import Damaged, Known
+from dcafy.sources.pickles import Damaged, Known, Unsupported
 from dcafy.sources.tensors import Tensors, with_attributes
 
 
@@ -94,7 +94,8 @@ def _entries(kind: type[Any]) -> Callable[..., Any]:
 
 
 def _default_dict(factory: Any = None, given: Any = ()) -> Any:
-    _need(factory is None or factory in _FACTORIES, "a defaultdict of something that it chooses")
+    if factory is not None and not any(factory is kind for kind in _FACTORIES):
+        raise Unsupported("a defaultdict of something that it chooses")
     return defaultdict(factory, _entries(dict)(given))
 
 
@@ -174,15 +175,18 @@ _CODE = re.compile(r"[|<>=]?([biufc]\d{1,2}|[SUV]\d{1,6}|b)")
 
 
 def _dtype(code: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
-    _need(code != "O", "numpy objects, which are no data")
-    _need(isinstance(code, str) and _CODE.fullmatch(code) is not None, "a numpy type that is no plain data")
+    _need(isinstance(code, str) and len(code) < 10, "a numpy type without a name")
+    if _CODE.fullmatch(code) is None:
+        raise Unsupported("numpy objects" if "O" in code else f"numpy's type {code}")
     made: np.dtype[Any] = np.dtype(code, copy=True)  # a copy, since what follows sets its byte order
     return made
 
 
 def _byte_order(dtype: np.dtype[Any], state: Any) -> None:
     version, order, *rest = _checked(state, tuple)
-    _need(type(version) is int and order in ("<", ">", "|", "=") and rest[:3] == [None] * 3, "no plain numpy type")
+    _need(type(version) is int and order in ("<", ">", "|", "="), "a numpy type that is none")
+    if rest[:3] != [None] * 3:
+        raise Unsupported("numpy's types of several fields")
     if order == ">" and dtype.kind in "iufc":
         dtype.__setstate__((3, ">", None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
     else:
@@ -197,7 +201,7 @@ def _scalar(dtype: Any, given: Any) -> Any:
 def _sized(given: Any, dtype: Any, shape: Any) -> bytes:
     """The content of an array, of the length that its shape and type say."""
     _need(isinstance(dtype, np.dtype) and dtype.kind in "biufcSUV" and dtype.itemsize > 0, "no plain numpy type")
-    _need(isinstance(given, bytes | bytearray), "numpy objects, which are no data")
+    _need(isinstance(given, bytes | bytearray), "an array whose content is no bytes")
     elements = 1
     for size in _checked(shape, tuple):
         _need(type(size) is int and size >= 0, "a shape that is none")

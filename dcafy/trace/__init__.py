@@ -43,7 +43,7 @@ class Recordable:
     def recording(self, inputs: Observed) -> Recording:
         """The recording on these inputs, of a copy without data; raises whatever the module's forward raises."""
         twin = data_free_copy(self.module)
-        return Recorder(self.evaluator, twin, inputs, self.opaque, self.connections).record()
+        return Recorder(self.evaluator, twin, self.module, inputs, self.opaque, self.connections).record()
 
 
 def recorded(recordable: Recordable) -> Recording:

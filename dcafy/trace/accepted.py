@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
-from types import CellType, FunctionType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -15,7 +16,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from dcafy.errors import InputError
 from dcafy.graph.paths import joined
 from dcafy.graph.source import ALLOWED, is_plain
-from dcafy.trace.recorder import is_layer
+from dcafy.trace.effects import is_filled
+from dcafy.trace.recorder import REWRITE, is_layer
 from dcafy.wording import quoted
 
 
@@ -35,6 +37,7 @@ def require_module(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("A TorchScript module holds no Python to trace. Pass the model it was scripted from.")
     _require_plain_names(model)
+    tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         if type(module).__name__ in _WRAPPERS and not isinstance(module, LOOKED_THROUGH):
             known_as, inner = _WRAPPERS[type(module).__name__]
@@ -48,11 +51,10 @@ def require_module(model: Any) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(f"{path} is a TorchScript module. Pass a model built from Python modules.")
         for name in _REPLACEABLE:
-            if _keeps_hold_of_a_module(module.__dict__.get(name)):
+            if _keeps_hold_of_a_part(module.__dict__.get(name), tensors):
                 raise InputError(
-                    f"{joined(path, name)} was replaced by a function that keeps hold of a module, and in a copy of "
-                    "the model it would go on using that very module. Write it into a subclass, or as a function of "
-                    "self and set it with types.MethodType(function, module)."
+                    f"{joined(path, name)} was replaced by a function that keeps hold of a module or its weights, and "
+                    f"in a copy of the model it would go on using those very ones. {REWRITE}"
                 )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if torch.nn.parameter.is_lazy(tensor):
@@ -115,25 +117,37 @@ _REPARAMETRIZING = (BasePruningMethod, SpectralNorm, WeightNorm)
 _REPLACEABLE = ("forward", "train", "eval")
 
 
-def _keeps_hold_of_a_module(value: Any) -> bool:
-    """Whether a function has a module, or a method of one, in the scope it was made in."""
-    pending, seen = [value], set()
+def _keeps_hold_of_a_part(value: Any, tensors: set[int]) -> bool:
+    """Whether a function has a module, a method of one or one of the ``tensors`` in the scope it was made in.
+
+    Functions are never copied, and so neither is what they keep; other objects are, with what they keep themselves.
+    """
+    pending, seen = [(value, False)], set()
     while pending:
-        function = pending.pop()
-        if not isinstance(function, FunctionType) or function in seen:
-            continue
-        seen.add(function)
-        held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        held += function.__defaults__ or ()
-        if any(isinstance(getattr(item, "__self__", item), nn.Module) for item in held):
+        item, within = pending.pop()
+        if within and (isinstance(getattr(item, "__self__", item), nn.Module) or id(item) in tensors):
             return True
-        pending += held
+        if isinstance(item, nn.Module | Tensor) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        pending += _held_by_function(item) if callable(item) else ()
+        if isinstance(item, dict):
+            pending += [(inner, within) for inner in item.values()]
+        elif isinstance(item, list | tuple | set | frozenset):
+            pending += [(inner, within) for inner in item]
+        elif isinstance(item, functools.partial):
+            pending += [(inner, within) for inner in (item.func, item.args, item.keywords)]
+        elif not isinstance(item, type | ModuleType | MethodType):
+            pending += [(inner, within) for inner in getattr(item, "__dict__", {}).values()]
     return False
 
 
-def _is_filled(cell: CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
+def _held_by_function(item: Any) -> list[tuple[Any, bool]]:
+    """What is in a function's closure, defaults and attributes, or behind what ``functools`` made of it."""
+    function = getattr(item, "__func__", item)
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if is_filled(cell)]
+    held = [*cells, *(getattr(function, "__defaults__", None) or ())]
+    held += (getattr(function, "__kwdefaults__", None) or {}).values()
+    if isinstance(function, FunctionType) or hasattr(function, "cache_info"):
+        held += [*getattr(function, "__dict__", {}).values(), getattr(function, "__wrapped__", None)]
+    return [(inner, True) for inner in held]

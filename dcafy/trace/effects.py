@@ -9,9 +9,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, ModuleType
-from typing import Any
+from types import CellType, FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
@@ -77,6 +78,80 @@ def holds_proxy(value: Any) -> bool:
     return next(proxies_in(value), None) is not None
 
 
+class Kept:
+    """What modules hold in Python, and what is in containers and plain objects: to be put back.
+
+    A forward that was tried and given up, or is run a second time, leaves nothing behind.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], given: Iterable[Any] = ()) -> None:
+        self._modules, self._given = tuple(modules), tuple(given)
+        self._held: dict[int, tuple[_Way, Any, Any]] = {}
+        for module in self._modules:
+            own = module.__dict__
+            self._keep(own["_buffers"], 0)
+            self._held[id(own)] = _WAYS[dict], own, own.copy()
+            for name in own.keys() - _BOOKKEEPING:
+                self._keep(own[name], _DEPTH)
+        for value in self._given:
+            self._keep(value, _DEPTH)
+
+    def _keep(self, value: Any, depth: int) -> None:
+        kind = type(value)
+        if kind in _PLAIN or issubclass(kind, _OPAQUE) or id(value) in self._held or len(self._held) > _MOST:
+            return
+        way = next((way for base, way in _WAYS.items() if issubclass(kind, base)), None)
+        if way is not None:
+            self._held[id(value)] = way, value, way.copy(value)
+        elif not issubclass(kind, tuple):
+            value, depth = getattr(value, "__dict__", ()), depth + 1  # of an object, which is no container itself
+            if type(value) is not dict:
+                return
+            self._held[id(value)] = _WAYS[dict], value, value.copy()
+        if depth:
+            for item in list(dict.values(value) if isinstance(value, dict) else value):
+                self._keep(item, depth - 1)
+
+    def put_back(self) -> None:
+        """Everything holds again what it held."""
+        for way, value, content in self._held.values():
+            if len(value) != len(content) or not all(map(operator.is_, _row(value), _row(content))):
+                way.clear(value)
+                way.fill(value, content)
+
+    def now(self) -> Kept:
+        """What they hold at present."""
+        return Kept(self._modules, self._given)
+
+
+_DEPTH = 4
+"""How deep containers are looked into."""
+
+_MOST = 2000
+"""How many of them: a trainer that a module keeps leads everywhere."""
+
+
+class _Way(NamedTuple):
+    """How a container is copied, emptied and filled, whatever a class derived from it makes of that."""
+
+    copy: Callable[[Any], Any]
+    clear: Callable[[Any], object]
+    fill: Callable[[Any, Any], object]
+
+
+_WAYS: dict[Any, _Way] = {
+    collections.OrderedDict: _Way(dict.copy, collections.OrderedDict.clear, collections.OrderedDict.update),
+    dict: _Way(dict.copy, dict.clear, dict.update),
+    list: _Way(list.copy, list.clear, list.extend),
+    set: _Way(set.copy, set.clear, set.update),
+    collections.deque: _Way(list, collections.deque.clear, collections.deque.extend),
+}
+
+
+def _row(value: Any) -> Iterable[Any]:
+    return (item for pair in dict.items(value) for item in pair) if isinstance(value, dict) else value
+
+
 @contextlib.contextmanager
 def watched_globals(modules: Iterable[nn.Module], tell: Callable[[str, str], object]) -> Iterator[None]:
     """Has ``tell(path, reason)`` called for forwards that put what they compute into a global list, set or dict.
@@ -107,3 +182,12 @@ def watched_globals(modules: Iterable[nn.Module], tell: Callable[[str, str], obj
 def forward_globals(module: nn.Module) -> dict[str, Any]:
     """The global names of a module's forward."""
     return getattr(inspect.unwrap(module.forward), "__globals__", {})
+
+
+def is_filled(cell: CellType) -> bool:
+    """Whether a closure's cell holds anything yet."""
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -76,17 +76,28 @@ def probe(inputs: Any, scale: int = 1) -> Any:
     return mapped_tensors(inputs, blank)
 
 
-def real_inputs(inputs: Any, model: nn.Module) -> Any:
-    """``inputs`` with data (a guess is made of meta tensors), on the model's device, without touching the RNG."""
+def without_data(value: Any) -> Any:
+    """``value`` with meta tensors of the same layout in place of its tensors."""
+    return mapped_tensors(
+        value, lambda own: torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
+    )
+
+
+def real_inputs(inputs: Any, model: nn.Module, seed: int = 0) -> Any:
+    """``inputs`` with data (a guess is made of meta tensors), on the model's device, without touching the RNG.
+
+    ``seed``: data of another seed have other signs and sizes, too.
+    """
     device = device_of(model)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def fill(value: Tensor) -> Tensor:
         if value.device.type != "meta":
             return value
         if not value.is_floating_point():
             return torch.zeros(value.shape, dtype=value.dtype, device=device)
-        return torch.rand(value.shape, generator=generator).to(device=device, dtype=value.dtype)
+        data = torch.rand(value.shape, generator=generator).to(device=device, dtype=value.dtype)
+        return data if seed == 0 else 20 * data - 10
 
     return mapped_tensors(inputs, fill)
 

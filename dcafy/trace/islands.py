@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dcafy.draws import drawing_apart
 from dcafy.graph.copies import data_free_copy, shared_copy
 from dcafy.graph.evaluator import KEEPS_LAYOUT, Evaluator
-from dcafy.graph.nodes import mapped_tensors, tensors_in
-from dcafy.trace.inputs import real_inputs
+from dcafy.graph.nodes import tensors_in
+from dcafy.trace.inputs import real_inputs, without_data
 from dcafy.trace.recording import Observed
 from dcafy.wording import reason_of
 
@@ -29,7 +29,7 @@ def observe(module: nn.Module, inputs: Observed, evaluator: Evaluator) -> dict[s
                 if path:
 
                     def note(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-                        seen.setdefault(path, Observed(_without_data(args), _without_data(kwargs)))
+                        seen.setdefault(path, Observed(without_data(args), without_data(kwargs)))
 
                     hooks.callback(child.register_forward_pre_hook(note, with_kwargs=True).remove)
             run()
@@ -50,21 +50,22 @@ def ran(
     guessed example its values mean nothing, and no time is spent on computing them.
     """
 
-    def run(twin: nn.Module, args: tuple[Any, ...]) -> Found:
+    def run(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
         with torch.no_grad():
-            return drawing_apart(lambda: watched(twin, lambda: twin.eval()(*args, **inputs.kwargs)))
+            return drawing_apart(lambda: watched(twin, lambda: twin.eval()(*args, **kwargs)))
 
     try:
-        return run(_without_computing(data_free_copy(module), evaluator), inputs.args)
+        return run(_without_computing(data_free_copy(module), evaluator), inputs.args, inputs.kwargs)
     except Exception as error:  # any forward may fail on meta tensors in any way
         reason = reason_of(error)
-    if inputs.real is None or any(p.device.type == "meta" for p in module.parameters()):
+    if any(p.device.type == "meta" for p in module.parameters()):
         return reason
     try:
         twin = shared_copy(module)
-        if all(value.device.type == "meta" for value in tensors_in(inputs.real)):
+        given = (inputs.args if inputs.real is None else inputs.real, inputs.kwargs)
+        if all(value.device.type == "meta" for value in tensors_in(given)):
             twin = _without_computing(twin, evaluator)
-        return run(twin, real_inputs(inputs.real, module))
+        return run(twin, *real_inputs(given, module))
     except Exception as error:  # as above; the caller tells the user
         return reason_of(error)
 
@@ -76,7 +77,7 @@ def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
     """``module``, whose layers yield what has the right shape and nothing else: no data, or zeros."""
 
     def yielded(layer: nn.Module, value: Tensor, *rest: Any) -> Any:
-        shape = evaluator.module(layer, (_without_data(value), *rest), {})
+        shape = evaluator.module(layer, (without_data(value), *rest), {})
         nothing = torch.zeros(shape.shape, dtype=shape.dtype, device=value.device)
         return nothing + 0 * value.detach().flatten()[:1].sum()  # so that it comes of the input, as it should
 
@@ -86,9 +87,3 @@ def _without_computing(module: nn.Module, evaluator: Evaluator) -> nn.Module:
         elif type(layer) in _COSTLY:
             layer.__dict__["forward"] = functools.partial(yielded, blank)
     return module
-
-
-def _without_data(value: Any) -> Any:
-    return mapped_tensors(
-        value, lambda own: torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
-    )

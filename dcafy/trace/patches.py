@@ -19,6 +19,7 @@ from dcafy.threads import Patch, Swap
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
 from dcafy.trace.proxy import ValueProxy
+from dcafy.trace.sizes import numbers
 from dcafy.trace.tracer import ValueTracer
 
 _FACTORIES = (
@@ -41,8 +42,9 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
     leaves = list(_leaves(tracer, scopes))
     taken = {(id(scope), name) for scope, name, _ in leaves}
     beside = [patch for patch in _functions(scopes, call) if (id(patch[0]), patch[1]) not in taken]
+    numbered = list(numbers(tracer, modules))
     of_torch = *_modules(tracer), *_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)
-    return Swap((*of_torch, *_seeds(), *leaves, *beside))
+    return Swap((*of_torch, *_seeds(), *leaves, *beside, *numbered))
 
 
 def _modules(tracer: ValueTracer) -> Iterator[Patch]:
@@ -92,9 +94,9 @@ def _factories(tracer: ValueTracer) -> Iterator[Patch]:
     def recorded(factory: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
             if tracer.running:  # among values, where everything is on the meta device
-                return factory(*args, **{**kwargs, "device": "meta"})
+                return factory(*args, **(kwargs if tracer.on_data else {**kwargs, "device": "meta"}))
             node = tracer.create_node("call_function", factory, tracer.create_arg(args), tracer.create_arg(kwargs))
-            with tracer.run(), torch.no_grad():
+            with tracer.evaluating(node), torch.no_grad():
                 node.meta[VALUE] = factory(*values_of(args), **{**values_of(kwargs), "device": "meta"})
             return ValueProxy(node, tracer)
 

@@ -114,6 +114,15 @@ class ValueProxy(fx.Proxy):
     def __floor__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.floor, (self,), {})
 
+    def __trunc__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (self, other), {})
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", divmod, (other, self), {})
+
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
 

@@ -20,13 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from dcafy.graph.copies import is_nothing
+from dcafy.errors import InputError
+from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, mapped, values_of
+from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
 from dcafy.graph.paths import joined, within
 from dcafy.graph.rewritten import is_rewritten
 from dcafy.threads import ONE_AT_A_TIME
-from dcafy.trace.effects import State, changed, holds_proxy, python_state, watched_globals
+from dcafy.trace.effects import Kept, State, changed, holds_proxy, python_state, watched_globals
+from dcafy.trace.inputs import without_data
 from dcafy.trace.named import Scripted
 from dcafy.trace.patches import swap_for
 from dcafy.trace.proxy import Mode, ValueProxy
@@ -41,10 +43,14 @@ class _State:
 
     calls: int
     settled: int
+    refused: int
     mode_read: set[str]
     attributes: dict[str, ValueProxy]
     given: list[tuple[ValueProxy, fx.Node]]
 
+
+REWRITE = "Write it into a subclass, or as a function of self and set it with types.MethodType(function, module)."
+"""What is said of forwards that use modules which are not their own."""
 
 _LAYERS = (nn.modules.container.Sequential, nn.ModuleList, nn.ModuleDict, nn.Module)
 
@@ -77,18 +83,26 @@ class Recorder(ValueTracer):
         self,
         evaluator: Evaluator,
         model: nn.Module,
+        original: nn.Module,
         inputs: Observed,
         opaque: frozenset[str] = frozenset(),
         connections: Connections = "kept",
     ) -> None:
-        super().__init__(evaluator, model)
+        super().__init__(evaluator, model, original)
         self._inputs = inputs
         self._opaque = opaque
         self.connections = connections
         self._paths = {id(module): path for path, module in self.modules.items()}
+        self._originals = {
+            id(module): path
+            for path, module in original.named_modules()
+            if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+        }
+        self.outside: str | None = None
         self._names: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(module), []).append(path)
+        self._below: dict[str, tuple[nn.Module, ...]] = {}
         self._observing: str | None = None
         self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
         self.calls: list[Call] = []
@@ -108,7 +122,10 @@ class Recorder(ValueTracer):
                     graph = self.trace(model)
                 finally:
                     model.__dict__["training"] = False
+                    self._require_own_modules()
                 self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
+                for path, why in self.refused:
+                    self.unwritten.setdefault(path, f"it goes on after an error that only its recording raises: {why}")
                 stored = _stored(modules)
                 self._tell_changes(stored)
             finally:
@@ -125,6 +142,14 @@ class Recorder(ValueTracer):
             model,
             modules,
         )
+
+    def _require_own_modules(self) -> None:
+        if self.outside is not None:
+            raise InputError(
+                f"A forward in {type(self.model).__name__} calls {self.outside or 'the model'} otherwise than as a "
+                "part of itself (by a closure, a global name or a registry), and in a copy of the model it would go on "
+                f"using that very module. {REWRITE}"
+            )
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -190,8 +215,11 @@ class Recorder(ValueTracer):
         path = self._paths.get(id(m))
         if self.running:
             if self._observing is not None and path is not None and path.startswith(self._observing):
-                self.observed.setdefault(path, Observed(args, kwargs))
+                self.observed.setdefault(path, Observed(*mapped((args, kwargs), lambda own: own)))
             return forward(*args, **kwargs)
+        if path is None and id(m) in self._originals:
+            self.outside = self._originals[id(m)]
+            raise self.refusal(f"its forward calls {self.outside} of the model that was copied")
         if path is None:  # made on the fly (a slice of a Sequential): its children have paths, it has none
             return forward(*args, **kwargs)
         connection = getattr(m, "is_connection", False)
@@ -202,15 +230,36 @@ class Recorder(ValueTracer):
     def _leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         node.meta[PLACE] = self._place(module)
+        with self.evaluating(node):
+            node.meta[VALUE] = self._yields(path, module, values_of(args), values_of(kwargs))
+        return self._result(node, args, bool(getattr(module, "inplace", False)))
+
+    def _yields(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The value of what a leaf returns."""
         whole = path in self._opaque or path in self.kept_whole
         evaluate = self.evaluator.anew if whole else self.evaluator.module  # each one is looked into
+        given = mapped((args, kwargs), lambda own: own) if whole else (args, kwargs)  # it may write into lists
         outer, self._observing = self._observing, f"{path}." if whole else self._observing
         try:
-            with self.run():
-                node.meta[VALUE] = evaluate(module, values_of(args), values_of(kwargs))
+            return evaluate(module, args, kwargs)
+        except Exception as error:  # it may fail on meta tensors in any way, and need values
+            if not self.knows_data(*given) or sum(map(_has_weight, module.modules())) > _MOST_LAYERS:
+                raise
+            return self._yields_on_data(path, given[0], given[1], error)
         finally:
             self._observing = outer
-        return self._result(node, args, bool(getattr(module, "inplace", False)))
+
+    def _yields_on_data(self, path: str, args: Any, kwargs: Any, error: Exception) -> Any:
+        """The value of what a leaf returns, whatever the data; raises what it raises, or where that differs."""
+
+        def run(args: Any, kwargs: Any) -> Any:
+            return running_copy(self.original.get_submodule(path))(*args, **kwargs)
+
+        results = [self.with_data(run, args, kwargs, seed) for seed in (0, 1)]
+        described = [[_layout(leaf) for leaf in leaves(result)] for result in results]
+        if described[0] != described[1] or None in described[0]:
+            raise self.refusal("its forward goes by the content of a tensor") from error
+        return without_data(results[0])
 
     def _enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = Call(path, self.create_arg(args), self.create_arg(kwargs))
@@ -219,7 +268,7 @@ class Recorder(ValueTracer):
         self.owner, self.place = path, self._place(module)
         mode = module.__dict__["training"]
         state, own = self._state(args, kwargs), python_state(module)
-        lists = [(value, list(value)) for value in _lists((args, kwargs))]
+        kept = Kept(self._inner(path), (*args, *kwargs.values()))
         self.calls.append(call)
         module.__dict__["training"] = Mode(self, path)
         try:
@@ -228,17 +277,37 @@ class Recorder(ValueTracer):
         except Exception as error:  # any forward may raise anything; what cannot be entered is kept whole
             module.__dict__["training"] = mode
             self.owner, self.place = outer
-            self._take_back(before, state)
-            for value, items in lists:  # a detector's head writes into the list that it is given
-                value[:] = items
+            left = kept.now()
+            kept.put_back()  # a detector's head writes into the list that it is given
             self.kept_whole[path] = reason_of(error)
-            return self._leaf(path, module, args, kwargs)
+            try:
+                with self.run():
+                    value = self._yields(path, module, values_of(args), values_of(kwargs))
+            except Exception:  # it is the user's own error, who may catch it: what was done so far is done
+                del self.kept_whole[path]
+                self.calls.remove(call)
+                left.put_back()
+                raise error from None
+            self._take_back(before, state)
+            return self._kept_whole(path, module, args, kwargs, value)
         finally:
             module.__dict__["training"] = mode
             self.owner, self.place = outer
         self._watch(path, module, own, call.args, call.kwargs)
         call.nodes = list(_after(before, self.graph))
         return output
+
+    def _kept_whole(self, path: str, module: nn.Module, args: Any, kwargs: Any, value: Any) -> ValueProxy:
+        node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
+        node.meta.update({PLACE: self._place(module), VALUE: value})
+        return self._result(node, args, bool(getattr(module, "inplace", False)))
+
+    def _inner(self, path: str) -> tuple[nn.Module, ...]:
+        """The module at ``path`` and those in it, but for layers: what may keep something in Python."""
+        if path not in self._below:
+            own = self.modules[path].modules()
+            self._below[path] = tuple(module for module in own if not is_layer(module))
+        return self._below[path]
 
     def _place(self, module: nn.Module) -> str:
         """The path of ``module`` that is nearest to where it is called: one activation may serve all blocks."""
@@ -266,13 +335,15 @@ class Recorder(ValueTracer):
     def _state(self, args: Any, kwargs: Any) -> _State:
         """Where the recording stands before something is called with these arguments."""
         given = [(value, value.node) for value in (*args, *kwargs.values()) if type(value) is ValueProxy]
-        return _State(len(self.calls), len(self.settled), set(self.mode_read), dict(self._attributes), given)
+        return _State(
+            len(self.calls), len(self.settled), len(self.refused), set(self.mode_read), dict(self._attributes), given
+        )
 
     def _take_back(self, before: fx.Node, state: _State) -> None:
         for node in reversed(list(_after(before, self.graph))):
             self.graph.erase_node(node)
         self.mode_read, self._attributes = state.mode_read, state.attributes
-        del self.calls[state.calls :], self.settled[state.settled :]
+        del self.calls[state.calls :], self.settled[state.settled :], self.refused[state.refused :]
         for proxy, node in state.given:  # which may have come to stand for what was altered in place
             proxy.node = node
 
@@ -289,13 +360,14 @@ class Recorder(ValueTracer):
             return function(*args, **kwargs)
         if type(function) is Scripted:
             return self.create_proxy("call_function", function, args, kwargs)
-        before, state = _last(self.graph), self._state(args, kwargs)
+        before, state, kept = _last(self.graph), self._state(args, kwargs), Kept((), given)
         try:
             result = function(*args, **kwargs)
         except Exception:  # any function may raise anything; the error is the caller's where values raise one, too
             if not self._holds_functions_only(before, state):
                 raise
             self._take_back(before, state)
+            kept.put_back()
             with contextlib.suppress(Exception):  # on values it fails as well: what it raised first is told
                 return self.create_proxy("call_function", function, args, kwargs)
             self._take_back(before, state)
@@ -303,12 +375,29 @@ class Recorder(ValueTracer):
         if self.mode_read == state.mode_read or len(self.calls) > state.calls:
             return result
         self._take_back(before, state)
+        kept.put_back()
         return self.create_proxy("call_function", function, args, kwargs)
 
     def _holds_functions_only(self, before: fx.Node, state: _State) -> bool:
         """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
+
+
+_MOST_LAYERS = 16
+"""How many layers with weights a module has at most that is run on data."""
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own."""
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _layout(leaf: Any) -> tuple[Any, ...] | None:
+    """What is the same whatever the data; ``None`` for a number, which may be computed from it, and what is empty."""
+    if isinstance(leaf, torch.Tensor) and leaf.numel():
+        return leaf.shape, leaf.stride(), leaf.dtype
+    return () if leaf is None else None
 
 
 _TRACED = frozenset({Mode, ValueProxy})
@@ -331,16 +420,6 @@ def _stored(modules: dict[str, nn.Module]) -> dict[str, str]:
         if stored:
             found[path] = f"its forward stores what it computes in self.{stored[0]}"
     return found
-
-
-def _lists(value: Any) -> Iterator[list[Any]]:
-    """The lists in arguments, outer before inner."""
-    kind = type(value)
-    if kind is list:
-        yield value
-    if kind in (list, tuple, dict):
-        for item in value.values() if kind is dict else value:
-            yield from _lists(item)
 
 
 def _last(graph: fx.Graph) -> fx.Node:

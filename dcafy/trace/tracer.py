@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
+from dcafy.draws import OwnDraws
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import OWNER, PLACE, VALUE, Remake, is_record, node_value, parts, values_of
+from dcafy.graph.nodes import OWNER, PLACE, VALUE, Remake, is_record, node_value, parts, tensors_in, values_of
 from dcafy.graph.ops import alters_argument
 from dcafy.graph.paths import joined
+from dcafy.trace.inputs import real_inputs
 from dcafy.trace.proxy import Answering, Mode, ValueProxy
 from dcafy.trace.recording import Decision
 
@@ -33,21 +36,25 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
 class ValueTracer(Answering):
     """Makes the nodes of one trace of ``model``, which must be data-free: each with its value and its owner.
 
+    ``original``   what the model is a copy of
     ``owner``      the path of the module whose forward runs
     ``place``      the path under which it was called: a module that several share has several
-    ``running``    real code runs on values, and nothing is recorded
+    ``running``    real code runs on values, and nothing is recorded; ``on_data``: on values with data
+    ``refused``    paths of modules whose forwards were stopped by an error of the recording's own, and the error
     ``settled``    what forwards decided by
     ``unwritten``  module path -> what its forward does besides, which no graph has
     """
 
-    def __init__(self, evaluator: Evaluator, model: nn.Module) -> None:
+    def __init__(self, evaluator: Evaluator, model: nn.Module, original: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.original = original
         self.modules = dict(model.named_modules())
         self.evaluator = evaluator
         self.owner = ""
         self.place = ""
-        self.running = False
+        self.running = self.on_data = False
+        self.refused: list[tuple[str, str]] = []
         self.mode_read: set[str] = set()
         self.settled: list[Decision] = []
         self.unwritten: dict[str, str] = {}
@@ -124,11 +131,52 @@ class ValueTracer(Answering):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), *rest[:2])
-        with self.run():
-            node.meta[VALUE] = self._value(kind, target, values_of(args), values_of(kwargs))
+        with self.evaluating(node):
+            node.meta[VALUE] = self.value(
+                functools.partial(self._value, kind, target), values_of(args), values_of(kwargs)
+            )
         if node.meta[VALUE] is None and target is operator.getitem:
             return None  # an item that is None is asked for with ``is None``, which no proxy can answer
         return self._result(node, args, alters_argument(node, {}))
+
+    @contextlib.contextmanager
+    def evaluating(self, node: fx.Node) -> Iterator[None]:
+        """Inside it the value of ``node`` is computed; where that fails, there is no such node."""
+        try:
+            with self.run():
+                yield
+        except Exception:  # which the user's code may catch, and go on
+            self.graph.erase_node(node)
+            raise
+
+    def value(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What ``call`` yields on values. Raises what it raises on data as well: that is the user's own error."""
+        try:
+            return call(args, kwargs)
+        except Exception as error:  # any operation may fail on meta tensors in any way
+            if self.knows_data(args, kwargs):
+                self.with_data(call, args, kwargs)
+                raise self.refusal("its forward goes by the content of a tensor") from error
+            raise
+
+    def knows_data(self, args: Any, kwargs: Any) -> bool:
+        """Whether data would make a difference, and the model has any."""
+        without = any(own.device.type == "meta" for own in tensors_in((args, kwargs)))
+        return without and all(p.device.type != "meta" for p in self.original.parameters())
+
+    def with_data(self, call: Callable[..., Any], args: Any, kwargs: Any, seed: int = 0) -> Any:
+        """What ``call`` yields on data like the values."""
+        outer, self.on_data = self.on_data, True
+        try:
+            with OwnDraws(), torch.no_grad():
+                return call(*real_inputs((args, kwargs), self.original, seed))
+        finally:
+            self.on_data = outer
+
+    def refusal(self, reason: str) -> fx.proxy.TraceError:
+        """The error for what no recording can follow; remembered, as the user's code may catch it."""
+        self.refused.append((self.owner, reason))
+        return fx.proxy.TraceError(reason)
 
     def _value(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kind == "call_function":
@@ -158,7 +206,7 @@ class ValueTracer(Answering):
         """The node that reads one of the model's own tensors."""
         path = self._tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
         if path is None:
-            raise fx.proxy.TraceError("the forward computes a constant tensor that belongs to no module")
+            raise self.refusal("its forward computes a constant tensor that belongs to no module")
         if path not in self._attributes:
             node = self.create_node("get_attr", path, (), {})
             node.meta[VALUE] = tensor
@@ -170,7 +218,7 @@ class ValueTracer(Answering):
     def settle(self, proxy: fx.Proxy, ask: Callable[[Any], Any]) -> Any:
         """What a forward wants to decide by; remembered, to be checked at other sizes."""
         if isinstance(node_value(proxy.node), Tensor):
-            raise fx.proxy.TraceError("the forward decides by the content of a tensor")
+            raise self.refusal("its forward decides by the content of a tensor")
         decision = Decision(proxy.node, ask, self.owner)
         answer = decision.answer
         self.settled.append(decision)

@@ -43,6 +43,7 @@ def held(
     looks = [(what, change, _values(recording, evaluator, change)) for what, change in _CHANGES]
     by_size = tuple(d for d in settled if any(_asks_sizes(d.node, values) for *_, values in looks))
     changed: set[Decision] = set()
+    elsewhere: set[Decision] = set()
     for what, change, values in looks:
         other_way = {d for d in by_size if d.node in values and d.ask(values[d.node]) != d.answer}
         if not other_way:
@@ -55,11 +56,26 @@ def held(
                 raise
             continue
         differences = _differences(recording, other)
+        if change is _other_image:  # whoever goes another way there shows nothing of how the recorded way goes
+            turned = _turned(settled, other)
+            elsewhere.update(turned.values())
+            differences = {path: node for path, node in differences.items() if path not in turned}
         baked = _innermost({path: node for path, node in differences.items() if only is None or path in only})
         if baked:
             why = f"its forward bakes the {what} size of its input into its computation"
             raise CannotEnter({path: f"{why} ({node.name})" for path, node in baked.items()})
-    return tuple(decision for decision in by_size if decision not in changed)
+    return tuple(d for d in settled if d in elsewhere or (d in by_size and d not in changed))
+
+
+def _turned(settled: tuple[Decision, ...], other: Recording) -> dict[str, Decision]:
+    """Those who were told otherwise in the other recording, each with the first such question."""
+    turned: dict[str, Decision] = {}
+    for asker in dict.fromkeys(decision.asker for decision in settled):
+        ours, theirs = ([d for d in all_ if d.asker == asker] for all_ in (settled, other.settled))
+        first = next((d for d, e in zip(ours, theirs, strict=False) if d.answer != e.answer), None)
+        if first is not None and isinstance(first.answer, bool):
+            turned[asker] = first
+    return turned
 
 
 def _asks_sizes(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

@@ -21,7 +21,7 @@ from dcafy.checkpoint.tensors import apart, facts, fingerprint
 from dcafy.disk import regular, replace_file
 from dcafy.errors import CheckpointError
 from dcafy.records import Format, OtherVersion
-from dcafy.wording import printable, quoted
+from dcafy.wording import quoted, short
 
 CHECKPOINT = "checkpoint.safetensors"
 """The name of the file in the folder of a run."""
@@ -88,10 +88,11 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("dcafy", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:  # a RecursionError, too: of the header
+        raise CheckpointError(f"{shown} could not be read ({short(str(error), 160)}).") from error
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"{shown} is damaged ({printable(' '.join(str(error).split())[:160])}). Copy it again, or remove it: then "
-            "--resume starts over."
+            f"{shown} is damaged ({short(str(error), 160)}). Copy it again, or remove it: then --resume starts over."
         ) from error
     if not isinstance(header, dict) or header.get("kind") != _KIND:
         raise CheckpointError(f"{shown} is no checkpoint of a dcafy run. Name the folder of one.")

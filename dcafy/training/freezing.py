@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from dcafy.attention.inserted import inserted
 from dcafy.converted import freeze_base
 from dcafy.emit.dca import is_connected
 from dcafy.graph.modes import stays_in_eval
@@ -14,9 +15,9 @@ from dcafy.graph.modes import stays_in_eval
 
 @contextmanager
 def frozen_base(model: nn.Module, new_layers: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Inside it only connections and ``new_layers`` are trained, and the base's batch norms stay in eval mode.
+    """Inside it only connections, inserted attention and ``new_layers`` are trained; batch norms stay in eval.
 
-    Afterwards what was trainable before is so again. A model without connections is frozen but for ``new_layers``.
+    Afterwards what was trainable before is so again. A model without connections is frozen but for the others.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = {id(module) for module in model.modules() if stays_in_eval(module)}
@@ -24,6 +25,8 @@ def frozen_base(model: nn.Module, new_layers: Sequence[nn.Module] = ()) -> Itera
         freeze_base(model)
     else:
         model.requires_grad_(False)
+        for _, attention in inserted(model):
+            attention.requires_grad_(True)
     for layer in new_layers:
         layer.requires_grad_(True)
     try:

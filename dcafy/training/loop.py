@@ -23,10 +23,12 @@ from dcafy.graph.modes import evaluating
 from dcafy.images.order import Batches, Seeded, Spread, derived_seed
 from dcafy.trace.accepted import require_module
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from dcafy.training.folder import alone_in
 from dcafy.training.freezing import frozen_base
 from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.optimization import optimizer_for, scheduler_for
 from dcafy.training.options import TrainingConfig
+from dcafy.training.parallel import is_main_process
 from dcafy.training.signals import Interruption, stopped
 from dcafy.training.state import Progress, Standing, captured, draws_kept, restored, seed_draws, unlike_numbers
 from dcafy.training.tasks import Classification, Task
@@ -61,8 +63,9 @@ def finetune(
     ``resume`` goes on; without one it starts over. ``new_layers``: modules that are trained also where the base is
     frozen. ``listener``: is told what happens.
 
-    Raises ``UsageError`` and ``InputError`` before the first step, ``TrainingError`` where the loss is no number,
-    ``CheckpointError`` for a checkpoint that cannot be read or written, ``Interrupted`` after a signal.
+    Raises ``UsageError`` (where another process trains in ``directory``, too) and ``InputError`` before the first step,
+    ``TrainingError`` where the loss is no number, ``CheckpointError`` for a checkpoint that cannot be read or written,
+    ``Interrupted`` after a signal.
 
     >>> import dcafy, torch, torchvision
     >>> from dcafy.training import TrainingConfig, finetune
@@ -82,12 +85,14 @@ def finetune(
             )
         if not len(part):
             raise InputError(f"{name} has no images.")
-    run = _Run(model, train, val, config, task or Classification(config), new_layers, listener or Silent())
-    try:
-        with draws_kept(run.accelerator.device):
-            return run.train(None if directory is None else Path(directory), resume)
-    finally:
-        run.listener.closes()
+    place = None if directory is None else Path(directory)
+    with nullcontext() if place is None or not is_main_process() else alone_in(place):
+        run = _Run(model, train, val, config, task or Classification(config), new_layers, listener or Silent())
+        try:
+            with draws_kept(run.accelerator.device):
+                return run.train(place, resume)
+        finally:
+            run.listener.closes()
 
 
 def accelerator_for(config: TrainingConfig) -> Accelerator:
@@ -313,6 +318,7 @@ class _Run:
                 len(self.skipped),
             )
         )
+        self.listener.measured(self._shown(), self.epochs[-1])
         self.progress.next_epoch()
         self._look_round(True, always=True)
         self.listener.epoch_ended(self.epochs[-1])

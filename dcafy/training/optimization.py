@@ -20,7 +20,11 @@ def groups_of(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups of a converted model, or of one that is not, with decay on what ``config`` says."""
     if is_connected(model):
         groups = parameter_groups(
-            model, lr=config.base_rate, connection_lr=config.connection_rate, weight_decay=config.decay
+            model,
+            lr=config.base_rate,
+            connection_lr=config.connection_rate,
+            scale_lr=config.scale_rate,
+            weight_decay=config.decay,
         )
     else:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

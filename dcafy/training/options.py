@@ -12,6 +12,9 @@ from dcafy.plan.options import check, setting
 DECAYED = ("weights", "dense", "all")
 
 LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.01}
+TIMES = 10
+"""The rate of connections over that of the base; over the base's default rate at most, for 1.0 is too much with sgd."""
+
 WEIGHT_DECAYS = {"adamw": 1e-2, "sgd": 1e-4}
 
 
@@ -24,7 +27,13 @@ class TrainingConfig:
     accumulate: int = setting(1, "Batches for one step of the optimizer.", least=1)
     optimizer: str = setting("adamw", "adamw, or sgd with momentum (the paper's).", choices=("adamw", "sgd"))
     lr: float | None = setting(None, "Learning rate of the base. [default: 0.0005 with adamw, 0.01 with sgd]", least=0)
-    connection_lr: float | None = setting(None, "Learning rate of the connections. [default: 10 times --lr]", least=0)
+    connection_lr: float | None = setting(
+        None,
+        "Learning rate of the connections. [default: 10 times --lr, but at most 0.005 with adamw, 0.1 with sgd, and at "
+        "least --lr]",
+        least=0,
+    )
+    scale_lr: float | None = setting(None, "Learning rate of α and β. [default: that of the connections]", least=0)
     weight_decay: float | None = setting(
         None, "Weight decay; see --decayed for of what. [default: 0.01 with adamw, 0.0001 with sgd]", least=0
     )
@@ -107,8 +116,15 @@ class TrainingConfig:
 
     @property
     def connection_rate(self) -> float:
-        """The learning rate of everything under ``dca``."""
-        return 10 * self.base_rate if self.connection_lr is None else self.connection_lr
+        """The learning rate of everything under ``dca``, α and β apart."""
+        if self.connection_lr is not None:
+            return self.connection_lr
+        return max(min(TIMES * self.base_rate, TIMES * LEARNING_RATES[self.optimizer]), self.base_rate)
+
+    @property
+    def scale_rate(self) -> float:
+        """The learning rate of α and β."""
+        return self.connection_rate if self.scale_lr is None else self.scale_lr
 
     @property
     def decay(self) -> float:

@@ -22,9 +22,17 @@ from dcafy.checkpoint.tensors import pack
 from dcafy.emit.dca import is_connected, recipes
 from dcafy.errors import CheckpointError
 from dcafy.training.checkpoint import Checkpoint
+from dcafy.training.fitting import (
+    check_draws,
+    check_facts,
+    check_optimizer,
+    check_tensors,
+    numpy_state,
+    python_state,
+)
 from dcafy.training.history import Epoch
-from dcafy.training.options import TrainingConfig
-from dcafy.wording import printable
+from dcafy.training.options import TIMES, TrainingConfig
+from dcafy.wording import printable, short
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -148,12 +156,21 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
         if checkpoint.keyed_by == "block" and is_connected(now.model):
             recipe = next(recipe for _, recipe in recipes(now.model))
             checkpoint = checkpoint.renamed(Keys(now.model, recipe.plan).now)
+        facts, rank = checkpoint.facts, now.accelerator.process_index
+        check_facts(facts, len(now.optimizer.param_groups))
         own = _part(checkpoint, "model")
         own |= {name: own[original] for name, original in facts["tied"].items()}
+        check_tensors(own, now.model.state_dict(), "model")
+        if now.average is not None:
+            check_tensors(_part(checkpoint, "average"), now.average.state_dict(), "average")
+        kept = _kept_by_optimizer(now, _part(checkpoint, "optimizer"))
+        draws = _part(checkpoint, f"rng/{rank}"), facts["rng"][rank]
+        check_draws(*draws)
+        # Nothing has been touched until here.
         now.model.load_state_dict(own, strict=True)
         if now.average is not None:
             now.average.load_state_dict(_part(checkpoint, "average"), strict=True)
-        _put_optimizer(now, _part(checkpoint, "optimizer"))
+        now.optimizer.load_state_dict({**now.optimizer.state_dict(), "state": kept})
         now.schedule.load_state_dict({**now.schedule.state_dict(), **facts["schedule"]})
         for group, rate in zip(now.optimizer.param_groups, facts["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
@@ -162,16 +179,15 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
         vars(now.progress).update(facts["progress"])
         now.epochs[:] = [Epoch.from_dict(row) for row in facts["epochs"]]
         now.skipped.update(dict.fromkeys(facts["skipped"]))
-        rank = now.accelerator.process_index
-        _draw_from(_part(checkpoint, f"rng/{rank}"), facts["rng"][rank], now.accelerator.device)
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        reason = printable(" ".join(str(error).split())[:200])
+        _draw_from(*draws, now.accelerator.device)
+    except (LookupError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError) as error:
+        reason = short(str(error), 200)
         raise CheckpointError(
             f"{shown} does not fit this network: {reason}. Name the folder of its own run."
         ) from error
 
 
-_LATER = frozenset({"decayed", "nesterov", "milestones", "warmup_steps", "warmup_from"})
+_LATER = frozenset({"scale_lr", "decayed", "nesterov", "milestones", "warmup_steps", "warmup_from"})
 """Options that the first runs did not have: at their defaults they are left out, so that those can be gone on with."""
 
 
@@ -183,6 +199,8 @@ def _identity(now: Standing) -> dict[str, Any]:
         for k, v in dataclasses.asdict(now.config).items()
         if k not in ("workers", "cpu", "checkpoint_steps") and not (k in _LATER and v == usual[k])
     }
+    if "scale_lr" not in config and now.config.connection_lr == TIMES * now.config.base_rate:
+        config["connection_lr"] = None  # which that meant before there was a scale_lr, whatever the rate was
     return {
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "number of images": now.images,
@@ -215,13 +233,16 @@ def _optimizer_tensors(now: Standing) -> dict[str, Tensor]:
     }
 
 
-def _put_optimizer(now: Standing, tensors: Mapping[str, Tensor]) -> None:
+def _kept_by_optimizer(now: Standing, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Index of a parameter in the optimizer -> what a checkpoint has for it; an error where that cannot be."""
     indices = {name: index for index, name in _named(now).items()}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, what = key.rpartition("/")
         state.setdefault(indices[name], {})[what] = value
-    now.optimizer.load_state_dict({**now.optimizer.state_dict(), "state": state})
+    parameters = [parameter for group in now.optimizer.param_groups for parameter in group["params"]]
+    check_optimizer({parameters[index]: kept for index, kept in state.items()}, now.optimizer)
+    return state
 
 
 # --- random numbers -------------------------------------------------------------------------------------
@@ -262,7 +283,5 @@ def _draw_from(generators: Mapping[str, Tensor], plain: Mapping[str, Any], devic
     torch.set_rng_state(generators["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"], device)
-    kind, keys, *rest = plain["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, words, following = plain["python"]
-    random.setstate((version, tuple(words), following))
+    np.random.set_state(numpy_state(plain))
+    random.setstate(python_state(plain))

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
@@ -38,6 +39,9 @@ class Listener:
 
     def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
         """A step is done: its loss, the epoch's loss and accuracy so far, the base's learning rate."""
+
+    def measured(self, model: nn.Module, epoch: Epoch) -> None:
+        """An epoch is done, and ``model`` is what was measured in it; it is not saved yet."""
 
     def epoch_ended(self, epoch: Epoch) -> None:
         """An epoch is done and saved."""
@@ -71,7 +75,8 @@ class Several(Listener):
     def __init__(self, listeners: Iterable[Listener]) -> None:
         self.listeners = tuple(listeners)
 
-    begins, resumed, epoch_ended = _each("begins"), _each("resumed"), _each("epoch_ended")
+    begins, resumed, measured = _each("begins"), _each("resumed"), _each("measured")
+    epoch_ended = _each("epoch_ended")
     skipped, ends, closes = _each("skipped"), _each("ends"), _each("closes")
 
     def wants(self, step: int) -> bool:
@@ -104,15 +109,20 @@ class Lines(Listener):
     def __init__(self, out: IO[str] | None = None, title: str = "") -> None:
         self.out, self.title = out or sys.stderr, f"{title}: " if title else ""
         self.epochs = 0
+        self.found: tuple[int, int] | None = None
 
     def _say(self, text: str) -> None:
         print(f"{self.title}{printable(text)}", file=self.out, flush=True)
 
     def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
         self.epochs = config.epochs
+        if self.found is not None and self.found[0] >= config.epochs:
+            self._say(f"finished already: all {config.epochs} epochs are done, and the model is saved again")
+        elif self.found is not None:
+            self._say(f"going on in epoch {self.found[0] + 1}, after step {self.found[1]}")
 
     def resumed(self, epoch: int, step: int) -> None:
-        self._say(f"going on in epoch {epoch + 1}, after step {step}")
+        self.found = epoch, step
 
     def epoch_ended(self, epoch: Epoch) -> None:
         self._say(in_words(epoch, self.epochs))

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dcafy.errors import SourceError, UsageError
 from dcafy.wording import few, short
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
-from dcafy.zoos.specs import Blueprint
+from dcafy.zoos.specs import Blueprint, has_weights_now
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ def load_into(
         raise SourceError(
             f"The weights in {shown} could not be loaded into {blueprint.spec!r}: {short(str(error), 300)}"
         ) from error
+    has_weights_now(model)
     return model, blueprint
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Zoo:
     ``build``          (name, weights or ``None``, settings) -> network
     ``knows``          whether it builds a name that it may not list
     ``check_weights``  (name, weights or ``None``); raises ``UsageError`` where it has no such weights
+    ``code``           the source that reads the arguments of a network, and the names of those that it is known to take
     """
 
     package: str
@@ -40,6 +42,7 @@ class Zoo:
     build: Callable[[str, str | None, dict[str, Any]], nn.Module]
     knows: Callable[[str], bool]
     check_weights: Callable[[str, str | None], None]
+    code: Callable[[str], tuple[str, Collection[str]]]
 
 
 def installed_names(zoo: Zoo) -> list[str]:
@@ -116,6 +119,23 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
             return build().to("meta")
 
 
+# --- arguments --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _code(builder: Any, *shared: str) -> tuple[str, Collection[str]]:
+    """The source of the modules that hold a builder and what it calls classes in, and the arguments it surely takes."""
+    homes = {inspect.unwrap(builder).__module__, *shared}
+    module = importlib.import_module(inspect.unwrap(builder).__module__)
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module)]
+    homes |= {cls.__module__ for cls in classes if cls.__module__.startswith(module.__name__.partition(".")[0])}
+    source = "\n".join(inspect.getsource(importlib.import_module(home)) for home in sorted(homes))
+    takes: set[str] = {"num_classes"}
+    for called in (inspect.unwrap(builder), *(cls.__init__ for cls in classes if cls.__module__ == module.__name__)):
+        takes |= inspect.signature(called).parameters.keys() - {"self", "args", "kwargs"}
+    return source, takes
+
+
 # --- torchvision ------------------------------------------------------------------------------------
 
 
@@ -187,6 +207,7 @@ ZOOS: dict[str, Zoo] = {
         _torchvision_build,
         lambda name: name in _models().list_models(),
         _torchvision_check_weights,
+        lambda name: _code(_models().get_model_builder(name)),
     ),
     "timm": Zoo(
         "timm",
@@ -195,6 +216,9 @@ ZOOS: dict[str, Zoo] = {
         _timm_build,
         _timm_knows,
         _timm_check_weights,
+        lambda name: _code(
+            _timm().models.model_entrypoint(name.partition(".")[0]), "timm.models._builder", "timm.models._factory"
+        ),
     ),
 }
 """Prefix of a spec -> the package it means."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from dcafy.errors import SourceError, UsageError
-from dcafy.wording import one_line
+from dcafy.wording import nearest, one_line
 from dcafy.zoos.factories import call_factory, factory_takes, is_factory
 from dcafy.zoos.packages import ZOOS, build_on_meta, check, named_elsewhere, quiet
 
@@ -62,7 +63,10 @@ class Blueprint:
 
         with torch.random.fork_rng(devices=[]), quiet():
             try:
-                return build_on_meta(build) if on_meta else build()
+                model = build_on_meta(build) if on_meta else build()
+                model.__dict__[_BLUEPRINT] = self
+                model.__dict__[_RANDOM] = self.weights is None
+                return model
             except Exception as error:
                 explained = self._explained(error)
                 if explained is None:
@@ -85,8 +89,38 @@ class Blueprint:
         return None
 
 
+_BLUEPRINT = "dcafy_blueprint"
+"""The attribute of a zoo's network that says how it was built."""
+
+
+def blueprint_of(model: nn.Module) -> Blueprint | None:
+    """How a network was built that dcafy built by a zoo's name; ``None`` for any other."""
+    found = vars(model).get(_BLUEPRINT)
+    return found if isinstance(found, Blueprint) else None
+
+
+_RANDOM = "dcafy_random_weights"
+"""The attribute of a zoo's network that says whether it still has the weights that it was made with."""
+
+
+NOTES = frozenset({_BLUEPRINT, _RANDOM})
+"""Attributes that dcafy leaves on a zoo's network; they are no settings of it."""
+
+
+def has_random_weights(model: nn.Module) -> bool:
+    """Whether a network that dcafy built by a zoo's name was given no weights since."""
+    return vars(model).get(_RANDOM) is True
+
+
+def has_weights_now(model: nn.Module) -> None:
+    """Notes that a network was given weights."""
+    if _RANDOM in vars(model):
+        model.__dict__[_RANDOM] = False
+
+
 def parse(spec: str, settings: Mapping[str, Any]) -> Blueprint:
     """The blueprint that a spec stands for; ``UsageError`` where there is no such network."""
+    spec = in_our_notation(spec)
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in ZOOS:
         name, at, weights = rest.partition("@")
@@ -95,21 +129,63 @@ def parse(spec: str, settings: Mapping[str, Any]) -> Blueprint:
             raise UsageError(
                 f"{argument} is not for --set: weights are chosen in the name, as in {prefix}:{name}@DEFAULT."
             )
+        for argument in settings:
+            _require_argument(prefix, name, argument)
         return Blueprint(prefix, name, weights if at else None, dict(settings))
     if runs_code(spec):
         return Blueprint(None, spec, None, dict(settings))
     raise unknown(spec)
 
 
+def in_our_notation(spec: str) -> str:
+    """The spec, where it is written as timm writes its own networks: ``timm/NAME``, ``hf-hub:timm/NAME``.
+
+    >>> in_our_notation("hf-hub:timm/seresnet50.a1_in1k@DEFAULT")
+    'timm:seresnet50.a1_in1k@DEFAULT'
+    """
+    found = re.fullmatch(r"(?:hf[-_]hub:)?timm/([\w.-]+(?:@\w+)?)", spec)
+    return f"timm:{found[1]}" if found else spec
+
+
+def _require_argument(prefix: str, name: str, argument: str) -> None:
+    """Nothing where the builder may take that argument; builders pass on what they do not know, some to nobody."""
+    source, takes = ZOOS[prefix].code(name)
+    if not re.search(rf"\b{re.escape(argument)}\b", source):
+        raise UsageError(f"{prefix}:{name} takes no argument {argument!r}.{nearest(argument, list(takes))}")
+
+
+def nearly_a_zoo(spec: str) -> str | None:
+    """The spec that was perhaps meant, where the word before the colon is one edit away from a zoo's name.
+
+    >>> nearly_a_zoo("torchvison:resnet50"), nearly_a_zoo("mymodule:build")
+    ('torchvision:resnet50', None)
+    """
+    prefix, colon, rest = spec.partition(":")
+    if not colon or prefix.lower() in ZOOS:
+        return None
+    return next((f"{zoo}:{rest}" for zoo in ZOOS if _one_edit(prefix.lower(), zoo)), None)
+
+
+def _one_edit(one: str, other: str) -> bool:
+    """Whether one letter more, less, changed, or two that changed places make ``one`` the ``other``."""
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    here, there = one[start:], other[start:]
+    swapped = len(here) > 1 and len(there) > 1 and here[:2] == there[1::-1] and here[2:] == there[2:]
+    return here[1:] == there[1:] or here[1:] == there or here == there[1:] or swapped
+
+
 def runs_code(spec: str) -> bool:
     """Whether building what a spec names imports and runs the user's own code."""
-    return is_factory(spec) and spec.partition(":")[0].lower() not in ZOOS
+    return is_factory(spec) and spec.partition(":")[0].lower() not in ZOOS and nearly_a_zoo(spec) is None
 
 
 def unknown(spec: str) -> UsageError:
     """The error for a spec that is of no known form, with what was perhaps meant."""
     prefix, colon, rest = spec.partition(":")
-    if colon and prefix.lower() in ZOOS:
+    near = nearly_a_zoo(spec)
+    if near is not None:
+        meant = [near]
+    elif colon and prefix.lower() in ZOOS:
         meant = [f"{prefix.lower()}:{rest}"]
     else:
         meant = named_elsewhere(spec.partition("@")[0])

@@ -138,7 +138,7 @@ def test_description(tmp_path: Path) -> None:
     plan = dcafy.inspect(se_model(), example_inputs=IMAGES).without("blocks.1.attention")
     dcafy.save(se_connected(plan=plan, channel_match="fc1", reduction=4), tmp_path)
     written = description(tmp_path)
-    assert written["format_version"] == 2
+    assert written["format_version"] == 3
     assert written["weights"]["keyed_by"] == "module"
     assert written["versions"] == {"dcafy": dcafy.__version__, "torch": torch.__version__}
     assert written["model"] is None

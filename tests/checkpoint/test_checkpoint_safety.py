@@ -127,7 +127,7 @@ def _link(name: str, value: Any) -> Callable[[Any], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Any], None], str]] = {
-    "newer": (_set("format_version", 3), r"format version 3, written by dcafy 0\..*Install a newer dcafy"),
+    "newer": (_set("format_version", 4), r"format version 4, written by dcafy 0\..*Install a newer dcafy"),
     "no version": (lambda data: data.pop("format_version"), "not written by dcafy.save"),
     "odd version": (_set("format_version", "1"), "format_version is '1'"),
     "version zero": (_set("format_version", 0), "format_version is 0"),

@@ -59,7 +59,7 @@ def _same_weights() -> torch.nn.Module:
 def test_attention_in_the_papers_own_form_is_what_is_compared_with(command: Run, tmp_path: Path) -> None:
     """It is no no-op, so that the network before it computes something else, and the connections still nothing."""
     folder = tmp_path / "connected"
-    code, out, err = command("torchvision:resnet18", "-o", folder, "--attention", "se", "--init", "paper")
+    code, out, err = command("torchvision:resnet18", "-o", folder, "--attention", "se", "--attention-init", "paper")
     assert (code, out.partition(" connections")[0]) == (0, "7"), err
     assert len(dcafy.connections(dcafy.load(folder))) == 7
 

@@ -44,6 +44,10 @@ CASES = [
     (SELinear, {"topology": "dense"}),
     (SELinear, {"schema": "weighted"}),
     (SELinear, {"schema": "softmax"}),
+    (SELinear, {"schema": "normalised"}),
+    (CBAM, {"schema": "normalised", "topology": "dense"}),
+    (SELinear, {"message": "centred", "topology": "tree"}),
+    (SELinear, {"topology": "own"}),
     (CBAM, {}),
     (CBAM, {"topology": "dense"}),
 ]

@@ -126,6 +126,127 @@ class MinMaxScale(nn.Module):
         return (x - low) * (1.0 / (high - low + 1e-5))
 
 
+class Involution(nn.Module):
+    """A kernel for every place, computed from it, with which its window is summed up."""
+
+    def __init__(self, channels: int, *, pooled: bool = False, bounded: bool = False) -> None:
+        super().__init__()
+        self.pooled, self.bounded = pooled, bounded
+        self.reduce, self.span = nn.Conv2d(channels, channels // 4, 1), nn.Conv2d(channels // 4, 9 * 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = nn.functional.interpolate(nn.functional.avg_pool2d(x, 2), size=(h, w)) if self.pooled else x
+        kernel = self.span(self.reduce(y).relu()).view(n, 4, 1, 9, h, w)
+        kernel = kernel.softmax(3) if self.bounded else kernel
+        windows = nn.functional.unfold(x, 3, padding=1).view(n, 4, c // 4, 9, h, w)
+        return (kernel * windows).sum(3).view(n, c, h, w)
+
+
+class InvolutionByShifts(Involution):
+    """The same with windows that are nine shifted maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        kernel = self.span(self.reduce(x).relu()).view(n, 4, 9, h, w).softmax(2)
+        padded = nn.functional.pad(x, (1, 1, 1, 1))
+        shifted = [padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+        windows = torch.stack(shifted, 2).view(n, 4, c // 4, 9, h, w)
+        return (kernel[:, :, None] * windows).sum(3).view(n, c, h, w)
+
+
+class BinaryConvolution(nn.Module):
+    """A convolution of signs, scaled at every place by the mean of the numbers there (XNOR-Net)."""
+
+    def __init__(self, channels: int, *, pooled: bool = False) -> None:
+        super().__init__()
+        self.conv, self.pooled = nn.Conv2d(channels, channels, 3, padding=1, bias=False), pooled
+        self.register_buffer("window", torch.full((1, 1, 3, 3), 1 / 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.abs().mean(1, keepdim=True)
+        scale = (
+            nn.functional.avg_pool2d(means, 3, 1, 1)
+            if self.pooled
+            else nn.functional.conv2d(means, self.window, padding=1)
+        )
+        return self.conv(x.sign()) * scale * self.conv.weight.abs().mean((1, 2, 3)).view(1, -1, 1, 1)
+
+
+class Experts(nn.Module):
+    """Classifiers on one pooled vector, which a gate on the same vector weighs."""
+
+    def __init__(self, bound: Callable[[Tensor], Tensor], classes: int = 500) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            networks.conv_norm(3, 16, stride=2), nn.ReLU(), networks.conv_norm(16, 32, stride=2)
+        )
+        self.gate, self.bound = nn.Linear(32, 4), bound
+        self.experts = nn.ModuleList([nn.Linear(32, classes) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.features(x).mean((2, 3))
+        return (self.bound(self.gate(v))[:, :, None] * torch.stack([expert(v) for expert in self.experts], 1)).sum(1)
+
+
+class ExpertsOneByOne(Experts):
+    """The same, expert by expert."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = nn.functional.adaptive_avg_pool2d(self.features(x), 1).flatten(1)
+        weights = self.bound(self.gate(v))
+        return sum(weights[:, i : i + 1] * expert(v) for i, expert in enumerate(self.experts))  # type: ignore[return-value]
+
+
+class HandNormGate(nn.Module):
+    """A gate on X itself, whose logits are normalised by hand: its reductions are no context."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        z = (z - z.mean((2, 3), keepdim=True)) / (z.var((2, 3), keepdim=True) + 1e-5).sqrt()
+        return x * torch.sigmoid(self.second(z))
+
+
+class GatedDecoder(nn.Module):
+    """An autoencoder that raises what it pooled, with gated convolutions; ``skip``: beside its encoder's map."""
+
+    def __init__(self, *, skip: bool = False, whole: bool = False) -> None:
+        super().__init__()
+        self.skip, self.whole = skip, whole
+        self.first, self.second = networks.conv_norm(3, 16), networks.conv_norm(16, 16)
+        self.value, self.gate = (nn.Conv2d(32 if skip else 16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.first(x)
+        low = self.second(nn.functional.max_pool2d(high, 2))
+        low = nn.functional.adaptive_avg_pool2d(low, 1) if self.whole else low
+        raised = nn.functional.interpolate(low, size=high.shape[2:])
+        y = torch.cat([high, raised], 1) if self.skip else raised
+        return self.value(y) * torch.sigmoid(self.gate(y))
+
+
+class Retinex(nn.Module):
+    """Images that masks of one channel brighten, one after the other."""
+
+    def __init__(self, mask: Callable[[], nn.Module], *, brightest: bool = False) -> None:
+        super().__init__()
+        self.masks, self.brightest = nn.ModuleList([mask() for _ in range(2)]), brightest
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mask in self.masks:
+            light = torch.sigmoid(mask(x.amax(1, keepdim=True) if self.brightest else x))
+            x = x / (light + 0.1) * light.pow(0.4) if not self.brightest else x * light
+        return x
+
+
+def mask(inputs: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Conv2d(inputs, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
+
+
 def tv(name: str) -> Callable[[], nn.Module]:
     return functools.partial(torchvision.models.get_model, name, weights=None)
 
@@ -175,6 +296,21 @@ NEGATIVES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "fpn add": (networks.FeaturePyramid, 64),
     "u-net skip add": (networks.UNetAdd, 64),
     "attention pooling head": (networks.AttentionPoolHead, 64),
+    "involution": (small(Involution), 64),
+    "involution behind a pooling": (small(functools.partial(Involution, pooled=True)), 64),
+    "involution with bounded kernels": (small(functools.partial(Involution, bounded=True)), 64),
+    "involution by shifts": (small(InvolutionByShifts), 64),
+    "binary convolution": (small(BinaryConvolution), 64),
+    "binary convolution, pooled": (small(functools.partial(BinaryConvolution, pooled=True)), 64),
+    "experts": (functools.partial(Experts, functools.partial(torch.softmax, dim=1)), 64),
+    "experts with a gate each": (functools.partial(Experts, torch.sigmoid), 64),
+    "experts one by one": (functools.partial(ExpertsOneByOne, torch.sigmoid), 64),
+    "gate normalised by hand": (small(HandNormGate), 64),
+    "gated decoder": (GatedDecoder, 64),
+    "gated decoder of one vector": (functools.partial(GatedDecoder, whole=True), 64),
+    "gated decoder with a skip": (functools.partial(GatedDecoder, skip=True), 64),
+    "illumination": (functools.partial(Retinex, mask(3)), 64),
+    "illumination of the brightest colour": (functools.partial(Retinex, mask(1), brightest=True), 64),
     "weighted feature fusion": (networks.FastNormalizedFusion, 64),
 }
 

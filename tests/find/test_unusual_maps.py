@@ -177,6 +177,133 @@ class Frames(nn.Module):
         return x * self.gate(x.mean((2, 3)))
 
 
+class WholeKernel(nn.Module):
+    """Gather-excite of global extent with parameters: a depth-wise convolution as large as the map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gather = nn.Conv2d(width, width, SIDES[width], groups=width, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.norm(self.gather(x)))
+
+
+class WholeKernelByFunction(nn.Module):
+    """The same as a function with a parameter, and two layers behind it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, 1, SIDES[width], SIDES[width]) * 0.1)
+        self.fc = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = F.conv2d(x, self.weight, groups=x.shape[1]).flatten(1)
+        return x * torch.sigmoid(self.fc(g))[:, :, None, None]
+
+
+SIDES = {16: 32, 24: 16, 32: 8}
+"""Width of a stage -> the side of its map, in images of 64 px."""
+
+
+@pytest.mark.parametrize("attention", [WholeKernel, WholeKernelByFunction])
+def test_a_kernel_as_large_as_the_map_is_an_extraction(attention: type[nn.Module]) -> None:
+    with seeded(7):
+        model = trained_like(Stages(attention, (16, 24, 32), (1, 2, 2)), IMAGES).eval()
+    plan = dcafy.inspect(model, example_inputs=IMAGES)
+    assert [(b.name, b.dimension, b.channels) for b in plan.blocks] == [
+        (f"attention.{i}", "channel", width) for i, width in enumerate((16, 24, 32))
+    ]
+    assert all("conv2d" in block.extraction[0] or "gather" in block.extraction[0] for block in plan.blocks)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert len(dcafy.connections(connected)) == 2
+    with torch.no_grad():
+        assert torch.equal(connected(IMAGES), model(IMAGES))
+
+
+class Modalities(nn.Module):
+    """Two streams that are squeezed together and excite each other (MMTM)."""
+
+    def __init__(self, widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(sum(widths), 8)
+        self.excite = nn.ModuleList([nn.Linear(8, width) for width in widths])
+
+    def gates(self, g: Tensor) -> list[Tensor]:
+        e = F.relu(self.squeeze(g))
+        return [torch.sigmoid(excite(e)) for excite in self.excite]
+
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.gates(torch.cat([one.view(*one.shape[:2], -1).mean(-1) for one in (u, v)], 1))
+        return u * a.view(*a.shape, *(1,) * (u.ndim - 2)), v * b.view(*b.shape, *(1,) * (v.ndim - 2))
+
+
+class ModalitiesPooled(Modalities):
+    """The same with adaptive pooling, and one layer whose output is split."""
+
+    def gates(self, g: Tensor) -> list[Tensor]:
+        widths = [excite.out_features for excite in self.excite]
+        weight = torch.cat([excite.weight for excite in self.excite])
+        return list(torch.sigmoid(F.linear(F.relu(self.squeeze(g)), weight)).split(widths, 1))
+
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = [F.adaptive_avg_pool3d(u, 1).flatten(1), F.adaptive_avg_pool2d(v, 1).flatten(1)]
+        a, b = self.gates(torch.cat(pooled, dim=1))
+        return u * a[:, :, None, None, None], v * b[:, :, None, None]
+
+
+class TwoStreams(nn.Module):
+    """A clip and an image, with one exchange after each of three pairs of layers."""
+
+    def __init__(self, exchange: Callable[[tuple[int, int]], nn.Module]) -> None:
+        super().__init__()
+        self.clip = nn.ModuleList([nn.Conv3d(i, o, 3, (1, 2, 2), 1) for i, o in ((3, 8), (8, 16), (16, 16))])
+        self.image = nn.ModuleList([nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, 8), (8, 8), (8, 12))])
+        self.exchanges = nn.ModuleList([exchange(widths) for widths in ((8, 8), (16, 8), (16, 12))])
+        self.head = nn.Linear(28, 5)
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        for clip, image, exchange in zip(self.clip, self.image, self.exchanges, strict=True):
+            u, v = exchange(F.relu(clip(u)), F.relu(image(v)))
+        return self.head(torch.cat([u.mean((2, 3, 4)), v.mean((2, 3))], 1))
+
+
+@pytest.mark.parametrize("exchange", [Modalities, ModalitiesPooled])
+def test_one_context_of_several_tensors(exchange: type[Modalities]) -> None:
+    """One block and one G, of as many numbers as both have channels; T̃ is both fused outputs, pooled once more."""
+    inputs = (torch.rand(2, 3, 4, 32, 32), torch.rand(2, 3, 32, 24))
+    with seeded(8):
+        model = TwoStreams(exchange).double().eval()
+    inputs = tuple(one.double() for one in inputs)
+    plan = dcafy.inspect(model, example_inputs=inputs)
+    assert [(block.name, block.channels) for block in plan.blocks] == [
+        (f"exchanges.{i}", channels) for i, channels in enumerate((16, 24, 28))
+    ]
+    connected = dcafy.convert(model, example_inputs=inputs).eval()
+    connections = dcafy.connections(connected)
+    assert list(connections) == ["exchanges.1", "exchanges.2"]
+    with torch.no_grad(), seeded(9):
+        assert torch.equal(connected(*inputs), model(*inputs))
+        for connection in connections.values():
+            for parameter in connection.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        u, v = inputs
+        told = None
+        for i, (clip, image, block) in enumerate(zip(model.clip, model.image, model.exchanges, strict=True)):
+            u, v = F.relu(clip(u)), F.relu(image(v))
+            g = torch.cat([u.mean((2, 3, 4)), v.mean((2, 3))], 1)
+            if told is not None:
+                connection = connections[f"exchanges.{i}"]
+                g = connection.alpha * g + connection.beta * connection.match(told)
+            a, b = block.gates(g)
+            u, v = u * a[:, :, None, None, None], v * b[:, :, None, None]
+            told = torch.cat([u.mean((2, 3, 4)), v.mean((2, 3))], 1)
+        expected = model.head(torch.cat([u.mean((2, 3, 4)), v.mean((2, 3))], 1))
+        plain = model(*inputs)
+        assert (expected - plain).abs().max() > 1e-4 * expected.abs().max()
+        assert torch.allclose(connected(*inputs), expected, rtol=1e-9, atol=1e-12)
+
+
 @dataclass(frozen=True)
 class Case:
     """Attention in three stages: how many blocks each has, and which of them can hear the stage before.

@@ -22,7 +22,7 @@ from dcafy.runs.request import Request, write_request
 from dcafy.runs.run import subject, trained_in
 from dcafy.training import TrainingConfig
 
-SE = Conversion(attention="se", init="paper")
+SE = Conversion(attention="se", attention_init="paper")
 
 
 def classifier(kind: str = "resnet18", *, attention: bool) -> nn.Module:

@@ -14,7 +14,7 @@ from trained import seeded
 
 import dcafy
 from dcafy.errors import UsageError
-from dcafy.images.preparation import Prepared, preparation
+from dcafy.images.preparation import Prepared, preparation, with_resize
 from dcafy.plan.options import Conversion
 from dcafy.runs.options import Chosen, RunOptions, chosen
 from dcafy.runs.paper import RECIPES
@@ -67,7 +67,11 @@ def test_the_recipe_of_resnets() -> None:
     assert set(decays(model, optimizer).values()) == {1e-4}  # on α, β, norms and biases as well
     by_epoch = rates(found.training, 2)[::2]
     assert by_epoch == pytest.approx([0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 10)
-    assert (found.conversion.init, found.conversion.min_hidden, found.conversion.reduction) == ("paper", 1, 16)
+    assert (found.conversion.attention_init, found.conversion.min_hidden, found.conversion.reduction) == (
+        "paper",
+        1,
+        16,
+    )
 
 
 def test_the_recipe_of_mobile_networks() -> None:
@@ -100,10 +104,10 @@ def test_the_recipe_of_detectors() -> None:
 def test_the_augmentation_that_is_called_the_papers_is_so(recipe: str) -> None:
     images = asked(recipe).images
     model = torchvision.models.resnet50()
-    how = preparation(model, "torchvision:resnet50", images.image_size, resize=images.val_resize)
+    how = with_resize(preparation(model, "torchvision:resnet50", images.image_size), images.val_resize)
     assert (how.size, how.resize) == ((224, 224), 256)
     assert images.augment == "standard"
-    crop, flip, *_ = Prepared(how, images.augment, scale=images.crop_scale, ratio=images.crop_ratio).steps.transforms
+    crop, flip = Prepared(how, images.augment, scale=images.crop_scale, ratio=images.crop_ratio).varied.transforms
     assert (crop.scale, crop.ratio, crop.size) == ((0.1, 1.0), (0.8, 1.25), (224, 224))
     assert flip.p == 0.5
     text = next(item for name, item in DataOptions.__dataclass_fields__.items() if name == "augment").metadata["help"]
@@ -113,10 +117,14 @@ def test_the_augmentation_that_is_called_the_papers_is_so(recipe: str) -> None:
 
 def test_what_is_given_beats_a_recipe() -> None:
     found = asked(
-        "paper", epochs=5, weight_decay=0.5, nesterov=True, init="identity", crop_scale=0.5, connection_lr=3.0
+        "paper", epochs=5, weight_decay=0.5, nesterov=True, attention_init="identity", crop_scale=0.5, connection_lr=3.0
     )
     assert (found.training.epochs, found.training.weight_decay, found.training.nesterov) == (5, 0.5, True)
-    assert (found.conversion.init, found.images.crop_scale, found.training.connection_lr) == ("identity", 0.5, 3.0)
+    assert (found.conversion.attention_init, found.images.crop_scale, found.training.connection_lr) == (
+        "identity",
+        0.5,
+        3.0,
+    )
     assert found.training.momentum == 0.9
 
 
@@ -179,4 +187,4 @@ def test_every_option_of_a_recipe_is_an_option() -> None:
 
 def test_validation_images_that_would_be_smaller_than_what_is_cut_out() -> None:
     with pytest.raises(UsageError, match="--val-resize 200"):
-        preparation(torchvision.models.resnet18(), "torchvision:resnet18", resize=200)
+        with_resize(preparation(torchvision.models.resnet18(), "torchvision:resnet18"), 200)

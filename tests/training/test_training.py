@@ -27,7 +27,7 @@ import dcafy
 from dcafy.errors import CheckpointError, InputError, Interrupted, TrainingError, UsageError
 from dcafy.images.order import Batches, Sample, Seeded, Spread, UnreadableImage
 from dcafy.training import TrainingConfig, finetune
-from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint
+from dcafy.training.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint, write_checkpoint
 from dcafy.training.loop import accelerator_for
 from dcafy.training.tasks import Batch, Classification
 from dcafy.training.telling import JsonLines, Listener
@@ -457,6 +457,84 @@ def test_a_spoiled_checkpoint(finished, tmp_path, spoil, says):
     with pytest.raises(CheckpointError, match=says):
         finetune(connected(), TRAIN, VAL, config(epochs=1), directory=tmp_path, resume=True)
     assert file.read_bytes() == before
+
+
+def changed(*path, to):
+    """A change of what is no tensor in a checkpoint."""
+
+    def change(tensors, facts):
+        *outer, last = path
+        for key in outer:
+            facts = facts[key]
+        facts[last] = to(facts[last]) if callable(to) else to
+
+    return change
+
+
+def first(tensors, start, end=""):
+    return next(name for name in tensors if name.startswith(start) and name.endswith(end))
+
+
+def replaced_tensor(start, end, to):
+    def change(tensors, facts):
+        name = first(tensors, start, end)
+        tensors[name] = to(tensors[name])
+
+    return change
+
+
+STRANGERS = {
+    "a weight of another shape": replaced_tensor("model/", "", lambda value: value.reshape(-1)[:1].clone()),
+    "a weight of another type": replaced_tensor("model/", "weight", lambda value: value.double()),
+    "a weight less": lambda tensors, facts: tensors.pop(first(tensors, "model/")),
+    "a weight more": lambda tensors, facts: tensors.update({"model/x": torch.zeros(1)}),
+    "an average of another shape": replaced_tensor("average/", "weight", lambda value: value.flatten().clone()),
+    "a moment of another shape": replaced_tensor("optimizer/", "/exp_avg", lambda value: torch.zeros(0)),
+    "a moment of another type": replaced_tensor("optimizer/", "/exp_avg", lambda value: value.double()),
+    "a moment less": lambda tensors, facts: tensors.pop(first(tensors, "optimizer/", "/exp_avg_sq")),
+    "a moment of nobody": lambda tensors, facts: tensors.update({"optimizer/nobody/step": torch.zeros(())}),
+    "a step without a number": replaced_tensor("optimizer/", "/step", lambda value: torch.zeros(0)),
+    "a generator of another length": replaced_tensor("rng/0/torch", "", lambda value: value[:10].clone()),
+    "a generator that is none": replaced_tensor("rng/0/torch", "", torch.zeros_like),
+    "numpy's generator": changed("rng", 0, "numpy", 1, 29, to=10**400),
+    "Python's generator": changed("rng", 0, "python", 1, 5, to=-1),
+    "no generators": changed("rng", to=[]),
+    "a rate of text": changed("schedule", "_last_lr", 0, to="fast"),
+    "an endless rate": changed("schedule", "_last_lr", 0, to=float("inf")),
+    "a rate less": changed("schedule", "_last_lr", to=lambda rates: rates[1:]),
+    "an epoch of text": changed("progress", "epoch", to="1"),
+    "a negative step": changed("progress", "step", to=-1),
+    "a progress of its own": changed("progress", to=lambda known: {**known, "add": 1}),
+    "epochs that are none": changed("epochs", to=[{"event": "epoch"}]),
+    "ties of numbers": changed("tied", to={"a": 1}),
+    "ties to nothing": changed("tied", to={"a": "b"}),
+    "skipped numbers": changed("skipped", to=[1]),
+}
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("averaged")
+    finetune(connected(), TRAIN, VAL, config(epochs=1, ema=0.5), directory=directory)
+    return directory / CHECKPOINT
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_checkpoint_with_a_right_digest_and_a_wrong_content(stranger, averaged, tmp_path):
+    """It is told in one line, and costs nothing: model and generators stay as they are."""
+    good = read_checkpoint(averaged)
+    tensors, facts = dict(good.tensors), json.loads(json.dumps(good.facts))
+    STRANGERS[stranger](tensors, facts)
+    write_checkpoint(tmp_path / CHECKPOINT, Checkpoint(tensors, facts))
+    model = connected()
+    before = weights(model), torch.get_rng_state(), random.getstate()
+    with pytest.raises(CheckpointError, match="does not fit this network") as caught:
+        finetune(model, TRAIN, VAL, config(epochs=1, ema=0.5), directory=tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+    assert same(before[0], weights(model))
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert before[2] == random.getstate()
 
 
 @pytest.mark.parametrize(

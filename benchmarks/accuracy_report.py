@@ -1,0 +1,198 @@
+"""The tables of the study (benchmarks/accuracy.py), from its rows."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from typing import Any
+
+import torch
+from accuracy import SETTINGS, VALIDATION, Setting, unpacked
+from accuracy import __doc__ as EXPECTED
+from torch import Tensor
+
+import dcafy
+
+Row = dict[str, Any]
+
+WANTED = 0.7
+"""The largest standard deviation between seeds, in points, with which a setting can show what is looked for."""
+
+AGAINST = {
+    "centred": ("connected", "own message", "shuffled"),
+    "own message": ("connected",),
+    "normalised": ("connected",),
+}
+"""Arm -> what it is compared with besides *vanilla*."""
+
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
+"""The 97.5% points of Student's t with 1 to 19 degrees of freedom."""
+
+
+def interval(differences: Tensor) -> tuple[float, float | None]:
+    """Mean, and half of the 95% interval, of paired differences ``[seeds, images]``; ``None`` with one seed.
+
+    Seeds and images are both drawn: the variances of the means over either are added, what both share is taken off
+    once, and the quantile is Student's for the number of seeds.
+    """
+    seeds, images = differences.shape
+    mean = float(differences.mean())
+    if seeds < 2:
+        return mean, None
+    over_seeds = float(differences.mean(1).var()) / seeds
+    over_images = float(differences.mean(0).var()) / images if images > 1 else 0.0
+    rest = differences - differences.mean(1, keepdim=True) - differences.mean(0) + mean
+    shared = float(rest.square().sum()) / ((seeds - 1) * max(images - 1, 1)) / (seeds * images) if images > 1 else 0.0
+    half = _T[min(seeds - 1, len(_T)) - 1] * math.sqrt(max(over_seeds + over_images - shared, over_seeds))
+    return mean, half
+
+
+def by_seed(rows: list[Row], setting: str, arm: str) -> dict[int, Row]:
+    """Seed -> the row."""
+    return {row["seed"]: row for row in rows if (row["setting"], row["arm"]) == (setting, arm)}
+
+
+def _compared(mine: dict[int, Row], theirs: dict[int, Row]) -> tuple[str, str]:
+    """Differences of accuracy, in points, and of loss, over the seeds that both have."""
+    both = sorted(mine.keys() & theirs.keys())
+    if not both:
+        return "", ""
+    right = torch.stack([unpacked(mine[s]["right"]).double() - unpacked(theirs[s]["right"]).double() for s in both])
+    losses = torch.tensor([[mine[s]["loss"] - theirs[s]["loss"]] for s in both], dtype=torch.float64)
+    return _shown(*interval(100 * right), "{:+.2f}"), _shown(*interval(losses), "{:+.4f}")
+
+
+def _shown(mean: float, half: float | None, form: str) -> str:
+    if half is None:
+        return form.format(mean)
+    mark = " **" if abs(mean) > half else ""
+    return f"{form.format(mean)} [{form.format(mean - half)}, {form.format(mean + half)}]{mark}"
+
+
+def spreads(rows: list[Row]) -> str:
+    """The standard deviation between seeds of *vanilla* in each setting, which says what it can show."""
+    lines = [
+        "| setting | seeds | accuracy, % | standard deviation, points | |",
+        "|---|---|---|---|---|",
+    ]
+    for name in SETTINGS:
+        values = [100 * row["accuracy"] for row in by_seed(rows, name, "vanilla").values()]
+        if not values:
+            continue
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        word = "one seed" if len(values) < 2 else "as wanted" if spread < WANTED else f"over {WANTED}"
+        lines.append(f"| {name} | {len(values)} | {statistics.fmean(values):.2f} | {spread:.2f} | {word} |")
+    return "\n".join(lines)
+
+
+def _mean(rows: dict[int, Row], name: str, form: str, scale: float = 1.0) -> str:
+    values = [scale * row[name] for row in rows.values() if name in row]
+    return form.format(statistics.fmean(values)) if values else ""
+
+
+COLUMNS = (
+    "arm",
+    "seeds",
+    "accuracy",
+    "to vanilla, points",
+    "loss",
+    "to vanilla",
+    "added",
+    "β",
+    "cut",
+    "near ½",
+    "spread",
+)
+
+
+def _table(setting: Setting, rows: list[Row]) -> list[str]:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    vanilla = by_seed(rows, setting.name, "vanilla")
+    for name, arm in setting.arms.items():
+        mine = by_seed(rows, setting.name, name)
+        if not mine:
+            continue
+        accuracy, loss = ("", "") if name == "vanilla" else _compared(mine, vanilla)
+        cut = {seed: {"cut": row["cut"] - row["accuracy"]} for seed, row in mine.items() if "cut" in row}
+        cells = [
+            *(f"{name}: {arm.words}", str(len(mine)), _mean(mine, "accuracy", "{:.2f}", 100), accuracy),
+            *(_mean(mine, "loss", "{:.4f}"), loss, _mean(mine, "added", "{:.0f}"), _mean(mine, "beta", "{:.2f}")),
+            *(_mean(cut, "cut", "{:+.2f}", 100), _mean(mine, "near_half", "{:.1%}"), _mean(mine, "spread", "{:.3f}")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, others in AGAINST.items():
+        for other in others:
+            mine, theirs = by_seed(rows, setting.name, name), by_seed(rows, setting.name, other)
+            both = len(mine.keys() & theirs.keys())
+            accuracy, loss = _compared(mine, theirs)
+            if both and name in setting.arms:
+                lines.append(f"| {name} minus {other} | {both} | | {accuracy} | | {loss} | | | | | |")
+    return lines
+
+
+def _maps(rows: list[Row]) -> list[str]:
+    """Paper Fig. 1: are attention values further from one half, and spread more, where blocks are connected?"""
+    lines = [
+        "| setting | seeds | near ½, connected minus vanilla | spread, connected minus vanilla |",
+        "|---|---|---|---|",
+    ]
+    for name in SETTINGS:
+        connected, vanilla = by_seed(rows, name, "connected"), by_seed(rows, name, "vanilla")
+        both = [s for s in sorted(connected.keys() & vanilla.keys()) if "near_half" in connected[s]]
+        if both:
+            cells = []
+            for what in ("near_half", "spread"):
+                values = torch.tensor([[connected[s][what] - vanilla[s][what]] for s in both], dtype=torch.float64)
+                cells.append(_shown(*interval(values), "{:+.3f}"))
+            lines.append(f"| {name} | {len(both)} | {' | '.join(cells)} |")
+    return lines
+
+
+def missing(rows: list[Row], setting: Setting) -> int:
+    """How many runs of a setting are still to come."""
+    return sum(len(set(range(setting.seeds)) - by_seed(rows, setting.name, arm).keys()) for arm in setting.arms)
+
+
+def report(rows: list[Row]) -> str:
+    """All tables as Markdown; what is incomplete says so."""
+    left = {name: missing(rows, setting) for name, setting in SETTINGS.items()}
+    complete = not any(left.values())
+    lines = [
+        "# Does connecting attention help?",
+        "",
+        "" if complete else f"**Incomplete**: {len(rows)} runs are here, and {sum(left.values())} are still to come.",
+        "",
+        f"dcafy {dcafy.__version__}, torch {torch.__version__}, Python {platform.python_version()}, one core of a CPU. "
+        "Made by `python benchmarks/accuracy.py` from `accuracy.jsonl`; the same command goes on where it was.",
+        "",
+        f"Accuracy in % of {VALIDATION:,} validation pairs. Differences are paired by seed and by image, with 95% "
+        "intervals over both (Student's t for the seeds), ** where they exclude zero. *cut*: what setting β = 0 "
+        "after the training changes, in points. *near ½*: the share of attention values from 0.4 to 0.6; *spread*: "
+        "their standard deviation over an image's map.",
+        "",
+        "## Expected",
+        "",
+        (EXPECTED or "").partition("What is expected, ")[2].strip(),
+        "",
+        "## Can the settings show it?",
+        "",
+        f"The standard deviation between seeds of vanilla networks; wanted is under {WANTED} points.",
+        "",
+        spreads(rows),
+        "",
+    ]
+    for main in (True, False):
+        lines += ["## The main comparison" if main else "## Exploratory: five seeds, and no ground for a claim", ""]
+        for name, setting in SETTINGS.items():
+            if setting.main != main or not any(row["setting"] == name for row in rows):
+                continue
+            state = f" Incomplete: {left[name]} runs are still to come." if left[name] else ""
+            lines += [
+                f"### {name}",
+                "",
+                f"{setting.words[0].upper()}{setting.words[1:]}; {setting.steps} steps.{state}",
+            ]
+            lines += ["", *_table(setting, rows), ""]
+    lines += ["## Attention values (paper Fig. 1)", "", *_maps(rows), ""]
+    return "\n".join(lines)

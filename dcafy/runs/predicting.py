@@ -1,0 +1,217 @@
+"""Pictures -> what a network sees in them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from dcafy.errors import InputError, UsageError
+from dcafy.images.about import About, Transforms, preparation_of
+from dcafy.images.order import UnreadableImage
+from dcafy.images.pictures import opened, pictures_in
+from dcafy.runs.options import PredictOptions
+from dcafy.runs.using import fitting_names, require_task
+from dcafy.wording import counted, one_line, printable, quoted
+
+log = logging.getLogger("dcafy")
+
+CLASSES, BOXES = 5, 100
+"""How many classes and boxes are told of each picture where nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One picture: its most probable classes with their probabilities, or its boxes, the surest first.
+
+    ``box``: ``(x1, y1, x2, y2)`` in pixels of the picture; ``None`` from a classifier.
+    """
+
+    file: str
+    classes: tuple[str, ...]
+    scores: tuple[float, ...]
+    boxes: tuple[tuple[float, ...], ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The picture as JSON-ready data."""
+        if self.boxes is None:
+            told = zip(self.classes, self.scores, strict=True)
+            return {"file": self.file, "top": [{"class": name, "probability": score} for name, score in told]}
+        found = zip(self.classes, self.scores, self.boxes, strict=True)
+        return {
+            "file": self.file,
+            "boxes": [{"class": name, "score": score, "box": list(box)} for name, score, box in found],
+        }
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that is no picture, and why."""
+
+    file: str
+    reason: str
+
+
+def files_in(paths: Sequence[str]) -> list[str]:
+    """The files that are named, and the pictures in the folders that are, with their subfolders, by folder and name.
+
+    Raises ``UsageError`` for a path that is not there, and for a folder without pictures.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found: list[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            listing = pictures_in(Path(path), IMG_EXTENSIONS, None)
+            for place, reason in listing.passed_over:
+                log.warning("%s was passed over: %s", printable(place), printable(reason))
+            if not listing.files:
+                kinds = ", ".join(suffix[1:] for suffix in IMG_EXTENSIONS)
+                raise UsageError(f"There are no pictures ({kinds}) in the folder {quoted(path, 200)}.")
+            found += listing.files
+        elif os.path.lexists(path):
+            found.append(path)
+        else:
+            raise UsageError(f"There is no file or folder {quoted(path, 200)}. Name pictures, or folders of them.")
+    return found
+
+
+class _Files(Dataset["tuple[str, Tensor | str]"]):
+    """Each file with its tensor, or with the reason why it has none."""
+
+    def __init__(self, files: Sequence[str], transforms: Transforms) -> None:
+        self.files, self.transforms = files, transforms
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor | str]:
+        file = self.files[index]
+        try:
+            return file, self.transforms(opened(file))
+        except UnreadableImage as error:
+            return file, str(error).removeprefix(f"{file}: ")
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module, files: Sequence[str], options: PredictOptions, *, spec: str = "the model"
+) -> Iterator[Seen | Unreadable]:
+    """What ``model`` sees in each of the files, in their order; a file that is no picture is named in its place.
+
+    ``model``: in eval mode on its device (:func:`dcafy.runs.using.ready_for_use`). ``spec``: what messages call it.
+
+    Raises ``InputError`` where the network does not run on such pictures, or gives what are no numbers.
+    """
+    what = require_task(model, spec)
+    if what.task == "detection" and options.image_size is not None:
+        raise UsageError("--image-size is for classifiers; a detector resizes its images itself. Leave it out.")
+    if what.task == "classification":
+        what = About(what.task, what.classes, preparation_of(model, spec, options.image_size))
+    tell: Any = _classes if what.task == "classification" else _boxes
+    loader = DataLoader(
+        _Files(files, Transforms(what)),
+        batch_size=options.batch_size,
+        collate_fn=list,
+        num_workers=options.workers,
+        multiprocessing_context="spawn" if options.workers else None,
+    )
+    device = next(model.parameters()).device
+    names: list[tuple[str, ...]] = []
+    for rows in loader:
+        images = [(file, image.to(device)) for file, image in rows if isinstance(image, Tensor)]
+        seen = iter(tell(model, images, what, options, names, spec) if images else ())
+        for file, image in rows:
+            yield next(seen) if isinstance(image, Tensor) else Unreadable(file, image)
+
+
+def _run(model: nn.Module, images: Any, spec: str) -> Any:
+    try:
+        return model(images)
+    except (RuntimeError, TypeError, ValueError) as error:
+        shape = list((images if isinstance(images, Tensor) else images[0]).shape)
+        raise InputError(
+            f"{spec!r} does not run on pictures of shape {shape}: {one_line(error)[:200]}. Choose their size with "
+            "--image-size, or a smaller --batch-size where memory is short."
+        ) from error
+
+
+def _classes(
+    model: nn.Module,
+    images: list[tuple[str, Tensor]],
+    what: About,
+    options: PredictOptions,
+    names: list[tuple[str, ...]],
+    spec: str,
+) -> Iterator[Seen]:
+    outputs = _run(model, torch.stack([image for _, image in images]), spec)
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        raise InputError(f"{spec!r} is no classifier: it gives no tensor [N, classes].")
+    if not names:
+        names.append(fitting_names(what, outputs.shape[1], spec))
+    best = outputs.float().softmax(1).topk(min(options.top or CLASSES, outputs.shape[1]))
+    for (file, _), scores, numbers in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
+        yield Seen(file, tuple(names[0][n] for n in numbers), _finite(scores, file, spec))
+
+
+def _boxes(
+    model: nn.Module,
+    images: list[tuple[str, Tensor]],
+    what: About,
+    options: PredictOptions,
+    names: list[tuple[str, ...]],
+    spec: str,
+) -> Iterator[Seen]:
+    found = _run(model, [image for _, image in images], spec)
+    for (file, _), of in zip(images, found, strict=True):
+        kept = (of["scores"] >= options.threshold).nonzero()[:, 0][: options.top or BOXES]
+        scores, labels, boxes = (of[name][kept].tolist() for name in ("scores", "labels", "boxes"))
+        told = tuple(what.name_of(label) for label in labels)
+        yield Seen(file, told, _finite(scores, file, spec), tuple(map(tuple, boxes)))
+
+
+def _finite(scores: Sequence[float], file: str, spec: str) -> tuple[float, ...]:
+    if not all(map(math.isfinite, scores)):
+        raise InputError(f"{spec!r} gives no numbers for {printable(file)}: its weights or its outputs are broken.")
+    return tuple(scores)
+
+
+def in_words(seen: Seen) -> str:
+    """A picture in one line."""
+    if not seen.classes:
+        return f"{printable(seen.file)}: nothing"
+    names = [f"{printable(name)} {score:.1%}" for name, score in zip(seen.classes, seen.scores, strict=True)]
+    if seen.boxes is not None:
+        names = [
+            f"{name} at {' '.join(f'{side:.0f}' for side in box)}" for name, box in zip(names, seen.boxes, strict=True)
+        ]
+    return f"{printable(seen.file)}: {', '.join(names)}"
+
+
+def as_csv(seen: Seen) -> list[list[object]]:
+    """A picture as rows of a table; :func:`csv_head` names the columns."""
+    rows = enumerate(zip(seen.classes, seen.scores, seen.boxes or [()] * len(seen.classes), strict=True), start=1)
+    return [[seen.file, rank, name, score, *box] for rank, (name, score, box) in rows]
+
+
+def csv_head(task: str | None) -> list[str]:
+    """The columns of :func:`as_csv`."""
+    first = ["file", "rank", "class"]
+    return [*first, "score", "x1", "y1", "x2", "y2"] if task == "detection" else [*first, "probability"]
+
+
+def none_read(unreadable: Sequence[Unreadable]) -> InputError:
+    """The error where not one file was a picture."""
+    first = unreadable[0]
+    return InputError(
+        f"None of {counted(len(unreadable), 'file')} is a picture that can be read; the first, "
+        f"{printable(first.file)}: {printable(first.reason)}."
+    )
