@@ -37,8 +37,9 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
 
 import dcafy
+from dcafy.analysis.usage import message_shares
 from dcafy.detection import Boxes, Detection, open_coco, write_shapes
-from dcafy.runs.compare import paired_difference
+from dcafy.runs.evidence import paired_difference
 from dcafy.training import DataOptions, TrainingConfig, finetune
 
 # --- what connecting costs ------------------------------------------------------------------------------
@@ -192,7 +193,8 @@ def one_run(work: Path, attention: str, seed: int, *, connected: bool, config: T
               "configuration": dataclasses.asdict(config)}  # fmt: skip
     if connected:
         last = history.epochs[-1].connections
-        result["shares"] = {block: state.message_share for block, state in last.items()}
+        images = [[Boxes()(*data.val[index])[0]] for index in range(16)]
+        result["shares"] = message_shares(model, images)
         result["betas"] = {block: state.beta for block, state in last.items()}
     file.write_text(json.dumps(result) + "\n")
     return result

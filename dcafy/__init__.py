@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dcafy.attention.insertion import insert
     from dcafy.checkpoint import load, save
     from dcafy.conversion import convert, inspect
-    from dcafy.converted import freeze_base, parameter_groups, revert
+    from dcafy.converted import drop, freeze_base, parameter_groups, revert
     from dcafy.emit.connection import Connection
     from dcafy.emit.dca import connections
     from dcafy.emit.whole import flat
@@ -73,6 +73,7 @@ _HOME = {
     "about": "images.about",
     "connections": "emit.dca",
     "convert": "conversion",
+    "drop": "converted",
     "flat": "emit.whole",
     "freeze_base": "converted",
     "insert": "attention.insertion",
@@ -109,6 +110,7 @@ __all__ = [
     "about",
     "connections",
     "convert",
+    "drop",
     "flat",
     "freeze_base",
     "insert",

@@ -82,7 +82,8 @@ def convert(
     ``topology``: ``chain``; ``dense`` where each block hears all earlier ones that reach it; ``tree`` where the n-th
     hears the (n - 2^j)-th for every 2^j that divides n (paper section 5); ``own`` where each hears itself, centred.
     ``attention``: a network without attention is given this one first, as :func:`dcafy.insert` does it, with
-    ``attention_reduction`` for its bottleneck, ``where``, and ``attention_init`` for its ``init``.
+    ``attention_reduction`` for its bottleneck (``None`` or 0: none, with ``gc``), ``where``, and ``attention_init`` for
+    its ``init``.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
     ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` and
     ``normalised`` are not the identity at the start: a warning tells how far the outputs have moved.
@@ -115,7 +116,7 @@ def convert(
         raise InputError("A model on the meta device computes nothing to compare. Pass verify=False.")
     chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.network)
     chosen = shaped(chosen, seen.network, dimension=conversion.dimension, topology=conversion.topology)
-    if not chosen.links:
+    if not chosen.links and not chosen.alone:
         raise NoAttentionError(_nothing_to_connect(chosen, seen.lost))
     chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):
@@ -140,7 +141,7 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
     return insert(
         model,
         options.attention,
-        reduction=options.attention_reduction,
+        reduction=options.attention_reduction or None,
         where=options.where,
         init=options.attention_init,  # type: ignore[arg-type]
         example_inputs=example_inputs,

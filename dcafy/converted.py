@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from dcafy.attention.inserted import inserted_modules, inserted_parameters
-from dcafy.emit.dca import connections, dca_of, is_ours, own_modules, own_parameters, require_connected
+from dcafy.draws import OwnDraws
+from dcafy.emit.connect import connect
+from dcafy.emit.connection import Connection
+from dcafy.emit.dca import (
+    Recipe,
+    connections,
+    dca_of,
+    is_ours,
+    link_of,
+    own_contexts,
+    own_modules,
+    own_parameters,
+    require_connected,
+)
 from dcafy.emit.root import close_runs
-from dcafy.graph.copies import own_copy
+from dcafy.emit.schemas import SCHEMAS
+from dcafy.errors import InputError, UsageError
+from dcafy.graph.copies import own_copy, shared_copy
 from dcafy.graph.modes import keep_in_eval
+from dcafy.graph.paths import joined
 from dcafy.graph.rewritten import SAID, restore
 from dcafy.graph.rows import graph_from
 from dcafy.graph.source import require_writable
+from dcafy.link.given import checked
+from dcafy.link.topology import grouped
+from dcafy.plan.blocks import Alone, Chain, Link, Skipped
+from dcafy.plan.plan import Plan
+from dcafy.survey import survey
+from dcafy.trace.inputs import from_data, in_dtype_of
+from dcafy.wording import nearest
 
 
 def parameter_groups(
@@ -77,7 +102,128 @@ def revert(model: nn.Module) -> nn.Module:
     Its state dict has exactly the keys of the model that was converted; inserted attention is part of that.
     """
     require_connected(model)
-    twin = own_copy(model)
+    return _unconnected(own_copy(model))
+
+
+def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> nn.Module:
+    """A new model without these connections, which computes what ``model`` does where their messages are none.
+
+    ``names``: of connections, as :func:`dcafy.connections` has them; :func:`dcafy.usage` says which nobody listens to.
+    Their β and matching layers are gone, from the optimizer's groups too, and what only they heard is told no more. A
+    block that then hears nobody keeps its α where that is not 1: f is αG. The blocks behind it hear it as before.
+    Where nothing is left, the result is what :func:`revert` gives. The network is looked at and connected anew, as
+    :func:`dcafy.load` does it.
+
+    ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
+
+    Raises ``InputError`` for what is no converted model, ``UsageError`` for a name that it does not have, and for one
+    branch of several: the connections of one link go together. ``model`` is as it was in every case.
+
+    >>> import dcafy, torchvision
+    >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
+    >>> first, *others = dcafy.connections(model)
+    >>> list(dcafy.connections(dcafy.drop(model, [first]))) == others
+    True
+    """
+    require_connected(model)
+    recipe: Recipe | None = getattr(dca_of(model), "recipe", None)
+    if recipe is None:
+        raise InputError(
+            f"{type(model).__name__} is no converted model, but has one inside. Pass the very module that "
+            "dcafy.convert returned."
+        )
+    asked = dict.fromkeys([names] if isinstance(names, str) else names)
+    if not asked:
+        return own_copy(model) if copy else shared_copy(model)
+    plan = _without(recipe.plan, asked, connections(model))
+    twin = own_copy(model) if copy else shared_copy(model)
+    before = {_heard_by(name, recipe.plan): one for name, one in connections(twin).items()}
+    before |= {(reader, ""): one for (reader, _), one in list(before.items())}  # of which the α may be all that stays
+    before |= {(reader, ""): one for reader, one in own_contexts(twin).items()}
+    # Of several that a block hears the first has the norm of all.
+    norms = {reader: one.norm for (reader, _), one in before.items() if one.norm is not None}
+    example = dca_of(twin).example.inputs
+    made = _unconnected(twin)
+    if not plan.links and not plan.alone:
+        return made
+    inputs = None if recipe.inputs is None else in_dtype_of(made, from_data(recipe.inputs))
+    seen = survey(made, inputs)
+    plan = checked(plan, seen.plan, seen.network)
+    with OwnDraws():  # layers are made, and then given what there was
+        connect(made, seen.network, dataclasses.replace(recipe, plan=plan), example, whole=seen.whole)
+    for name, one in connections(made).items():
+        _take(one, before[_heard_by(name, plan)], name, norms)
+    for name, one in own_contexts(made).items():
+        _take(one, before[name, ""], name, norms)
+    return made
+
+
+def _without(plan: Plan, asked: Iterable[str], own: Mapping[str, Connection]) -> Plan:
+    """The plan without the links of these connections."""
+    links = {name: link_of(name, plan.links) for name in own}
+    gone = []
+    for name in asked:
+        if name not in own:
+            known = list(own)
+            raise UsageError(
+                f"The model has no connection {name!r}.{nearest(str(name), known)} Its connections are: "
+                f"{', '.join(known) or 'none'}."
+            )
+        others = [other for other, link in links.items() if link == links[name] and other not in asked]
+        if others:
+            raise UsageError(
+                f"{name} and {others[0]} are of one link, from {links[name].source}: drop both, or neither."
+            )
+        gone.append(links[name])
+    left = [link for link in plan.links if link not in gone]
+    alone = []
+    for target in dict.fromkeys(link.target for link in gone):
+        mine = {name: own[name] for name, link in links.items() if link.target == target}
+        one = next(iter(mine.values()))
+        stays = any(connection.alpha.item() != 1 for connection in mine.values()) or not SCHEMAS[one.schema].exact
+        if stays and not any(link.target == target for link in left):
+            alone.append(Alone(target, one.schema, branched="[" in next(iter(mine)).removeprefix(target)))
+    told = tuple(Skipped(link.target, f"hears {link.source} no more: taken out with dcafy.drop") for link in gone)
+    chains = tuple(part for chain in plan.chains for part in _parted(plan, chain, gone))
+    return dataclasses.replace(plan, chains=chains, skipped=plan.skipped + told, alone=(*plan.alone, *alone))
+
+
+def _parted(plan: Plan, chain: Chain, gone: Collection[Link]) -> tuple[Chain, ...]:
+    """What is left of a chain: one for each set of blocks that links still hold together."""
+    left = [link for link in chain.links if link not in gone]
+    if len(left) == len(chain.links):
+        return (chain,)
+    home = {name: number for number, name in enumerate(chain.blocks)}
+    return grouped([block for block in plan.blocks if block.name in home], left, home)
+
+
+def _heard_by(name: str, plan: Plan) -> tuple[str, str]:
+    """The block, or its branch, and the one that it hears, in one way whether that is one of several or not."""
+    reader, _, source = name.partition("<-")
+    return reader, source or link_of(name, plan.links).source
+
+
+def _take(connection: nn.Module, before: nn.Module, name: str, norms: Mapping[str, nn.Module]) -> None:
+    """Gives a connection the parameters, buffers and modes of what it was made anew for; ``norms``: by block."""
+    norm = norms.get(name.partition("<-")[0])
+    theirs = {} if norm is None else {joined("norm", path): module for path, module in norm.named_modules()}
+    theirs |= dict(before.named_modules())
+    for path, module in connection.named_modules():
+        other = theirs.get(path)
+        kept: tuple[str, ...] = ("_parameters", "_buffers")
+        if other is None or any(getattr(module, held).keys() - getattr(other, held).keys() for held in kept):
+            raise InputError(
+                f"The connection {name} is not as dcafy made it: something has been put around or in the place of its "
+                "layers. Take that off first (peft: merge_and_unload)."
+            )
+        for held in kept:
+            ours = getattr(module, held)
+            ours.update({key: getattr(other, held)[key] for key in ours})
+        module.training = other.training
+
+
+def _unconnected(twin: nn.Module) -> nn.Module:
+    """``twin``, which is nobody else's, without its connections."""
     for module in [module for module in twin.modules() if is_ours(dca_of(module))]:
         before = getattr(dca_of(module), "before", None)
         if before is not None:

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
         print(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}, accuracy {epoch.metrics['top1']:.2%}")
     if history.usage is not None:
         for row in history.usage.connections:
-            print(f"{row.name:<24} message share {row.message_share:.1%}, loss if cut {row.loss_change:+.4f}")
+            print(f"{row.name:<24} loss if cut {row.cut.loss:+.4f} ± {row.cut.loss_error or 0:.4f}")
     return history
 
 

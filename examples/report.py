@@ -21,7 +21,6 @@ from torchvision.transforms.functional import to_pil_image
 
 import dcafy
 from dcafy.analysis import contributions
-from dcafy.analysis.usage import message_shares
 from dcafy.images.preparation import Preparation
 from dcafy.report import EpochLog, Findings, make_report
 
@@ -41,7 +40,6 @@ def fine_tuned(converted: torch.fx.GraphModule, data: quickstart.Digits, epochs:
     )
     optimizer = torch.optim.AdamW(groups)
     ratios: dict[str, tuple[float, ...]] = {}
-    shares: dict[str, tuple[float, ...]] = {}
     for epoch in range(epochs):
         with quickstart.progress_on(Console(stderr=True)) as bars:
             quickstart.train(
@@ -49,9 +47,7 @@ def fine_tuned(converted: torch.fx.GraphModule, data: quickstart.Digits, epochs:
             )
         for row in contributions(converted):
             ratios[row.name] = (*ratios.get(row.name, ()), row.ratio)
-        for name, share in message_shares(converted, [data.test_images]).items():
-            shares[name] = (*shares.get(name, ()), share)
-    return EpochLog(tuple(range(1, epochs + 1)), ratios, shares)
+    return EpochLog(tuple(range(1, epochs + 1)), ratios)
 
 
 def saved(images: Tensor, folder: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
 from dcafy.emit.connection import Connection
-from dcafy.emit.dca import connections, recipes
+from dcafy.emit.dca import connections, link_of, recipes
 from dcafy.plan.blocks import Contribution, Link
 from dcafy.plan.plan import Plan
 
@@ -35,9 +33,7 @@ def recorded_plan(model: nn.Module) -> Plan:
 
 
 def _contribution(name: str, connection: Connection, links: tuple[Link, ...]) -> Contribution:
-    target, _, source = name.partition("<-")
-    target = re.sub(r"\[\d+\]$", "", target)  # a block with one map per branch has a connection for each
-    link = next(link for link in links if link.target == target and source in ("", link.source))
+    link = link_of(name, links)
     return Contribution(
         name,
         link.source,

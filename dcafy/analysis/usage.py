@@ -1,74 +1,49 @@
-"""Does the network listen? What each connection says, and what it costs to cut it.
+"""Does the network listen? What each connection says, what the network makes of it, and what could be left out.
 
 The contribution ratio (paper 4.5) says how large β is beside α, not whether anything depends on it: a large β may
-scale a message that is next to nothing, or one that the layers behind it ignore.
+scale a message that is next to nothing, or one that the layers behind it ignore. And a message is mostly the same for
+every image: what is lost with it may be a bias, which another layer could have learned, or what it says of the image.
+So each connection is changed in three ways::
+
+    cut        no message                     what the connection is worth in all
+    mean       the average of its messages    what it is worth that messages differ between images
+    shuffled   the message of another image   what it is worth that a message is of this very image
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dcafy.emit.connection import Connection, JoinedConnection
-from dcafy.emit.dca import connections
-from dcafy.errors import InputError
+from dcafy.analysis.contributions import contributions
+from dcafy.analysis.listening import ALL, KINDS, ConnectionUsage, Effect, Usage
+from dcafy.analysis.tapped import Tap, tapped
+from dcafy.emit.connection import Connection
+from dcafy.emit.dca import connections, recipes
+from dcafy.errors import DcafyError, InputError
 from dcafy.graph.modes import evaluating
-from dcafy.wording import reason_of
-
-
-@dataclass(frozen=True)
-class ConnectionUsage:
-    """One connection, as a data set shows it.
-
-    ``contribution``     |β| / (|α| + |β|) (paper 4.5)
-    ``message_share``    ‖β·match(T̃)‖ / (‖αG‖ + ‖β·match(T̃)‖), over all images
-    ``loss_change``      loss with β = 0, minus the loss as it is; above 0 where the connection helps
-    ``accuracy_change``  the same of the top-1 accuracy, a fraction; below 0 where the connection helps
-    """
-
-    name: str
-    dimension: str
-    alpha: float
-    beta: float
-    contribution: float
-    message_share: float
-    loss_change: float
-    accuracy_change: float
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Every connection in the order of the data, and the network with all of them cut at once.
-
-    ``loss`` (mean cross-entropy) and ``accuracy`` (a fraction) are those of the network as it is, on ``images`` images.
-    """
-
-    images: int
-    loss: float
-    accuracy: float
-    connections: tuple[ConnectionUsage, ...]
-    loss_change: float
-    accuracy_change: float
-
-    def changes(self, all_: str) -> list[tuple[str, float, float]]:
-        """(name, loss change, accuracy change) of every connection, and of all at once under the name ``all_``."""
-        rows = [(row.name, row.loss_change, row.accuracy_change) for row in self.connections]
-        return [*rows, (all_, self.loss_change, self.accuracy_change)]
+from dcafy.graph.paths import joined
+from dcafy.plan.blocks import Contribution
+from dcafy.wording import one_line, reason_of
 
 
 @torch.no_grad()
 def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> Usage:
-    """What cutting each connection (β = 0), one at a time and all, does to loss and accuracy.
+    """What the network makes of each connection, one at a time and all: cut, shuffled, and its mean message.
 
-    ``model``: a converted classifier with outputs ``[N, classes]``. ``loader``: batches of images and labels, the same
-    ones whenever it is gone through; it is gone through once as it is, once for each connection and once for all.
-    ``device``: where the batches go; default: where the model is. Modes and parameters are as they were.
+    ``model``: a converted classifier with outputs ``[N, classes]``. ``loader``: batches of images and labels, in mixed
+    order; it is gone through twice, and each batch is run as it is and three times for each connection. What is left
+    out of the network at no cost is looked for with a few more turns. ``device``: where the batches go; default: where
+    the model is. The model is as it was; ``print`` the result to see a table, and the call that drops what nobody
+    listens to.
 
     Raises ``InputError`` for a model without connections, a loader without labelled batches, and batches or labels
     that the model does not take.
@@ -76,114 +51,387 @@ def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str
     >>> import dcafy, torch, torchvision
     >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(num_classes=3), verify=False)
     >>> found = dcafy.usage(model, [(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0]))])
-    >>> found.connections[0].message_share, found.connections[0].loss_change  # a fresh connection says nothing
+    >>> found.connections[0].message_share, found.connections[0].cut.loss  # a fresh connection says nothing
     (0.0, 0.0)
     """
-    own = connections(model)
-    where = device or next(model.parameters()).device
-    with evaluating(model):
-        with measured_shares(model) as shares:
-            images, loss, accuracy = _scores(model, loader, where)
-        found = shares()
-        rows = []
-        for name, connection in own.items():
-            with _cut([connection]):
-                _, cut_loss, cut_accuracy = _scores(model, loader, where)
-            alpha, beta = float(connection.alpha), float(connection.beta)
-            changes = (cut_loss - loss, cut_accuracy - accuracy)
-            contribution = connection.contribution()
-            rows.append(ConnectionUsage(name, connection.dimension, alpha, beta, contribution, found[name], *changes))
-        with _cut(own.values()):
-            _, cut_loss, cut_accuracy = _scores(model, loader, where)
-    return Usage(images, loss, accuracy, tuple(rows), cut_loss - loss, cut_accuracy - accuracy)
+    own = contributions(model)
+    look = _Looked(_plain(model), loader, device or next(model.parameters()).device)
+    with look.listening():
+        look.measure()
+        asked = {(row.name, kind): {row.name: kind} for row in own for kind in KINDS}
+        asked |= {(ALL, kind): {row.name: kind for row in own} for kind in KINDS}
+        effects = {key: _effect(rows) for key, rows in look.changed(asked).items()}
+        unheard, without = _unheard(own, effects), None
+        while unheard:
+            together = look.changed({(ALL, "cut"): {name: "cut" for link in unheard for name in link}})
+            without = _known(_effect(together[ALL, "cut"]))
+            if without.is_negligible:
+                break
+            unheard = unheard[: len(unheard) // 2]  # together they are worth something: those of least effect, then
+        images, loss, accuracy = look.as_it_is()
+    rows = tuple(
+        ConnectionUsage(
+            row.name,
+            row.dimension,
+            row.alpha,
+            row.beta,
+            row.ratio,
+            look.ears[row.name].share,
+            look.ears[row.name].varying,
+            look.moved(row.name),
+            _known(effects[row.name, "cut"]),
+            effects[row.name, "shuffled"],
+            _known(effects[row.name, "mean"]),
+        )
+        for row in own
+    )
+    left_out = {name for link in unheard for name in link}
+    return Usage(
+        images,
+        loss,
+        accuracy,
+        rows,
+        _known(effects[ALL, "cut"]),
+        effects[ALL, "shuffled"],
+        _known(effects[ALL, "mean"]),
+        look.alike,
+        tuple(row.name for row in own if row.name in left_out),
+        without if unheard else None,
+        look.unread,
+    )
+
+
+def _known(effect: Effect | None) -> Effect:
+    assert effect is not None
+    return effect
+
+
+def _effect(differences: Tensor) -> Effect | None:
+    """Of rows (loss, right), one for each image: what a change makes of it; ``None`` without any."""
+    number = len(differences)
+    if not number:
+        return None
+    loss, accuracy = differences.mean(0).tolist()
+    if number == 1:
+        return Effect(loss, None, accuracy, None)
+    errors = (differences.std(0) / number**0.5).tolist()
+    return Effect(loss, errors[0], accuracy, errors[1])
+
+
+def _unheard(own: Sequence[Contribution], effects: Mapping[tuple[str, str], Effect | None]) -> list[list[str]]:
+    """The links that cost nothing when they are cut, each by its connections, those that cost least first.
+
+    One with β = 0 has said nothing yet, which is another thing than not being listened to.
+    """
+    links: dict[str, list[str]] = {}
+    for row in own:
+        links.setdefault(re.sub(r"\[\d+\]", "", row.name), []).append(row.name)
+    spoken = {row.name for row in own if row.beta != 0}
+    cut = {row.name: _known(effects[row.name, "cut"]) for row in own}
+    whole = [names for names in links.values() if all(cut[name].is_negligible for name in names)]
+    whole = [names for names in whole if not spoken.isdisjoint(names)]
+    return sorted(whole, key=lambda names: max(cut[name].loss for name in names))
 
 
 @torch.no_grad()
-def message_shares(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+def message_shares(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     """Connection -> ‖β·match(T̃)‖ / (‖αG‖ + ‖β·match(T̃)‖) over all of these images; modes are as they were.
 
     ``batches``: inputs of the model, on its device. Raises ``InputError`` for a model without connections.
     """
-    with evaluating(model), measured_shares(model) as shares:
+    with evaluating(model), _eager(), _listening(model) as ears:
+        for ear in ears.values():
+            ear.measures = True
         for images in batches:
-            model(images)
-    return shares()
+            _run(model, images, ears)
+    return {name: ear.share for name, ear in ears.items()}
+
+
+# --- what a connection hears ----------------------------------------------------------------------------
+
+
+class _Ear:
+    """What one connection hears, measured and changed: it stands in the place of ``Connection.matched``.
+
+    ``sums``: for each call in a run and each size of maps, what the mean takes: messages in all, their sum.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.matched = connection.matched
+        self.measures = False
+        self.change: Callable[[_Ear, Any, Tensor], Tensor] | None = None
+        self.order: Tensor | None = None
+        self.could_shuffle = True
+        self.turn = 0
+        self.sums: dict[Any, list[Any]] = {}
+        self.energies = [0.0, 0.0, 0.0]  # of αG, of β times the message, of the message
+
+    def __call__(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
+        message = self.matched(G, T_prev, G_prev)
+        place = (self.turn, *message.shape[1:])
+        self.turn += 1
+        if self.measures:
+            self._measure(place, G, message)
+        return message if self.change is None else self.change(self, place, message)
+
+    def _measure(self, place: Any, G: Tensor, message: Tensor) -> None:
+        alpha, beta = (value.to(G.dtype) for value in (self.connection.alpha, self.connection.beta))
+        for i, value in enumerate((alpha * G, beta * message, message)):
+            self.energies[i] += float(value.double().square().sum())
+        total = self.sums.setdefault(place, [0, 0.0])
+        total[0] += len(message)
+        total[1] = total[1] + message.double().sum(0)
+
+    def average(self, place: Any) -> Tensor:
+        """The average message at that place."""
+        if place not in self.sums:
+            raise InputError(
+                "The loader gave maps of another size the second time that it was gone through. Pass images that are "
+                "cut to one size, or the same ones each time."
+            )
+        number, total = self.sums[place]
+        mean: Tensor = total / number
+        return mean
+
+    @property
+    def share(self) -> float:
+        own, message = (energy**0.5 for energy in self.energies[:2])
+        return message / (own + message) if own + message else 0.0
+
+    @property
+    def varying(self) -> float:
+        alike = sum(float(total.square().sum()) / number for number, total in self.sums.values())
+        return max(1 - alike / self.energies[2], 0.0) if self.energies[2] else 0.0
+
+
+def _cut(ear: _Ear, place: Any, message: Tensor) -> Tensor:
+    return torch.zeros_like(message)
+
+
+def _mean(ear: _Ear, place: Any, message: Tensor) -> Tensor:
+    return ear.average(place).to(message.dtype).expand_as(message)
+
+
+def _shuffled(ear: _Ear, place: Any, message: Tensor) -> Tensor:
+    """Each image's message, in the place of another's; an image may have several in a row (windows of a map)."""
+    order = ear.order
+    if order is None or len(message) % len(order):
+        ear.could_shuffle = False
+        return message
+    parts = message.reshape(len(order), -1, *message.shape[1:])
+    return parts[order].reshape(message.shape)
+
+
+_CHANGES = {"cut": _cut, "shuffled": _shuffled, "mean": _mean}
 
 
 @contextmanager
-def measured_shares(model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
-    """Inside it the model's passes are measured; what it yields gives the message share of every connection."""
-    squares = {name: [0.0, 0.0] for name in connections(model)}
-    names = {id(connection): name for name, connection in connections(model).items()}
-
-    def add(part: Connection, context: Tensor, message: tuple[Tensor | None, ...]) -> None:
-        total = squares[names[id(part)]]
-        total[0] += float((part.alpha.to(context.dtype) * context).double().square().sum())
-        T_prev, G_prev = message or (None, None)
-        if T_prev is not None:
-            term = part.beta.to(context.dtype) * part.matched(context, T_prev, G_prev)
-            total[1] += float(term.double().square().sum())
-
-    def hear(module: nn.Module, given: tuple[Any, ...]) -> None:
-        context, *messages = given
-        if isinstance(module, JoinedConnection):
-            for part, *pair in zip(module.parts, messages[::2], messages[1::2], strict=True):
-                assert isinstance(part, Connection)
-                add(part, context, tuple(pair))
-        elif isinstance(module, Connection):
-            add(module, context, tuple(messages))
-
-    parts = {id(part) for m in model.modules() if isinstance(m, JoinedConnection) for part in m.parts}
-    heard = [m for m in model.modules() if isinstance(m, Connection | JoinedConnection) and id(m) not in parts]
-    handles = [module.register_forward_pre_hook(hear) for module in heard]
+def _listening(model: nn.Module) -> Iterator[dict[str, _Ear]]:
+    """Inside it every connection hears through an ear of its own."""
+    ears = {name: _Ear(connection) for name, connection in connections(model).items()}
     try:
-        yield lambda: {name: _share(own**0.5, message**0.5) for name, (own, message) in squares.items()}
+        for ear in ears.values():
+            ear.connection.__dict__["matched"] = ear
+        yield ears
     finally:
-        for handle in handles:
-            handle.remove()
+        for ear in ears.values():
+            ear.connection.__dict__.pop("matched", None)
 
 
-def _share(own: float, message: float) -> float:
-    return message / (own + message) if own + message else 0.0
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Inside it nothing runs compiled code, which would not come by here."""
+    stance = getattr(torch.compiler, "set_stance", None)  # of torch 2.6
+    with contextlib.nullcontext() if stance is None else stance("force_eager"):
+        yield
 
 
-def _scores(model: nn.Module, loader: Iterable[Any], device: torch.device | str) -> tuple[int, float, float]:
-    """(images, mean cross-entropy, top-1 accuracy) over the loader; images labelled -1 do not count."""
-    images, loss, right = 0, 0.0, 0
-    for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise InputError("The loader should give batches of images and labels, as (images, labels).")
-        inputs, labels = _moved(batch[0], device), _moved(batch[1], device)
-        outputs = _outputs(model, inputs)
+def _run(model: nn.Module, inputs: Any, ears: Mapping[str, _Ear]) -> Any:
+    for ear in ears.values():
+        ear.turn = 0
+    return model(inputs)
+
+
+# --- the network on the loader --------------------------------------------------------------------------
+
+
+@dataclass
+class _Moved:
+    """How T is spread, and how far it was moved, in sums over all values."""
+
+    number: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    moves: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        before, after = before.double(), after.double()
+        self.number += before.numel()
+        self.total += float(before.sum())
+        self.squares += float(before.square().sum())
+        self.moves += float((after - before).square().sum())
+
+    @property
+    def in_spreads(self) -> float | None:
+        if not self.number:
+            return None
+        mean = self.total / self.number
+        variance = self.squares / self.number - mean**2
+        # What is left of equal values are rounding errors.
+        return (self.moves / self.number / variance) ** 0.5 if variance > 1e-12 * (1 + mean**2) else None
+
+
+@dataclass
+class _Looked:
+    """The network while it is being looked at: run batch by batch, as it is and changed.
+
+    It is a copy of the model on the same parameters that tells its T, where that can be made; else the model itself.
+    """
+
+    model: nn.Module
+    loader: Iterable[Any]
+    device: torch.device | str
+    ears: dict[str, _Ear] = field(default_factory=dict)
+    taps: dict[str, Tap] = field(default_factory=dict)
+    moves: dict[str, _Moved] = field(default_factory=dict)
+    scores: list[Tensor] = field(default_factory=list)
+    alike: float = 0.0
+    unread: str = ""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside it the network can be looked at."""
+        first = next(self._batches(), None)
+        if first is None:
+            raise InputError(_NOTHING)
+        self.network = self.model
+        expected = self._in_eval(*first)
+        try:
+            copy = tapped(self.model, first[0][:2])
+        except DcafyError as error:  # what can be run and not be recorded is told of all but its T
+            self.unread = one_line(error)
+        else:
+            self.network = copy.model
+            if torch.allclose(self._in_eval(*first), expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+                self.taps = self._of_targets(copy.maps)
+            else:
+                self.network, self.unread = self.model, "a copy of the network that tells them computes otherwise"
+        with evaluating(self.network), _eager(), _listening(self.network) as self.ears:
+            yield
+
+    def _in_eval(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        with evaluating(self.network), _eager():
+            return self._rows(inputs, labels)
+
+    def _of_targets(self, taps: Mapping[str, Tap]) -> dict[str, Tap]:
+        """Connection -> the tap behind the T of the block that hears."""
+        around = next(path for path, _ in recipes(self.model))
+        targets = {row.name: joined(around, row.target) for row in contributions(self.model)}
+        return {name: taps[target] for name, target in targets.items() if target in taps}
+
+    def _batches(self) -> Iterator[tuple[Any, Tensor]]:
+        for batch in self.loader:
+            if not isinstance(batch, tuple | list) or len(batch) < 2:
+                raise InputError("The loader should give batches of images and labels, as (images, labels).")
+            yield _on(batch[0], self.device), _on(batch[1], self.device)
+
+    def _rows(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """(loss, right) of each image."""
+        try:
+            outputs = _run(self.network, inputs, self.ears)
+        except DcafyError:
+            raise
+        except Exception as error:  # any forward may refuse its input in any way
+            raise InputError(
+                f"{type(self.model).__name__} does not run on a batch of the loader, of shape {tuple(inputs.shape)}: "
+                f"{reason_of(error)}. Give it batches that it accepts."
+            ) from error
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(inputs):
+            raise InputError("The model is no classifier: its outputs are not of shape [N, classes].")
         _check_labels(labels, *outputs.shape)
-        counted = labels >= 0
-        images += int(counted.sum())
-        loss += float(F.cross_entropy(outputs.float(), labels.long(), reduction="sum", ignore_index=-1))
-        right += int(((outputs.argmax(1) == labels) & counted).sum())
-    if not images:
-        raise InputError("The loader gave no images, so there is nothing to measure. Pass one that is not used up.")
-    return images, loss / images, right / images
+        losses = F.cross_entropy(outputs.float(), labels.long(), reduction="none", ignore_index=-1)
+        return torch.stack([losses.double(), (outputs.argmax(1) == labels).double()], dim=1)
+
+    def measure(self) -> None:
+        """Goes through the loader once, for what messages are like."""
+        for ear in self.ears.values():
+            ear.measures = True
+        for inputs, labels in self._batches():
+            rows = self._rows(inputs, labels)[labels >= 0]
+            self.scores.append(rows)
+        for ear in self.ears.values():
+            ear.measures = False
+        if not sum(map(len, self.scores)):
+            raise InputError(_NOTHING)
+        if not any(ear.energies[0] for ear in self.ears.values()):
+            raise InputError(
+                f"The connections of {type(self.model).__name__} are not run when it is called, or not by Python: is "
+                "it compiled? Pass the model itself, as dcafy.convert returned it."
+            )
+
+    def as_it_is(self) -> tuple[int, float, float]:
+        """(images, mean cross-entropy, top-1 accuracy); images labelled -1 do not count."""
+        rows = torch.cat(self.scores)
+        loss, accuracy = rows.mean(0).tolist()
+        return len(rows), loss, accuracy
+
+    def changed(self, asked: Mapping[tuple[str, str], Mapping[str, str]]) -> dict[tuple[str, str], Tensor]:
+        """What the changes (connection -> kind) under each key make of each image's (loss, right).
+
+        Goes through the loader once, and compares only what was computed on one and the same batch.
+        """
+        found: dict[tuple[str, str], list[Tensor]] = {key: [] for key in asked}
+        others, same = 0, 0
+        for number, (inputs, labels) in enumerate(self._batches()):
+            order = _other(len(labels), number).to(labels.device)
+            counted = labels >= 0
+            before = self._rows(inputs, labels)
+            maps = {name: tap.seen for name, tap in self.taps.items()}
+            for key, changes in asked.items():
+                if order.numel() < 2 and "shuffled" in changes.values():
+                    continue  # there is no other image in this batch
+                after = self._changed(inputs, labels, changes, order)
+                found[key].append((after - before)[counted])
+                if key[1] == "cut":
+                    self._note(key[0], maps.get(key[0]))
+            if order.numel() > 1:
+                others, same = others + int(counted.sum()), same + int(((labels == labels[order]) & counted).sum())
+        self.alike = same / others if others else 0.0
+        for key, changes in asked.items():
+            if not all(self.ears[name].could_shuffle for name, kind in changes.items() if kind == "shuffled"):
+                found[key] = []
+        empty = torch.zeros(0, 2, dtype=torch.float64)
+        return {key: torch.cat(rows).cpu() if rows else empty for key, rows in found.items()}
+
+    def _changed(self, inputs: Tensor, labels: Tensor, changes: Mapping[str, str], order: Tensor) -> Tensor:
+        try:
+            for name, kind in changes.items():
+                self.ears[name].change, self.ears[name].order = _CHANGES[kind], order
+            return self._rows(inputs, labels)
+        finally:
+            for name in changes:
+                self.ears[name].change = None
+
+    def _note(self, name: str, before: Tensor | None) -> None:
+        after = self.taps[name].seen if before is not None else None
+        if before is not None and after is not None:
+            self.moves.setdefault(name, _Moved()).add(before, after)
+
+    def moved(self, name: str) -> float | None:
+        """How far cutting a connection moves the T of its block."""
+        return self.moves[name].in_spreads if name in self.moves else None
 
 
-def _moved(value: Any, device: torch.device | str) -> Tensor:
+_NOTHING = "The loader gave no images, so there is nothing to measure. Pass one that is not used up."
+
+
+def _on(value: Any, device: torch.device | str) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(
             f"The loader gives images and labels of {type(value).__name__}, and tensors are needed. Collate them first."
         )
     return value.to(device)
-
-
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    try:
-        outputs = model(inputs)
-    except Exception as error:  # any forward may refuse its input in any way
-        raise InputError(
-            f"{type(model).__name__} does not run on a batch of the loader, of shape {tuple(inputs.shape)}: "
-            f"{reason_of(error)}. Give it batches that it accepts."
-        ) from error
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(inputs):
-        raise InputError("The model is no classifier: its outputs are not of shape [N, classes].")
-    return outputs
 
 
 def _check_labels(labels: Tensor, images: int, classes: int) -> None:
@@ -200,14 +448,18 @@ def _check_labels(labels: Tensor, images: int, classes: int) -> None:
             )
 
 
-@contextmanager
-def _cut(cut: Iterable[Connection]) -> Iterator[None]:
-    """Inside it β of these connections is 0."""
-    before = [(connection.beta, connection.beta.clone()) for connection in cut]
-    try:
-        for beta, _ in before:
-            beta.zero_()
-        yield
-    finally:
-        for beta, value in before:
-            beta.copy_(value)
+def _plain(model: nn.Module) -> nn.Module:
+    """The model inside what compiles it or spreads it over devices."""
+    while True:
+        inside = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inside = model.module
+        if inside is None:
+            return model
+        model = inside
+
+
+def _other(images: int, number: int) -> Tensor:
+    """For each image of a batch another one of it: along one circle through all, drawn for the batch's number alone."""
+    circle = torch.randperm(images, generator=torch.Generator().manual_seed(number))
+    return torch.empty_like(circle).scatter_(0, circle, circle.roll(-1))

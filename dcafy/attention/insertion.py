@@ -39,7 +39,7 @@ def insert(
     model: nn.Module,
     attention: str,
     *,
-    reduction: int = 16,
+    reduction: int | None = 16,
     where: str = "auto",
     init: Init = "identity",
     example_inputs: Any = None,
@@ -48,7 +48,8 @@ def insert(
     """``model`` with attention in every residual unit: trainable, and by default computing exactly the same.
 
     ``attention``: ``se``, ``ge`` (θ⁻), ``ge-theta``, ``sk``, ``cbam``, ``bam``, ``gc``, ``sge`` or ``eca``.
-    ``reduction``: channels over the width of the attention's bottleneck, where it has one.
+    ``reduction``: channels over the width of the attention's bottleneck, where it has one; ``None`` leaves that of
+    ``gc`` out (one 1x1 convolution in its place: the simplified non-local block).
     ``where``: ``auto`` finds residual and bottleneck units by their structure and puts attention at the end of
     the main branch, before the addition (``sk`` gives the unit's k x k convolution a second branch); a glob of module
     paths such as ``layer3.*`` takes the units among those, or puts it behind the outermost modules that match.
@@ -81,12 +82,16 @@ def insert(
     return host
 
 
-def _check(attention: str, reduction: int, init: str) -> None:
+def _check(attention: str, reduction: int | None, init: str) -> None:
     if attention not in ATTENTIONS:
         raise UsageError(f"attention={attention!r} is not known. Use one of: {', '.join(sorted(ATTENTIONS))}.")
     if init not in get_args(Init):
         raise UsageError(f"init={init!r} is not known. Use one of: {', '.join(get_args(Init))}.")
-    if not isinstance(reduction, int) or isinstance(reduction, bool) or reduction < 1:
+    if reduction is None:
+        if not ATTENTIONS[attention].without_bottleneck:
+            able = ", ".join(name for name, kind in ATTENTIONS.items() if kind.without_bottleneck)
+            raise UsageError(f"reduction=None leaves the bottleneck out, which {attention!r} cannot do; {able} can.")
+    elif not isinstance(reduction, int) or isinstance(reduction, bool) or reduction < 1:
         raise UsageError(f"reduction must be a whole number of at least 1, not {reduction!r}.")
     if init == "identity" and ATTENTIONS[attention].obstacle:
         raise UsageError(
@@ -95,7 +100,7 @@ def _check(attention: str, reduction: int, init: str) -> None:
         )
 
 
-def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int, init: Init) -> None:
+def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int | None, init: Init) -> None:
     """Puts attention into ``host``, the module that ``unit`` describes."""
     reads: tuple[fx.Node, ...]
     if attention == "sk":
@@ -105,6 +110,7 @@ def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int, init: I
                 "selective kernels would give a second branch to. Leave it out with where=, or use another attention."
             )
         reads = (unit.kernel.input, unit.kernel.output)
+        assert reduction is not None
         module: nn.Module = _selective(unit.kernel, host, reduction)
     else:
         reads = (unit.end,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dcafy.plan.options import Init
 from dcafy.records import one_of, within
@@ -13,21 +13,23 @@ from dcafy.records import one_of, within
 if TYPE_CHECKING:
     from torch import nn
 
-Build = Callable[[int, int, Init, int], "nn.Module"]
-"""(channels, reduction, init, side of the map) -> the module that attends a map."""
+Build = Callable[[int, Any, Init, int], "nn.Module"]
+"""(channels, reduction or ``None``, init, side of the map) -> the module that attends a map."""
 
 
 @dataclass(frozen=True)
 class Attention:
     """One attention that can be inserted.
 
-    ``obstacle``  why it cannot start as an exact no-op, empty where it can
-    ``silent``    the layers, below the module, that are zero where it does, so that T is the same whatever G is
+    ``obstacle``            why it cannot start as an exact no-op, empty where it can
+    ``silent``              the layers, below the module, that are zero where it does: T is the same whatever G is
+    ``without_bottleneck``  whether it can do without one (a reduction of ``None``)
     """
 
     build: Build
     obstacle: str = ""
     silent: tuple[str, ...] = ()
+    without_bottleneck: bool = False
 
 
 def _of(module: str, name: str) -> Callable[..., nn.Module]:
@@ -61,7 +63,7 @@ ATTENTIONS: dict[str, Attention] = {
     "sk": Attention(_sk, obstacle="its maps weigh two branches against one another, and the second one is new"),
     "cbam": Attention(_reduced("cbam", "CBAM"), silent=("channel.expand", "spatial.norm")),
     "bam": Attention(_reduced("bam", "BAM"), silent=("channel.norm", "norm")),
-    "gc": Attention(_reduced("gc", "GC"), silent=("bottleneck.expand",)),
+    "gc": Attention(_reduced("gc", "GC"), silent=("bottleneck.expand",), without_bottleneck=True),
     "sge": Attention(lambda channels, reduction, init, side: _of("sge", "SGE")(channels, init=init), silent=("norm",)),
     "eca": Attention(lambda channels, reduction, init, side: _of("eca", "ECA")(channels, init=init), silent=("conv",)),
 }
@@ -79,6 +81,6 @@ class Insertion:
     """What one call of :func:`dcafy.insert` did: enough to do it again."""
 
     attention: Annotated[str, one_of(ATTENTIONS)]
-    reduction: Annotated[int, within(1, 2**16)]
+    reduction: Annotated[int, within(1, 2**16)] | None
     where: str
     init: Init

@@ -241,8 +241,8 @@ def described(description: Description) -> str:
     """The text of ``dcafy.json``; :func:`read` gives the description back."""
     # Facts are one of hundreds: a line each.
     data = written(description, {Facts: str, Plan: Plan.to_dict})
-    chains = data["plan"]["chains"] if data["plan"] else ()
-    for options in (data["options"], *(link for chain in chains for link in chain["links"])):
+    chains = data["plan"]["chains"] if data["plan"] else ()  # a network that is not connected has no plan
+    for options in (data["options"] or {}, *(link for chain in chains for link in chain["links"])):
         for name in [name for name, value in _UNSAID.items() if options.get(name) == value]:
             del options[name]
     return json.dumps(FORMAT.stamped(data), indent=2, allow_nan=False) + "\n"

@@ -6,18 +6,20 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 from dcafy import errors
 from dcafy.cli.app import app
 from dcafy.cli.configured import given_options, with_options
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.images.options import DataOptions
-from dcafy.plan.options import Conversion
-from dcafy.runs.options import RunOptions, with_defaults_of
+from dcafy.plan.options import Conversion, Inserting
+from dcafy.runs.options import ARMS, RunOptions, chosen
 from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable, quoted
@@ -26,7 +28,28 @@ if TYPE_CHECKING:
     from dcafy.runs.request import Request
 
 
-@app.command("finetune")
+class _Comparing(TyperCommand):
+    """A command whose ``--compare`` may have a value, several, or none."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_with_arms(args)))
+
+
+def _with_arms(args: list[str]) -> Iterator[str]:
+    """The arguments with one value behind each ``--compare``: the arms that stand there, or the usual two."""
+    left = list(args)
+    while left:
+        argument = left.pop(0)
+        if argument != "--compare":
+            yield argument
+            continue
+        arms = []
+        while left and (left[0] in ARMS or ("," in left[0] and not left[0].startswith("-"))):
+            arms.append(left.pop(0))
+        yield f"--compare={','.join(arms) or 'original,connected'}"
+
+
+@app.command("finetune", cls=_Comparing)
 @with_options
 def finetune_command(
     context: typer.Context,
@@ -44,7 +67,7 @@ def finetune_command(
     if run.output is None:
         raise errors.UsageError("-o names no folder. Write -o runs/NAME: checkpoints, log and model go there.")
     given, output = given_options(context), run.output
-    if "seeds" in given and not (run.compare or run.resume):
+    if "seeds" in given and not (run.arms or run.resume):
         raise errors.UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as alone:
         from dcafy.runs.request import REQUEST, Request
@@ -62,18 +85,24 @@ def finetune_command(
                 else "--data names no images. Write --data imagefolder:PATH, or --data digits to try."
             )
         else:
-            training = with_defaults_of(run.task, training, given)
-            seeds = run.seeds if run.compare else 0
+            _require_some_use(run, given)
+            found = chosen(run, training, images, conversion, given)
+            if found.training.schedule == "multistep":
+                found.training.falls_at  # noqa: B018 (says what is wrong with them)
             asked = Request(
                 model,
                 run.data,
                 file.arch,
                 settings_given(settings),
-                conversion,
-                images,
-                training,
-                seeds,
-                run.task,
+                found.conversion,
+                found.images,
+                found.training,
+                run.seeds if run.arms else 0,
+                found.task,
+                "plain" if run.plain else "connected",
+                run.arms,
+                run.recipe,
+                None if run.backbone is None else str(run.backbone),
                 prefix=file.prefix,
                 ignore_head=file.ignore_head,
                 keep=run.keep,
@@ -82,6 +111,21 @@ def finetune_command(
                 _require_free(output)
         printed = _run(asked, output, run, file)
     print(printed, end="")
+
+
+def _require_some_use(run: RunOptions, given: Mapping[str, Any]) -> None:
+    """Nothing where every option of a conversion is of use to something that is trained."""
+    trained = run.arms or (("plain",) if run.plain else ("connected",))
+    options = {item.name for item in dataclasses.fields(Conversion)}
+    inserting = {item.name for item in dataclasses.fields(Inserting)}
+    useful = options if "connected" in trained else set() if trained == ("plain",) else inserting
+    for name in given:
+        if name in options - useful:
+            what = (
+                "--plain trains the network as it is" if run.plain else f"--compare {','.join(trained)} connects none"
+            )
+            more = "; --compare attention trains it with attention, unconnected" if name in inserting else ""
+            raise errors.UsageError(f"{what}, so that --{name.replace('_', '-')} is of no use{more}. Leave it out.")
 
 
 def _require_free(output: Path) -> None:
@@ -118,14 +162,22 @@ def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     if "settings" in given:
         given["settings"] = settings_given(given["settings"])
     known = {
-        **{name: getattr(asked, name) for name in ("model", "data", "task", "arch", "settings", *_PLACES)},
-        "compare": asked.seeds > 0,
+        **{
+            name: getattr(asked, name)
+            for name in ("model", "data", "task", "recipe", "backbone", "arch", "settings", *_PLACES)
+        },
+        "plain": asked.arm == "plain",
+        "compare": ",".join(asked.arms) or None,
         "seeds": max(asked.seeds, 1),
         "keep": asked.keep,
         **dataclasses.asdict(asked.conversion),
         **dataclasses.asdict(asked.images),
         **dataclasses.asdict(asked.training),
     }
+    if "backbone" in given:
+        given["backbone"] = dataclasses.replace(asked, backbone=str(given["backbone"])).anchored().backbone
+    if "compare" in given:
+        given["compare"] = ",".join(RunOptions(compare=given["compare"]).arms)
     for name, value in given.items():
         if name in known and name not in (*_MAY_CHANGE, "download") and known[name] != value:
             raise errors.UsageError(
@@ -165,7 +217,7 @@ def _tell(amiss: tuple[str, ...]) -> None:
 def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> str:
     """Runs what was asked for; the summary, for the main process."""
     from dcafy.runs.request import write_request
-    from dcafy.runs.run import finish, subject, train
+    from dcafy.runs.run import finish, require_arm, subject, train
     from dcafy.runs.summary import of_comparison, of_history
     from dcafy.runs.using import tell_random
     from dcafy.training.folder import alone_in
@@ -181,7 +233,9 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
         # Whatever is wrong with the network, the data or the log shows here, before there is a run.
         if run.json_log is not None and is_main_process():
             JsonLines(run.json_log).require_writable()
-        on = subject(asked, seed=asked.training.seed, file=file)
+        for arm in asked.arms[:-1]:
+            require_arm(asked, arm)
+        on = subject(asked, seed=asked.training.seed, arm=(asked.arms or (asked.arm,))[-1], file=file)
         if is_main_process():
             tell_random(on.network, asked.model)
             _tell(on.data.amiss)

@@ -13,7 +13,7 @@ from dcafy.attention.insertion import insert
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.conversion import convert, inspect
-from dcafy.emit.dca import connections, is_connected, recipes
+from dcafy.emit.dca import connections, is_connected, own_contexts, recipes
 from dcafy.errors import InputError
 from dcafy.graph.paths import above
 from dcafy.plan.plan import Plan
@@ -103,7 +103,8 @@ def _moved(plan: Plan, known: Plan, place: _Place) -> Plan:
         kept = tuple(link for link in links if {link.source, link.target} <= there)
         blocks = tuple(name for name in map(place.moved, chain.blocks) if name in there)
         chains.append(dataclasses.replace(chain, blocks=blocks, links=kept))
-    return dataclasses.replace(known, chains=tuple(chains))
+    alone = tuple(dataclasses.replace(one, name=place.moved(one.name)) for one in plan.alone)
+    return dataclasses.replace(known, chains=tuple(chains), alone=tuple(one for one in alone if one.name in there))
 
 
 @torch.no_grad()
@@ -115,10 +116,15 @@ def _take(made: nn.Module, own: dict[str, Tensor], classifier: nn.Module, place:
             if theirs is not None and theirs.shape == value.shape:
                 value.copy_(theirs)
     if is_connected(classifier):
-        ours = connections(made)
-        for name, connection in connections(classifier).items():
+        ours = _all_of(made)
+        for name, connection in _all_of(classifier).items():
             if place.moved(name) in ours:
                 ours[place.moved(name)].load_state_dict(connection.state_dict())
+
+
+def _all_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every connection, and what is left of those that were dropped."""
+    return {**connections(model), **own_contexts(model)}
 
 
 def _freeze(made: nn.Module, detector: nn.Module) -> None:
@@ -136,6 +142,6 @@ def _freeze(made: nn.Module, detector: nn.Module) -> None:
         if name not in trained and not is_connection(name) and frozen(name):
             parameter.requires_grad_(False)
     if is_connected(made):
-        for name, connection in connections(made).items():
+        for name, connection in _all_of(made).items():
             if frozen(name.partition("<-")[0]):
                 connection.requires_grad_(False)

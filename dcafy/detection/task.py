@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,6 +108,7 @@ class AveragePrecision:
             # The processes gather images themselves: some have one twice, to make their batches even.
             self.metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
         self.metric.warn_on_many_detections = False  # detectors give more; COCO counts the best 100
+        self.by_image: Mapping[str, Tensor] = {}  # no precision is a mean over images
         self.seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
 
     def update(self, model: nn.Module, batch: Batch) -> None:

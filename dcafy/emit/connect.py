@@ -24,7 +24,7 @@ from dcafy.emit.dca import Connections, Recipe
 from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
 from dcafy.emit.root import open_runs
 from dcafy.emit.wire import behind_layer, hear, tell
-from dcafy.emit.wiring import Wiring, wires
+from dcafy.emit.wiring import Wiring, own_contexts, wires
 from dcafy.find.roles import Found
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
@@ -83,6 +83,12 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
                 )
                 batch = tuple(_same_batch(network, link, i) for link in heard)
                 asked.append((host(region, sites[i]), _Hears(target, sites[i], wiring, batch, source=single), numbered))
+    for one in recipe.plan.alone:
+        region = network.region(one.name)
+        sites = region.hearing(one.name)
+        for wiring in own_contexts(network, one, _place(one.name, modules)):
+            host(region, sites[wiring.contexts[0]]).wires.append((one.name, wiring))
+            asked += [(host(region, sites[i]), _Hears(one.name, sites[i], wiring, ()), ()) for i in wiring.contexts]
     told: dict[tuple[str, str, str, int], list[tuple[str, Site]]] = {}
     for source in dict.fromkeys(link.source for link in links if link.source != link.target):
         region = network.region(source)
@@ -91,19 +97,19 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
                 host(region, site)
                 told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
     wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
-    for one, hears, numbered in asked:
+    for asking, hears, numbered in asked:
         lines = tuple(
             None if pair is None else (wire.lines[pair[0]], None if pair[1] is None else wire.lines[pair[1]])
             for pair in numbered
         )
-        one.hears.append(dataclasses.replace(hears, lines=lines))
+        asking.hears.append(dataclasses.replace(hears, lines=lines))
     for (source, path, local, _), values in told.items():
         to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
         numbers = tuple(int(name.rpartition("|")[2][1:] or 0) for name, _ in values)
         tells = _Tells(source, tuple(site for _, site in values), numbers, Told(source, to))
         hosts[path, local].tells.append(tells)
-    for number, ((path, local), one) in enumerate(hosts.items()):
-        one.rewrite(modules[joined(path, local)], wire, number)
+    for number, ((path, local), rewritten) in enumerate(hosts.items()):
+        rewritten.rewrite(modules[joined(path, local)], wire, number)
     open_runs(model, recipe, wire, example, whole=whole)
 
 
@@ -118,6 +124,8 @@ def _before(
     heard, sources = hearing(links), {link.source for link in links}
     found: Before = {}
     for _, hears, numbered in asked:
+        if hears.target not in heard:  # it hears nobody
+            continue
         (link, *more), pair = heard[hears.target], numbered[0]
         if pair is not None and not more and hears.target not in found and hears.target in sources:
             found[hears.target] = (link.source, *pair)

@@ -94,6 +94,26 @@ def _f(connection: Any, G: Tensor, terms: tuple[Term, ...]) -> Tensor:
     return joined if connection.norm is None else MATCHES[connection.dimension].normalised(connection, joined)
 
 
+class OwnContext(Connection):
+    """What is left of a connection that hears nobody any more: f of αG alone, which is αG but for inexact schemas.
+
+    >>> own = OwnContext("channel")
+    >>> [name for name, _ in own.named_parameters()]
+    ['alpha']
+    """
+
+    hears_nobody = True
+
+    def __init__(self, dimension: Dimension, **options: Any) -> None:
+        super().__init__(dimension, **options)
+        del self.beta
+
+    def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
+        """What f makes of αG where nothing is heard."""
+        nothing = () if SCHEMAS[self.schema].exact else ((self.alpha, torch.zeros_like(G)),)
+        return _f(self, G, nothing)
+
+
 class JoinedConnection(nn.Module):
     """``f(αG, Σ βᵢ·matchᵢ(T̃ᵢ))``: a block that hears several earlier ones (paper section 5).
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from dcafy.emit.connection import Connection
 from dcafy.emit.ends import Ends
 from dcafy.errors import InputError
+from dcafy.plan.blocks import Link
 from dcafy.plan.plan import Plan
 
 
@@ -100,13 +102,31 @@ def connections(model: nn.Module) -> dict[str, Connection]:
     Raises ``InputError`` for a model that was not converted.
     """
     require_connected(model)
-    found = {
-        name: connection_at(dca_of(module), address)
-        for _, module, ends in connected_hosts(model)
-        for name, address in ends.addresses
-    }
+    found = {name: one for name, one in _by_name(model) if not _hears_nobody(one)}
     order = {link.target: i for _, recipe in recipes(model) for i, link in enumerate(recipe.plan.links)}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0].partition("<-")[0].partition("[")[0], 0)))
+
+
+def own_contexts(model: nn.Module) -> dict[str, Any]:
+    """Name -> what is left of a connection that was dropped and keeps its α, named as connections are."""
+    return {name: one for name, one in _by_name(model) if _hears_nobody(one)}
+
+
+def _by_name(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for _, module, ends in connected_hosts(model):
+        for name, address in ends.addresses:
+            yield name, connection_at(dca_of(module), address)
+
+
+def _hears_nobody(connection: Any) -> bool:
+    return getattr(connection, "hears_nobody", False)
+
+
+def link_of(name: str, links: Iterable[Link]) -> Link:
+    """The link that the connection of that name is of; a block with one map per branch has several for each."""
+    target, _, source = name.partition("<-")
+    target = re.sub(r"\[\d+\]$", "", target)
+    return next(link for link in links if link.target == target and source in ("", link.source))
 
 
 def connection_at(dca: Any, address: str) -> Any:

@@ -327,7 +327,7 @@ def _check_checkpoints(dca: Any, heard: Any, messages: tuple[Any, ...]) -> None:
             "A reentrant checkpoint runs connected attention blocks: no gradient passes between blocks of different "
             "checkpoints. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
-    if any(message is not None for message in messages) or None in heard.sources:
+    if not heard.sources or any(message is not None for message in messages) or None in heard.sources:
         return
     task = backward()
     if task != -1 and getattr(wire.here, "task", None) != task:

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from dcafy.emit.connection import Connection, JoinedConnection
-from dcafy.emit.matching import MATCHES
+from dcafy.emit.connection import Connection, JoinedConnection, OwnContext
+from dcafy.emit.matching import MATCHES, known
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import PlanError, UsageError
 from dcafy.find.layout import widest
 from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.network import Network
 from dcafy.link.topology import TOPOLOGIES, shaped
-from dcafy.plan.blocks import Cost, Link, hearing
+from dcafy.plan.blocks import Alone, Cost, Link, hearing
 from dcafy.plan.options import Linking, check
 from dcafy.plan.plan import Plan
 
@@ -71,10 +71,32 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any]) -> t
     return tuple(made)
 
 
-def _parameter_count(network: Network, links: tuple[Link, ...]) -> int:
+def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple[Wiring, ...]:
+    """The modules of a block that hears nobody, as :func:`wires` makes them for one that does."""
+    target, every = network[alone.name], tuple(range(len(network[alone.name].contexts)))
+    known(SCHEMAS, alone.schema, "schema")
+    matching, ends = MATCHES[target.block.dimension], SCHEMAS[alone.schema].normalises
+
+    def made(output: int) -> OwnContext:
+        norm = matching.norm(extents(target)[output], place) if ends else None
+        return OwnContext(target.block.dimension, schema=alone.schema, target_axis=target.axis, norm=norm, **place)
+
+    return tuple(
+        Wiring(
+            made(contexts[0]),
+            contexts,
+            f"branch{contexts[0]}" if alone.branched else "",
+            {f"{alone.name}[{contexts[0]}]" if alone.branched else alone.name: ""},
+        )
+        for contexts in ([(i,) for i in every] if alone.branched else [every])
+    )
+
+
+def _parameter_count(network: Network, links: tuple[Link, ...], alone: tuple[Alone, ...] = ()) -> int:
     """How many parameters the connections of these links have, which have all their settings."""
-    groups = hearing(links).values()
-    made = [wire.module for group in groups for wire in wires(network, tuple(group), {"device": "meta"})]
+    groups, place = hearing(links).values(), {"device": "meta"}
+    made = [wire.module for group in groups for wire in wires(network, tuple(group), place)]
+    made += [wire.module for one in alone for wire in own_contexts(network, one, place)]
     return sum(parameter.numel() for module in made for parameter in module.parameters())
 
 
@@ -157,4 +179,4 @@ def costs(plan: Plan, network: Network, options: Linking) -> tuple[Cost, ...]:
 def cost(topology: str, plan: Plan, network: Network, options: Linking) -> Cost:
     """What this plan's links add to the model; ``topology`` is what it is called."""
     complete = tuple(completed(link, options) for link in plan.links)
-    return Cost(topology, len(complete), _parameter_count(network, complete))
+    return Cost(topology, len(complete), _parameter_count(network, complete, plan.alone))

@@ -90,11 +90,17 @@ class Batches(Sampler[list[Key]]):
 
 
 class Spread(Dataset[Any]):
-    """At most ``most`` of the samples of ``source``, evenly spread over it: data sets are often sorted by class."""
+    """At most ``most`` of the samples of ``source``, evenly spread over it: data sets are often sorted by class.
 
-    def __init__(self, source: Any, most: int) -> None:
+    ``mixed``: in an order of its own, always the same, so that each batch has samples from everywhere.
+    """
+
+    def __init__(self, source: Any, most: int, *, mixed: bool = False) -> None:
         self.source = source
         self.places = [i * len(source) // min(most, len(source)) for i in range(min(most, len(source)))]
+        if mixed:
+            generator = torch.Generator().manual_seed(derived_seed(len(self.places)))
+            self.places = [self.places[i] for i in torch.randperm(len(self.places), generator=generator).tolist()]
 
     def __len__(self) -> int:
         return len(self.places)

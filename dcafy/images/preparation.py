@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dcafy.emit.dca import recipes
+from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
 from dcafy.images.pictures import MODES, with_channels
 from dcafy.records import ReadBy, Wrong, within
@@ -91,6 +92,16 @@ class Preparation:
         return dataclasses.replace(self, size=(side, side), resize=(max(scaled), max(scaled)))
 
 
+def with_resize(how: Preparation, shorter: int) -> Preparation:
+    """The same with another shorter side before the centre is cut; ``UsageError`` where less than that is left."""
+    if shorter < max(how.size):
+        raise UsageError(
+            f"--val-resize {shorter} leaves less than the {how.size[0]} x {how.size[1]} pixels that are cut out of the "
+            "centre. Choose a larger one, or a smaller --image-size."
+        )
+    return dataclasses.replace(how, resize=shorter, crop="center")
+
+
 def preparation(model: nn.Module, spec: str, image_size: int | None = None) -> Preparation:
     """What the weights of ``model`` were trained with: torchvision's presets and timm's configuration.
 
@@ -155,14 +166,17 @@ def _channels(model: nn.Module, default: int) -> int:
 
 
 class Prepared:
-    """(picture, label) -> (tensor ``[C, H, W]``, label); ``augment`` as in ``DataOptions``, ``none`` to validate."""
+    """(picture, label) -> (tensor ``[C, H, W]``, label); ``augment`` as in ``DataOptions``, ``none`` to validate.
 
-    def __init__(self, how: Preparation, augment: str = "none") -> None:
+    ``scale``: the least part of a picture's area that a random crop has; ``ratio``: the largest ratio of its sides.
+    """
+
+    def __init__(self, how: Preparation, augment: str = "none", *, scale: float = 0.35, ratio: float = 4 / 3) -> None:
         from torchvision.transforms import InterpolationMode, v2
 
         smooth = InterpolationMode(how.interpolation)
         random_crop = [
-            v2.RandomResizedCrop(how.size, scale=(0.35, 1.0), interpolation=smooth),
+            v2.RandomResizedCrop(how.size, scale=(scale, 1.0), ratio=(1 / ratio, ratio), interpolation=smooth),
             v2.RandomHorizontalFlip(),
         ]
         margin = [max(side // 8, 1) for side in how.size]

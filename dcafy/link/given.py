@@ -37,6 +37,11 @@ def checked(plan: Plan, found: Plan, network: Network) -> Plan:
                     f"The plan was made for another network: its block {name!r} has {fact} {getattr(theirs, fact)!r}, "
                     f"this model's {getattr(ours, fact)!r}. Make the plan with dcafy.inspect(model)."
                 )
+    for one in plan.alone:
+        if one.name not in names:
+            raise PlanError(f"The plan has {one.name!r} hear nobody, which is no attention block of this model.")
+        if any(link.target == one.name for link in plan.links):
+            raise PlanError(f"The plan has {one.name!r} hear nobody and somebody. Leave one of them out.")
     heard = [(link.source, link.target) for link in plan.links]
     twice = next((pair for pair in heard if heard.count(pair) > 1), None)
     if twice:

@@ -81,6 +81,19 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """A block that hears nobody any more, and keeps the α that it has learned (:func:`dcafy.drop`): f is that of αG.
+
+    ``schema``    the form of f that it had
+    ``branched``  whether it has an α for each of its branches (SK)
+    """
+
+    name: str
+    schema: str = "direct"
+    branched: bool = False
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Something that was seen and is not connected, and why."""
 
@@ -129,6 +142,7 @@ class Contents:
     islands: tuple[str, ...] = ()
     model: str = ""
     costs: tuple[Cost, ...] = ()
+    alone: tuple[Alone, ...] = ()
 
     @property
     def links(self) -> tuple[Link, ...]:

@@ -121,7 +121,9 @@ class Inserting:
     """The options of the insertion before a conversion."""
 
     attention: str | None = setting(None, "Put this attention into the network's residual units first.")
-    attention_reduction: int = setting(16, "Channels over the width of the inserted attention's bottleneck.")
+    attention_reduction: int | None = setting(
+        16, "Channels over the width of the inserted attention's bottleneck; 0 leaves that of gc out."
+    )
     where: str = setting(
         "auto",
         "Where attention is put: auto (every residual unit), or a glob of module paths such as 'layer3.*'.",

@@ -28,6 +28,7 @@ class Plan(Contents):
     ``islands``    paths of the submodules that were traced on their own (empty: the root was traced)
     ``model``      the model's name or class, for the reader
     ``costs``      what each topology would add, as far as it was asked for
+    ``alone``      blocks whose connections were dropped, and which keep their α
     """
 
     def without(self, *names: str) -> Plan:
@@ -43,7 +44,8 @@ class Plan(Contents):
         chains = tuple(_bridge(chain, dropped) for chain in self.chains)
         chains = tuple(chain for chain in chains if chain.blocks)
         left_out = tuple(Skipped(b.name, "left out with Plan.without") for b in self.blocks if b.name in dropped)
-        return dataclasses.replace(self, chains=chains, skipped=self.skipped + left_out)
+        alone = tuple(one for one in self.alone if one.name not in dropped)
+        return dataclasses.replace(self, chains=chains, skipped=self.skipped + left_out, alone=alone)
 
     def replace_link(self, source: str, target: str, **settings: Any) -> Plan:
         """The plan with other settings on one link (``schema``, ``channel_match``, ``reduction``, ...)."""
@@ -60,7 +62,10 @@ class Plan(Contents):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data; ``Plan.from_dict`` gives the same plan back."""
-        return FORMAT.stamped(written(self))
+        data = written(self)
+        if not self.alone:  # which plans did not say before connections could be dropped
+            del data["alone"]
+        return FORMAT.stamped(data)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:

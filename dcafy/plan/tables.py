@@ -81,11 +81,16 @@ def written(plan: Contents, *, nodes: bool = False, terminal: bool = False) -> s
     """
     tables = [*plan_tables(plan), *([node_table(plan)] if nodes else [])]
     if not terminal:
-        return plain(tables, max(WIDTH, *map(_natural_width, tables)))
+        return unfolded(tables)
     console = Console(highlight=False)
     with console.capture() as capture:
         console.print(*tables, sep="")
     return capture.get()
+
+
+def unfolded(renderables: Sequence[RenderableType]) -> str:
+    """What rich prints where every name has room on one line."""
+    return plain(renderables, max(WIDTH, *map(_natural_width, renderables)))
 
 
 def plain(renderables: Iterable[RenderableType], width: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dcafy.disk import content
 from dcafy.errors import SourceError
 from dcafy.records import read, shallow
-from dcafy.training.history import ConnectionState
+from dcafy.training.history import ConnectionState, read_states
 from dcafy.training.telling import LOG
 from dcafy.wording import quoted, refused
 
@@ -21,11 +21,10 @@ _LARGEST = 2**25
 
 @dataclass(frozen=True)
 class EpochLog:
-    """``epochs`` by number; of each connection the contribution ratio and the message share after each of them."""
+    """``epochs`` by number; of each connection the contribution ratio after each of them."""
 
     epochs: tuple[int, ...]
     contribution: dict[str, tuple[float, ...]]
-    message_share: dict[str, tuple[float, ...]]
 
 
 def read_epochs(folder: Path) -> EpochLog | None:
@@ -43,14 +42,14 @@ def read_epochs(folder: Path) -> EpochLog | None:
         for line in filter(None, lines[:-1]):
             event = shallow(json.loads(line))
             if event["event"] == "epoch":
-                rows[read(int, event["epoch"], "epoch")] = read(dict[str, ConnectionState], event["connections"])
-        made = {key: _series(rows, key) for key in ("contribution", "message_share")}
+                rows[read(int, event["epoch"], "epoch")] = read_states(event["connections"], "connections")
+        contribution = _series(rows, "contribution")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{quoted(str(path), 200)} is no log of dcafy finetune ({refused(error)[:120]}). Move it away to report "
             "without it."
         ) from error
-    return EpochLog(tuple(sorted(rows)), **made) if rows else None
+    return EpochLog(tuple(sorted(rows)), contribution) if rows else None
 
 
 def _series(rows: dict[int, dict[str, ConnectionState]], key: str) -> dict[str, tuple[float, ...]]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dcafy.analysis.complexity import Complexity, complexity
 from dcafy.analysis.contributions import contributions, recorded_plan
 from dcafy.analysis.gradcam import GradCam, cams_of
+from dcafy.analysis.listening import Usage
 from dcafy.analysis.tapped import Tapped, tapped
-from dcafy.analysis.usage import Usage, message_shares, usage
+from dcafy.analysis.usage import message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
 from dcafy.checkpoint.description import versions_of
 from dcafy.converted import revert

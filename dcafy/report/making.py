@@ -15,7 +15,7 @@ from dcafy.disk import replaced
 from dcafy.emit.dca import recipes
 from dcafy.images.about import known, preparation_of
 from dcafy.images.options import DataOptions
-from dcafy.images.preparation import Preparation, preparation
+from dcafy.images.preparation import Preparation, preparation, with_resize
 from dcafy.report.epochs import EpochLog
 from dcafy.report.findings import Findings, Wanted, look
 from dcafy.report.labelled import labelled
@@ -100,7 +100,8 @@ def prepared_for(model: nn.Module, spec: str = "", image_size: int | None = None
         return preparation_of(model, spec, image_size)
     run = run_in(spec) if spec else None
     if run is not None:
-        return preparation(model, run.arch or run.model, image_size or run.images.image_size)
+        found = preparation(model, run.arch or run.model, image_size or run.images.image_size)
+        return found if image_size or not run.images.val_resize else with_resize(found, run.images.val_resize)
     recipe = next((recipe for _, recipe in recipes(model)), None)
     if image_size is None and recipe is not None and recipe.model is None and recipe.inputs is not None:
         first = from_data(recipe.inputs)[0]

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from dcafy.analysis.listening import KINDS, Effect, in_loss, in_points
 from dcafy.analysis.values import AttentionValues, common_axes
 from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import draw
@@ -65,6 +66,7 @@ def page(findings: Findings) -> str:
     parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=_percent, drawn=Markup, printable=printable, counted=counted)
+    environment.filters.update(loss=in_loss, points=in_points)
     drawing = draw(findings.plan, lanes=findings.lanes, contributions=findings.contributions, shares=findings.shares)
     context: dict[str, Any] = {
         "style": Markup(parts["page.css"]),
@@ -223,13 +225,13 @@ def _shares(findings: Findings) -> Iterator[Plot]:
             yield Plot(named.capitalize(), share_plot(series, label=label, named=named), (), file)
     log = findings.epochs
     if log is not None:
-        for named, lines in (("contribution ratio", log.contribution), ("message share", log.message_share)):
-            title = f"{named.capitalize()} over epochs"
-            label = f"The {named} of {len(lines)} connections over {len(log.epochs)} epochs."
-            table: Iterable[tuple[object, ...]] = zip(log.epochs, *lines.values(), strict=True)
-            file = download(title, ("epoch", *lines), table)
-            notes = ("One line for each connection, the first dark, the last bright.",)
-            yield Plot(title, epoch_plot(log.epochs, lines, label=label, named=named), notes, file)
+        named, lines = "contribution ratio", log.contribution
+        title = f"{named.capitalize()} over epochs"
+        label = f"The {named} of {len(lines)} connections over {len(log.epochs)} epochs."
+        table: Iterable[tuple[object, ...]] = zip(log.epochs, *lines.values(), strict=True)
+        file = download(title, ("epoch", *lines), table)
+        notes = ("One line for each connection, the first dark, the last bright.",)
+        yield Plot(title, epoch_plot(log.epochs, lines, label=label, named=named), notes, file)
 
 
 def _connection_data(findings: Findings) -> Download:
@@ -244,4 +246,12 @@ def _connection_data(findings: Findings) -> Download:
 def _usage_data(findings: Findings) -> Download | None:
     if findings.usage is None:
         return None
-    return download("cut-connections", ("connection", "loss change", "accuracy change"), findings.usage.changes("all"))
+    measures = ("loss change", "loss error", "accuracy change", "accuracy error")
+    columns = ("connection", *(f"{kind} {measure}" for kind in KINDS for measure in measures))
+    rows = [(name, *(value for effect in effects for value in _cells(effect))) for name, *effects in
+            findings.usage.rows("all")]  # fmt: skip
+    return download("changed-connections", columns, rows)
+
+
+def _cells(effect: Effect | None) -> tuple[object, ...]:
+    return ("",) * 4 if effect is None else tuple("" if v is None else v for v in dataclasses.astuple(effect))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dcafy.analysis.listening import usage_tables
 from dcafy.analysis.values import common_axes
 from dcafy.plan.tables import plain_table, plan_tables
 from dcafy.report.findings import Findings
@@ -27,7 +28,7 @@ def print_findings(findings: Findings, console: Console) -> None:
     if findings.contributions:
         console.print(Text("connections", "bold"), _connections(findings), sep="\n")
     if findings.usage is not None:
-        console.print(Text("what cutting each connection costs", "bold"), _cuts(findings), sep="\n")
+        console.print(*usage_tables(findings.usage), sep="\n")
 
 
 def sparkline(shares: Sequence[float], top: float) -> str:
@@ -70,13 +71,4 @@ def _connections(findings: Findings) -> Table:
         weights, shares = (f"{row.alpha:.4f}", f"{row.beta:+.4f}"), (row.ratio, share)
         bars = (text for value in shares for text in (f"{value:.1%}", bar(value)))
         table.add_row(*map(Text, (printable(row.name), *weights, *bars)))
-    return table
-
-
-def _cuts(findings: Findings) -> Table:
-    table = plain_table("cut", "loss", "accuracy")
-    found = findings.usage
-    assert found is not None
-    for name, loss, accuracy in found.changes("all of them"):
-        table.add_row(*map(Text, (printable(name), f"{loss:+.4f}", f"{100 * accuracy:+.2f} points")))
     return table

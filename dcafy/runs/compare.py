@@ -1,29 +1,32 @@
-"""Did connecting help? The same training with and without connections, seed by seed, and what can be said of it."""
+"""Did connecting help? The same training of several forms of a network, seed by seed, and what can be said of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dcafy.analysis.complexity import complexity
-from dcafy.analysis.usage import Usage
+from dcafy.analysis.listening import Usage
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError, Interrupted
+from dcafy.runs.evidence import Difference, crossed_difference, paired_difference
 from dcafy.runs.recipes import PURPOSES
 from dcafy.runs.request import Request
 from dcafy.runs.run import Subject, finish, subject, train
 from dcafy.runs.timing import step_times
 from dcafy.sources import FileOptions
 from dcafy.training.folder import alone_in
+from dcafy.training.history import History
 from dcafy.training.signals import stopped
 from dcafy.training.telling import Listener
 from dcafy.wording import printable
@@ -31,53 +34,13 @@ from dcafy.wording import printable
 COMPARISON = "compare.json"
 """The name of the comparison in the folder of a run."""
 
-SIDES = ("original", "connected")
-
-_T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-"""The 97.5% points of Student's t distribution with 1 to 30 degrees of freedom."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences; ``low`` and ``high`` bound its 95% interval, ``None`` with a single pair."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-    @property
-    def verdict(self) -> str:
-        """``better`` or ``worse`` only where the interval excludes zero."""
-        if self.low is None or self.high is None:
-            return "one seed says nothing about chance: run more with --seeds"
-        if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else "no difference that the seeds could show"
-
-
-def paired_difference(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """Mean and 95% interval (Student's t) of ``one`` minus ``other``, pair by pair.
-
-    >>> paired_difference([0.5, 0.75], [0.25, 0.5])
-    Difference(mean=0.25, low=0.25, high=0.25)
-    """
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    mean = statistics.fmean(differences)
-    freedom = len(differences) - 1
-    if freedom < 1:
-        return Difference(mean, None, None)
-    t = _T_975[freedom - 1] if freedom <= len(_T_975) else 1.96 + 2.4 / freedom
-    half = t * statistics.stdev(differences) / math.sqrt(len(differences))
-    return Difference(mean, mean - half, mean + half)
+LOSSES = ("loss",)
+"""Metrics of which less is better; they have no bounds, as fractions have."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One of the two networks: its metrics for each seed, its size, and the median seconds of a training step."""
+    """One of the networks: its metrics for each seed, its size, and the median seconds of a training step."""
 
     metrics: tuple[dict[str, float], ...]
     parameters: int
@@ -86,21 +49,40 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Metric -> the paired difference ``one`` minus ``other``, both names of arms."""
+
+    one: str
+    other: str
+    differences: dict[str, Difference]
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Both sides, the paired differences (connected minus original), and how the connections are used, by seed."""
+    """All arms by name, the pairs of them (the last one against the one before it is first), and usage by seed."""
 
     seeds: tuple[int, ...]
-    original: Contender
-    connected: Contender
-    differences: dict[str, Difference]
+    arms: dict[str, Contender]
+    pairs: tuple[Pair, ...]
     usage: tuple[Usage | None, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as JSON-ready data."""
-        data = dataclasses.asdict(self)
-        for name, difference in self.differences.items():
-            data["differences"][name]["verdict"] = difference.verdict
-        return data
+        """The comparison as JSON-ready data: arms by name; ``differences`` are those of the first pair."""
+        pairs = [{**dataclasses.asdict(pair), "differences": _with_verdicts(pair)} for pair in self.pairs]
+        return {
+            "seeds": list(self.seeds),
+            **{name: dataclasses.asdict(side) for name, side in self.arms.items()},
+            "differences": pairs[0]["differences"] if pairs else {},
+            "pairs": pairs,
+            "usage": [None if usage is None else dataclasses.asdict(usage) for usage in self.usage],
+        }
+
+
+def _with_verdicts(pair: Pair) -> dict[str, dict[str, Any]]:
+    return {
+        name: {**dataclasses.asdict(difference), "verdict": difference.verdict}
+        for name, difference in pair.differences.items()
+    }
 
 
 def compare(
@@ -111,10 +93,10 @@ def compare(
     listener_for: Callable[[str], tuple[Listener, ...]] = lambda title: (),
     is_main: bool = True,
 ) -> Comparison:
-    """Trains original and connected network ``request.seeds`` times each; writes ``compare.json`` and the first model.
+    """Trains every arm ``request.seeds`` times; writes ``compare.json`` and the last arm's first model.
 
-    Under one seed both have the same classifier, order of images and augmentation, and the same number of steps. A
-    comparison that was stopped goes on where it was. With inserted attention the original has it too, unconnected.
+    Under one seed all have the same classifier, order of images and augmentation, and the same number of steps. A
+    comparison that was stopped goes on where it was.
     """
     with alone_in(directory) if is_main else nullcontext():
         return _compared(request, directory, file, listener_for, is_main)
@@ -128,35 +110,33 @@ def _compared(
     is_main: bool,
 ) -> Comparison:
     seeds = tuple(range(request.training.seed, request.training.seed + request.seeds))
-    metrics: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    used: list[Usage | None] = []
+    arms = request.arms or ("original", "connected")
+    histories: dict[str, list[History]] = {arm: [] for arm in arms}
     first: dict[str, Subject] = {}
     for seed in seeds:
-        for side in SIDES:
-            on = subject(request, seed=seed, connect=side == "connected", file=file)
-            place = _own_folder(directory, f"{seed}-{side}")
-            listeners = listener_for(f"seed {seed}, {side}")
+        for arm in arms:
+            on = subject(request, seed=seed, arm=arm, file=file)
+            place = _own_folder(directory, f"{seed}-{arm}")
+            listeners = listener_for(f"seed {seed}, {arm}")
             try:
                 history = train(request, on, place, seed=seed, resume=True, listeners=listeners)
             except Interrupted as error:  # it is the comparison that can be gone on with
                 raise stopped(error.signal, directory) from error
-            metrics[side].append(dict(history.metrics))
-            first.setdefault(side, on)
-            if side == "connected":
-                used.append(history.usage)
+            histories[arm].append(history)
+            first.setdefault(arm, on)
             if is_main:
                 finish(on, place)
-    sides = _sides(request, first, metrics)
-    names = [name for name in metrics["original"][0] if name not in ("loss", "images")]
-    differences = {
-        name: paired_difference([row[name] for row in metrics["connected"]], [row[name] for row in metrics["original"]])
-        for name in names
-    }
-    comparison = Comparison(seeds, sides["original"], sides["connected"], differences, tuple(used))
+    metrics = {arm: [dict(history.metrics) for history in runs] for arm, runs in histories.items()}
+    ordered = sorted(
+        itertools.combinations(arms, 2), key=lambda pair: -arms.index(pair[0]) - len(arms) * arms.index(pair[1])
+    )
+    pairs = tuple(_pair(one, other, histories) for other, one in ordered)
+    used = tuple(history.usage for history in histories[arms[-1]])
+    comparison = Comparison(seeds, _sides(request, first, metrics), pairs, used)
     if is_main:
         text = json.dumps(comparison.to_dict(), indent=2) + "\n"
         replace_file(directory / COMPARISON, lambda beside: beside.write_text(text, encoding="utf-8"))
-        finish(first["connected"], directory)
+        finish(first[arms[-1]], directory)
     return comparison
 
 
@@ -172,16 +152,44 @@ def _own_folder(directory: Path, name: str) -> Path:
     return place
 
 
+def _pair(one: str, other: str, histories: Mapping[str, Sequence[History]]) -> Pair:
+    """What tells two arms apart, by metric: over seeds and images where images are measured one by one."""
+    ours, theirs = histories[one], histories[other]
+    by_image = [_common(pair) for pair in zip(ours, theirs, strict=True)]
+    found = {}
+    for name in ours[0].metrics:
+        if name == "images":
+            continue
+        lower = name in LOSSES
+        if all(name in rows for rows in by_image):
+            values = [torch.stack([rows[name][side] for rows in by_image]) for side in (0, 1)]
+            found[name] = crossed_difference(*values, unit=None if lower else 1.0, lower_is_better=lower)
+        else:
+            columns = ([history.metrics[name] for history in runs] for runs in (ours, theirs))
+            images = int(min(history.metrics.get("images", 0) for history in (*ours, *theirs)))
+            found[name] = paired_difference(*columns, of=0 if lower else images, lower_is_better=lower)
+    return Pair(one, other, found)
+
+
+def _common(pair: tuple[History, History]) -> dict[str, Tensor]:
+    """Metric -> what both make of each image, ``[2, images]``; they have read the same ones, in the same order."""
+    one, other = (history.by_image for history in pair)
+    if not one or not other or not torch.equal(one["index"], other["index"]):
+        return {}
+    return {name: torch.stack([one[name], other[name]]) for name in one if name != "index"}
+
+
 def _sides(
     request: Request, first: dict[str, Subject], metrics: dict[str, list[dict[str, float]]]
 ) -> dict[str, Contender]:
     purpose = PURPOSES[request.task]
     task = purpose.task(request.training)
-    models = {side: on.network for side, on in first.items()}
+    models = {arm: on.network for arm, on in first.items()}
     from accelerate.utils import send_to_device
 
-    device = next(models["original"].parameters()).device
-    batch = purpose.batch(first["original"].ready, task, max(request.training.batch_size, 2))
+    some = next(iter(first.values()))
+    device = next(some.network.parameters()).device
+    batch = purpose.batch(some.ready, task, max(request.training.batch_size, 2))
     images, labels = send_to_device(batch.inputs, device), send_to_device(batch.labels, device)
 
     def loss(model: nn.Module, inputs: Any, labels: Any) -> Tensor:
@@ -189,7 +197,7 @@ def _sides(
 
     times = step_times(models, images, labels, loss=loss)
     sides = {}
-    for side, model in models.items():
+    for arm, model in models.items():
         size = complexity(model, images)
-        sides[side] = Contender(tuple(metrics[side]), size.parameters, size.gflops, statistics.median(times[side]))
+        sides[arm] = Contender(tuple(metrics[arm]), size.parameters, size.gflops, statistics.median(times[arm]))
     return sides

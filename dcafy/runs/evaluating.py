@@ -23,7 +23,7 @@ from dcafy.images.options import DataOptions
 from dcafy.images.order import Batches, Seeded
 from dcafy.images.preparation import Prepared
 from dcafy.images.sources import anchored, open_data
-from dcafy.runs.compare import Difference, paired_difference
+from dcafy.runs.evidence import Difference, paired_difference
 from dcafy.runs.options import EvaluateOptions
 from dcafy.runs.using import require_task
 from dcafy.training.options import TrainingConfig
@@ -263,7 +263,7 @@ def paired(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
             for name in ("loss", "top1", "top5")
         }
     shared = [name for name in one.metrics if name in other.metrics and name != "images"]
-    return {name: Difference(one.metrics[name] - other.metrics[name], None, None) for name in shared}
+    return {name: Difference(one.metrics[name] - other.metrics[name], None, None, 1) for name in shared}
 
 
 def mean_recall(found: Evaluation) -> float | None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dcafy.errors import UsageError
+from dcafy.images.options import DataOptions
 from dcafy.images.sources import forms
-from dcafy.plan.options import check, setting
+from dcafy.plan.options import Conversion, check, setting
+from dcafy.runs.paper import RECIPES, explained
 from dcafy.training.options import TrainingConfig
+from dcafy.wording import nearest
 
 TASKS: dict[str, dict[str, Any]] = {
     "classification": {},
@@ -18,6 +22,9 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """What a network can be trained for -> the defaults that are others for it."""
 
+
+ARMS = ("plain", "attention", "original", "connected")
+"""What can be trained: the network as it is, with inserted attention, without the connections only, and with them."""
 
 KEPT = ("last", "best", "both")
 """Which epoch's model the folder of a run gives; with ``best`` and ``both`` the best one is in ``best`` inside it."""
@@ -39,14 +46,31 @@ class RunOptions:
         "12 epochs, 16 images in a batch, --schedule multistep, a learning rate of 0.01 for 16 images (in proportion).",
         choices=tuple(TASKS),
     )
+    recipe: str | None = setting(
+        None,
+        f"One of the paper's own trainings; options that are given beat it, and connections have the base's rate. "
+        f"{explained()} With another batch the rate is in proportion.",
+        choices=tuple(RECIPES),
+    )
     output: Path | None = setting(None, "The folder of the run.", metavar="DIR", short="-o")
+    backbone: Path | None = setting(
+        None,
+        "The folder of a dcafy finetune run whose network lies under the detector, with its attention and connections; "
+        "of a comparison, that of each arm.",
+        metavar="RUN",
+    )
     resume: bool = setting(
         False, "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over."
     )
-    compare: bool = setting(
-        False, "Train the unconnected network as well, with the same seeds and budget, and compare."
+    plain: bool = setting(False, "Train the network as it is, without connections.")
+    compare: str | None = setting(
+        None,
+        "Train several forms of the network with the same seeds and budget, and compare: any of plain (as it is), "
+        "attention (with --attention, unconnected) and connected, such as plain,attention,connected. Without a value: "
+        "original (all but the connections) and connected.",
+        metavar="[ARMS]",
     )
-    seeds: int = setting(1, "How many seeds are compared.", least=1)
+    seeds: int = setting(1, "How many seeds are compared; 3 or more for a verdict.", least=1)
     keep: str = setting(
         "last",
         "Which epoch's model the folder gives: the last, or the best on the validation images; both gives the last, "
@@ -59,6 +83,21 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.plain and self.compare:
+            raise UsageError("--plain trains one network, and --compare several. Leave one of them out.")
+        self.arms  # noqa: B018 (says what is wrong with them)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """What is compared, in the order of ``ARMS``; empty where nothing is."""
+        asked = [name for name in (self.compare or "").replace(",", " ").split() if name]
+        for name in asked:
+            if name not in ARMS:
+                raise UsageError(
+                    f"--compare {name!r} is not known.{nearest(name, list(ARMS))} Use any of: plain, attention, "
+                    "connected."
+                )
+        return tuple(name for name in ARMS if name in asked)
 
 
 @dataclass(frozen=True)
@@ -120,8 +159,64 @@ def with_defaults_of(task: str, config: TrainingConfig, given: Iterable[str]) ->
     >>> chosen.optimizer, chosen.schedule, chosen.lr
     ('sgd', 'multistep', 0.0025)
     """
-    kept = set(given)
-    config = dataclasses.replace(config, **{name: value for name, value in TASKS[task].items() if name not in kept})
+    config = _with(config, TASKS[task], given)
     if task == "detection" and config.lr is None and config.optimizer == "sgd":
         config = dataclasses.replace(config, lr=_DETECTION_RATE * config.batch_size)
     return config
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run is asked to do, once the defaults of its task or its recipe stand in for what was not given."""
+
+    task: str
+    training: TrainingConfig
+    images: DataOptions
+    conversion: Conversion
+
+
+def chosen(
+    run: RunOptions, training: TrainingConfig, images: DataOptions, conversion: Conversion, given: Iterable[str]
+) -> Chosen:
+    """The options with what the recipe (:data:`dcafy.runs.paper.RECIPES`), else the task, says of what was not given.
+
+    Under a recipe, another batch has its rate in proportion, another number of epochs its milestones, and connections
+    have the base's rate.
+
+    >>> found = chosen(RunOptions(recipe="paper"), TrainingConfig(epochs=5), DataOptions(), Conversion(), ["epochs"])
+    >>> found.training.lr, found.training.epochs, found.images.crop_scale, found.conversion.attention_init
+    (0.1, 5, 0.1, 'paper')
+    """
+    kept = set(given)
+    if run.recipe is None:
+        return Chosen(run.task, with_defaults_of(run.task, training, kept), images, conversion)
+    recipe = RECIPES[run.recipe]
+    if "task" in kept and run.task != recipe.task:
+        raise UsageError(f"--recipe {run.recipe} is for --task {recipe.task}, not {run.task}. Leave one of them out.")
+    options = recipe.options
+    if "epochs" in kept and "milestones" in options:
+        part = training.epochs / options["epochs"]
+        options["milestones"] = ",".join(f"{float(epoch) * part:g}" for epoch in options["milestones"].split(","))
+    if {"warmup_epochs", "warmup_steps"} & kept:
+        options = {name: value for name, value in options.items() if not name.startswith("warmup")}
+    made = _with(training, options, kept)
+    if "lr" not in kept:
+        batch = made.batch_size * made.accumulate
+        made = dataclasses.replace(made, lr=recipe.options["lr"] * batch / recipe.options["batch_size"])
+    if "connection_lr" not in kept:
+        made = dataclasses.replace(made, connection_lr=made.base_rate)
+    return Chosen(recipe.task, made, _with(images, options, kept), _with(conversion, options, kept))
+
+
+def conversion_of(recipe: str | None) -> Conversion:
+    """The options of a conversion that a recipe has, if any."""
+    return _with(Conversion(), RECIPES[recipe].options if recipe else {}, ())
+
+
+Configuration = TypeVar("Configuration", TrainingConfig, DataOptions, Conversion)
+
+
+def _with(config: Configuration, options: Mapping[str, Any], given: Iterable[str]) -> Configuration:
+    """``config`` with those of the options that it has and that were not given."""
+    own = {item.name for item in dataclasses.fields(config)} - set(given)
+    return dataclasses.replace(config, **{name: value for name, value in options.items() if name in own})

@@ -17,7 +17,7 @@ from dcafy.images.about import About, preparation_of, put_about
 from dcafy.images.data import Data
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Sample, Seeded
-from dcafy.images.preparation import Prepared, augmentation
+from dcafy.images.preparation import Prepared, augmentation, with_resize
 from dcafy.images.sources import open_data
 from dcafy.training.head import reheaded
 from dcafy.training.options import TrainingConfig
@@ -72,12 +72,15 @@ class _Shown:
 
 
 def _classifier(network: nn.Module, data: Data, request: Request) -> Ready:
-    how = preparation_of(network, request.arch or request.model, request.images.image_size)
+    images = request.images
+    how = preparation_of(network, request.arch or request.model, images.image_size)
+    how = how if images.val_resize is None else with_resize(how, images.val_resize)
     example = torch.zeros(2, how.channels, *how.size)
     new = reheaded(network, len(data.classes), example)
     put_about(network, About(classes=tuple(map(printable, data.classes)), preparation=how))
-    varied = augmentation(request.images, drawn=data.drawn)
-    return Ready(_Shown(data.train, Prepared(how, varied)), _Shown(data.val, Prepared(how)), example, new)
+    crops = {"scale": images.crop_scale, "ratio": images.crop_ratio}
+    varied = Prepared(how, augmentation(images, drawn=data.drawn), **crops)
+    return Ready(_Shown(data.train, varied), _Shown(data.val, Prepared(how)), example, new)
 
 
 def _random_images(ready: Ready, task: Task, size: int) -> Batch:

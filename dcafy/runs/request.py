@@ -16,7 +16,8 @@ from dcafy.images.options import DataOptions
 from dcafy.images.sources import anchored
 from dcafy.plan.options import Conversion
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
-from dcafy.runs.options import KEPT, TASKS
+from dcafy.runs.options import ARMS, KEPT, TASKS
+from dcafy.runs.paper import RECIPES
 from dcafy.training.options import TIMES, TrainingConfig
 from dcafy.wording import printable, quoted, refused
 
@@ -41,12 +42,14 @@ def _without_places(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, "prefix": None, "ignore_head": False}
 
 
-def _keeping_the_last(request: dict[str, Any]) -> dict[str, Any]:
-    """Requests from before there was a choice kept the last epoch."""
-    return {"keep": "last", **_with_rates(request)}
+def _completed(request: dict[str, Any]) -> dict[str, Any]:
+    """Requests of version 2 kept the last epoch, and were compared with what the network was before."""
+    arms = ["original", "connected"] if request.get("seeds") else []
+    new = {"keep": "last", "arm": "connected", "arms": arms, "recipe": None, "backbone": None}
+    return _with_rates({**new, **request})
 
 
-FORMAT = Format("version", 2, {1: _without_places, 2: _keeping_the_last})
+FORMAT = Format("version", 2, {1: _without_places, 2: _completed})
 """The version of the request on the disk."""
 
 _LARGEST = 2**20
@@ -55,7 +58,12 @@ _LARGEST = 2**20
 
 @dataclass(frozen=True)
 class Request:
-    """All that decides a run. ``seeds``: how many seeds are compared; 0 where nothing is compared."""
+    """All that decides a run.
+
+    ``seeds``: how many seeds are compared; 0 where nothing is compared. ``arms``: what is compared, and ``arm``: what
+    is trained where nothing is (``dcafy.runs.options.ARMS``). ``recipe``: whose options they are, but for those that
+    were given. ``backbone``: the folder of the run whose network lies under a detector.
+    """
 
     model: str
     data: str
@@ -66,6 +74,10 @@ class Request:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seeds: int = 0
     task: Annotated[str, one_of(TASKS)] = "classification"
+    arm: Annotated[str, one_of(ARMS)] = "connected"
+    arms: tuple[Annotated[str, one_of(ARMS)], ...] = ()
+    recipe: Annotated[str, one_of(RECIPES)] | None = None
+    backbone: str | None = None
     prefix: str | None = None
     ignore_head: bool = False
     keep: Annotated[str, one_of(KEPT)] = "last"
@@ -73,7 +85,8 @@ class Request:
     def anchored(self) -> Request:
         """The request with absolute paths, so that it means the same in every folder."""
         model = os.path.abspath(self.model) if os.path.exists(self.model) else self.model
-        return dataclasses.replace(self, model=model, data=anchored(self.data))
+        backbone = None if self.backbone is None else os.path.abspath(self.backbone)
+        return dataclasses.replace(self, model=model, data=anchored(self.data), backbone=backbone)
 
 
 def require_empty(directory: Path) -> None:

@@ -12,32 +12,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from dcafy.checkpoint.folder import Folder
+from dcafy.checkpoint import load
+from dcafy.checkpoint.description import FILES
+from dcafy.checkpoint.folder import MARKER, Folder
 from dcafy.checkpoint.saving import store
 from dcafy.conversion import convert, with_attention
 from dcafy.converted import revert
+from dcafy.detection.backbone import with_backbone
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import CheckpointError, InputError, UsageError
 from dcafy.images.about import About, Trained, about, put_about
 from dcafy.images.data import Data
 from dcafy.images.order import seeded
 from dcafy.plan.options import Conversion
+from dcafy.runs.options import conversion_of
 from dcafy.runs.recipes import PURPOSES, Ready
-from dcafy.runs.request import Request
+from dcafy.runs.request import REQUEST, Request, read_request
 from dcafy.sources import FileOptions, open_model
 from dcafy.training.history import Epoch, History
 from dcafy.training.loop import finetune
 from dcafy.training.options import TrainingConfig
 from dcafy.training.parallel import is_main_process
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
-from dcafy.wording import printable, quoted
+from dcafy.wording import one_line, printable, quoted
+from dcafy.zoos.packages import ZOOS
+from dcafy.zoos.specs import runs_code
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,14 @@ class Subject:
     ready: Ready
 
 
-def subject(request: Request, *, seed: int, connect: bool = True, file: FileOptions | None = None) -> Subject:
+def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOptions | None = None) -> Subject:
     """The network that ``request`` names with a head for its data, connected or not, and the data.
 
-    Whatever is new in the network follows from ``seed``; it is the same whether the network is connected or not.
+    ``arm``: what is made of the network; default: the request's. Whatever is new in it follows from ``seed``, and is
+    the same in every arm that has it.
     """
+    arm = arm or request.arm
+    require_arm(request, arm)
     purpose = PURPOSES[request.task]
     purpose.task(request.training)  # refuses options that mean nothing for it
     data = purpose.open_data(request.data, request.images)
@@ -62,21 +75,88 @@ def subject(request: Request, *, seed: int, connect: bool = True, file: FileOpti
         options = dataclasses.asdict(dataclasses.replace(file or FileOptions(), **whose))
         source = open_model(request.model, settings=request.settings, **options)
     network = source.model
+    if request.backbone is not None:
+        if request.task != "detection":
+            raise UsageError(
+                "--backbone puts a trained network under a detector. Add --task detection, or leave it out."
+            )
+        network = with_backbone(network, trained_in(Path(request.backbone), arm))
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
         if is_connected(network):
-            if request.conversion != Conversion():
+            if request.conversion not in (Conversion(), conversion_of(request.recipe)):
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
                 )
-            if not connect:
+            if arm != "connected":
                 network = _without_connections(network, request.model)
-        elif connect:
+        elif arm == "connected":
             options = dataclasses.asdict(request.conversion)
             network = convert(network, example_inputs=ready.example, copy=False, **options)
-        else:
+        elif arm != "plain":
             network = with_attention(network, request.conversion, example_inputs=ready.example, copy=False)
     return Subject(network, data, ready)
+
+
+def require_arm(request: Request, arm: str) -> None:
+    """Nothing where the request says all that this arm needs; else ``UsageError``."""
+    if arm == "attention" and request.conversion.attention is None:
+        raise UsageError(
+            "--compare attention is the network with inserted attention, and --attention names none. Add it, or "
+            "compare with plain: the network as it is."
+        )
+
+
+def trained_in(run: Path, arm: str = "connected") -> nn.Module:
+    """The network that the run in this folder has trained, or that arm of it where it is a comparison.
+
+    Raises ``CheckpointError`` where there is none, ``UsageError`` where it is built by code that the folder names.
+    """
+    asked, shown = read_request(run), printable(str(run))
+    if asked.arms:
+        if arm not in asked.arms:
+            raise UsageError(
+                f"{shown} compares {', '.join(asked.arms)}, and no {arm}: there is no such backbone in it."
+            )
+        run = run / "seeds" / f"{asked.training.seed}-{arm}"
+    weights = run / FILES[True]
+    if not weights.exists():
+        raise CheckpointError(f"{shown} has trained nothing to its end. Go on with it: dcafy finetune {shown} --resume")
+    if (run / MARKER).exists():
+        return load(run)
+    if any(spec is not None and runs_code(spec) for spec in (asked.model, asked.arch)):
+        raise UsageError(
+            f"The network in {shown} is built by code, which a folder may not choose. Put it under the detector in "
+            "Python: dcafy.detection.with_backbone(detector, classifier)."
+        )
+    named = asked.model.partition(":")[0] in ZOOS and not os.path.exists(asked.model)
+    spec = asked.model.partition("@")[0] if named else asked.model  # its own weights come next
+    whose = {name: getattr(asked, name) for name in ("arch", "prefix", "ignore_head")}
+    network = open_model(spec, settings=asked.settings, **whose).model
+    if (asked.arm if not asked.arms else arm) != "plain":
+        network = with_attention(network, asked.conversion, copy=False)
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"The weights in {shown} are damaged ({one_line(error)}). Train them again.") from error
+    _fill(network, tensors, shown)
+    return network
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, tensors: Mapping[str, torch.Tensor], shown: str) -> None:
+    """Gives ``network`` these values, all but a head of another size."""
+    state = network.state_dict()
+    fits = {key for key, value in tensors.items() if key in state and state[key].shape == value.shape}
+    filled = {state[key].data_ptr() for key in fits}
+    left = [key for key, value in state.items() if key not in fits and value.data_ptr() not in filled]
+    if len({key.rpartition(".")[0] for key in left}) > 1 or tensors.keys() - state.keys():
+        raise CheckpointError(
+            f"The weights in {shown} do not fit the network that its {REQUEST} names: "
+            f"{printable(', '.join([*left, *sorted(tensors.keys() - state.keys())][:3]))}."
+        )
+    for key in fits:
+        state[key].copy_(tensors[key])
 
 
 def _without_connections(network: nn.Module, name: str) -> nn.Module:

@@ -11,13 +11,14 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import nn
 
-from dcafy.analysis.usage import Usage
+from dcafy.analysis.listening import usage_tables
 from dcafy.checkpoint.folder import MARKER
 from dcafy.emit.dca import connections, is_connected
 from dcafy.images.about import About, known
-from dcafy.plan.tables import WIDTH, plain
-from dcafy.runs.compare import Comparison, Difference
+from dcafy.plan.tables import WIDTH, plain, unfolded
+from dcafy.runs.compare import LOSSES, Comparison, Pair
 from dcafy.runs.evaluating import Evaluation
+from dcafy.runs.evidence import Difference
 from dcafy.training.history import History
 from dcafy.training.telling import metrics_in_words
 from dcafy.wording import counted, few, printable
@@ -31,64 +32,56 @@ def of_history(history: History, directory: Path) -> str:
         parts.append(f"{len(history.skipped)} images could not be read and were skipped:")
         parts += [f"  {printable(name)}" for name in history.skipped[:10]]
     if history.usage is not None:
-        parts.append(used(history.usage))
+        parts += usage_tables(history.usage)
+    parts.append(_saved(directory))
+    return unfolded(parts)
+
+
+def _saved(directory: Path) -> str:
+    """Where the model is, and how it is opened."""
+    folder = printable(str(directory))
+    if not (directory / MARKER).exists():
+        return f"saved in {folder}: model.safetensors has the network's own state dict"
     # A network that no zoo builds by name is loaded into one that the user builds.
     named = json.loads((directory / MARKER).read_text(encoding="utf-8"))["model"] is not None
-    folder = printable(str(directory))
-    parts.append(f"saved in {folder}: dcafy.load({folder!r}{'' if named else ', model=YOUR_NETWORK'}) gives the model")
-    return plain(parts, WIDTH)
-
-
-def used(usage: Usage) -> Table:
-    """Every connection: its α and β, how loud it is, and what cutting it costs."""
-    table = Table(title=f"Connections, on {usage.images} validation images", title_justify="left")
-    table.add_column("receiving block", overflow="fold")
-    for column in ("α", "β", "contribution", "message share", "loss if cut", "top1 if cut"):
-        table.add_column(column, justify="right")
-    for row in usage.connections:
-        table.add_row(
-            row.name,
-            f"{row.alpha:.4f}",
-            f"{row.beta:+.4f}",
-            f"{row.contribution:.4f}",
-            f"{row.message_share:.1%}",
-            f"{row.loss_change:+.4f}",
-            f"{100 * row.accuracy_change:+.2f} points",
-        )
-    table.add_section()
-    table.add_row("all cut", "", "", "", "", f"{usage.loss_change:+.4f}", f"{100 * usage.accuracy_change:+.2f} points")
-    return table
+    return f"saved in {folder}: dcafy.load({folder!r}{'' if named else ', model=YOUR_NETWORK'}) gives the model"
 
 
 def of_comparison(comparison: Comparison) -> str:
-    """Both networks side by side, the paired differences with their intervals, and how the connections are used."""
-    sides = {"original": comparison.original, "connected": comparison.connected}
+    """All networks side by side, the paired differences with their intervals, and how the connections are used."""
     table = Table(title=f"Seeds {', '.join(map(str, comparison.seeds))}", title_justify="left")
     table.add_column("network")
-    measured = tuple(comparison.differences)
+    some = next(iter(comparison.arms.values()))
+    measured = [name for name in some.metrics[0] if name != "images"]
     for column in (*measured, "parameters", "GFLOPs", "s/step"):
         table.add_column(column, justify="right")
-    for name, side in sides.items():
-        means = [statistics.fmean(row[metric] for row in side.metrics) for metric in measured]
+    for arm, side in comparison.arms.items():
+        means = {metric: statistics.fmean(row[metric] for row in side.metrics) for metric in measured}
         table.add_row(
-            name,
-            *(f"{mean:.2%}" for mean in means),
+            arm,
+            *(f"{mean:.4f}" if metric in LOSSES else f"{mean:.2%}" for metric, mean in means.items()),
             f"{side.parameters:,}",
             f"{side.gflops:.3f}",
             f"{side.step_seconds:.4f}",
         )
     parts: list[RenderableType] = [table]
-    for name, difference in comparison.differences.items():
-        interval = (
-            ""
-            if difference.low is None or difference.high is None
-            else f", 95% interval {100 * difference.low:+.2f} to {100 * difference.high:+.2f}"
-        )
-        parts.append(
-            f"{name}, connected minus original: {100 * difference.mean:+.2f} points{interval}: {difference.verdict}"
-        )
-    parts += [used(usage) for usage in comparison.usage[:1] if usage is not None]
-    return plain(parts, WIDTH)
+    for pair in comparison.pairs:
+        parts += [_told(pair, metric, difference) for metric, difference in pair.differences.items()]
+    if any(difference.images for pair in comparison.pairs for difference in pair.differences.values()):
+        parts.append("95% intervals over seeds and validation images")
+    parts += [part for usage in comparison.usage[:1] if usage is not None for part in usage_tables(usage)]
+    return unfolded(parts)
+
+
+def _told(pair: Pair, metric: str, difference: Difference) -> str:
+    """A difference in one line, in points or as a loss."""
+    scale, digits, unit = (1, 4, "") if metric in LOSSES else (100, 2, " points")
+    mean, low, high = (
+        None if value is None else f"{scale * value:+.{digits}f}"
+        for value in (difference.mean, difference.low, difference.high)
+    )
+    interval = "" if low is None else f", 95% interval {low} to {high}"
+    return f"{metric}, {pair.one} minus {pair.other}: {mean}{unit}{interval}: {difference.verdict}"
 
 
 def of_network(network: nn.Module) -> str:

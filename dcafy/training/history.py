@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from dcafy.analysis.usage import Usage
-from dcafy.records import read
+from torch import Tensor
+
+from dcafy import records
+from dcafy.analysis.listening import Usage
+from dcafy.records import ReadBy, read
 
 
 @dataclass(frozen=True)
 class ConnectionState:
-    """One connection after an epoch; see :class:`dcafy.analysis.usage.ConnectionUsage`."""
+    """One connection after an epoch; see :class:`dcafy.analysis.listening.ConnectionUsage`."""
 
     alpha: float
     beta: float
     contribution: float
-    message_share: float
+
+
+def read_states(data: Any, where: str) -> dict[str, ConnectionState]:
+    """The connections of an epoch, from JSON; runs that were written before have the message share besides."""
+    rows = records.entries(lambda row, _: _without_share(row), data, where)
+    states: dict[str, ConnectionState] = read(dict[str, ConnectionState], rows, where, whole=True)
+    return states
+
+
+def _without_share(row: Any) -> Any:
+    return {name: value for name, value in row.items() if name != "message_share"} if isinstance(row, dict) else row
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Epoch:
     loss: float
     accuracy: float | None
     metrics: Mapping[str, float]
-    connections: Mapping[str, ConnectionState]
+    connections: Annotated[Mapping[str, ConnectionState], ReadBy(read_states)]
     seconds: float
     skipped: int = 0
 
@@ -51,11 +64,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """All epochs; what cutting each connection costs in the end; every image that could not be read, by name."""
+    """All epochs; what the network makes of each connection in the end; every image that could not be read, by name.
+
+    ``by_image``: what was measured last, image by image, where it is (see :class:`dcafy.training.tasks.Meter`).
+    """
 
     epochs: tuple[Epoch, ...]
     usage: Usage | None = None
     skipped: tuple[str, ...] = ()
+    by_image: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from dcafy.analysis.usage import Usage, measured_shares, usage
+from dcafy.analysis.listening import Usage
+from dcafy.analysis.usage import usage
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import InputError, TrainingError, UsageError
 from dcafy.graph.modes import evaluating
@@ -165,6 +166,7 @@ class _Run:
         self.wrapped: Replicated | Sharded | None = None
         self.progress = Progress(rate=float(self.schedule.get_last_lr()[0]))
         self.epochs: list[Epoch] = []
+        self.by_image: Mapping[str, Tensor] | None = None
         self.skipped: dict[str, None] = {}
 
     def _shown_loader(self, val: Any) -> DataLoader[Any]:
@@ -201,7 +203,9 @@ class _Run:
         if self.average is not None:
             _take(self.model, self.average.module)
         self.model.eval()
-        history = History(tuple(self.epochs), self._usage(), tuple(self.skipped))
+        if self.by_image is None:  # a run that had ended before
+            self._evaluate(self.model)
+        history = History(tuple(self.epochs), self._usage(), tuple(self.skipped), self.by_image or {})
         self.listener.ends(history)
         return history
 
@@ -294,16 +298,13 @@ class _Run:
             raise stopped(int(signal), None if self.file is None else self.file.parent)
 
     def _end_epoch(self) -> None:
-        metrics, shares = self._evaluate()
+        metrics = self._evaluate(self._shown())
         if not math.isfinite(metrics.get("loss", 0.0)):
             self.progress.broken = True  # which the look round at the end of the epoch tells, before it saves
         self._share_skipped()
         own = connections(self._shown()) if self.connected else {}
         loss, accuracy = self.progress.means(self.accelerator)
-        states = {
-            name: ConnectionState(c.alpha.item(), c.beta.item(), c.contribution(), shares[name])
-            for name, c in own.items()
-        }
+        states = {name: ConnectionState(c.alpha.item(), c.beta.item(), c.contribution()) for name, c in own.items()}
         self.epochs.append(
             Epoch(
                 self.progress.epoch + 1,
@@ -327,22 +328,16 @@ class _Run:
         return self.model if self.average is None else self.average.module
 
     @torch.no_grad()
-    def _evaluate(self) -> tuple[dict[str, float], Mapping[str, float]]:
-        """The metrics and the message shares, of the average where there is one."""
-        model = self._shown()
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The metrics of ``model`` on the validation images."""
         meter = self.task.meter()
-        shares: Mapping[str, float] = {}
         with evaluating(model), torch.random.fork_rng(devices=[]):
-            for number, batch in enumerate(self.val_loader):
+            for batch in self.val_loader:
                 self._skip(batch.unreadable)
-                # Measuring runs every connection twice; a few batches tell how loud it is.
-                if self.connected and number == 0:
-                    with measured_shares(model) as found:
-                        meter.update(model, batch)
-                    shares = found()
-                else:
-                    meter.update(model, batch)
-        return meter.result(self.accelerator), shares
+                meter.update(model, batch)
+        metrics = meter.result(self.accelerator)
+        self.by_image = meter.by_image
+        return metrics
 
     def _skip(self, names: Iterable[str]) -> None:
         for name in names:
@@ -358,11 +353,12 @@ class _Run:
             self._skip(gather_object(list(self.skipped)))
 
     def _usage(self) -> Usage | None:
-        """What cutting connections costs, on images that every process goes through by itself."""
+        """What the network makes of its connections, on images that every process goes through by itself."""
         wanted = self.config.usage_images
         if not (self.connected and wanted and isinstance(self.task, Classification)):
             return None
-        spread = self._shown_loader(Spread(self.val, wanted))
+        # Mixed: data sets are often sorted by class, and messages are shuffled within a batch.
+        spread = self._shown_loader(Spread(self.val, wanted, mixed=True))
         return usage(self.model, [(batch.inputs, batch.labels) for batch in spread])
 
     # -- checkpoints ------------------------------------------------------------------------------------

@@ -17,24 +17,42 @@ from dcafy.training.options import TrainingConfig
 
 
 def groups_of(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Optimizer groups of a converted model, or of one that is not; no decay on α, β, norms and biases."""
+    """Optimizer groups of a converted model, or of one that is not, with decay on what ``config`` says."""
     if is_connected(model):
-        return parameter_groups(
+        groups = parameter_groups(
             model,
             lr=config.base_rate,
             connection_lr=config.connection_rate,
             scale_lr=config.scale_rate,
             weight_decay=config.decay,
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    split = ([p for p in trained if p.ndim > 1], config.decay), ([p for p in trained if p.ndim <= 1], 0.0)
-    return [{"params": part, "lr": config.base_rate, "weight_decay": decay} for part, decay in split if part]
+    else:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        split = ([p for p in trained if p.ndim > 1], config.decay), ([p for p in trained if p.ndim <= 1], 0.0)
+        groups = [{"params": part, "lr": config.base_rate, "weight_decay": decay} for part, decay in split if part]
+    return _decayed(model, groups, config)
+
+
+def _decayed(model: nn.Module, groups: list[dict[str, Any]], config: TrainingConfig) -> list[dict[str, Any]]:
+    """The groups with decay on all of them, or on none of the depthwise convolutions, where that is asked for."""
+    if config.decayed == "all":
+        return [{**group, "weight_decay": config.decay} for group in groups]
+    if config.decayed == "weights":
+        return groups
+    convolutions = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) and m.groups > 1)
+    spared = {id(parameter) for convolution in convolutions for parameter in convolution.parameters(recurse=False)}
+    parted = []
+    for group in groups:
+        for decay in dict.fromkeys((group["weight_decay"], 0.0)):
+            part = [p for p in group["params"] if (0.0 if id(p) in spared else group["weight_decay"]) == decay]
+            parted += [{**group, "params": part, "weight_decay": decay}] if part else []
+    return parted
 
 
 _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.optim.Optimizer]] = {
     "adamw": lambda groups, config: torch.optim.AdamW(groups),
     "sgd": lambda groups, config: torch.optim.SGD(
-        groups, lr=config.base_rate, momentum=config.momentum, nesterov=config.momentum > 0
+        groups, lr=config.base_rate, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0
     ),
 }
 
@@ -49,12 +67,20 @@ def optimizer_for(model: nn.Module, config: TrainingConfig) -> torch.optim.Optim
 
 def scheduler_for(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> LambdaLR:
     """The schedule of every group's rate; ``steps``: those of one epoch."""
-    total, warmup = steps * config.epochs, config.warmup_epochs * steps
+    milestones = config.falls_at if config.schedule == "multistep" else ()
+    total, warmup = steps * config.epochs, config.warmup_steps or config.warmup_epochs * steps
     falls: dict[str, Callable[[float], float]] = {
         "constant": lambda step: 1.0,
         "step": lambda step: 0.1 ** (step // (config.step_epochs * steps)),
-        "multistep": lambda step: 0.1 ** sum(12 * step >= part * total for part in (8, 11)),
+        "multistep": lambda step: 0.1 ** sum(step >= fall * steps - 1e-6 for fall in milestones),
         "cosine": lambda step: 0.5 * (1 + math.cos(math.pi * min(max(step - warmup, 0) / max(total - warmup, 1), 1))),
     }
     fall = falls[config.schedule]
-    return LambdaLR(optimizer, lambda step: min((step + 1) / (warmup + 1), 1.0) * fall(step))
+    start = config.warmup_from
+
+    def rise(step: int) -> float:
+        return (
+            min(start + (1 - start) * step / warmup, 1.0) if start and warmup else min((step + 1) / (warmup + 1), 1.0)
+        )
+
+    return LambdaLR(optimizer, lambda step: rise(step) * fall(step))

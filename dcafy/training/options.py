@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
+from dcafy.errors import UsageError
 from dcafy.plan.options import check, setting
+
+DECAYED = ("weights", "dense", "all")
 
 LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.01}
 TIMES = 10
@@ -20,7 +25,7 @@ class TrainingConfig:
     epochs: int = setting(10, "How often the training images are gone through.", least=1)
     batch_size: int = setting(32, "Images in a batch, over all processes together.", least=1)
     accumulate: int = setting(1, "Batches for one step of the optimizer.", least=1)
-    optimizer: str = setting("adamw", "adamw, or sgd with Nesterov momentum (the paper's).", choices=("adamw", "sgd"))
+    optimizer: str = setting("adamw", "adamw, or sgd with momentum (the paper's).", choices=("adamw", "sgd"))
     lr: float | None = setting(None, "Learning rate of the base. [default: 0.0005 with adamw, 0.01 with sgd]", least=0)
     connection_lr: float | None = setting(
         None,
@@ -30,17 +35,31 @@ class TrainingConfig:
     )
     scale_lr: float | None = setting(None, "Learning rate of α and β. [default: that of the connections]", least=0)
     weight_decay: float | None = setting(
-        None, "Not on α, β, norms and biases. [default: 0.01 with adamw, 0.0001 with sgd]", least=0
+        None, "Weight decay; see --decayed for of what. [default: 0.01 with adamw, 0.0001 with sgd]", least=0
+    )
+    decayed: str = setting(
+        "weights",
+        "What weight decay is for: weights (not α, β, norms and biases), dense (of these not depthwise convolutions, "
+        "either), or all.",
+        choices=DECAYED,
     )
     momentum: float = setting(0.9, "Momentum of sgd.", least=0, below=1)
+    nesterov: bool = setting(True, "Nesterov momentum, with sgd.")
     schedule: str = setting(
         "cosine",
-        "How the rates fall: cosine, to 0; step, by 10 every --step-epochs (paper 4.1); multistep, by 10 at 2/3 and "
-        "again at 11/12 of the run (usual for detectors); constant.",
+        "How the rates fall: cosine, to 0; step, by 10 every --step-epochs (paper 4.1); multistep, by 10 at each of "
+        "--milestones (usual for detectors); constant.",
         choices=("cosine", "step", "multistep", "constant"),
     )
     step_epochs: int = setting(30, "Epochs between two steps of the schedule.", least=1)
-    warmup_epochs: float = setting(0.0, "Epochs over which the rates rise from 0.", least=0)
+    milestones: str | None = setting(
+        None,
+        "Epochs after which the rates of multistep fall, such as 18,22. [default: 2/3 and 11/12 of the run]",
+        metavar="EPOCHS",
+    )
+    warmup_epochs: float = setting(0.0, "Epochs over which the rates rise.", least=0)
+    warmup_steps: int = setting(0, "Steps over which they rise, in the place of --warmup-epochs.", least=0)
+    warmup_from: float = setting(0.0, "The part of the rates at which they begin to rise.", least=0, below=1)
     label_smoothing: float = setting(0.0, "The part of each label that is spread over all classes.", least=0, below=1)
     mixup: float = setting(0.0, "Strength (alpha) of mixup; 0 is none.", least=0)
     cutmix: float = setting(
@@ -57,12 +76,38 @@ class TrainingConfig:
     workers: int = setting(0, "Processes that read images, for each training process; 0 reads them in it.", least=0)
     checkpoint_steps: int = setting(0, "Steps between two checkpoints. [default: one after each epoch]", least=0)
     usage_images: int = setting(
-        2048, "Validation images on which each connection is cut at the end; 0 is none.", least=0
+        1024, "Validation images on which connections are cut and shuffled at the end; 0 is none.", least=0
     )
     cpu: bool = setting(False, "Train on the CPU also where there is a GPU.")
 
     def __post_init__(self) -> None:
         check(self)
+        self._milestones()
+        if self.warmup_steps and self.warmup_epochs:
+            raise UsageError("--warmup-steps and --warmup-epochs both say how long the rates rise. Leave one out.")
+
+    @property
+    def falls_at(self) -> tuple[float, ...]:
+        """The epochs after which the rates of ``multistep`` fall; ``UsageError`` where they lie behind the run."""
+        found = self._milestones() or (8 / 12 * self.epochs, 11 / 12 * self.epochs)
+        if found[-1] >= self.epochs:
+            raise UsageError(
+                f"--milestones {self.milestones} go beyond the {self.epochs} epochs of the run: there the rates would "
+                "never fall. Choose earlier ones, or more --epochs."
+            )
+        return found
+
+    def _milestones(self) -> tuple[float, ...]:
+        """Those that were given; ``UsageError`` where they are no epochs that rise."""
+        if self.milestones is None:
+            return ()
+        try:
+            found = tuple(float(part) for part in self.milestones.split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(0 < earlier < later for earlier, later in itertools.pairwise((*found, math.inf))):
+            raise UsageError(f"--milestones {self.milestones!r} should be epochs that rise, such as 18,22.")
+        return found
 
     @property
     def base_rate(self) -> float:

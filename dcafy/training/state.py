@@ -187,15 +187,20 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
         ) from error
 
 
+_LATER = frozenset({"scale_lr", "decayed", "nesterov", "milestones", "warmup_steps", "warmup_from"})
+"""Options that the first runs did not have: at their defaults they are left out, so that those can be gone on with."""
+
+
 def _identity(now: Standing) -> dict[str, Any]:
     """What has to be the same for a training to go on."""
+    usual = {item.name: item.default for item in dataclasses.fields(now.config)}
     config = {
-        k: v for k, v in dataclasses.asdict(now.config).items() if k not in ("workers", "cpu", "checkpoint_steps")
+        k: v
+        for k, v in dataclasses.asdict(now.config).items()
+        if k not in ("workers", "cpu", "checkpoint_steps") and not (k in _LATER and v == usual[k])
     }
-    if config["scale_lr"] is None:  # as it was before there was one
-        del config["scale_lr"]
-        if now.config.connection_lr == TIMES * now.config.base_rate:  # which None meant then, whatever the rate was
-            config["connection_lr"] = None
+    if "scale_lr" not in config and now.config.connection_lr == TIMES * now.config.base_rate:
+        config["connection_lr"] = None  # which that meant before there was a scale_lr, whatever the rate was
     return {
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "number of images": now.images,

@@ -29,7 +29,13 @@ class Batch(NamedTuple):
 
 
 class Meter(Protocol):
-    """What is measured over the validation images."""
+    """What is measured over the validation images.
+
+    ``by_image``: once there is a result, each metric that is a mean over images, image by image, and under ``index``
+    which image each value is of; empty where nothing is measured image by image.
+    """
+
+    by_image: Mapping[str, Tensor]
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Adds a batch."""
@@ -133,6 +139,7 @@ class _Accuracy:
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
+        self.by_image: Mapping[str, Tensor] = {}
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         outputs = model(batch.inputs).float()
@@ -151,5 +158,7 @@ class _Accuracy:
         counted = [seen[index] for index in sorted(seen) if seen[index][1]]
         if not counted:
             raise InputError("None of the validation images can be read.")
-        _, _, loss, top1, top5 = torch.stack(counted).mean(0).tolist()
+        whole = torch.stack(counted)
+        self.by_image = {"index": whole[:, 0], "loss": whole[:, 2], "top1": whole[:, 3], "top5": whole[:, 4]}
+        _, _, loss, top1, top5 = whole.mean(0).tolist()
         return {"loss": loss, "top1": top1, "top5": top5, "images": float(len(counted))}

@@ -100,11 +100,7 @@ def metrics_in_words(metrics: Mapping[str, float]) -> str:
 def in_words(epoch: Epoch, of: int) -> str:
     """An epoch in one line."""
     trained = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
-    loudest = max(epoch.connections.items(), key=lambda item: item[1].message_share, default=None)
-    heard = f"; loudest connection {loudest[0]}: {loudest[1].message_share:.1%}" if loudest else ""
-    return (
-        f"epoch {epoch.epoch}/{of}: loss {epoch.loss:.4f}{trained}; validation {metrics_in_words(epoch.metrics)}{heard}"
-    )
+    return f"epoch {epoch.epoch}/{of}: loss {epoch.loss:.4f}{trained}; validation {metrics_in_words(epoch.metrics)}"
 
 
 class Lines(Listener):

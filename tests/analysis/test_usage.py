@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from networks import CBAM, SELinear, with_attention
 from torch import nn
 from torch.nn import functional as F
-from trained import with_betas
+from trained import moved, seeded, trained_like, with_betas
 from training_data import CLASSES, SIZE, Stripes, connected, network
 
 import dcafy
 from dcafy import Connection
+from dcafy.analysis import attention_values
 from dcafy.analysis.complexity import complexity
+from dcafy.analysis.tapped import tapped
 from dcafy.analysis.usage import message_shares
 from dcafy.errors import InputError
 
@@ -22,6 +30,29 @@ def batches(length: int = 24, size: int = 8) -> list[tuple[torch.Tensor, torch.T
     rows = [data[index] for index in range(length)]
     images, labels = torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
     return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+@torch.no_grad()
+def rows_of(model: nn.Module, data) -> torch.Tensor:
+    """(loss, right) of each image."""
+    outputs = torch.cat([model(images) for images, _ in data])
+    labels = torch.cat([labels for _, labels in data])
+    losses = F.cross_entropy(outputs, labels, reduction="none")
+    return torch.stack([losses, (outputs.argmax(1) == labels).to(losses)], 1).double()
+
+
+def with_beta(model: nn.Module, name: str, value: float) -> nn.Module:
+    """A copy with that β in one connection."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        dcafy.connections(twin)[name].beta.fill_(value)
+    return twin
+
+
+def converted(attention: Callable[..., nn.Module], topology: str) -> nn.Module:
+    with seeded(0):
+        network = trained_like(with_attention(attention, (8, 8, 12)), torch.cat([images for images, _ in batches()]))
+        return dcafy.convert(network, example_inputs=torch.zeros(2, 3, SIZE, SIZE), topology=topology)
 
 
 @torch.no_grad()
@@ -51,6 +82,9 @@ def test_cutting_is_what_setting_beta_to_zero_does():
         assert row.loss_change != 0
         assert row.accuracy_change == pytest.approx(cut_accuracy - accuracy)
         assert row.beta == before.item()
+        cut = rows_of(with_beta(model, row.name, 0.0), data) - rows_of(model, data)
+        errors = cut.std(0) / len(cut) ** 0.5
+        assert (row.cut.loss_error, row.cut.accuracy_error) == pytest.approx(tuple(errors.tolist()), rel=1e-4, abs=1e-9)
     with_betas(model, 0.0, 0.1)
     with torch.no_grad():
         for connection in own.values():
@@ -91,17 +125,226 @@ def test_the_message_share_is_that_of_the_two_terms(attention, topology):
         assert 0 < found[name] < 1
 
 
+Matched = Callable[..., torch.Tensor]
+
+
+@contextlib.contextmanager
+def heard_as(change: Callable[[Connection, Matched, tuple[Any, ...]], torch.Tensor]) -> Iterator[None]:
+    """Inside it every connection hears what ``change`` makes of (itself, how it hears, what it is given)."""
+    matched = Connection.matched
+    Connection.matched = lambda self, *given: change(self, matched, given)
+    try:
+        yield
+    finally:
+        Connection.matched = matched
+
+
+@pytest.mark.parametrize("topology", ["chain", "dense"])
+def test_another_images_message_is_that_of_the_other_one_of_two(topology):
+    model = moved(converted(SELinear, topology)).eval()
+    data = batches(size=2)
+    before = rows_of(model, data)
+    found = dcafy.usage(model, data)
+    own = {connection: name for name, connection in dcafy.connections(model).items()}
+    for name in (*own.values(), ""):
+
+        def swapped(self, matched, given, name=name):
+            message = matched(self, *given)
+            return message.flip(0) if name in ("", own[self]) else message
+
+        with heard_as(swapped):
+            expected = rows_of(model, data) - before
+        effect = next((row.shuffled for row in found.connections if row.name == name), found.shuffled)
+        assert effect.loss == pytest.approx(expected[:, 0].mean().item(), abs=1e-7)
+        assert effect.loss_error == pytest.approx((expected[:, 0].std() / 24**0.5).item(), rel=1e-4)
+        assert effect.loss != 0
+    assert found.alike == 0  # of two neighbours one shows rows, the other columns
+
+
+@pytest.mark.parametrize("attention", [SELinear, CBAM])
+def test_the_average_message_and_what_varies_of_it(attention):
+    model = moved(converted(attention, "chain")).eval()
+    data = batches(20, 8)  # the last batch is a smaller one
+    heard: dict[Any, list[torch.Tensor]] = {}
+    turns: dict[Connection, int] = {}
+
+    def noted(self, matched, given):
+        message = matched(self, *given)
+        turns[self] = turns.get(self, 0) + 1
+        heard.setdefault((self, turns[self]), []).append(message)
+        return message
+
+    before = []
+    with heard_as(noted):
+        for batch in data:
+            turns.clear()
+            before.append(rows_of(model, [batch]))
+    means = {key: torch.cat(parts).double().mean(0) for key, parts in heard.items()}
+    found = dcafy.usage(model, data)
+    for name, connection in dcafy.connections(model).items():
+        row = next(row for row in found.connections if row.name == name)
+        own = [(torch.cat(parts).double(), means[key]) for key, parts in heard.items() if key[0] is connection]
+        varying = sum((all_ - mean).square().sum() for all_, mean in own) / sum(all_.square().sum() for all_, _ in own)
+        assert row.varying == pytest.approx(varying.item(), rel=1e-5)
+
+        def averaged(self, matched, given, connection=connection):
+            message = matched(self, *given)
+            turns[self] = turns.get(self, 0) + 1
+            return message if self is not connection else means[self, turns[self]].to(message).expand_as(message)
+
+        after = []
+        with heard_as(averaged):
+            for batch in data:
+                turns.clear()
+                after.append(rows_of(model, [batch]))
+        difference = torch.cat(after) - torch.cat(before)
+        assert row.mean.loss == pytest.approx(difference[:, 0].mean().item(), abs=1e-7)
+        assert row.mean.loss != 0
+
+
+def test_a_message_that_is_the_same_for_all_is_told_from_one_that_says_something():
+    model = moved(converted(SELinear, "chain")).eval()
+    (name, connection) = list(dcafy.connections(model).items())[-1]
+    with torch.no_grad():
+        connection.match[-2].weight.zero_()  # of the LayerNorm: what is left is its bias
+        connection.match[-2].bias.fill_(1.5)
+    row = next(row for row in dcafy.usage(model, batches()).connections if row.name == name)
+    assert row.varying == pytest.approx(0, abs=1e-12)
+    assert row.message_share > 0.1
+    assert row.cut.loss != 0
+    assert row.shuffled.loss == 0
+    assert row.mean.loss == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize("attention", [SELinear, CBAM])
+def test_how_far_T_moves_is_what_its_values_say(attention):
+    model = moved(converted(attention, "chain")).eval()
+    data = batches()
+    images = torch.cat([images for images, _ in data])
+    before = {block.name: block for block in attention_values(model, images)}
+    for row in dcafy.usage(model, data).connections:
+        after = {block.name: block for block in attention_values(with_beta(model, row.name, 0.0), images)}
+        moves = (after[row.name].values - before[row.name].values).double().square().mean() ** 0.5
+        assert row.moved == pytest.approx(moves.item() / before[row.name].values.double().std(correction=0).item())
+        assert row.moved > 0
+
+
+def test_what_nobody_listens_to_is_named_and_what_is_listened_to_is_not():
+    model = moved(converted(SELinear, "chain")).eval()
+    first, _ = dcafy.connections(model).items()
+    with torch.no_grad():
+        first[1].beta.fill_(1e-7)
+        model.head.weight.mul_(20)
+    found = dcafy.usage(model, batches())
+    assert found.unheard == (first[0],)
+    assert not found.connections[1].cut.is_negligible
+    assert f"model = dcafy.drop(model, [{first[0]!r}])" in str(found)
+    assert f"{found.without.loss:+.4f}" in str(found)
+    with torch.no_grad():
+        first[1].beta.zero_()  # which has said nothing yet
+    assert dcafy.usage(model, batches()).unheard == ()
+
+
+def test_what_is_worth_something_together_is_not_dropped_together(monkeypatch):
+    model = with_betas(converted(SELinear, "chain"), 2.0, 2.0).eval()
+    found = dcafy.usage(model, batches())
+    uppers = [effect.loss + 1.96 * effect.loss_error for _, effect, _, _ in found.rows("all")]
+    assert uppers[2] > max(uppers[:2])
+    monkeypatch.setattr("dcafy.analysis.listening.NEGLIGIBLE", uppers[2] + 1e-9)
+    assert len(dcafy.usage(model, batches()).unheard) == 2
+    monkeypatch.setattr("dcafy.analysis.listening.NEGLIGIBLE", uppers[2] - 1e-9)
+    again = dcafy.usage(model, batches())
+    assert again.unheard == (min(found.connections, key=lambda row: row.cut.loss).name,)
+    assert again.without == min((row.cut for row in found.connections), key=lambda cut: cut.loss)
+
+
+def test_batches_that_are_sorted_by_class_are_told():
+    data = batches()
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+    order = labels.argsort()
+    found = dcafy.usage(moved(connected()), list(zip(images[order].split(6), labels[order].split(6), strict=True)))
+    assert found.alike == 1
+    assert "sorted by class" in str(found)
+    assert dcafy.usage(moved(connected()), [(images, labels)]).alike < 0.5
+
+
+def test_a_single_image_has_no_error_and_no_other_one():
+    found = dcafy.usage(moved(connected()), batches(1, 1))
+    assert found.shuffled is None
+    assert found.cut.loss_error is None
+    assert found.connections[0].shuffled is None
+    assert not found.unheard
+    str(found)
+
+
+def test_batches_of_one_are_left_out_of_the_shuffling_and_counted_elsewhere():
+    model, data = moved(connected()), batches(9, 8)
+    found = dcafy.usage(model, data)
+    assert found.images == 9
+    assert found.shuffled == dcafy.usage(model, data[:1]).shuffled
+
+
+def test_images_that_come_in_another_order_each_time():
+    """Only what was computed on one batch is compared: nothing but a connection makes a difference."""
+    model = converted(SELinear, "chain").eval()
+
+    class Anew:
+        def __iter__(self):
+            data = batches(24, 4)
+            random.shuffle(data)
+            return iter(data)
+
+    found = dcafy.usage(model, Anew())
+    assert all(effect.loss == effect.loss_error == 0 for _, *effects in found.rows("all") for effect in effects)
+
+
+def test_a_model_that_is_compiled_or_spread_is_looked_into():
+    model, data = moved(connected()), batches()
+    expected = dcafy.usage(model, data)
+    assert dcafy.usage(torch.nn.DataParallel(model, device_ids=[]), data) == expected
+    assert dcafy.usage(torch.compile(model, backend="eager"), data) == expected
+    model.blocks[1].compile(backend="eager")
+    assert dcafy.usage(model, data) == expected
+
+
+def test_a_copy_that_computes_otherwise_is_not_looked_at(monkeypatch):
+    model, data = moved(connected()).eval(), batches()
+    expected = dcafy.usage(model, data)
+
+    def other(network, example):
+        copied = tapped(network, example)
+        copied.model.register_forward_hook(lambda module, given, output: 2 * output)
+        return copied
+
+    monkeypatch.setattr("dcafy.analysis.usage.tapped", other)
+    found = dcafy.usage(model, data)
+    assert "computes otherwise" in str(found)
+    assert [row.moved for row in found.connections] == [None, None]
+    assert found.cut == expected.cut
+
+
+def test_a_model_around_the_connected_one():
+    model, data = moved(connected()), batches()
+    found = dcafy.usage(torch.nn.Sequential(nn.Identity(), model), data)
+    assert found.connections == dcafy.usage(model, data).connections
+    assert found.connections[0].moved > 0
+
+
 def test_a_fresh_connection_says_nothing_and_the_model_is_left_alone():
     model = connected().train()
     model.blocks[0].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     found = dcafy.usage(model, batches())
-    assert all(row.message_share == row.loss_change == row.accuracy_change == 0 for row in found.connections)
+    assert all(
+        row.message_share == row.loss_change == row.accuracy_change == row.moved == 0 for row in found.connections
+    )
     assert found.loss_change == 0
+    assert found.unheard == ()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("matched" in connection.__dict__ for connection in dcafy.connections(model).values())
 
 
 def test_images_labelled_minus_one_do_not_count():

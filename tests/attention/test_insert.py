@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -334,3 +335,21 @@ def test_refusals() -> None:
         dcafy.insert(torchvision.models.resnet18, "se")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="connected already"):
         dcafy.insert(dcafy.convert(model, attention="eca", example_inputs=images()), "se")
+
+
+def test_global_context_without_a_bottleneck(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18(num_classes=4).eval()
+    attended = dcafy.insert(model, "gc", reduction=None).eval()
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(attended(x), model(x))
+    assert [name for name, _ in attended.layer1[0].gc.bottleneck.named_children()] == ["expand"]
+    converted = dcafy.convert(model, attention="gc", attention_reduction=None).eval()
+    assert {**converted.state_dict()}.keys() >= attended.state_dict().keys()
+    dcafy.save(converted, tmp_path / "folder")
+    assert torch.equal(dcafy.load(tmp_path / "folder").eval()(x), converted(x))
+
+
+@pytest.mark.parametrize("attention", ["se", "cbam", "sk", "eca"])
+def test_no_other_attention_does_without_a_bottleneck(attention: str) -> None:
+    with pytest.raises(UsageError, match="gc can"):
+        dcafy.insert(torchvision.models.resnet18(), attention, reduction=None, init="paper")

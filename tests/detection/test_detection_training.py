@@ -338,13 +338,24 @@ def test_a_run_reports_average_precision(command: Run, shapes: Path) -> None:
     rows = [json.loads(line) for line in (shapes / "run/log.jsonl").read_text().splitlines()]
     epochs = [row for row in rows if row["event"] == "epoch"]
     assert {"AP", "AP50", "AP75"} <= set(epochs[-1]["metrics"])
-    assert all(state["message_share"] > 0 for state in epochs[-1]["connections"].values())
+    assert all(state["beta"] != 0 for state in epochs[-1]["connections"].values())
     loaded = dcafy.load("run", model=retinanet(6))
     assert classes_of(loaded) == 6
     code, _, err = command(MODEL, *data, "--strict", "--epochs", 1, "-o", "strict")
     assert code != 0
     assert "--strict was given" in err
     assert not (shapes / "strict").exists()
+
+
+def test_the_papers_recipe_trains_a_detector(command: Run, shapes: Path) -> None:
+    recipe = ["--recipe", "paper-detection", "--data", "coco:images:annotations.json", "--batch-size", 4, "--cpu"]
+    code, _, err = command(MODEL, *recipe, "--epochs", 1, "-o", "run")
+    assert code == 0, err
+    asked = json.loads((shapes / "run/finetune.json").read_text())
+    assert (asked["task"], asked["recipe"]) == ("detection", "paper-detection")
+    assert asked["training"]["lr"] == asked["training"]["connection_lr"] == 0.01 / 4
+    loaded = dcafy.load("run", model=retinanet(6))
+    assert all(connection.beta.item() != 0 for connection in dcafy.connections(loaded).values())
 
 
 @pytest.mark.slow

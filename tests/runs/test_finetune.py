@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from two_processes import FACTORY, FACTORY_CODE
 
 import dcafy
 from dcafy.cli.finetune import _known
-from dcafy.runs.compare import compare, paired_difference
+from dcafy.runs.compare import compare
 from dcafy.runs.request import Request, write_request
 from dcafy.training import DataOptions, TrainingConfig
 from dcafy.training.telling import Listener
@@ -61,10 +62,12 @@ def test_a_run_leaves_a_model_a_log_and_a_request(command: Run, tmp_path: Path) 
     assert code == 0
     assert "epoch 2/2: loss" in err
     assert "validation after 2 epochs" in out
-    assert "message share" in out
+    assert "if shuffled" in out
+    assert re.search(r"all of them +[+-]\d\.\d{4} ± \d\.\d{4}", out)
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["event"] for row in rows] == ["begin", "epoch", "epoch", "end"]
-    assert {"contribution", "message_share"} <= set(next(iter(rows[1]["connections"].values())))
+    assert set(next(iter(rows[1]["connections"].values()))) == {"alpha", "beta", "contribution"}
+    assert rows[-1]["usage"]["connections"][0]["shuffled"]["loss_error"] > 0
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events.count("step") == 2 * (1438 // 64)
     from training_data import network
@@ -146,6 +149,16 @@ def test_a_folder_does_not_choose_what_is_read_elsewhere_or_fetched(command: Run
         ([FACTORY, "--data", "digits"], 2, "-o names no folder"),
         ([FACTORY, "-o", "run"], 2, "--data names no images"),
         ([FACTORY, "--data", "digits", "-o", "run", "--seeds", "3"], 2, "Add --compare"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--compare", "plain,conected"], 2, "Did you mean 'connected'"),
+        ([FACTORY, *QUICK, "-o", "run", "--compare", "attention", "connected"], 2, "--attention names none"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--plain", "--compare"], 2, "Leave one of them out"),
+        (
+            [FACTORY, "--data", "digits", "-o", "run", "--plain", "--attention", "se"],
+            2,
+            "--compare attention trains it",
+        ),
+        ([FACTORY, "--data", "digits", "-o", "run", "--plain", "--schema", "softmax"], 2, "--schema is of no use"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--compare", "attention", "--reduction", "4"], 2, "of no use"),
         ([FACTORY, "--data", "digits", "-o", "run", "--lr", "inf"], 2, "--lr must be at least 0 and finite"),
         ([FACTORY, *QUICK, "-o", "run", "--json-log", "no/log.jsonl"], 4, "'no/log.jsonl' cannot be written"),
         (["torchvison:resnet18", "--data", "digits", "-o", "run"], 2, "Did you mean 'torchvision'"),
@@ -276,15 +289,61 @@ def test_a_comparison(command: Run, tmp_path: Path) -> None:
     mean = sum(connected["top1"] - original["top1"] for connected, original in pairs) / 2
     assert found["differences"]["top1"]["mean"] == pytest.approx(mean)
     low, high = (found["differences"]["top1"][end] for end in ("low", "high"))
-    assert ("better" in out) == (low > 0 or found["differences"]["top5"]["low"] > 0)
-    assert low <= mean <= high
-    assert f"{100 * low:+.2f} to {100 * high:+.2f}" in out
+    assert low < mean < high
+    assert f"{100 * low:+.2f} to {100 * high:+.2f}: 2 seeds say next to nothing" in out
+    assert found["differences"]["top1"]["images"] == 359
+    loss = found["differences"]["loss"]
+    assert loss["lower_is_better"]
+    assert f"loss, connected minus original: {loss['mean']:+.4f}, 95% interval {loss['low']:+.4f}" in out
     assert len(found["usage"]) == 2
     shutil.rmtree(tmp_path / "run/seeds/1-connected")
     (tmp_path / "run/compare.json").unlink()
     assert command(FACTORY, "-o", "run", "--resume")[0] == 0  # goes on where it was, and comes to the same
     again = json.loads((tmp_path / "run/compare.json").read_text())
     assert again["differences"] == found["differences"]
+
+
+@pytest.mark.slow
+def test_three_arms_in_one_comparison(command: Run, tmp_path: Path) -> None:
+    options = ("--attention", "eca", *QUICK, "--epochs", 1, "--usage-images", 0)
+    code, out, err = command(
+        "torchvision:resnet18", *options, "--compare", "plain", "attention", "connected", "-o", "run"
+    )
+    assert code == 0, err
+    found = json.loads((tmp_path / "run/compare.json").read_text())
+    sizes = [found[arm]["parameters"] for arm in ("plain", "attention", "connected")]
+    assert sizes == sorted(set(sizes))
+    pairs = [(pair["one"], pair["other"]) for pair in found["pairs"]]
+    assert pairs == [("connected", "attention"), ("connected", "plain"), ("attention", "plain")]
+    for pair in found["pairs"]:
+        ours, theirs = (found[pair[side]]["metrics"][0]["loss"] for side in ("one", "other"))
+        assert pair["differences"]["loss"]["mean"] == pytest.approx(ours - theirs)
+        assert "one seed says nothing" in pair["differences"]["top1"]["verdict"]
+    assert "top1, attention minus plain" in out
+    assert "--compare" in command("run", "--resume", "--compare", "plain,connected")[2]
+    assert command("run", "--resume", "--compare", "connected", "plain", "attention")[0] == 0  # in any order
+
+
+def test_a_recipe_in_one_line(command: Run, tmp_path: Path) -> None:
+    options = ("--recipe", "paper", *QUICK, "--epochs", 1, "--val-resize", 18, "--usage-images", 0)
+    code, _, err = command(FACTORY, *options, "-o", "run")
+    assert code == 0, err
+    kept = json.loads((tmp_path / "run/finetune.json").read_text())
+    assert (kept["recipe"], kept["training"]["decayed"], kept["images"]["crop_scale"]) == ("paper", "all", 0.1)
+    assert kept["training"]["connection_lr"] == kept["training"]["lr"] == pytest.approx(0.1 / 4)
+    code, _, err = command(FACTORY, "-o", "run", "--resume", "--recipe", "paper-mobile")
+    assert code == 2
+    assert "was started with --recipe paper" in " ".join(err.split())
+
+
+def test_a_plain_network_is_trained_as_it_is(command: Run, tmp_path: Path) -> None:
+    code, _, err = command(FACTORY, *QUICK, "--epochs", 1, "--plain", "-o", "run")
+    assert code == 0, err
+    assert not any("dca" in key.split(".") for key in load_file(tmp_path / "run/model.safetensors"))
+    assert command(FACTORY, "--plain", "-o", "run", "--resume")[0] == 0
+    assert command(FACTORY, *QUICK, "--epochs", 1, "--compare", "plain", "-o", "other")[0] == 0
+    alone = load_file(tmp_path / "other/seeds/0-plain/model.safetensors")
+    assert all(torch.equal(value, alone[key]) for key, value in load_file(tmp_path / "run/model.safetensors").items())
 
 
 UNMOVED = ("--epochs", 1, "--lr", 0, "--connection-lr", 0, "--weight-decay", 0)
@@ -346,24 +405,3 @@ def test_a_comparison_that_was_stopped_names_its_own_folder(tmp_path: Path, monk
     with pytest.raises(dcafy.errors.Interrupted, match=r"dcafy finetune \S*/run --resume"):
         compare(request, tmp_path / "run", listener_for=lambda title: (Stops(),))
     sys.modules.pop("finetune_factory", None)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "verdict"),
-    [
-        ([0.9, 0.8, 0.85], [0.5, 0.45, 0.44], "better"),
-        ([0.5, 0.45, 0.44], [0.9, 0.8, 0.85], "worse"),
-        ([0.9, 0.4, 0.7], [0.5, 0.8, 0.6], "no difference that the seeds could show"),
-        ([0.9], [0.1], "one seed says nothing about chance: run more with --seeds"),
-    ],
-)
-def test_the_word_better_needs_an_interval_that_excludes_zero(one, other, verdict) -> None:
-    assert paired_difference(one, other).verdict == verdict
-
-
-def test_the_interval_is_students() -> None:
-    found = paired_difference([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
-    half = 3.182 * (5 / 3) ** 0.5 / 2  # t with 3 degrees of freedom, times the standard error
-    assert found.mean == 2.5
-    assert found.low == pytest.approx(2.5 - half, abs=1e-3)
-    assert found.high == pytest.approx(2.5 + half, abs=1e-3)

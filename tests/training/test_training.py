@@ -72,7 +72,6 @@ def test_it_learns_and_every_connection_moves():
         assert connection.beta.item() != 0
         state = history.epochs[-1].connections[name]
         assert state.beta == pytest.approx(connection.beta.item())
-        assert 0 < state.message_share < 1
     assert history.usage is not None
     assert history.usage.accuracy == pytest.approx(history.metrics["top1"])
     assert history.usage.images == len(VAL)

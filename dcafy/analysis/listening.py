@@ -1,0 +1,184 @@
+"""What a network makes of its connections, as data and as a table, with the call that drops what it does not hear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.text import Text
+
+from dcafy.plan.tables import plain_table, unfolded
+from dcafy.wording import counted, printable
+
+KINDS = ("cut", "shuffled", "mean")
+"""The ways in which what a connection hears is changed."""
+
+ALL = ""
+"""The name of all connections at once."""
+
+NEGLIGIBLE = 1e-3
+"""A rise of the loss that is none to speak of: the right class is a thousandth less likely."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What changing messages does: the change of the mean cross-entropy and of the top-1 accuracy (a fraction).
+
+    ``loss_error`` and ``accuracy_error`` are standard errors, from the differences image by image; ``None`` for a
+    single image. A loss above 0 and an accuracy below 0 mean that the network did better as it is.
+    """
+
+    loss: float
+    loss_error: float | None
+    accuracy: float
+    accuracy_error: float | None
+
+    @property
+    def is_negligible(self) -> bool:
+        """Whether the loss rises by less than a thousandth, with a confidence of 97.5%."""
+        return self.loss_error is not None and self.loss + 1.96 * self.loss_error < NEGLIGIBLE
+
+
+@dataclass(frozen=True)
+class ConnectionUsage:
+    """One connection, as a data set shows it.
+
+    ``contribution``     |β| / (|α| + |β|) (paper 4.5)
+    ``message_share``    ‖β·match(T̃)‖ / (‖αG‖ + ‖β·match(T̃)‖), over all images
+    ``varying``          the part of the message's energy that differs between images; the rest is a bias
+    ``moved``            how far the block's T moves when the connection is cut (root mean square), in standard
+                         deviations of T; ``None`` where T cannot be read or never differs
+    ``cut``              without the message
+    ``shuffled``         with the message of another image of the batch; ``None`` where no batch has two
+    ``mean``             with the average message
+    """
+
+    name: str
+    dimension: str
+    alpha: float
+    beta: float
+    contribution: float
+    message_share: float
+    varying: float
+    moved: float | None
+    cut: Effect
+    shuffled: Effect | None
+    mean: Effect
+
+    @property
+    def loss_change(self) -> float:
+        """Loss without the message, minus the loss as it is; above 0 where the connection helps."""
+        return self.cut.loss
+
+    @property
+    def accuracy_change(self) -> float:
+        """The same of the top-1 accuracy, a fraction; below 0 where the connection helps."""
+        return self.cut.accuracy
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Every connection in the order of the data, and the network with all of them changed at once.
+
+    ``loss`` (mean cross-entropy) and ``accuracy`` (a fraction) are those of the network as it is, on ``images`` images.
+    ``alike``: the part of the images that were shown a message of their own class where messages were shuffled.
+    ``unheard``: connections that can be taken out (:func:`dcafy.drop`), and ``without`` them what happens. ``unread``:
+    why no T can be read, if that is so.
+    """
+
+    images: int
+    loss: float
+    accuracy: float
+    connections: tuple[ConnectionUsage, ...]
+    cut: Effect
+    shuffled: Effect | None
+    mean: Effect
+    alike: float = 0.0
+    unheard: tuple[str, ...] = ()
+    without: Effect | None = None
+    unread: str = ""
+
+    @property
+    def loss_change(self) -> float:
+        """Loss without any message, minus the loss as it is."""
+        return self.cut.loss
+
+    @property
+    def accuracy_change(self) -> float:
+        """The same of the top-1 accuracy, a fraction."""
+        return self.cut.accuracy
+
+    def rows(self, all_: str) -> list[tuple[str, Effect, Effect | None, Effect]]:
+        """(name, cut, shuffled, mean) of every connection, and of all at once under the name ``all_``."""
+        rows = [(row.name, row.cut, row.shuffled, row.mean) for row in self.connections]
+        return [*rows, (all_, self.cut, self.shuffled, self.mean)]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from usage_tables(self)
+
+    def __str__(self) -> str:
+        return unfolded(list(usage_tables(self)))
+
+
+# --- in a table ---------------------------------------------------------------------------------------
+
+MIXED = 0.5
+"""From this part of images on that hear their own class, messages were not shuffled well."""
+
+
+def usage_tables(found: Usage) -> Iterator[RenderableType]:
+    """The usage as rich renderables: a table, how to read it, and what can be dropped."""
+    yield Text(
+        f"Connections, on {counted(found.images, 'image')} (loss {found.loss:.4f}, top1 {found.accuracy:.2%}); "
+        "the loss changes by",
+        "bold",
+    )
+    table = plain_table("receiving block", "β", "varies", "T moves", "if cut", "if shuffled", "if mean", "top1 if cut")
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for row in found.connections:
+        moved = "-" if row.moved is None else f"{row.moved:.2f} σ"
+        changes = (in_loss(row.cut), in_loss(row.shuffled), in_loss(row.mean), in_points(row.cut))
+        table.add_row(Text(printable(row.name)), f"{row.beta:+.4f}", f"{row.varying:.1%}", moved, *changes)
+    table.add_section()
+    changes = (in_loss(found.cut), in_loss(found.shuffled), in_loss(found.mean), in_points(found.cut))
+    table.add_row("all of them", "", "", "", *changes)
+    yield table
+    yield Text(_reading(found))
+
+
+def in_loss(effect: Effect | None) -> str:
+    """A change of the loss with its standard error."""
+    if effect is None:
+        return "-"
+    return f"{effect.loss:+.4f}" + ("" if effect.loss_error is None else f" ± {effect.loss_error:.4f}")
+
+
+def in_points(effect: Effect | None) -> str:
+    """A change of the accuracy with its standard error, in points."""
+    if effect is None:
+        return "-"
+    error = "" if effect.accuracy_error is None else f" ± {100 * effect.accuracy_error:.2f}"
+    return f"{100 * effect.accuracy:+.2f}{error}"
+
+
+def _reading(found: Usage) -> str:
+    lines = [
+        "cut: no message; shuffled: another image's; mean: the average one; ± standard errors, image by image.",
+        "varies: the part of a message that differs between images; T moves: if cut, in standard deviations of T.",
+    ]
+    if found.unread:
+        lines.append(f"The maps T cannot be read: {printable(found.unread)}")
+    if found.shuffled is not None and found.alike > MIXED:
+        lines.append(
+            f"{found.alike:.0%} of the images heard one of their own class when messages were shuffled: batches that "
+            "are sorted by class make content look worth less than it is. Mix them."
+        )
+    if found.without is not None:
+        lines.append(
+            f"Nobody listens to {counted(len(found.unheard), 'connection')}: without, the loss changes by "
+            f"{in_loss(found.without)}, top1 by {in_points(found.without)} points.\n"
+            f"    model = dcafy.drop(model, {list(map(printable, found.unheard))})"
+        )
+    return "\n".join(lines)
