@@ -22,16 +22,20 @@ WRITTEN = Path(__file__).parent / "formats"
 COMMITS = sorted(path.parent.name for path in WRITTEN.glob("*/plan.json"))
 
 
+WIDE = (16, 16, 24)
+"""Channels of the units with CBAM, whose spatial part was found wrongly in fewer."""
+
+
 def rebuilt(attention: Callable[[int], nn.Module]) -> nn.Module:
     """The network as ``formats/write.py`` builds it: its weights are not in the folder of connections."""
     with seeded(1):
         images = torch.randn(2, 3, 48, 48)
     with seeded(0):
-        return trained_like(with_attention(attention, (8, 8, 12)), images)
+        return trained_like(with_attention(attention, WIDE), images)
 
 
 MODELS: dict[str, Callable[[], dict[str, Any]]] = {
-    "channel_and_spatial": lambda: {"model": with_attention(CBAM, (8, 8, 12))},
+    "channel_and_spatial": lambda: {"model": with_attention(CBAM, WIDE)},
     "connections_only": lambda: {"model": rebuilt(CBAM)},
     "dense": lambda: {"model": with_attention(SELinear, (8, 8, 12))},
     "inserted": dict,
@@ -139,3 +143,9 @@ def test_a_run_is_gone_on_with(
 
 def test_exit_codes(written: Path) -> None:
     assert json.loads((written / "exit_codes.json").read_text()).items() <= exit_codes().items()
+
+
+def test_a_narrow_spatial_part() -> None:
+    """It heard at another place than it should have: a folder of that is not what it was by another formula."""
+    with pytest.raises(dcafy.CheckpointError, match="convert the original network anew"):
+        dcafy.load(WRITTEN / "narrow_spatial", model=with_attention(CBAM, (8, 8, 12)))

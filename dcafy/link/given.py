@@ -36,6 +36,7 @@ def checked(plan: Plan, found: Plan, network: Network) -> Plan:
                 raise PlanError(
                     f"The plan was made for another network: its block {name!r} has {fact} {getattr(theirs, fact)!r}, "
                     f"this model's {getattr(ours, fact)!r}. Make the plan with dcafy.inspect(model)."
+                    f"{_ONE_MAP if (ours.dimension, fact, getattr(theirs, fact)) == ('spatial', 'channels', 1) else ''}"
                 )
     for one in plan.alone:
         if one.name not in names:
@@ -47,3 +48,9 @@ def checked(plan: Plan, found: Plan, network: Network) -> Plan:
     if twice:
         raise PlanError(f"The plan links {twice[0]!r} to {twice[1]!r} more than once.")
     return plan
+
+
+_ONE_MAP = (
+    " An earlier dcafy took the layer behind the pooling for G in spatial attention of few channels: if the plan is of "
+    "such a one, convert the original network anew."
+)

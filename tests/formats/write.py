@@ -59,7 +59,7 @@ def command(*arguments: object) -> str:
 def write(root: Path) -> None:
     torch.use_deterministic_algorithms(True)
     networks = {
-        "channel_and_spatial": lambda: with_attention(CBAM, (8, 8, 12)),
+        "channel_and_spatial": lambda: with_attention(CBAM, (16, 16, 24)),
         "dense": lambda: with_attention(SELinear, (8, 8, 12)),
         "zoo": lambda: timm.create_model("test_byobnet", num_classes=10),
         "inserted": lambda: dcafy.insert(timm.create_model("test_resnet", num_classes=10), "se", reduction=8),
