@@ -35,6 +35,7 @@ from dcafy.plan.plan import Plan
 from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.accepted import LOOKED_THROUGH, kept_whole, require_module
 from dcafy.trace.fold import CannotEnter
+from dcafy.trace.forms import require_one_form
 from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
 from dcafy.trace.islands import observe
 from dcafy.trace.lineage import lineage
@@ -171,6 +172,7 @@ class _Surveyor:
             return f"{path or self.name}: {what}"
         try:
             judged(self.recordables[""], recording, entered)
+            require_one_form(recording, lambda path: path not in entered)
         except CannotEnter as error:
             return error.reason
         return None

@@ -113,4 +113,7 @@ _OF_RECORDING = ("meta tensor", "device meta", "Proxy", "proxy", "argument of ty
 
 def _is_machinery(filename: str) -> bool:
     path = filename.replace("\\", "/")
-    return any(part in path for part in ("/torch/", "/dcafy/trace/", "/dcafy/graph/")) or path.startswith("<")
+    return any(part in path for part in _MACHINERY) or path.startswith("<")
+
+
+_MACHINERY = ("/torch/", "/dcafy/trace/", "/dcafy/graph/", "/dcafy/threads.py", "/dcafy/draws.py")

@@ -404,13 +404,12 @@ def edited(**changes: Any) -> dcafy.Plan:
         {"source": "blocks.9.attention"},
         {"target": "blocks.9.attention"},
         {"source": "blocks.3.attention"},
-        {"source": "blocks.1.attention"},
         {"channel_match": "fc9"},
         {"schema": "spectral"},
         {"reduction": 0},
         {"spatial_match": "cubic"},
     ],
-    ids=["unknown-source", "unknown-target", "backwards", "itself", "match", "schema", "reduction", "spatial-match"],
+    ids=["unknown-source", "unknown-target", "backwards", "match", "schema", "reduction", "spatial-match"],
 )
 def test_plan_with_an_impossible_link(changes: dict[str, Any]) -> None:
     message = refused(dcafy.convert, se_network(), dcafy.DcafyError, example_inputs=IMAGES, plan=edited(**changes))

@@ -103,7 +103,7 @@ def test_a_timm_checkpoint_is_fine_tuned(capsys: pytest.CaptureFixture[str]) -> 
     assert history.epochs[0].steps == 1
     assert history.usage is not None
     assert history.usage.images == 48
-    assert "message share" in capsys.readouterr().out
+    assert "loss if cut" in capsys.readouterr().out
 
 
 def test_a_network_of_ones_own_is_connected(capsys: pytest.CaptureFixture[str]) -> None:

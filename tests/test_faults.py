@@ -61,7 +61,9 @@ def faults() -> Any:
 
 
 def _refused(text: str) -> None:
-    raise UsageError(text)
+    error = UsageError("")
+    error.args = (text,)  # past what keeps messages short
+    raise error
 
 
 FOUND: dict[str, tuple[str, Callable[[], Any]]] = {

@@ -137,10 +137,9 @@ BRANCHES = Expected(
 GATHER_OVER_4 = functools.partial(networks.GatherExcite, extent=4)
 GE_WIDTHS = Expected(
     spatial=in_blocks("attention"),
-    links=(("blocks.0.attention", "blocks.1.attention"),),
-    skipped=("blocks.2.attention", "blocks.3.attention"),
+    links=tuple((f"blocks.{i}.attention", f"blocks.{i + 1}.attention") for i in range(3)),
 )
-"""Feature maps of 16 and of 24 channels: nothing of the paper brings one to the other."""
+"""Feature maps of 16 and of 24 channels: the layers of ``channel_match`` bring one to the other at each place."""
 
 
 def hand_written(name: str, build: Callable[[], nn.Module], expected: Callable[[nn.Module], Expected]) -> Network:

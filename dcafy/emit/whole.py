@@ -20,6 +20,7 @@ from dcafy.graph.source import require_writable
 from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.fold import CannotEnter, fold
+from dcafy.trace.forms import require_one_form
 from dcafy.trace.inputs import in_dtype_of
 from dcafy.trace.recording import Observed, Recording, check_decision, check_default
 
@@ -43,6 +44,8 @@ def _written(model: nn.Module, entered: bool) -> fx.Graph:
     try:
         recording = judged(recordable, recorded(recordable))
         folded = fold(recording, _of_dcafy(recording))
+        called = {node.target for node in folded.graph.nodes if node.op == "call_module"}
+        require_one_form(recording, called.__contains__)
     except CannotEnter as error:
         raise TracingError(f"No graph of the whole {type(model).__name__} can be written: {error.reason}.") from error
     for node in folded.graph.nodes:

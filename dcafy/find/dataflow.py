@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from dcafy.graph.nodes import node_value, tensors_in, values_of
+from dcafy.graph.nodes import leaves, node_value, tensors_in, values_of
 from dcafy.graph.ops import Op, alters_argument, op_name, op_of
 
 REARRANGES = frozenset({Op.LAYOUT, Op.EXPAND, Op.SLICE})
@@ -55,7 +57,7 @@ class Dataflow:
         sources = [source for source in node.all_input_nodes if source in self.depends]
         if node.all_input_nodes and alters_argument(node, self.modules):
             self._write(node, sources)
-        if self.ops[node] is Op.FRESH or not self.sizes[node]:
+        if self.ops[node] is Op.FRESH or not (self.sizes[node] or _may_hold_tensors(node_value(node))):
             return
         if node.op == "placeholder":
             self.origins[node] = frozenset({node})
@@ -178,3 +180,11 @@ def positions(node: fx.Node) -> int:
     """Over how many places a map [N, C, ...] extends."""
     value = node_value(node)
     return math.prod(value.shape[2:]) if isinstance(value, Tensor) and value.ndim > 2 else 1
+
+
+_PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, slice, range)
+
+
+def _may_hold_tensors(value: Any) -> bool:
+    """Whether a value without tensors in sight is an object that may have some (a detector's ``ImageList``)."""
+    return any(not isinstance(leaf, _PLAIN) for leaf in leaves(value))

@@ -195,10 +195,14 @@ class _Finder:
         return one and positions(core) > 1 and not any(gate_of(node, self.flow.modules) for node in nodes)
 
     def _is_windows(self, large: fx.Node) -> bool:
-        """Whether the operand is every window of a map: what weighs those is a kernel (involution), no attention."""
+        """Whether the operand is every window of a map: what weighs those is a kernel (involution), no attention.
+
+        Windows lie over one another: together they hold more than the map. Its rows, one by one, are the map again.
+        """
         node = self.flow.core(large)
         parts = [self.flow.core(part) for part in self.flow.inputs(node)]
         several = self.flow.ops[node] is Op.JOIN and len(parts) > 3 and len(set(parts)) == 1
+        several = several and self.flow.sizes[node] > self.flow.sizes[parts[0]]
         return several or op_name(node, self.flow.modules).lower() in ("unfold", "im2col")
 
     def _weighs_an_image(self, small: fx.Node, large: fx.Node) -> bool:

@@ -154,10 +154,10 @@ _OWN_WAYS = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__re
 def _copies_plainly(kind: type[nn.Module]) -> bool:
     """Whether an instance is its ``__dict__`` and nothing else (a GraphModule, for one, is copied in its own way).
 
-    ``torch.nn`` itself only fills in what old pickles lack.
+    ``torch.nn`` itself only fills in what old pickles lack, and ``torch.compile``, once used, counts such modules.
     """
-    ways = (getattr(kind, name, None) for name in _OWN_WAYS)
-    return all(way is None or (getattr(way, "__module__", None) or "torch.nn.").startswith("torch.nn.") for way in ways)
+    ways = (getattr(getattr(kind, name, None), "__module__", None) for name in _OWN_WAYS)
+    return all(home is None or home.startswith(("torch.nn.", "torch._dynamo.")) for home in ways)
 
 
 _SHARED = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device})

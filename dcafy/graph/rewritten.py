@@ -365,6 +365,8 @@ def refusal(module: nn.Module) -> str | None:
 def taken_of_graphs(module: nn.Module) -> str | None:
     """A name that ``module`` has of its own, and a ``GraphModule`` has for something else."""
     kind = original_class(module)
+    if issubclass(kind, fx.GraphModule):
+        return None
     own = {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
     return next((name for name in sorted(_OF_GRAPHS) if name in own or hasattr(kind, name)), None)
 

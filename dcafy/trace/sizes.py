@@ -27,8 +27,8 @@ def numbers(tracer: ValueTracer, modules: Iterable[nn.Module]) -> Iterator[Patch
     for scope, kinds in _scopes(modules):
         for kind in kinds:
             yield scope, kind.__name__, _look_alike(kind, tracer)
-    for function in (max, min):
-        yield builtins, function.__name__, _extreme(function, tracer)
+    for name in ("max", "min"):  # which an export has replaced by what has no name
+        yield builtins, name, _extreme(getattr(builtins, name), tracer)
 
 
 def _scopes(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], list[type]]]:

@@ -210,6 +210,8 @@ class JsonLines(Listener):
             # What a killed run had written after its last checkpoint happens again. A new file: the old one may be a
             # link, in a folder that somebody else made.
             text = self._lines(row, *(epoch.to_dict() for epoch in epochs))
+            if not self.path.parent.is_dir():
+                self._write()  # which says why it cannot
             replace_file(self.path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
     def wants(self, step: int) -> bool:

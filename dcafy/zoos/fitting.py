@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from dcafy.errors import SourceError, UsageError
 from dcafy.wording import few, short
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
-from dcafy.zoos.specs import Blueprint, has_weights_now
+from dcafy.zoos.specs import NOTES, Blueprint, has_weights_now
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def same_shape(one: nn.Module, other: nn.Module) -> bool:
 
     def plain(model: nn.Module) -> dict[str, object]:
         kinds = (bool, int, float, str)
-        return {k: v for k, v in vars(model).items() if isinstance(v, kinds) and k != "training"}
+        return {k: v for k, v in vars(model).items() if isinstance(v, kinds) and k not in NOTES | {"training"}}
 
     return shapes_of(one.state_dict()) == shapes_of(other.state_dict()) and plain(one) == plain(other)
 

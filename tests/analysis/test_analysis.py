@@ -159,13 +159,14 @@ class Moody(nn.Module):
         return x * torch.sigmoid(self.fc(x.mean((2, 3))))[:, :, None, None]
 
 
-def test_a_map_that_cannot_be_read_is_told() -> None:
+def test_a_map_of_a_module_that_decides_by_its_mode_is_that_of_eval() -> None:
     alone = nn.Sequential(nn.Conv2d(3, 8, 3), Moody(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert [block.name for block in dcafy.inspect(alone, example_inputs=images(3)).blocks] == ["1"]
-    seen = tapped(alone, images(3))
-    assert seen.maps == {}
-    assert [(row.name, "another path in training" in row.reason) for row in seen.unread] == [("1", True)]
-    assert attention_values(alone, images(3)) == ()
+    seen = tapped(alone.eval(), images(3))
+    assert (list(seen.maps), seen.unread) == (["1"], ())
+    (values,) = attention_values(alone, images(3))
+    fc, x = alone[1].fc, alone[0](images(3))
+    assert torch.equal(values.values, torch.sigmoid(fc(x.mean((2, 3)))).detach())
 
 
 # -- stages ----------------------------------------------------------------------------------------------

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import xml.etree.ElementTree as ElementTree
 
-import networks
 import timm
 import torchvision
-from torch import nn
-from trained import images
 
 import dcafy
 from dcafy.analysis import Lane, contributions, draw
@@ -66,14 +63,11 @@ def test_lanes_by_name_are_few() -> None:
 
 
 def test_drawing_escapes_names() -> None:
-    class Named(nn.Sequential):
-        pass
-
-    model = Named()
+    """Of a plan from anywhere: a model with such names is refused."""
     hostile = '<script>alert("1")</script>&\x1b[31m'
-    model.add_module("stem", networks.conv_norm(3, 16))
-    model.add_module(hostile, nn.Sequential(networks.SELinear(16), networks.SELinear(16), networks.SELinear(16)))
-    svg = draw(dcafy.inspect(model, example_inputs=images())).svg
+    block = dcafy.inspect(timm.create_model("efficientnet_b0")).blocks[0]
+    blocks = tuple(dataclasses.replace(block, name=f"{hostile}.{i}") for i in range(3))
+    svg = draw(dcafy.Plan(blocks, (dcafy.Chain("channel", tuple(b.name for b in blocks)),))).svg
     assert "<script" not in svg
     assert "\x1b" not in svg
     assert len(groups(svg, "block")) == 3

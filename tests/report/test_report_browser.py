@@ -51,7 +51,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     over = dict.fromkeys(dcafy.connections(model), (0.1, 0.2))
     output = root / "report.html"
     how = prepared_for(model, image_size=64)
-    make_report(model, images, output, title="<i>title", how=how, epochs=EpochLog((1, 2), over, over))
+    make_report(model, images, output, title="<i>title", how=how, epochs=EpochLog((1, 2), over))
     return output
 
 
