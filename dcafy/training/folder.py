@@ -24,7 +24,11 @@ def alone_in(directory: Path) -> Iterator[None]:
     ``UsageError`` says at once that somebody else does, in another process or thread, and nothing is touched;
     ``CheckpointError`` that the folder cannot be written to.
     """
-    key, me = os.path.realpath(directory), (os.getpid(), threading.get_ident())
+    me = os.getpid(), threading.get_ident()
+    try:
+        key = os.path.realpath(directory)
+    except (OSError, ValueError):  # a NUL: the system says below that it is no path
+        key = str(directory)
     with _REGISTER:
         holder = _HOLDERS.get(key)
         if holder is not None and holder[0] == me[0] and holder != me:
