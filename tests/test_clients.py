@@ -31,7 +31,7 @@ INSTALLED = ("captum", "onnxruntime", "timm", "torch", "torchvision")
 ELSEWHERE = ("torch/compile-by-blocks", "torch/compile-fullgraph", "torch/export-dynamic")
 """What ``test_survival.py`` and ``emit/test_threads_and_traces.py`` show of more networks."""
 
-QUICK = ("timm/isinstance-of-its-class", "torchvision/intermediate-layer-getter")
+QUICK = ("torchvision/intermediate-layer-getter", "torch/symbolic-trace")
 
 
 def _cases() -> list[Any]:

@@ -67,6 +67,7 @@ def same_values(found: tuple[AttentionValues, ...], wanted: list[Tensor]) -> boo
     return all(torch.equal(block.values.flatten(1), gate.flatten(1)) for block, gate in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [case(name) for name in SE_NETWORKS])
 def test_values_are_those_of_the_gates(name: str) -> None:
     kind, gate = SE_NETWORKS[name]

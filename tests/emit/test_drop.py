@@ -128,6 +128,7 @@ def test_dropped_one_after_the_other_or_at_once() -> None:
     assert torch.equal(evaluate(one_by_one, x), evaluate(at_once, x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The schema")
 @pytest.mark.parametrize(("attention", "options"), CASES)
 def test_it_is_saved_loaded_copied_and_written_flat(attention: Any, options: dict[str, Any], tmp_path: Any) -> None:

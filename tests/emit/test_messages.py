@@ -193,6 +193,7 @@ def test_one_image_is_heard_alone_as_among_others(options: dict[str, Any]) -> No
     assert all(torch.equal(value, before[key]) for key, value in d.named_buffers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [SELinear, CBAM])
 @pytest.mark.parametrize(
     "options", [*EXACT.values(), {"schema": "normalised"}, {"message": "centred", "schema": "normalised"}], ids=str

@@ -72,6 +72,7 @@ def run_program(path: Path, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
 RUN = {".onnx": run_onnx, ".pt2": run_program}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", RUN)
 def test_the_file_computes_what_the_network_does(suffix: str, model: nn.Module, pictures: Path, tmp_path: Path) -> None:
     """At other numbers of pictures and other sizes, too; preprocessing and classes are in it."""

@@ -240,6 +240,7 @@ def test_two_different_networks_stand_side_by_side(tmp_path: Path, folder: Path)
     assert "small, features.12: where it looks" in "".join(page.images)
 
 
+@pytest.mark.slow
 def test_a_detector_has_values_and_no_grad_cam(tmp_path: Path, folder: Path) -> None:
     from torchvision.models import detection
 

@@ -276,6 +276,7 @@ def test_sigterm_saves_and_exits_143(tmp_path: Path) -> None:
 # --- did it help? -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_comparison(command: Run, tmp_path: Path) -> None:
     code, out, _ = command(FACTORY, *QUICK, "--epochs", 1, "-o", "run", "--compare", "--seeds", 2)
     assert code == 0
