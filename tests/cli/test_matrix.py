@@ -85,7 +85,7 @@ WRITERS: dict[str, tuple[Callable[[Run, Path, Path], Path], bool]] = {
 """Who writes a folder -> how, and whether the network in it was trained there."""
 
 
-QUICK = {"finetune --compare, its original", "save"}
+QUICK = {"save"}
 
 
 @pytest.mark.parametrize(
