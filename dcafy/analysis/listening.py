@@ -40,8 +40,24 @@ class Effect:
         return self.loss_error is not None and self.loss + 1.96 * self.loss_error < NEGLIGIBLE
 
 
+class _Cut:
+    """What cutting messages changes, as numbers alone."""
+
+    cut: Effect
+
+    @property
+    def loss_change(self) -> float:
+        """Loss without the messages, minus the loss as it is; above 0 where they help."""
+        return self.cut.loss
+
+    @property
+    def accuracy_change(self) -> float:
+        """The same of the top-1 accuracy, a fraction; below 0 where they help."""
+        return self.cut.accuracy
+
+
 @dataclass(frozen=True)
-class ConnectionUsage:
+class ConnectionUsage(_Cut):
     """One connection, as a data set shows it.
 
     ``contribution``     |β| / (|α| + |β|) (paper 4.5)
@@ -66,19 +82,9 @@ class ConnectionUsage:
     shuffled: Effect | None
     mean: Effect
 
-    @property
-    def loss_change(self) -> float:
-        """Loss without the message, minus the loss as it is; above 0 where the connection helps."""
-        return self.cut.loss
-
-    @property
-    def accuracy_change(self) -> float:
-        """The same of the top-1 accuracy, a fraction; below 0 where the connection helps."""
-        return self.cut.accuracy
-
 
 @dataclass(frozen=True)
-class Usage:
+class Usage(_Cut):
     """Every connection in the order of the data, and the network with all of them changed at once.
 
     ``loss`` (mean cross-entropy) and ``accuracy`` (a fraction) are those of the network as it is, on ``images`` images.
@@ -98,16 +104,6 @@ class Usage:
     unheard: tuple[str, ...] = ()
     without: Effect | None = None
     unread: str = ""
-
-    @property
-    def loss_change(self) -> float:
-        """Loss without any message, minus the loss as it is."""
-        return self.cut.loss
-
-    @property
-    def accuracy_change(self) -> float:
-        """The same of the top-1 accuracy, a fraction."""
-        return self.cut.accuracy
 
     def rows(self, all_: str) -> list[tuple[str, Effect, Effect | None, Effect]]:
         """(name, cut, shuffled, mean) of every connection, and of all at once under the name ``all_``."""

@@ -41,7 +41,7 @@ def predict_command(
     printed = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.runs.predicting import (
-            Seen,
+            Prediction,
             Unreadable,
             as_csv,
             csv_head,
@@ -59,7 +59,7 @@ def predict_command(
         table = csv.writer(printed, lineterminator="\n")
         if as_table:
             task = require_task(network, model).task
-        told: list[Seen] = []
+        told: list[Prediction] = []
         unreadable: list[Unreadable] = []
         lines = printed.isatty() and not as_json  # they tell how far it is
         with bar("images", len(files), shown=not lines) as advance:

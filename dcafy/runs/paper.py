@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """One training of the paper.
 
     ``of``         what it is for
@@ -38,8 +38,8 @@ class Recipe:
 _PAPERS_FORM = {"attention_init": "paper", "min_hidden": 1}
 _CROPS = {"augment": "standard", "crop_scale": 0.1, "crop_ratio": 1.25, "val_resize": 256}
 
-RECIPES: dict[str, Recipe] = {
-    "paper": Recipe(
+RECIPES: dict[str, TrainingRecipe] = {
+    "paper": TrainingRecipe(
         "ResNets on ImageNet (Table 1)",
         "classification",
         "4.1",
@@ -56,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
         },
         {"nesterov": False, "decayed": "all", **_CROPS, **_PAPERS_FORM},
     ),
-    "paper-mobile": Recipe(
+    "paper-mobile": TrainingRecipe(
         "MobileNetV2 and MnasNet on ImageNet (Table 1)",
         "classification",
         "4.1",
@@ -74,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
             **_PAPERS_FORM,
         },
     ),
-    "paper-detection": Recipe(
+    "paper-detection": TrainingRecipe(
         "RetinaNet on COCO (Table 3; Cascade R-CNN with --lr 0.02)",
         "detection",
         "4.4",

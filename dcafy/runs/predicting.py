@@ -29,7 +29,7 @@ CLASSES, BOXES = 5, 100
 
 
 @dataclass(frozen=True)
-class Seen:
+class Prediction:
     """One picture: its most probable classes with their probabilities, or its boxes, the surest first.
 
     ``box``: ``(x1, y1, x2, y2)`` in pixels of the picture; ``None`` from a classifier.
@@ -104,7 +104,7 @@ class _Files(Dataset["tuple[str, Tensor | str]"]):
 @torch.no_grad()
 def predictions(
     model: nn.Module, files: Sequence[str], options: PredictOptions, *, spec: str = "the model"
-) -> Iterator[Seen | Unreadable]:
+) -> Iterator[Prediction | Unreadable]:
     """What ``model`` sees in each of the files, in their order; a file that is no picture is named in its place.
 
     ``model``: in eval mode on its device (:func:`dcafy.runs.using.ready_for_use`). ``spec``: what messages call it.
@@ -151,7 +151,7 @@ def _classes(
     options: PredictOptions,
     names: list[tuple[str, ...]],
     spec: str,
-) -> Iterator[Seen]:
+) -> Iterator[Prediction]:
     outputs = _run(model, torch.stack([image for _, image in images]), spec)
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         raise InputError(f"{spec!r} is no classifier: it gives no tensor [N, classes].")
@@ -159,7 +159,7 @@ def _classes(
         names.append(fitting_names(what, outputs.shape[1], spec))
     best = outputs.float().softmax(1).topk(min(options.top or CLASSES, outputs.shape[1]))
     for (file, _), scores, numbers in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
-        yield Seen(file, tuple(names[0][n] for n in numbers), _finite(scores, file, spec))
+        yield Prediction(file, tuple(names[0][n] for n in numbers), _finite(scores, file, spec))
 
 
 def _boxes(
@@ -169,13 +169,13 @@ def _boxes(
     options: PredictOptions,
     names: list[tuple[str, ...]],
     spec: str,
-) -> Iterator[Seen]:
+) -> Iterator[Prediction]:
     found = _run(model, [image for _, image in images], spec)
     for (file, _), of in zip(images, found, strict=True):
         kept = (of["scores"] >= options.threshold).nonzero()[:, 0][: options.top or BOXES]
         scores, labels, boxes = (of[name][kept].tolist() for name in ("scores", "labels", "boxes"))
         told = tuple(what.name_of(label) for label in labels)
-        yield Seen(file, told, _finite(scores, file, spec), tuple(map(tuple, boxes)))
+        yield Prediction(file, told, _finite(scores, file, spec), tuple(map(tuple, boxes)))
 
 
 def _finite(scores: Sequence[float], file: str, spec: str) -> tuple[float, ...]:
@@ -184,7 +184,7 @@ def _finite(scores: Sequence[float], file: str, spec: str) -> tuple[float, ...]:
     return tuple(scores)
 
 
-def in_words(seen: Seen) -> str:
+def in_words(seen: Prediction) -> str:
     """A picture in one line."""
     if not seen.classes:
         return f"{printable(seen.file)}: nothing"
@@ -196,7 +196,7 @@ def in_words(seen: Seen) -> str:
     return f"{printable(seen.file)}: {', '.join(names)}"
 
 
-def as_csv(seen: Seen) -> list[list[object]]:
+def as_csv(seen: Prediction) -> list[list[object]]:
     """A picture as rows of a table; :func:`csv_head` names the columns."""
     rows = enumerate(zip(seen.classes, seen.scores, seen.boxes or [()] * len(seen.classes), strict=True), start=1)
     return [[seen.file, rank, name, score, *box] for rank, (name, score, box) in rows]

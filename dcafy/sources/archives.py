@@ -27,7 +27,7 @@ _MEMORY = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Opened:
+class Archive:
     """What a file holds.
 
     ``wanted``  names that it asked for and was not given: what it holds is then not whole
@@ -59,7 +59,7 @@ def records_of(file: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
         raise Damaged(str(error) or type(error).__name__) from error
 
 
-def read_zip(file: IO[bytes], records: Mapping[str, zipfile.ZipInfo], allowed: Allowance) -> Opened:
+def read_zip(file: IO[bytes], records: Mapping[str, zipfile.ZipInfo], allowed: Allowance) -> Archive:
     """What the archive holds; ``Damaged`` or ``TooLarge`` where it cannot be read."""
     with zipfile.ZipFile(file) as archive:
 
@@ -91,13 +91,13 @@ def read_zip(file: IO[bytes], records: Mapping[str, zipfile.ZipInfo], allowed: A
         tensors = Tensors(storage, allowed, swapped=swapped)
         reader = Reader(known_to(tensors), tensors.persistent, allowed)
         content = reader.read(read("data.pkl"))
-        return Opened(content, tuple(sorted(reader.wanted)), tuple(reader.built))
+        return Archive(content, tuple(sorted(reader.wanted)), tuple(reader.built))
 
 
 # --- from before PyTorch 1.6 ------------------------------------------------------------------------
 
 
-def read_legacy(file: IO[bytes], allowed: Allowance) -> Opened | None:
+def read_legacy(file: IO[bytes], allowed: Allowance) -> Archive | None:
     """What the file holds, ``None`` where it is a pickle of something else; ``Damaged``, ``TooLarge``."""
     pending: dict[str, torch.UntypedStorage] = {}
 
@@ -125,4 +125,4 @@ def read_legacy(file: IO[bytes], allowed: Allowance) -> Opened | None:
         for key in keys:
             file.read(8)  # their number
             filled(pending[key], file.readinto)  # type: ignore[attr-defined]
-    return Opened(content, tuple(sorted(reader.wanted)), tuple(reader.built))
+    return Archive(content, tuple(sorted(reader.wanted)), tuple(reader.built))

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from dcafy.errors import SourceError
-from dcafy.sources.archives import Opened, allowance, read_legacy, read_zip, records_of
+from dcafy.sources.archives import Archive, allowance, read_legacy, read_zip, records_of
 from dcafy.sources.insides import Odd, fill
 from dcafy.sources.options import FileOptions
 from dcafy.sources.pickles import Damaged, TooLarge
@@ -199,7 +199,7 @@ def _open_tar(named: NamedFile, file: IO[bytes]) -> Any:
 # --- what was opened --------------------------------------------------------------------------------
 
 
-def _content(named: NamedFile, opened: Opened) -> Any:
+def _content(named: NamedFile, opened: Archive) -> Any:
     """What the file holds; ``SourceError`` where it asks for more than data and known network classes."""
     if opened.wanted:
         asked = few([short(name) for name in opened.wanted], 12)

@@ -20,7 +20,7 @@ from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, put_about
 from dcafy.runs.evaluating import evaluation, paired
 from dcafy.runs.options import EvaluateOptions, PredictOptions
-from dcafy.runs.predicting import Seen, Unreadable, files_in, predictions
+from dcafy.runs.predicting import Prediction, Unreadable, files_in, predictions
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -109,7 +109,7 @@ def test_probabilities_are_those_of_the_network(pictures: Path) -> None:
     assert [type(row) for row in seen].count(Unreadable) == 1
     ready = dcafy.transforms(model)
     for row in seen:
-        if isinstance(row, Seen):
+        if isinstance(row, Prediction):
             with torch.no_grad():
                 expected = F.softmax(model(ready(row.file)[None]), 1)[0].topk(2)
             assert row.scores == pytest.approx(expected.values.tolist(), rel=1e-5)
