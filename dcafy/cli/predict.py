@@ -53,7 +53,7 @@ def predict_command(
         from dcafy.runs.using import ready_for_use, require_task
         from dcafy.sources import open_model
 
-        files = files_in(images)
+        files = files_in(images, follow_links=options.follow_links)
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         network = ready_for_use(network, model, options)
         table = csv.writer(printed, lineterminator="\n")

@@ -16,7 +16,7 @@ from dcafy.errors import DcafyError, UsageError
 from dcafy.images.about import About, Transforms
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Spread, UnreadableImage
-from dcafy.images.pictures import opened, pictures_in
+from dcafy.images.pictures import lies_in, opened, pictures_in
 from dcafy.images.sources import open_data
 from dcafy.wording import printable, quoted
 
@@ -55,7 +55,9 @@ def examples(what: About, folder: Path | None) -> tuple[list[Tensor], str]:
 def _files(folder: Path) -> list[str]:
     if not folder.exists():
         raise UsageError(f"There is no file or folder {quoted(str(folder), 200)}. --images names pictures to check on.")
-    return list(pictures_in(folder, SUFFIXES, None).files) if folder.is_dir() else [str(folder)]
+    if not folder.is_dir():
+        return [str(folder)]
+    return [file for file in pictures_in(folder, SUFFIXES, folder).files if lies_in(file, folder)]
 
 
 def _read(files: Sequence[str], make: Transforms) -> list[Tensor]:

@@ -111,6 +111,7 @@ class UseOptions:
         None, "Side of the images in pixels. [default: what the network was trained with]", least=1
     )
     cut: bool = setting(False, "Switch all connections off (β = 0).")
+    follow_links: bool = setting(False, "Also take pictures that links lead to outside of the folder.")
 
     def __post_init__(self) -> None:
         check(self)
@@ -145,7 +146,6 @@ class EvaluateOptions(UseOptions):
         above=0,
         below=1,
     )
-    follow_links: bool = setting(False, "Also take pictures that links lead to outside of the folder.")
 
 
 _DETECTION_RATE = 0.01 / 16

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, Transforms, preparation_of
 from dcafy.images.order import UnreadableImage
-from dcafy.images.pictures import opened, pictures_in
+from dcafy.images.pictures import leads_out, lies_in, opened, pictures_in
 from dcafy.runs.options import PredictOptions
 from dcafy.runs.using import fitting_names, require_task
 from dcafy.wording import counted, one_line, printable, quoted
@@ -60,8 +60,10 @@ class Unreadable:
     reason: str
 
 
-def files_in(paths: Sequence[str]) -> list[str]:
+def files_in(paths: Sequence[str], *, follow_links: bool = False) -> list[str]:
     """The files that are named, and the pictures in the folders that are, with their subfolders, by folder and name.
+
+    ``follow_links``: also those in a folder to which links lead outside of it.
 
     Raises ``UsageError`` for a path that is not there, and for a folder without pictures.
     """
@@ -70,13 +72,16 @@ def files_in(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            listing = pictures_in(Path(path), IMG_EXTENSIONS, None)
-            for place, reason in listing.passed_over:
+            root = None if follow_links else Path(path)
+            listing = pictures_in(Path(path), IMG_EXTENSIONS, root)
+            inside = [file for file in listing.files if root is None or lies_in(file, root)]
+            outside = [(file, leads_out(Path(path))) for file in listing.files if file not in inside]
+            for place, reason in (*listing.passed_over, *outside):
                 log.warning("%s was passed over: %s", printable(place), printable(reason))
-            if not listing.files:
+            if not inside:
                 kinds = ", ".join(suffix[1:] for suffix in IMG_EXTENSIONS)
                 raise UsageError(f"There are no pictures ({kinds}) in the folder {quoted(path, 200)}.")
-            found += listing.files
+            found += inside
         elif os.path.lexists(path):
             found.append(path)
         else:

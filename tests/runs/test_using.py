@@ -218,6 +218,21 @@ def test_broken_weights_give_no_numbers(pictures: Path) -> None:
 
 
 @pytest.mark.slow
+def test_links_out_of_a_folder_are_passed_over(
+    tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    theirs = sorted((pictures / "val").rglob("*.png"))[0]
+    (mine / "own.png").write_bytes(theirs.read_bytes())
+    (mine / "link.png").symlink_to(theirs)
+    (mine / "folder").symlink_to(theirs.parent)
+    with caplog.at_level("WARNING"):
+        assert [Path(file).name for file in files_in([str(mine)])] == ["own.png"]
+    assert caplog.text.count("--follow-links") == 2
+    assert len(files_in([str(mine)], follow_links=True)) > 2
+
+
 def test_detectors(dcafy_command: Run, tmp_path: Path) -> None:
     """Boxes as in training: the precisions are equal, and they are in pixels of the picture."""
     write_shapes(tmp_path / "shapes", 8, seed=0)
