@@ -217,7 +217,6 @@ def test_broken_weights_give_no_numbers(pictures: Path) -> None:
         files_in(["nowhere"])
 
 
-@pytest.mark.slow
 def test_links_out_of_a_folder_are_passed_over(
     tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -233,6 +232,7 @@ def test_links_out_of_a_folder_are_passed_over(
     assert len(files_in([str(mine)], follow_links=True)) > 2
 
 
+@pytest.mark.slow
 def test_detectors(dcafy_command: Run, tmp_path: Path) -> None:
     """Boxes as in training: the precisions are equal, and they are in pixels of the picture."""
     write_shapes(tmp_path / "shapes", 8, seed=0)
