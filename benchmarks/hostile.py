@@ -729,7 +729,7 @@ def _plotted(folder: Path) -> None:
     from dcafy.report.figures import epoch_plot
 
     log = read_epochs(folder)
-    for lines in () if log is None else (log.contribution, log.message_share):
+    for lines in () if log is None else (log.contribution,):
         epoch_plot(log.epochs, lines, label="x", named="y")  # type: ignore[union-attr]
 
 

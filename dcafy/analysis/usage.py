@@ -364,7 +364,7 @@ class _Looked:
             ear.measures = False
         if not sum(map(len, self.scores)):
             raise InputError(_NOTHING)
-        if not any(ear.energies[0] for ear in self.ears.values()):
+        if not any(ear.sums for ear in self.ears.values()):
             raise InputError(
                 f"The connections of {type(self.model).__name__} are not run when it is called, or not by Python: is "
                 "it compiled? Pass the model itself, as dcafy.convert returned it."

@@ -54,10 +54,11 @@ def _written(model: nn.Module, entered: bool) -> fx.Graph:
 
 
 def _of_dcafy(recording: Recording) -> Iterator[fx.Node]:
-    """The nodes that modules of generated classes made, and connections."""
+    """The nodes that modules of generated and of dcafy's own classes made, and connections."""
     for node, call in recording.home.items():
         module = recording.modules[call.path]
-        if is_rewritten(module) or getattr(module, "is_connection", False):
+        ours = type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if ours or is_rewritten(module) or getattr(module, "is_connection", False):
             yield node
 
 

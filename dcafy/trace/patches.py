@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
     The functions that the modules' forwards find beside their classes go through ``call(function, ...)``.
     """
 
+    importlib.import_module("torch._dynamo")  # meta kernels do so: it would note the replaced ``len`` as Python's own
     scopes = _scopes(modules)
     leaves = list(_leaves(tracer, scopes))
     taken = {(id(scope), name) for scope, name, _ in leaves}

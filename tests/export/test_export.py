@@ -27,10 +27,14 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def moved(model: nn.Module, size: int = 64) -> nn.Module:
-    """Connected, with statistics, and α and β away from the start."""
+    """Connected, with statistics of pictures like those below, and α and β away from the start.
+
+    On others, values grow until float32 itself is off by more than an exported file may be.
+    """
     torch.manual_seed(0)
     channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
-    model = dcafy.convert(trained_like(model, torch.rand(4, channels, size, size)), verify=False).eval()
+    like = nn.functional.interpolate(4 * torch.rand(8, channels, 7, 9) - 2, size=(size, size), mode="bicubic")
+    model = dcafy.convert(trained_like(model, like), verify=False).eval()
     with torch.no_grad():
         for connection in dcafy.connections(model).values():
             connection.beta.fill_(0.3)

@@ -354,7 +354,8 @@ UNMOVED = ("--epochs", 1, "--lr", 0, "--connection-lr", 0, "--weight-decay", 0)
 def test_both_sides_begin_with_the_same_weights_of_a_network_without_any(command: Run, tmp_path: Path) -> None:
     pytest.importorskip("timm")
     options = ("--attention", "se", "--attention-reduction", 4, *QUICK, *UNMOVED, "--compare", "--seeds", 2)
-    assert command("timm:test_resnet", *options, "-o", "run")[0] == 0
+    code, _, err = command("timm:test_resnet", *options, "-o", "run")
+    assert code == 0, err
     kept = {
         (seed, side): load_file(tmp_path / f"run/seeds/{seed}-{side}/model.safetensors")
         for seed in (0, 1)
