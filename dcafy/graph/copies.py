@@ -138,6 +138,7 @@ def _twin(model: nn.Module, tensor_of: Callable[[Tensor], Tensor]) -> nn.Module:
             copied = {
                 name: value if type(value) in _SHARED else _copied(value, memo, tensor_of)
                 for name, value in module.__dict__.items()
+                if name != "_compiled_call_impl"  # which would go on calling the original
             }
             object.__setattr__(memo[id(module)], "__dict__", copied)
         return copy.deepcopy(model, memo)
