@@ -318,6 +318,29 @@ def test_a_forward_that_sets_the_seed_sets_it_for_its_user_alone() -> None:
     torch.set_rng_state(before)
 
 
+class Drawing(nn.Module):
+    """A part that is looked at in training as well, since it decides by its mode and returns a container; it draws."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return x, [x + torch.rand(3).mean() if self.training else x]
+
+
+class Ending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.end = network(), Drawing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, (second,) = self.end(self.body(x))
+        return first + second
+
+
+def test_a_part_that_draws_in_training_draws_for_its_user_alone() -> None:
+    model, before = Ending(), torch.get_rng_state()
+    assert len(dcafy.inspect(model, example_inputs=X).links) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_draws_of_ones_own_are_those_that_would_have_been_drawn() -> None:
     def draw() -> list[Tensor]:
         ones = torch.ones(2, 3, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_structure
 
+from dcafy.draws import drawing_apart
 from dcafy.graph.nodes import as_plain, node_value, values_of
 from dcafy.graph.paths import within
 from dcafy.trace.fold import CannotEnter
@@ -34,7 +36,8 @@ def require_one_form(recording: Recording, is_called: Callable[[str], bool]) -> 
         twin = copy.deepcopy(recording.modules[path]).train()
         try:
             with torch.no_grad():
-                trained: Any = as_plain(twin(*values_of(args), **values_of(kwargs)))
+                given: tuple[Any, dict[str, Any]] = values_of(args), values_of(kwargs)
+                trained: Any = as_plain(drawing_apart(functools.partial(twin, *given[0], **given[1])))
         except Exception as error:  # without data, or without targets, it may fail in any way
             raise CannotEnter({path: f"what it returns in training cannot be seen: {reason_of(error)}"}) from error
         if tree_structure(trained) != tree_structure(value):
