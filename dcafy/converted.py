@@ -13,7 +13,6 @@ from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
 from dcafy.emit.connection import Connection
 from dcafy.emit.dca import (
-    Recipe,
     connections,
     dca_of,
     is_ours,
@@ -22,6 +21,7 @@ from dcafy.emit.dca import (
     own_modules,
     own_parameters,
     require_connected,
+    require_recipe,
 )
 from dcafy.emit.root import close_runs
 from dcafy.emit.schemas import SCHEMAS
@@ -125,13 +125,7 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
     >>> list(dcafy.connections(dcafy.drop(model, [first]))) == others
     True
     """
-    require_connected(model)
-    recipe: Recipe | None = getattr(dca_of(model), "recipe", None)
-    if recipe is None:
-        raise InputError(
-            f"{type(model).__name__} is no converted model, but has one inside. Pass the very module that "
-            "dcafy.convert returned."
-        )
+    recipe = require_recipe(model)
     asked = dict.fromkeys([names] if isinstance(names, str) else names)
     if not asked:
         return own_copy(model) if copy else shared_copy(model)

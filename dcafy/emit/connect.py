@@ -13,10 +13,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -61,7 +62,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     names: dict[tuple[str, str], int] = {}
     heard_by: dict[str, list[str]] = {}
 
-    def line(name: str, reader: str) -> int:
+    def line(reader: str, name: str) -> int:
         heard_by.setdefault(name, []).append(reader)
         return names.setdefault((name, reader), len(names))
 
@@ -73,14 +74,9 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         for wiring in wires(network, tuple(heard), _place(target, modules)):
             host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
             for i in wiring.contexts:
-                pairs = [None if link.source == target else _source(network, link, i) for link in heard]
-                reader = f"{target}|{i}"
-                numbered = tuple(
-                    None
-                    if pair is None
-                    else (line(pair[0], reader), None if pair[1] is None else line(pair[1], reader))
-                    for pair in pairs
-                )
+                pairs = (None if link.source == target else _source(network, link, i) for link in heard)
+                to_here = functools.partial(line, f"{target}|{i}")
+                numbered = tuple(_changed(pair, to_here) for pair in pairs)
                 batch = tuple(_same_batch(network, link, i) for link in heard)
                 asked.append((host(region, sites[i]), _Hears(target, sites[i], wiring, batch, source=single), numbered))
     for one in recipe.plan.alone:
@@ -98,10 +94,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
                 told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
     wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
     for asking, hears, numbered in asked:
-        lines = tuple(
-            None if pair is None else (wire.lines[pair[0]], None if pair[1] is None else wire.lines[pair[1]])
-            for pair in numbered
-        )
+        lines = tuple(_changed(pair, wire.lines.__getitem__) for pair in numbered)
         asking.hears.append(dataclasses.replace(hears, lines=lines))
     for (source, path, local, _), values in told.items():
         to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
@@ -115,6 +108,17 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
 
 Numbers = tuple[int, "int | None"] | None
 """The lines of a T, and of its G if that is heard too, by their numbers; ``None`` where a block hears itself."""
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def _changed(pair: tuple[A, A | None] | None, change: Callable[[A], B]) -> tuple[B, B | None] | None:
+    """What belongs to a T and to its G, changed where it is there."""
+    if pair is None:
+        return None
+    T, G = pair
+    return change(T), None if G is None else change(G)
 
 
 def _before(

@@ -150,6 +150,18 @@ def own_modules(model: nn.Module) -> set[int]:
     return {id(part) for _, module, _ in connected_hosts(model) for part in module.dca.modules()}  # type: ignore[union-attr]
 
 
+def require_recipe(model: nn.Module) -> Recipe:
+    """The recipe of a converted model; ``InputError`` for any other, and for one that only has such a model inside."""
+    require_connected(model)
+    recipe: Recipe | None = getattr(dca_of(model), "recipe", None)
+    if recipe is None:
+        raise InputError(
+            f"{type(model).__name__} is no converted model, but has one inside. Pass the very module that "
+            "dcafy.convert returned."
+        )
+    return recipe
+
+
 def own_parameters(model: nn.Module) -> set[int]:
     """The identities of all parameters that the connections have."""
     return {id(p) for _, module, _ in connected_hosts(model) for p in dca_of(module).parameters()}

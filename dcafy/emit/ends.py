@@ -10,10 +10,10 @@ from typing import Any
 Before = dict[str, tuple[str, int, int | None]]
 
 
-class Line:
-    """From one value of a block to one reader: holds it, on each thread, from when it is told until it is heard.
+class _OnWire:
+    """Something of a wire that holds a value on each thread.
 
-    A line is found through the modules at its ends and never by a name: code that ``torch.compile`` makes for one block
+    It is found through the modules at its ends and never by a name: code that ``torch.compile`` makes for one block
     then serves all of the same kind. It stays itself in copies and pickles of what holds it, so that a block that was
     copied and put back still talks.
     """
@@ -23,26 +23,19 @@ class Line:
         self.number = number
         self.here = threading.local()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Line:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _line, (self.wire, self.number)
+        return _found, (type(self), self.wire, self.number)
 
 
-class Count:
-    """How often, on each thread, a module at an end of the wire was called in the run; found as a :class:`Line` is."""
+class Line(_OnWire):
+    """From one value of a block to one reader: holds it from when it is told until it is heard."""
 
-    def __init__(self, wire: Wire, number: int) -> None:
-        self.wire = wire
-        self.number = number
-        self.here = threading.local()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Count:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _count, (self.wire, self.number)
+class Count(_OnWire):
+    """How often a module at an end of the wire was called in the run."""
 
 
 class Wire:
@@ -78,12 +71,8 @@ def wire_of(token: str, lines: int, hosts: int, before: Before) -> Wire:
     return wire
 
 
-def _line(wire: Wire, number: int) -> Line:
-    return wire.lines[number]
-
-
-def _count(wire: Wire, number: int) -> Count:
-    return wire.counts[number]
+def _found(kind: type[_OnWire], wire: Wire, number: int) -> _OnWire:
+    return wire.lines[number] if kind is Line else wire.counts[number]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dcafy.emit.dca import dca_of, require_connected
-from dcafy.errors import InputError, TracingError
+from dcafy.emit.dca import dca_of, require_recipe
+from dcafy.errors import TracingError
 from dcafy.graph.copies import own_copy
 from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.rewritten import is_rewritten, taken_of_graphs
@@ -79,12 +79,7 @@ def flat(model: nn.Module) -> fx.GraphModule:
     >>> torch.equal(plain(x), model(x))
     True
     """
-    require_connected(model)
-    if not hasattr(dca_of(model), "recipe"):
-        raise InputError(
-            f"{type(model).__name__} is no converted model, but has one inside. Pass the very module that "
-            "dcafy.convert returned."
-        )
+    require_recipe(model)
     taken = taken_of_graphs(model)
     if taken is not None:
         raise TracingError(f"No GraphModule can have a {taken!r} of its own, as {type(model).__name__} does.")

@@ -32,7 +32,7 @@ def data_free_copy(model: nn.Module) -> nn.Module:
 
 def running_copy(model: nn.Module) -> nn.Module:
     """A copy without hooks, in eval mode, to be run on data: it shares the parameters, and nothing else."""
-    return _bare(_twin(model, lambda own: own if isinstance(own, nn.Parameter) else own.detach().clone()))
+    return _bare(copy_to_run(model))
 
 
 def _bare(twin: nn.Module) -> nn.Module:

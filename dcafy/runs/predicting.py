@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def predictions(
         raise UsageError("--image-size is for classifiers; a detector resizes its images itself. Leave it out.")
     if what.task == "classification":
         what = About(what.task, what.classes, preparation_of(model, spec, options.image_size))
-    tell: Any = _classes if what.task == "classification" else _boxes
+    tell = _classes if what.task == "classification" else _boxes
+    asked = _Asked(model, what, options, spec, functools.cache(lambda outputs: fitting_names(what, outputs, spec)))
     loader = DataLoader(
         _Files(files, Transforms(what)),
         batch_size=options.batch_size,
@@ -130,57 +132,51 @@ def predictions(
         multiprocessing_context="spawn" if options.workers else None,
     )
     device = next(model.parameters()).device
-    names: list[tuple[str, ...]] = []
     for rows in loader:
         images = [(file, image.to(device)) for file, image in rows if isinstance(image, Tensor)]
-        seen = iter(tell(model, images, what, options, names, spec) if images else ())
+        seen = iter(tell(asked, images) if images else ())
         for file, image in rows:
             yield next(seen) if isinstance(image, Tensor) else Unreadable(file, image)
 
 
-def _run(model: nn.Module, images: Any, spec: str) -> Any:
-    try:
-        return model(images)
-    except (RuntimeError, TypeError, ValueError) as error:
-        shape = list((images if isinstance(images, Tensor) else images[0]).shape)
-        raise InputError(
-            f"{spec!r} does not run on pictures of shape {shape}: {one_line(error)[:200]}. Choose their size with "
-            "--image-size, or a smaller --batch-size where memory is short."
-        ) from error
+@dataclass(frozen=True)
+class _Asked:
+    """Who is asked, and how it is told; ``names``: number of outputs -> the names of the classes."""
+
+    model: nn.Module
+    what: About
+    options: PredictOptions
+    spec: str
+    names: Callable[[int], tuple[str, ...]]
+
+    def run(self, images: Any) -> Any:
+        try:
+            return self.model(images)
+        except (RuntimeError, TypeError, ValueError) as error:
+            shape = list((images if isinstance(images, Tensor) else images[0]).shape)
+            raise InputError(
+                f"{self.spec!r} does not run on pictures of shape {shape}: {one_line(error)[:200]}. Choose their size "
+                "with --image-size, or a smaller --batch-size where memory is short."
+            ) from error
 
 
-def _classes(
-    model: nn.Module,
-    images: list[tuple[str, Tensor]],
-    what: About,
-    options: PredictOptions,
-    names: list[tuple[str, ...]],
-    spec: str,
-) -> Iterator[Prediction]:
-    outputs = _run(model, torch.stack([image for _, image in images]), spec)
+def _classes(asked: _Asked, images: list[tuple[str, Tensor]]) -> Iterator[Prediction]:
+    outputs = asked.run(torch.stack([image for _, image in images]))
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        raise InputError(f"{spec!r} is no classifier: it gives no tensor [N, classes].")
-    if not names:
-        names.append(fitting_names(what, outputs.shape[1], spec))
-    best = outputs.float().softmax(1).topk(min(options.top or CLASSES, outputs.shape[1]))
+        raise InputError(f"{asked.spec!r} is no classifier: it gives no tensor [N, classes].")
+    names = asked.names(outputs.shape[1])
+    best = outputs.float().softmax(1).topk(min(asked.options.top or CLASSES, outputs.shape[1]))
     for (file, _), scores, numbers in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
-        yield Prediction(file, tuple(names[0][n] for n in numbers), _finite(scores, file, spec))
+        yield Prediction(file, tuple(names[n] for n in numbers), _finite(scores, file, asked.spec))
 
 
-def _boxes(
-    model: nn.Module,
-    images: list[tuple[str, Tensor]],
-    what: About,
-    options: PredictOptions,
-    names: list[tuple[str, ...]],
-    spec: str,
-) -> Iterator[Prediction]:
-    found = _run(model, [image for _, image in images], spec)
+def _boxes(asked: _Asked, images: list[tuple[str, Tensor]]) -> Iterator[Prediction]:
+    found = asked.run([image for _, image in images])
     for (file, _), of in zip(images, found, strict=True):
-        kept = (of["scores"] >= options.threshold).nonzero()[:, 0][: options.top or BOXES]
+        kept = (of["scores"] >= asked.options.threshold).nonzero()[:, 0][: asked.options.top or BOXES]
         scores, labels, boxes = (of[name][kept].tolist() for name in ("scores", "labels", "boxes"))
-        told = tuple(what.name_of(label) for label in labels)
-        yield Prediction(file, told, _finite(scores, file, spec), tuple(map(tuple, boxes)))
+        told = tuple(asked.what.name_of(label) for label in labels)
+        yield Prediction(file, told, _finite(scores, file, asked.spec), tuple(map(tuple, boxes)))
 
 
 def _finite(scores: Sequence[float], file: str, spec: str) -> tuple[float, ...]:

@@ -27,7 +27,7 @@ from dcafy.errors import InputError
 from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
-from dcafy.graph.paths import joined, within
+from dcafy.graph.paths import above, joined, within
 from dcafy.graph.rewritten import is_rewritten
 from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace.effects import BOOKKEEPING, Kept, State, changed, holds_proxy, python_state, watched_globals
@@ -106,9 +106,12 @@ class Recorder(ValueTracer):
         self.outside: str | None = None
         self._plain: list[tuple[Any, Any, Any, Any]] = []
         self._names: dict[int, list[str]] = {}
+        self._inner: dict[str, dict[int, nn.Module]] = {}  # path -> what may keep something in Python: it and all below
         for path, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(id(module), []).append(path)
-        self._below: dict[str, tuple[nn.Module, ...]] = {}
+            if not is_layer(module):
+                for around in (path, *above(path)):
+                    self._inner.setdefault(around, {})[id(module)] = module
         self._observing: str | None = None
         self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
         self.calls: list[Call] = []
@@ -128,9 +131,7 @@ class Recorder(ValueTracer):
                     graph = self.trace(model)
                 finally:
                     model.__dict__["training"] = False
-                for holder, key, value, proxy in self._plain:
-                    if _at(holder, key) is proxy:
-                        holder[key] = value
+                self._put_plain_back()
                 self._plain.clear()
                 self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
                 for path, why in self.refused:
@@ -232,15 +233,19 @@ class Recorder(ValueTracer):
     @contextlib.contextmanager
     def _with_plain(self) -> Iterator[None]:
         """Inside it plain tensors are themselves: the user's own code runs."""
-        put = [(holder, key, proxy) for holder, key, _, proxy in self._plain if _at(holder, key) is proxy]
-        for holder, key, value, proxy in self._plain:
-            if _at(holder, key) is proxy:
-                holder[key] = value
+        put = self._put_plain_back()
         try:
             yield
         finally:
             for holder, key, proxy in put:
                 holder[key] = proxy
+
+    def _put_plain_back(self) -> list[tuple[Any, Any, Any]]:
+        """Plain tensors stand again where they stood; (holder, key, proxy) of those that stood in for them till now."""
+        put = [row for row in self._plain if _at(row[0], row[1]) is row[3]]
+        for holder, key, value, _ in put:
+            holder[key] = value
+        return [(holder, key, proxy) for holder, key, _, proxy in put]
 
     def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
         """Remembers a module whose forward has changed what it keeps in Python."""
@@ -328,7 +333,7 @@ class Recorder(ValueTracer):
         self.owner, self.place = path, self._place(module)
         mode = module.__dict__["training"]
         state, own = self._state(args, kwargs), python_state(module)
-        kept = Kept(self._inner(path), (*args, *kwargs.values()))
+        kept = Kept(self._inner[path].values(), (*args, *kwargs.values()))
         self.calls.append(call)
         module.__dict__["training"] = Mode(self, path)
         try:
@@ -361,13 +366,6 @@ class Recorder(ValueTracer):
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         node.meta.update({PLACE: self._place(module), VALUE: value})
         return self._result(node, args, bool(getattr(module, "inplace", False)))
-
-    def _inner(self, path: str) -> tuple[nn.Module, ...]:
-        """The module at ``path`` and those in it, but for layers: what may keep something in Python."""
-        if path not in self._below:
-            own = self.modules[path].modules()
-            self._below[path] = tuple(module for module in own if not is_layer(module))
-        return self._below[path]
 
     def _place(self, module: nn.Module) -> str:
         """The path of ``module`` that is nearest to where it is called: one activation may serve all blocks."""
