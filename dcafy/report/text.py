@@ -13,6 +13,7 @@ from dcafy.analysis.values import common_axes
 from dcafy.plan.tables import plain_table, plan_tables
 from dcafy.report.findings import Findings
 from dcafy.wording import printable
+from dcafy.zoos.specs import RANDOM
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 BINS, BAR = 20, 20
@@ -22,6 +23,9 @@ def print_findings(findings: Findings, console: Console) -> None:
     """Prints the chains, the attention values and the connections; names are never read as markup."""
     for row in findings.pictures.skipped:
         console.print(Text(f"left out {row.name}: {row.reason}"))
+    for side in findings.sides:
+        if side.random:
+            console.print(Text(f"{printable(side.title)}: {RANDOM}"))
     console.print(*plan_tables(findings.plan), sep="")
     if any(side.values for side in findings.sides):
         console.print(Text("attention values", "bold"), _values(findings), sep="\n")
