@@ -117,6 +117,6 @@ def test_a_terminal_is_filled_a_pipe_is_not_and_columns_count(monkeypatch):
 
 
 def test_amounts():
-    assert [fixed(x, sign=True) for x in (-0.00001, 0.00001, 0.0, -0.5)] == ["0.0000", "0.0000", "0.0000", "-0.5000"]
+    assert [fixed(x, sign=True) for x in (-0.00001, 0.00001, 0.0, -0.5)] == ["+0.0000", "+0.0000", "+0.0000", "-0.5000"]
     assert (fixed(float("nan")), fixed(-float("inf"))) == ("nan", "-inf")
-    assert (percent(0.98765), percent(-1e-9), points(-0.0123), points(1e-9)) == ("98.77%", "0.00%", "-1.23", "0.00")
+    assert (percent(0.98765), percent(-1e-9), points(-0.0123), points(1e-9)) == ("98.8%", "0.0%", "-1.23", "+0.00")
