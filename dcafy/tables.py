@@ -270,6 +270,24 @@ def _short(text: str, most: int) -> str:
     return f"{text[: most - 1 - (most - 1) // 2]}…{text[len(text) - (most - 1) // 2 :]}"
 
 
+def aside(name: str, told: str, names: int, *, terminal: bool) -> str:
+    """A row of a table whose other rows are not known yet: a name, and what there is to say of it.
+
+    ``names``: columns of the longest name. On a terminal what is said stands beside the names and is broken between
+    words; elsewhere it is one line, ``name: told``.
+    """
+    if not terminal:
+        return f"{printable(name)}: {printable(told)}"
+    width = Console().width
+    names = min(names, max(width // 2, LEAST_NAME))
+    lines = Text(printable(told)).wrap(Console(width=width), max(width - names - GAP, LEAST_NAME))
+    first = _short(printable(name), names)
+    starts = [first + " " * (names - cell_len(first)), *[" " * names] * (len(lines) - 1)]
+    return "\n".join(
+        f"{start}{' ' * GAP}{line.plain.rstrip()}".rstrip() for start, line in zip(starts, lines, strict=False)
+    )
+
+
 # --- where it is shown ----------------------------------------------------------------------------------
 
 

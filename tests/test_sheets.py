@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from dcafy.amounts import fixed, percent, points
-from dcafy.tables import Column, Sheet, plain, shown, unfolded
+from dcafy.tables import Column, Sheet, aside, plain, shown, unfolded
 
 NAMES = [f"backbone.body.layer{stage}.{block}.se_module" for stage in range(1, 4) for block in range(2)]
 HEADINGS = ("β", "varies", "T moves", "if cut", "if shuffled", "if mean", "top1 if cut")
@@ -116,7 +116,18 @@ def test_a_terminal_is_filled_a_pipe_is_not_and_columns_count(monkeypatch):
     assert shown([]) == shown([], terminal=True).strip() == ""
 
 
+def test_rows_that_come_one_by_one_stand_in_columns_on_a_terminal_and_on_one_line_in_a_pipe(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    told = "a cat 98.8%, a dog 1.1%, a very long sort of cat 0.1%"
+    assert aside("a\x1b[1m.png", told, 12, terminal=False) == f"a\\x1b[1m.png: {told}"
+    lines = aside("photographs/2024/one.png", told, 24, terminal=True).splitlines()
+    assert lines[0].startswith("photograph…4/one.png  a cat")
+    assert all(len(line) <= 40 for line in lines)
+    assert all(line.startswith(" " * 22) for line in lines[1:])
+    assert " ".join(lines).split()[1:] == told.split()
+
+
 def test_amounts():
-    assert [fixed(x, sign=True) for x in (-0.00001, 0.00001, 0.0, -0.5)] == ["0.0000", "0.0000", "0.0000", "-0.5000"]
+    assert [fixed(x, sign=True) for x in (-0.00001, 0.00001, 0.0, -0.5)] == ["+0.0000", "+0.0000", "+0.0000", "-0.5000"]
     assert (fixed(float("nan")), fixed(-float("inf"))) == ("nan", "-inf")
-    assert (percent(0.98765), percent(-1e-9), points(-0.0123), points(1e-9)) == ("98.77%", "0.00%", "-1.23", "0.00")
+    assert (percent(0.98765), percent(-1e-9), points(-0.0123), points(1e-9)) == ("98.8%", "0.0%", "-1.23", "+0.00")

@@ -56,42 +56,31 @@ def of_comparison(comparison: Comparison) -> list[RenderableType]:
         rows.append((arm, *means, f"{side.parameters:,}", fixed(side.gflops, 3), fixed(side.step_seconds)))
     columns = (Column("network"), *(Column(name, "number") for name in (*names, "parameters", "GFLOPs", "s/step")))
     parts: list[RenderableType] = [Sheet(columns, tuple(rows), f"seeds {', '.join(map(str, comparison.seeds))}")]
-    told = [(pair, *one) for pair in comparison.pairs for one in pair.differences.items()]
-    columns = (Column("metric"), Column("difference"), Column("mean", "number"), *_DIFFERENCE)
-    differences = tuple(
-        (metric, f"{pair.one} minus {pair.other}", *_told(metric, one), one.verdict) for pair, metric, one in told
-    )
-    parts.append(Sheet(columns, differences, f"differences{_over(one for _, _, one in told)}"))
+    for pair in comparison.pairs:
+        for metric, one in pair.differences.items():
+            told = _told(metric, one)
+            parts.append(f"{metric}, {pair.one} minus {pair.other}: {told}: {one.verdict}")
+    if any(difference.images for pair in comparison.pairs for difference in pair.differences.values()):
+        parts.append("95% intervals over seeds and validation images")
     parts += [part for usage in comparison.usage[:1] if usage is not None for part in usage_tables(usage)]
     return parts
-
-
-_DIFFERENCE = (Column("95% interval"), Column("says", "text"))
-
-
-def _over(differences: Iterable[Difference]) -> str:
-    """What the intervals go over."""
-    found = [one for one in differences if one.low is not None]
-    parts = [name for name, yes in (("seeds", any(one.seeds > 1 for one in found)),
-                                    ("validation images", any(one.images for one in found))) if yes]  # fmt: skip
-    return f", with intervals over {' and '.join(parts)}" if parts else ""
 
 
 def _metric(name: str, value: float) -> str:
     return fixed(value) if name in LOSSES else percent(value)
 
 
-def _told(metric: str, difference: Difference) -> tuple[str, str]:
+def _told(metric: str, difference: Difference, over: str = "") -> str:
     """A difference and its interval: of a loss as it is, else in points."""
+    write, unit = (_signed, "") if metric in LOSSES else (points, " points")
+    if difference.low is None or difference.high is None:
+        return f"{write(difference.mean)}{unit}"
+    interval = f"{write(difference.low)} to {write(difference.high)}"
+    return f"{write(difference.mean)}{unit}, 95% interval{over} {interval}"
 
-    def written(value: float) -> str:
-        return fixed(value, sign=True) if metric in LOSSES else points(value)
 
-    unit = "" if metric in LOSSES else " points"
-    interval = difference.low is not None and difference.high is not None
-    return written(difference.mean) + unit, (
-        f"{written(difference.low)} to {written(difference.high)}" if interval else NONE  # type: ignore[arg-type]
-    )
+def _signed(value: float) -> str:
+    return fixed(value, sign=True)
 
 
 def of_network(network: nn.Module) -> list[RenderableType]:
@@ -168,16 +157,14 @@ def of_difference(
     found: Evaluation, other: Evaluation, differences: Mapping[str, Difference], against: str
 ) -> list[RenderableType]:
     """The metrics of the other network, and each difference with its interval over the images."""
-    rows: list[tuple[Cell, ...]] = []
+    lines = [f"{against}: {metrics_in_words(other.metrics)}"]
     for name, difference in differences.items():
-        shown = difference.low is None or difference.high is None or difference.low > 0 or difference.high < 0
-        told = _told(name, difference)
-        rows.append((name, *told, NONE if shown else "no difference that the images could show"))
-    columns = (Column("metric"), Column("MODEL minus ORIGINAL", "number"), *_DIFFERENCE)
-    return [
-        f"{against}: {metrics_in_words(other.metrics)}\n",
-        Sheet(columns, tuple(rows), "differences, with intervals over the images"),
-    ]
+        low, high = difference.low, difference.high
+        nothing = low is not None and high is not None and low <= 0 <= high
+        told = _told(name, difference, " over the images")
+        more = ": no difference that the images could show" if nothing else ""
+        lines.append(f"{name}, MODEL minus ORIGINAL: {told}{more}")
+    return ["\n".join(lines)]
 
 
 def _cell(value: float | None) -> str:
