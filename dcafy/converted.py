@@ -81,7 +81,7 @@ def parameter_groups(
 def freeze_base(model: nn.Module) -> nn.Module:
     """``model`` with only ``dca.*`` and inserted attention trainable, like an adapter; its batch norms stay in eval.
 
-    Raises ``InputError`` for a model without connections, and without attention that hands a state on (``rla``, ``dia``).
+    Raises ``InputError`` for a model without connections, and without attention that hands a state on (``rla``).
 
     Frozen running statistics must not drift, so the base's batch norms stay in eval through ``.train()``. Attention
     that :func:`dcafy.insert` put in is no base: it starts as a no-op, and with its last layer frozen at zero nothing

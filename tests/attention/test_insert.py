@@ -325,7 +325,7 @@ def test_selective_kernels_where_an_identity_stands_before_the_activation() -> N
 
 def test_refusals() -> None:
     model = torchvision.models.resnet18(num_classes=10)
-    with pytest.raises(UsageError, match="bam, cbam, eca"):
+    with pytest.raises(UsageError, match="bam, cbam, dia, eca"):
         dcafy.insert(model, "senet")
     with pytest.raises(UsageError, match="identity, paper"):
         dcafy.insert(model, "se", init="zeros")  # type: ignore[arg-type]
