@@ -233,6 +233,7 @@ class _Host:
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
+            usual = dataclasses.replace(usual, modes=self._modes())
             forward = Forward(rows_of(folded.graph), usual, training=training)
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
@@ -243,6 +244,14 @@ class _Host:
             module.graph = folded.graph
             return
         rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
+
+    def _modes(self) -> tuple[str, ...]:
+        """The parts of the module by whose mode it decides, in either mode of its own."""
+        training = self.region.trainings.get(self.path)
+        asked = self.region.recording.mode_read.get(self.path, frozenset())
+        if training is not None:
+            asked |= training.region.recording.mode_read.get("", frozenset())
+        return tuple(sorted(asked - {""}))
 
     def _rows_in_training(self, places: dict[int, str]) -> Rows | None:
         """The connected graph of the module in training, where it decides by its mode; with the same ports."""
