@@ -3,6 +3,7 @@
     pip install 'dcafy[docs]' && python docs/build.py [-o site]
 
 ``bash .ci/site`` does both in a fresh clone.
+
 Sphinx holds links between pages, their anchors and the names of the code; this file then holds the HTML itself: every
 link inside of the site has a target, and no page asks the network for anything.
 """
