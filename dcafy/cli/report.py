@@ -72,6 +72,7 @@ def report_command(
         told("opening the network")
         from dcafy.images.options import DataOptions
         from dcafy.report import make_report, prepared_for, read_epochs, run_in
+        from dcafy.runs.using import tell_random
         from dcafy.sources import open_model
 
         # --arch, --prefix and --ignore-head are about weights in a file, be they MODEL's or ORIGINAL's.
@@ -79,10 +80,12 @@ def report_command(
         unsaid = dataclasses.replace(file, arch=None, prefix=None, ignore_head=False)
         whose = file if model in files or not files else unsaid
         source = open_model(model, settings=given, **dataclasses.asdict(whose))
+        tell_random(source.model, model)
         other = None
         if against is not None:
             whose = file if against in files else unsaid
             other = open_model(against, **dataclasses.asdict(whose)).model
+            tell_random(other, against)
         run = run_in(model)
         findings = make_report(
             source.model,
