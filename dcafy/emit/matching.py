@@ -247,9 +247,9 @@ class _Spatial(_Channel):
             message = message.mean(1, keepdim=True)
         for layer in connection.match if isinstance(connection.match, nn.Sequential) else ():
             if isinstance(layer, EachPlace):
-                message = _to_size(message, target.shape[2:], connection.grows)
+                message = to_size(message, target.shape[2:], connection.grows)
             message = layer(message)
-        message = _centred(connection, _to_size(message, target.shape[2:], connection.grows))
+        message = _centred(connection, to_size(message, target.shape[2:], connection.grows))
         return _typed(_channels_back(message, connection.target_axis), G)
 
 
@@ -301,7 +301,7 @@ def _channels_back(value: Tensor, axis: int | None) -> Tensor:
     return value if axis == 1 else value.movedim(1, axis)
 
 
-def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
+def to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
     """Average pooling that also handles sizes that do not divide; interpolation where the map has to grow.
 
     ``grows``: whether it has to in the example, for a trace, which knows no sizes; either keeps a map of that size.
