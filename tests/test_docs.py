@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +111,32 @@ def test_commands_and_their_options_are_there(words: list[str]) -> None:
     group.commands[words[0]].make_context(words[0], words[1:])
 
 
+def unknown(text: str) -> list[str]:
+    """Commands and options that prose names in passing (`` `dcafy finetune --resume` ``) and that there are not."""
+    import typer
+
+    from dcafy.cli import app
+
+    group: Any = typer.main.get_command(app)
+    found = []
+    for code in re.findall(r"`dcafy ([^`]+)`", pages.prose(text)):
+        name, *words = code.split()
+        if name.isupper() or name.startswith("-"):  # any command, or an option of none
+            continue
+        known = {option for p in group.commands[name].params for option in (*p.opts, *p.secondary_opts)}
+        found += [f"{name} {word}" for word in words if word.startswith("--") and word not in known | {"--help"}]
+    return found
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_options_that_are_named_in_passing_are_there(name: str) -> None:
+    assert unknown(TEXTS[name]) == []
+
+
 def test_an_option_that_is_not_there_ends_the_test() -> None:
     with pytest.raises(Exception, match="--bogus"):
         test_commands_and_their_options_are_there(["inspect", "timm:seresnet50", "--bogus"])
+    assert unknown("as `dcafy inspect --bogus x` does, or `dcafy list --json`") == ["inspect --bogus"]
 
 
 # -- what is made --------------------------------------------------------------------------------------------------
@@ -123,13 +144,7 @@ def test_an_option_that_is_not_there_ends_the_test() -> None:
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    spec = importlib.util.spec_from_file_location("made", ROOT / "docs" / "made.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("made", module)
-    spec.loader.exec_module(module)
-    return module
+    return pages.module("made")
 
 
 def test_the_reference_has_every_option_with_its_help(made: Any) -> None:
@@ -180,3 +195,25 @@ def test_a_dead_link_and_a_dead_anchor_are_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A heading: *x*\n[a](#a-heading-x) [b](#nothing) [c](other.md) [d](page.md#a-heading-x)\n")
     assert pages.dead_links(page) == ["#nothing", "other.md"]
+
+
+def test_a_site_with_dead_links_or_requests_is_told(tmp_path: Path) -> None:
+    build = pages.module("build")
+    (tmp_path / "a.html").write_text('<p id="x"></p><a href="b.html#y">b</a><a href="#x">x</a><a href="c.html">c</a>')
+    (tmp_path / "b.html").write_text('<script src="//host/a.js"></script><a href="a.html#x">a</a><img src="data:,">')
+    (tmp_path / "s.css").write_text("p { background: url('https://host/a.png') }")
+    assert list(build.faults(tmp_path)) == [
+        "a.html leads to b.html#y, an anchor that is not there",
+        "a.html leads to c.html, which is not there",
+        "b.html asks the network for //host/a.js",
+        "s.css asks the network for something",
+    ]
+
+
+def test_links_out_of_the_pages_lead_to_their_mirrors(made: Any) -> None:
+    source = ["[a](../../benchmarks/results/zoo.md#x) [b](../finding.md) [c](../../tests/zoo.py) ![d](../report.png)"]
+    made.links(None, "howto/page", source)
+    assert source == ["[a](/made/benchmarks/results/zoo.md#x) [b](../finding.md) c ![d](../report.png)"]
+    source = ["[a](docs/finding.md) [b](SECURITY.md)"]
+    made.links(None, "made/CHANGELOG", source)
+    assert source == ["[a](/finding.md) [b](/made/SECURITY.md)"]
