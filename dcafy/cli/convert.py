@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
 from dcafy.plan.options import Conversion
@@ -20,7 +20,7 @@ from dcafy.sources.options import FileOptions
 from dcafy.wording import counted, printable, quoted
 
 
-@app.command("convert")
+@command("convert", "dcafy convert torchvision:resnet50 --attention se -o se")
 @with_options
 def convert_command(
     model: Model,

@@ -79,6 +79,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "dense": Topology(_dense),
     "tree": Topology(_tree),
     "own": Topology(_own, every=True),
+    "depth": Topology(_dense, mixing="depth"),
     "hub": Topology(_hub, mixing="hub", of="context"),
 }
 """Name -> the topology."""
