@@ -60,14 +60,10 @@ class HubConnection(JoinedConnection):
         if self.relay.rank > 2:
             state = to_size(state, read[0].shape[2:], grows=False)
         for context in read:
-            state = first.cell(_even(context).movedim(1, -1), state.movedim(1, -1)).movedim(-1, 1)
+            state = first.cell(context.movedim(1, -1), state.movedim(1, -1)).movedim(-1, 1)
         self.relay.tell(state)
         h = matching.from_places(first, state[:, : first.cell.channels], G)
         return joined(first, G, ((first.beta, first.heard(G, h)),))
-
-
-def _even(context: Tensor) -> Tensor:
-    return context * (context.square().mean(1, keepdim=True) + 1e-6).rsqrt()
 
 
 def mix(parts: list[Connection], mixed: Mixed) -> nn.Module:
