@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from dcafy.emit.dca import Connections, Recipe
 from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
 from dcafy.emit.mixing import Shared
+from dcafy.emit.relay import Call, Calls, join
 from dcafy.emit.root import open_runs
 from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, own_contexts, wires
@@ -107,6 +108,24 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     for number, ((path, local), rewritten) in enumerate(hosts.items()):
         rewritten.rewrite(modules[joined(path, local)], wire, number)
     open_runs(model, recipe, wire, example, whole=whole, below=below)
+    _hand_on(model, network, links, [wiring for one in hosts.values() for wiring in one.wires])
+
+
+def _hand_on(model: nn.Module, network: Network, links: tuple[Link, ...], made: list[tuple[str, Wiring]]) -> None:
+    """Has connections that hand a state on hear that of the block that they hear, each for the same output."""
+    relays: dict[str, Any] = {}
+    place: dict[tuple[str, int], Call] = {}
+    for name, wiring in made:
+        if hasattr(wiring.module, "relay"):
+            relays[f"{name}|{wiring.suffix}"] = wiring.module.relay
+            place |= {(name, i): (f"{name}|{wiring.suffix}", turn) for turn, i in enumerate(wiring.contexts)}
+    source = {link.target: link.source for link in links}  # the last one, where several are heard
+    calls: dict[str, list[Call | None]] = {path: [] for path in relays}
+    for (name, i), (path, _) in place.items():
+        calls[path].append(place.get((source[name], min(i, len(network[source[name]].contexts) - 1))))
+    repeats = {path for (name, _), (path, _) in place.items() if network.region(name).path in network.repeats}
+    if relays:
+        join(model, relays, {path: Calls(tuple(heard), path in repeats) for path, heard in calls.items()})
 
 
 Numbers = tuple[int, "int | None"] | None
