@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import with_options
+from dcafy.cli.help import is_quiet
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.sources.options import FileOptions
 from dcafy.wording import counted
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from dcafy.report import Findings
 
 
-@app.command("report")
+@command("report", "dcafy report runs/flowers --images photographs")
 @with_options
 def report_command(
     model: Model,
@@ -132,6 +133,6 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
     columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal or is_quiet()) as progress:
         task = progress.add_task("", total=None)
         yield lambda what: progress.update(task, description=what)

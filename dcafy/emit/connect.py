@@ -31,7 +31,7 @@ from dcafy.find.roles import Found
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, below, joined
-from dcafy.graph.rewritten import Forward, hold, original_class, rewrite, taken_forward
+from dcafy.graph.rewritten import Forward, forward_of, hold, original_class, rewrite, taken_forward
 from dcafy.graph.rows import Rows, rows_of
 from dcafy.graph.source import require_writable
 from dcafy.graph.usual import reads, template
@@ -50,7 +50,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     ``example``: inputs to write its graph with, where the ``whole`` can be written. Raises ``PlanError`` for a link
     that no connection can make.
     """
-    links = recipe.plan.links
+    links, below = recipe.plan.links, forward_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     hosts: dict[tuple[str, str], _Host] = {}
 
@@ -106,7 +106,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         hosts[path, local].tells.append(tells)
     for number, ((path, local), rewritten) in enumerate(hosts.items()):
         rewritten.rewrite(modules[joined(path, local)], wire, number)
-    open_runs(model, recipe, wire, example, whole=whole)
+    open_runs(model, recipe, wire, example, whole=whole, below=below)
 
 
 Numbers = tuple[int, "int | None"] | None
@@ -243,7 +243,7 @@ class _Host:
             require_writable(folded.graph)
             module.graph = folded.graph
             return
-        rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
+        rewrite(module, dataclasses.replace(forward, own=taken_forward(module), below=forward_of(module)))
 
     def _modes(self) -> tuple[str, ...]:
         """The parts of the module by whose mode it decides, in either mode of its own."""

@@ -71,6 +71,29 @@ def wire_of(token: str, lines: int, hosts: int, before: Before) -> Wire:
     return wire
 
 
+WIRES = "dcafy_wires"
+"""Under which a root has the wires that its runs are of."""
+
+
+def wires_of(root: Any) -> tuple[Wire, ...]:
+    """The wires of which every call of ``root`` opens a run."""
+    wires: tuple[Wire, ...] = getattr(root, WIRES, ())
+    return wires
+
+
+def add_wire(root: Any, wire: Wire) -> None:
+    """Has the calls of ``root``, once they open runs, open those of ``wire`` as well."""
+    root.__dict__[WIRES] = (*wires_of(root), wire)
+
+
+def take_wire(root: Any, wire: Wire) -> None:
+    """Undoes :func:`add_wire`."""
+    left = tuple(one for one in wires_of(root) if one is not wire)
+    root.__dict__.pop(WIRES, None)
+    if left:
+        root.__dict__[WIRES] = left
+
+
 def _found(kind: type[_OnWire], wire: Wire, number: int) -> _OnWire:
     return wire.lines[number] if kind is Line else wire.counts[number]
 

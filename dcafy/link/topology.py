@@ -74,6 +74,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "dense": Topology(_dense),
     "tree": Topology(_tree),
     "own": Topology(_own, every=True),
+    "depth": Topology(_dense, mixing="depth"),
 }
 """Name -> the topology."""
 

@@ -282,7 +282,7 @@ class Recorder(ValueTracer):
 
     def on_wire(self, function: Callable[..., Any], dca: nn.Module, number: int, *values: Any) -> Any:
         """What a connected module's code does at an end of the wire, as a node: its connections are kept."""
-        node = self.create_node("get_attr", joined(self.owner, "dca"), (), {})
+        node = self.create_node("get_attr", joined(self.owner, getattr(dca, "held_as", "dca")), (), {})
         node.meta[VALUE] = dca
         return self.create_proxy("call_function", function, (ValueProxy(node, self), number, *values), {})
 
