@@ -33,7 +33,7 @@ from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, below, joined
 from dcafy.graph.rewritten import Forward, forward_of, hold, original_class, rewrite, taken_forward
-from dcafy.graph.rows import Rows, rows_of
+from dcafy.graph.rows import rows_of
 from dcafy.graph.source import require_writable
 from dcafy.graph.usual import reads, template
 from dcafy.link.message import Message
@@ -246,14 +246,16 @@ class _Host:
         else:
             folded = self.region.sites.folded(self.path)
             ports = _Edits(self, folded, places).ports()
-            training = self._rows_in_training(places)
+            training = self._in_training(places)
+            stores = _return_stores([folded] if training is None else [folded, training])
             call = self.region.sites.calls(self.path)[0]
-            usual = reads(module, original_class(module))
+            usual = reads(module, original_class(module), stores)
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
             usual = dataclasses.replace(usual, modes=self._modes())
-            forward = Forward(rows_of(folded.graph), usual, training=training)
+            rows = None if training is None else rows_of(training.graph)
+            forward = Forward(rows_of(folded.graph), usual, training=rows, stores=bool(stores))
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
         hold(module, "dca", dca)
@@ -272,7 +274,7 @@ class _Host:
             asked |= training.region.recording.mode_read.get("", frozenset())
         return tuple(sorted(asked - {""}))
 
-    def _rows_in_training(self, places: dict[int, str]) -> Rows | None:
+    def _in_training(self, places: dict[int, str]) -> Folded | None:
         """The connected graph of the module in training, where it decides by its mode; with the same ports."""
         training = self.region.trainings.get(self.path)
         if training is None:
@@ -304,7 +306,7 @@ class _Host:
                 host.hears.append(dataclasses.replace(hears, target=name, site=site))
         folded = training.region.sites.folded("")
         _Edits(host, folded, places).ports()
-        return rows_of(folded.graph)
+        return folded
 
     def _dca(self) -> tuple[nn.Module, tuple[tuple[str, str], ...], dict[int, str]]:
         """``dca``, the address of each connection by name, and the place of each wire's module."""
@@ -327,6 +329,15 @@ class _Host:
                 parent = parent.get_submodule(part)
             parent.add_module(last, wiring.module)
         return dca, tuple(addresses), places
+
+
+def _return_stores(graphs: list[Folded]) -> set[str]:
+    """The attributes that a module stores tensors in, in either mode; its graphs return those as well, if any."""
+    stores = {name for folded in graphs for name in folded.stores}
+    for folded in graphs if stores else ():
+        output = folded.graph.output_node()
+        output.args = ((output.args[0], dict(folded.stores)),)
+    return stores
 
 
 class _Edits:
