@@ -54,7 +54,7 @@ def appraise(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     return dataclasses.replace(known.plan, costs=costs(known.plan, known.network, Conversion()))
 
 
-@takes(Conversion)
+@takes(Conversion, CHOICES)
 def convert(
     model: nn.Module,
     *,

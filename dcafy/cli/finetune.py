@@ -25,6 +25,8 @@ from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable, quoted
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from dcafy.runs.request import Request
 
 
@@ -109,8 +111,10 @@ def finetune_command(
             ).anchored()
             if is_main_process():
                 _require_free(output)
-        printed = _run(asked, output, run, file)
-    print(printed, end="")
+        parts = _run(asked, output, run, file)
+    from dcafy.tables import shown
+
+    print(shown(parts, terminal=sys.stdout.isatty()), end="")
 
 
 def _require_some_use(run: RunOptions, given: Mapping[str, Any]) -> None:
@@ -214,7 +218,7 @@ def _tell(amiss: tuple[str, ...]) -> None:
         print(f"{len(amiss)} such places in all; --strict stops at the first.", file=sys.stderr)
 
 
-def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> str:
+def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> list[RenderableType]:
     """Runs what was asked for; the summary, for the main process."""
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, require_arm, subject, train
@@ -247,9 +251,9 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
             from dcafy.runs.compare import compare
 
             comparison = compare(asked, output, file=file, listener_for=listeners, is_main=is_main_process())
-            return of_comparison(comparison) if is_main_process() else ""
+            return of_comparison(comparison) if is_main_process() else []
         history = train(asked, on, output, seed=asked.training.seed, resume=run.resume, listeners=listeners())
         if not is_main_process():
-            return ""
+            return []
         finish(on, output)
         return of_history(history, output)

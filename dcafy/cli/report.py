@@ -94,6 +94,7 @@ def _made(
     """Opens what the command names, and makes the report of it."""
     told("opening the network")
     from dcafy.report import make_report, prepared_for, read_run
+    from dcafy.runs.using import tell_random
     from dcafy.sources import open_model
 
     # --arch, --prefix and --ignore-head are about weights in a file, be they MODEL's or ORIGINAL's.
@@ -102,7 +103,9 @@ def _made(
 
     def opened(spec: str, **settings: Any) -> Source:
         whose = file if spec in files or (spec == model and not files) else unsaid
-        return open_model(spec, **settings, **dataclasses.asdict(whose))
+        found = open_model(spec, **settings, **dataclasses.asdict(whose))
+        tell_random(found.model, spec)
+        return found
 
     source = opened(model, settings=settings)
     run = read_run(Path(model))

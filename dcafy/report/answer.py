@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dcafy.amounts import fixed, percent, points
 from dcafy.analysis.listening import MIXED, NEGLIGIBLE, Effect, Usage
 from dcafy.report.findings import Findings, Score
 from dcafy.runs.compare import Comparison
@@ -194,12 +195,12 @@ def _loss(effect: Effect, sign: int = 1) -> str:
 
 def _change(effect: Effect) -> str:
     error = "" if effect.loss_error is None else f" ± {effect.loss_error:.4f}"
-    return f"{signed(effect.loss, 4)}{error}"
+    return f"{fixed(effect.loss, sign=True)}{error}"
 
 
 def _points(effect: Effect) -> str:
     error = "" if effect.accuracy_error is None else f" ± {100 * effect.accuracy_error:.2f}"
-    return f"{signed(100 * effect.accuracy, 2)}{error}"
+    return f"{points(effect.accuracy)}{error}"
 
 
 # --- at what cost -------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def _cost(found: Findings) -> Answer:
 
 
 def _relative(now: float, before: float) -> str:
-    return f" ({signed(100 * (now / before - 1), 1)}%)" if before else ""
+    return f" ({fixed(100 * (now / before - 1), 1, sign=True)}%)" if before else ""
 
 
 def _milliseconds(seconds: float) -> str:
@@ -237,30 +238,6 @@ def _milliseconds(seconds: float) -> str:
 
 
 # --- numbers ------------------------------------------------------------------------------------------
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """A fraction in percent.
-
-    >>> percent(0.25)
-    '25.0%'
-    """
-    return f"{signed(100 * value, digits).removeprefix('+')}%"
-
-
-def points(value: float) -> str:
-    """A difference of fractions in points, with its sign."""
-    return signed(100 * value, 2)
-
-
-def signed(value: float, digits: int) -> str:
-    """A number with its sign, and without one where it is rounded to 0.
-
-    >>> signed(0.25, 1), signed(-0.0001, 2), signed(-3, 1)
-    ('+0.2', '0.00', '-3.0')
-    """
-    text = f"{value:+.{digits}f}"
-    return text if float(text) else text[1:]
 
 
 def with_error(effect: Effect | None, *, of_accuracy: bool = False) -> str:

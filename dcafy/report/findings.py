@@ -112,6 +112,7 @@ class Side:
     ``predictions``  what it sees in each image; empty for what is no classifier
     ``score``        how many of the labelled images it recognises
     ``outputs``      how many classes it tells apart; 0 for what is no classifier
+    ``random``       whether nothing was loaded into the network that a zoo built: nothing here tells of training
     """
 
     title: str
@@ -123,6 +124,7 @@ class Side:
     score: Score | None = None
     seconds: float = 0.0
     outputs: int = 0
+    random: bool = False
 
     def named(self, number: int) -> str:
         """A class by its number, and by its name where it has another."""
@@ -147,7 +149,6 @@ class Findings:
     ``gain``     the difference of the sides' accuracies on the labelled images
     ``data``     what these are, and how many
     ``trained``  what the network's folder says it was trained on
-    ``random``   whether its weights are those it was made with
     """
 
     title: str
@@ -166,7 +167,6 @@ class Findings:
     usage: Usage | None
     data: str
     trained: Trained | None
-    random: bool
     versions: Mapping[str, str]
 
     @property
@@ -222,10 +222,20 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         cams = None if reason or not stages else cams_of(one.copy, given[list(chosen)], target=target, stages=stages)
         told(f"accuracy, {one.title}")
         rights.append(_right(one, wanted.data))
-        score = None if rights[-1] is None else Score(sum(rights[-1]), len(rights[-1]))
-        size, classes = complexity(one.network, given[:1]), _classes(model, wanted, one)
-        took = seconds[one.title]
-        sides.append(Side(one.title, values, cams, size, classes, predictions, score, took, one.outputs))
+        sides.append(
+            Side(
+                one.title,
+                values,
+                cams,
+                complexity(one.network, given[:1]),
+                _classes(model, wanted, one),
+                predictions,
+                None if rights[-1] is None else Score(sum(rights[-1]), len(rights[-1])),
+                seconds[one.title],
+                one.outputs,
+                has_random_weights(one.network),
+            )
+        )
     told("connections")
     shares = message_shares(model, torch.split(_like(model, pictures.tensor), BATCH)) if connected else {}
     told("cutting connections" if wanted.data is not None else "numbers")
@@ -246,7 +256,6 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         usage=_usage(model, wanted, connected=connected),
         data="" if wanted.data is None else wanted.data.spec,
         trained=getattr(known(model), "trained", None),
-        random=has_random_weights(model),
         versions={
             "dcafy": __version__,
             "python": platform.python_version(),

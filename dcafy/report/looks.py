@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from dcafy.report.answer import percent
+from dcafy.amounts import percent
 from dcafy.report.downloads import Download, download
 from dcafy.report.findings import Findings, Side
 from dcafy.report.thumbnails import SIDES, data_uri, differing, overlaid, sized

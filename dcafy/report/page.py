@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from dcafy.amounts import fixed, percent
 from dcafy.analysis.listening import KINDS, Effect
 from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import Stroke, draw
-from dcafy.report.answer import answers, difference_in_words, effect_kind, percent, signed, with_error, worth
+from dcafy.report.answer import answers, difference_in_words, effect_kind, with_error, worth
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES
 from dcafy.report.findings import Findings
@@ -21,6 +22,7 @@ from dcafy.report.plots import block_id, curves, histograms, shares
 from dcafy.report.words import FIRST, WORDS
 from dcafy.runs.compare import LOSSES
 from dcafy.wording import counted, needing, printable
+from dcafy.zoos.specs import RANDOM
 
 
 def page(findings: Findings) -> str:
@@ -30,7 +32,7 @@ def page(findings: Findings) -> str:
         from markupsafe import Markup
     parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js", "words.svg")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, drawn=Markup, printable=printable, counted=counted, signed=signed)
+    environment.filters.update(percent=percent, drawn=Markup, printable=printable, counted=counted, fixed=fixed)
     environment.filters.update(
         effect=with_error, difference=difference_in_words, anchor=lambda name: block_id(findings, name)
     )
@@ -40,6 +42,7 @@ def page(findings: Findings) -> str:
         "script": Markup(parts["page.js"]),
         "script_hash": base64.b64encode(hashlib.sha256(parts["page.js"].encode()).digest()).decode(),
         "found": findings,
+        "random_weights": RANDOM,
         "answers": answers(findings),
         "pictures": _pictures(findings, {plot.id for plot in made}),
         "chain_data": _chain_data(findings),

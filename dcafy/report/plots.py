@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from dcafy.amounts import percent
 from dcafy.analysis.values import AttentionValues, common_axes
-from dcafy.report.answer import percent
 from dcafy.report.downloads import Download, download
 from dcafy.report.epochs import EpochLog, RunLog
 from dcafy.report.figures import curve_plot, epoch_plot, histogram_plot, share_plot

@@ -12,7 +12,7 @@ from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, about
 from dcafy.runs.options import UseOptions
 from dcafy.wording import printable
-from dcafy.zoos.specs import has_random_weights
+from dcafy.zoos.specs import RANDOM, has_random_weights
 
 log = logging.getLogger("dcafy")
 
@@ -40,7 +40,7 @@ def silence(model: nn.Module, spec: str) -> None:
 def tell_random(model: nn.Module, spec: str) -> None:
     """Says in the log that the weights are random, where nothing was loaded into them."""
     if has_random_weights(model):
-        log.warning("%s: weights: random (add @DEFAULT for trained ones)", printable(spec))
+        log.warning("%s: %s", printable(spec), RANDOM)
 
 
 def device_for(*, cpu: bool) -> torch.device:

@@ -318,7 +318,20 @@ def test_text_needs_no_extra(command: Run, folder: Path, connected: Path, monkey
     assert command(connected, "--images", folder, "--text", "--image-size", 64)[0] == 0
     code, _, err = command(connected, "--images", folder, "-o", "r.html", "--image-size", 64)
     assert code == 2
-    assert "matplotlib, which is not installed: pip install -e '.[report]'" in err
+    assert "matplotlib, which is not installed: pip install 'dcafy[report]'" in err
+
+
+def test_random_weights_are_told(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
+    """In the text, on the page and in the log; not of a network from a folder."""
+    told = "weights: random (add @DEFAULT for trained ones)"
+    given = ("--images", folder, "--text", "--image-size", 32, "--most", 1)
+    code, out, err = command("timm:test_efficientnet", *given, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert (code, out.count(told), page.count(told), err.count(told)) == (0, 1, 1, 1)
+    code, out, err = command(connected, *given)
+    assert (code, told in out + err) == (0, False)
+    code, out, err = command(connected, *given, "--against", SMALL)
+    assert (code, f"original: {told}" in out, err.count(told)) == (0, True, 1)
 
 
 def test_no_attention_still_gives_numbers(command: Run, tmp_path: Path, folder: Path) -> None:
@@ -458,10 +471,10 @@ def test_comparison_shows_the_real_original(
     page = Page(tmp_path / "r.html")
     assert page.sections == [SECTIONS[0], "training", *SECTIONS[1:]]
     assert "connections off" not in page.text
-    assert "The weights are random." not in page.text
+    assert "weights: random" not in page.text
     assert "50.0% → 75.0%" in page.text
     assert "+25.00 points: one seed says nothing about chance" in page.text
-    assert "A training step took 20 ms → 20 ms (0.0%)" in page.text
+    assert "A training step took 20 ms → 20 ms (+0.0%)" in page.text
     # each network sees one class, whatever it is shown: all images are changed, and what is wrong is said
     assert page.text.count("original: class 0, cat, ") == page.text.count("connected: class 1, dog, ") == 8
     assert page.text.count("truth: class 0, cat") == page.text.count("truth: class 1, dog") == 4
@@ -484,11 +497,10 @@ def test_damaged_comparison_is_told(tmp_path: Path, text: str) -> None:
         read_run(tmp_path)
 
 
-def test_random_weights_are_told(command: Run, tmp_path: Path, folder: Path) -> None:
-    output = tmp_path / "r.html"
-    assert command(SMALL, "--images", folder, "-o", output, "--image-size", 64, "--most", 1)[0] == 0
-    page = Page(output)
-    assert "The weights are random." in page.text
+def test_histograms_zoom_where_all_is_near_a_half(tmp_path: Path, folder: Path) -> None:
+    model = torchvision.models.mobilenet_v3_small()
+    make_report(model, folder, tmp_path / "r.html", how=prepared_for(model, image_size=64), most=1)
+    page = Page(tmp_path / "r.html")
     assert "zoomed: the axis is" in page.text  # nobody has moved its values away from 0.5
     assert "difference" not in "".join(page.images)
 

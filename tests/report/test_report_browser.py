@@ -16,7 +16,7 @@ from PIL import Image
 import dcafy
 from dcafy.report import EpochLog, make_report, prepared_for
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'dcafy[dev]'")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = [
