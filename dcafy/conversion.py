@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
 from torch import fx, nn
 
-from dcafy.attention.inserted import hands_on, silent
+from dcafy.attention.inserted import hands_on, inserted, silent
 from dcafy.attention.insertion import insert
+from dcafy.attention.kinds import KIND
 from dcafy.choices import CHOICES
 from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
@@ -18,9 +20,12 @@ from dcafy.emit.schemas import SCHEMAS
 from dcafy.emit.verify import tell_drift, verify_outputs
 from dcafy.emit.wiring import completed, cost, costs
 from dcafy.errors import InputError, NoAttentionError
-from dcafy.graph.copies import own_copy, shared_copy
+from dcafy.graph.copies import data_free_copy, own_copy, shared_copy
+from dcafy.graph.counting import multiply_adds
+from dcafy.graph.nodes import mapped_tensors
 from dcafy.link.given import checked
 from dcafy.link.topology import shaped
+from dcafy.plan.blocks import Cost
 from dcafy.plan.options import Conversion, Inserting, Linking, Overrides, check, takes
 from dcafy.plan.plan import Plan
 from dcafy.survey import Survey, survey, uncollected
@@ -48,10 +53,24 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     return survey(model, example_inputs).plan
 
 
-def appraise(model: nn.Module, *, example_inputs: Any = None) -> Plan:
-    """The plan of :func:`inspect`, with what each topology would add to the model (``plan.costs``)."""
+def appraise(model: nn.Module, *, example_inputs: Any = None, inserting: Inserting | None = None) -> Plan:
+    """The plan of :func:`inspect`, with what each topology would add to the model (``plan.costs``).
+
+    ``inserting``: with this attention in it, whose own cost comes first.
+    """
+    given, model = model, with_attention(model, inserting or Inserting(), example_inputs=example_inputs)
     known = survey(model, example_inputs)
-    return dataclasses.replace(known.plan, costs=costs(known.plan, known.network, Conversion()))
+    own = () if model is given else (_cost_of_attention(given, model, known.inputs),)
+    return dataclasses.replace(known.plan, costs=(*own, *costs(known.plan, known.network, Conversion())))
+
+
+def _cost_of_attention(given: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
+    """What attention adds that was put into a copy of ``given``, for one image of the example."""
+    own = [module for _, module in inserted(model)]
+    parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in given.parameters())
+    one = mapped_tensors(probe(inputs), lambda value: value[:1])
+    before, after = (multiply_adds(functools.partial(data_free_copy(network), *one)) for network in (given, model))
+    return Cost(f"{own[0].__dict__[KIND]} (attention)", len(own), parameters, after - before)
 
 
 @takes(Conversion, CHOICES)

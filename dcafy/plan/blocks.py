@@ -109,11 +109,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a topology adds to a model, with the options that :func:`dcafy.convert` has by default."""
+    """What a topology adds to a model, with the options that :func:`dcafy.convert` has by default.
+
+    Or what attention adds that was put in: then ``topology`` says which, and ``connections`` is how many units have it.
+    ``multiply_adds``: of convolutions and matrix products, for one image of the example.
+    """
 
     topology: str
     connections: int
     parameters: int
+    multiply_adds: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)
