@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from dcafy.attention.inserted import silent
-from dcafy.attention.insertion import insert
+from dcafy.attention.insertion import put
+from dcafy.attention.starting import started
 from dcafy.choices import CHOICES
 from dcafy.draws import OwnDraws
-from dcafy.emit.connect import connect
-from dcafy.emit.dca import Recipe, connections, is_connected
+from dcafy.emit.dca import is_connected
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.emit.verify import tell_drift, verify_outputs
 from dcafy.emit.wiring import completed, cost, costs
@@ -21,10 +20,9 @@ from dcafy.errors import InputError, NoAttentionError
 from dcafy.graph.copies import own_copy, shared_copy
 from dcafy.link.given import checked
 from dcafy.link.topology import shaped
-from dcafy.plan.options import Conversion, Inserting, Linking, Overrides, check, takes
+from dcafy.plan.options import Conversion, Inserting, check, takes
 from dcafy.plan.plan import Plan
-from dcafy.survey import Survey, survey, uncollected
-from dcafy.trace.inputs import as_data, probe
+from dcafy.survey import survey, uncollected
 from dcafy.wording import few, nearest
 
 log = logging.getLogger("dcafy")
@@ -125,7 +123,7 @@ def convert(
             "%s: %d connections with %s new parameters", price.topology, price.connections, f"{price.parameters:,}"
         )
     with OwnDraws(), uncollected():
-        converted = _connected(model, seen, chosen, conversion, copy)
+        converted = started(own_copy(model) if copy else shared_copy(model), seen, chosen, conversion)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
         if inexact:
             tell_drift(inexact[0], original, converted, seen.inputs if verify else None)
@@ -138,7 +136,7 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
     """``model`` with the attention that the options ask for (:func:`dcafy.insert`); itself where they ask for none."""
     if options.attention is None:
         return model
-    return insert(
+    return put(
         model,
         options.attention,
         reduction=options.attention_reduction or None,
@@ -168,18 +166,3 @@ def _nothing_to_connect(plan: Plan, lost: tuple[str, ...]) -> str:
         f"{what}{skipped}\nAttention can be added to a network before converting it: dcafy.insert(model, 'se') puts it "
         "at the end of each residual branch, and dcafy.convert(model, attention='se') does both."
     )
-
-
-def _connected(model: nn.Module, known: Survey, plan: Plan, options: Linking, copy: bool) -> nn.Module:
-    host = own_copy(model) if copy else shared_copy(model)
-    recipe = Recipe(plan, options.overridden(Overrides()), inputs=as_data(known.inputs))
-    connect(host, known.network, recipe, probe(known.inputs), whole=known.whole)
-    starting = silent(model, {link.target for link in plan.links})
-    for name, connection in connections(host).items():
-        if name.partition("<-")[0].partition("[")[0] in starting:
-            nn.init.constant_(connection.beta, START)
-    return host
-
-
-START = 0.5
-"""β at the start where nothing of what is heard shows in T yet: with 0, two zeros in series would starve the match."""

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from dcafy.attention.gc import GC
     from dcafy.attention.ge import GEPlain, GETheta
     from dcafy.attention.kinds import ATTENTIONS
+    from dcafy.attention.mrla import MRLA
     from dcafy.attention.se import SE
     from dcafy.attention.sge import SGE
     from dcafy.attention.sk import SK
 
-__all__ = ["ATTENTIONS", "BAM", "CBAM", "ECA", "GC", "SE", "SGE", "SK", "GEPlain", "GETheta"]
+__all__ = ["ATTENTIONS", "BAM", "CBAM", "ECA", "GC", "MRLA", "SE", "SGE", "SK", "GEPlain", "GETheta"]
 
 _HOME = {
     "ATTENTIONS": "kinds",
@@ -25,6 +26,7 @@ _HOME = {
     "GC": "gc",
     "GEPlain": "ge",
     "GETheta": "ge",
+    "MRLA": "mrla",
     "SE": "se",
     "SGE": "sge",
     "SK": "sk",

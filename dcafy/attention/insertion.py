@@ -13,6 +13,7 @@ attention: :func:`dcafy.inspect` finds the blocks by dataflow like any others.
 from __future__ import annotations
 
 import copy as copying
+import dataclasses
 from typing import Any, get_args
 
 import torch
@@ -20,9 +21,11 @@ from torch import fx, nn
 
 from dcafy.attention.kinds import ATTENTIONS, INSERTED, KIND, Insertion
 from dcafy.attention.sk import SK
+from dcafy.attention.starting import started
 from dcafy.attention.units import Kernel, Unit, units
 from dcafy.draws import OwnDraws
 from dcafy.emit.dca import is_connected
+from dcafy.emit.wiring import completed
 from dcafy.errors import InputError, UsageError
 from dcafy.graph import usual
 from dcafy.graph.copies import own_copy, shared_copy
@@ -30,7 +33,8 @@ from dcafy.graph.evaluator import device_of
 from dcafy.graph.paths import free_name, joined
 from dcafy.graph.rewritten import Forward, original_class, refusal, rewrite, taken_forward
 from dcafy.graph.rows import rows_of
-from dcafy.plan.options import Init
+from dcafy.plan.options import Init, Linking
+from dcafy.survey import survey
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
 
@@ -47,7 +51,10 @@ def insert(
 ) -> nn.Module:
     """``model`` with attention in every residual unit: trainable, and by default computing exactly the same.
 
-    ``attention``: ``se``, ``ge`` (θ⁻), ``ge-theta``, ``sk``, ``cbam``, ``bam``, ``gc``, ``sge`` or ``eca``.
+    ``attention``: ``se``, ``ge`` (θ⁻), ``ge-theta``, ``sk``, ``cbam``, ``bam``, ``gc``, ``sge`` or ``eca``; or one that
+    is connected by nature (``docs/family.md``), from unit to unit along each stage: ``mrla``, behind every unit. Then
+    the result is connected already, as by :func:`dcafy.convert`; that connects other attention as well, where it
+    inserts this one itself (``attention="mrla"``).
     ``reduction``: channels over the width of the attention's bottleneck, where it has one; ``None`` leaves that of
     ``gc`` out (one 1x1 convolution in its place: the simplified non-local block).
     ``where``: ``auto`` finds residual and bottleneck units by their structure and puts attention at the end of
@@ -68,6 +75,28 @@ def insert(
     >>> torch.equal(with_se(x), model(x)), len(dcafy.inspect(with_se).blocks)
     (True, 8)
     """
+    host = put(model, attention, reduction=reduction, where=where, init=init, example_inputs=example_inputs, copy=copy)
+    if not ATTENTIONS[attention].by_nature:
+        return host
+    seen = survey(host, example_inputs)
+    own = [chain for chain in seen.plan.chains if seen.plan.block(chain.blocks[0]).nature]
+    others = (dataclasses.replace(chain, links=()) for chain in seen.plan.chains if chain not in own)
+    plan = dataclasses.replace(seen.plan, chains=(*own, *others))
+    plan = plan.with_links(lambda link: completed(link, Linking()))
+    return started(host, seen, plan, Linking()) if plan.links else host
+
+
+def put(
+    model: nn.Module,
+    attention: str,
+    *,
+    reduction: int | None = 16,
+    where: str = "auto",
+    init: Init = "identity",
+    example_inputs: Any = None,
+    copy: bool = True,
+) -> nn.Module:
+    """What :func:`insert` gives, before anything is connected."""
     _check(attention, reduction, init)
     require_module(model)
     if is_connected(model):
@@ -113,7 +142,13 @@ def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int | None, 
         assert reduction is not None
         module: nn.Module = _selective(unit.kernel, host, reduction)
     else:
-        reads = (unit.end,)
+        end = unit.output if ATTENTIONS[attention].behind else unit.end
+        if end is None:
+            raise InputError(
+                f"{unit.path} returns no map [N, C, H, W], behind which {attention!r} could go. Leave it out with "
+                "where=."
+            )
+        reads = (end,)
         with torch.device(device_of(host)):
             module = ATTENTIONS[attention].build(unit.channels, reduction, init, unit.side)
     name = free_name(host, attention.replace("-", "_"))

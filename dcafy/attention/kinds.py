@@ -24,12 +24,16 @@ class Attention:
     ``obstacle``            why it cannot start as an exact no-op, empty where it can
     ``silent``              the layers, below the module, that are zero where it does: T is the same whatever G is
     ``without_bottleneck``  whether it can do without one (a reduction of ``None``)
+    ``behind``              whether it goes behind the whole unit, and not at the end of its main branch
+    ``by_nature``           whether it is connected from unit to unit (``dcafy.find.natures``), by the insertion itself
     """
 
     build: Build
     obstacle: str = ""
     silent: tuple[str, ...] = ()
     without_bottleneck: bool = False
+    behind: bool = False
+    by_nature: bool = False
 
 
 def _of(module: str, name: str) -> Callable[..., nn.Module]:
@@ -65,6 +69,12 @@ ATTENTIONS: dict[str, Attention] = {
     "bam": Attention(_reduced("bam", "BAM"), silent=("channel.norm", "norm")),
     "gc": Attention(_reduced("gc", "GC"), silent=("bottleneck.expand",), without_bottleneck=True),
     "sge": Attention(lambda channels, reduction, init, side: _of("sge", "SGE")(channels, init=init), silent=("norm",)),
+    "mrla": Attention(
+        lambda channels, reduction, init, side: _of("mrla", "MRLA")(channels, init=init),
+        silent=("norm",),
+        behind=True,
+        by_nature=True,
+    ),
     "eca": Attention(lambda channels, reduction, init, side: _of("eca", "ECA")(channels, init=init), silent=("conv",)),
 }
 """Name -> the attention."""

@@ -54,12 +54,14 @@ class Unit:
     ``end``        the node behind which attention goes: the last of the main branch, before the addition and
                    before what drops whole paths
     ``kernel``     the convolution that selective kernels give a second branch to, if there is one
+    ``output``     what it returns, where that is a map
     """
 
     path: str
     recording: Recording
     end: fx.Node
     kernel: Kernel | None
+    output: fx.Node | None = None
 
     @property
     def channels(self) -> int:
@@ -170,7 +172,9 @@ class _Search:
         end = shape.before_drops(last)
         if not shape.is_map(end):
             return None
-        return Unit(path, recording, end, shape.kernel(end))
+        output = shape.output()
+        output = output if output is not None and shape.is_map(output) else None
+        return Unit(path, recording, end, shape.kernel(end), output)
 
     def _recorded(self, path: str, call: Observed) -> Recording:
         recordable = Recordable(self.model.get_submodule(path), call, self.evaluator)
