@@ -11,6 +11,7 @@ from torch import fx, nn
 from dcafy.attention.insertion import put
 from dcafy.attention.starting import started
 from dcafy.choices import CHOICES
+from dcafy.converted import apart_by_nature, take_over
 from dcafy.draws import OwnDraws
 from dcafy.emit.dca import is_connected
 from dcafy.emit.schemas import SCHEMAS
@@ -81,7 +82,7 @@ def convert(
     hears the (n - 2^j)-th for every 2^j that divides n (paper section 5); ``own`` where each hears itself, centred.
     ``attention``: a network without attention is given this one first, as :func:`dcafy.insert` does it, with
     ``attention_reduction`` for its bottleneck (``None`` or 0: none, with ``gc``), ``where``, and ``attention_init`` for
-    its ``init``.
+    its ``init``. What is connected by nature (``docs/family.md``) stays so, whether it is there or is inserted here.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
     ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` and
     ``normalised`` are not the identity at the start: a warning tells how far the outputs have moved.
@@ -102,7 +103,8 @@ def convert(
     conversion = Conversion(**options)
     check(conversion, CHOICES, dashes=False)
     given = model
-    model = with_attention(given, conversion, example_inputs=example_inputs, copy=copy)
+    model, natures = apart_by_nature(given, copy=copy)
+    model = with_attention(model, conversion, example_inputs=example_inputs, copy=copy)
     copied, copy = copy, copy and model is given  # attention was put into a copy already
     original = given if conversion.attention_init == "identity" else model  # the paper's own form is no no-op
     seen = survey(model, example_inputs)
@@ -124,6 +126,7 @@ def convert(
         )
     with OwnDraws(), uncollected():
         converted = started(own_copy(model) if copy else shared_copy(model), seen, chosen, conversion)
+        take_over(converted, natures)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
         if inexact:
             tell_drift(inexact[0], original, converted, seen.inputs if verify else None)
