@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from dcafy.attention.inserted import hands_on
 from dcafy.attention.insertion import put
 from dcafy.attention.starting import started
 from dcafy.choices import CHOICES
@@ -53,7 +54,7 @@ def appraise(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     return dataclasses.replace(known.plan, costs=costs(known.plan, known.network, Conversion()))
 
 
-@takes(Conversion)
+@takes(Conversion, CHOICES)
 def convert(
     model: nn.Module,
     *,
@@ -82,7 +83,8 @@ def convert(
     hears the (n - 2^j)-th for every 2^j that divides n (paper section 5); ``own`` where each hears itself, centred.
     ``attention``: a network without attention is given this one first, as :func:`dcafy.insert` does it, with
     ``attention_reduction`` for its bottleneck (``None`` or 0: none, with ``gc``), ``where``, and ``attention_init`` for
-    its ``init``. What is connected by nature (``docs/family.md``) stays so, whether it is there or is inserted here.
+    its ``init``. With one that hands a state on by itself (``rla``, ``dia``) there may be no block to connect: the
+    result is then what :func:`dcafy.insert` gives. Blocks that are connected by nature (``mrla``) stay so.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
     ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` and
     ``normalised`` are not the identity at the start: a warning tells how far the outputs have moved.
@@ -117,7 +119,16 @@ def convert(
     chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.network)
     chosen = shaped(chosen, seen.network, dimension=conversion.dimension, topology=conversion.topology)
     if not chosen.links and not chosen.alone:
-        raise NoAttentionError(_nothing_to_connect(chosen, seen.lost))
+        if not hands_on(model):
+            raise NoAttentionError(_nothing_to_connect(chosen, seen.lost))
+        if model is given:
+            raise NoAttentionError(
+                f"{type(model).__name__} has no attention block that could be connected, and needs none: what was put "
+                "in hands a state on from unit to unit. Train it as it is."
+            )
+        if verify and conversion.attention_init == "identity":
+            verify_outputs(original, model, seen.inputs, copied=copied)
+        return model  # type: ignore[return-value]
     chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):
         price = cost(conversion.topology, chosen, seen.network, conversion)

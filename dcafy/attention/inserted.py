@@ -17,6 +17,11 @@ def inserted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def hands_on(model: nn.Module) -> bool:
+    """Whether attention was put in whose units hand a state on: it is connected by nature."""
+    return any(ATTENTIONS[module.__dict__[KIND]].along is not None for _, module in inserted(model))
+
+
 def inserted_modules(model: nn.Module) -> set[int]:
     """The identities of all modules that inserted attention is made of."""
     return {id(part) for _, module in inserted(model) for part in module.modules()}

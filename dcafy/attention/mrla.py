@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dcafy.attention.gate import zero_
+from dcafy.attention.units import Reads, Unit
 from dcafy.emit.matching import head, neighbours
+from dcafy.errors import InputError
 from dcafy.find.natures import Nature
 from dcafy.plan.options import Init
 
@@ -54,3 +56,12 @@ class MRLA(nn.Module):
         o = self.state(self.local(self.transform(self.extract(x)) * self.value(x)))
         attended: Tensor = x + self.norm(o)
         return attended
+
+
+def reads(unit: Unit, module: nn.Module) -> Reads:
+    """It goes behind the whole unit, and sees what that returns."""
+    if unit.output is None:
+        raise InputError(
+            f"{unit.path} returns no map [N, C, H, W], behind which 'mrla' could go. Leave it out with where=."
+        )
+    return {"": (unit.output,)}

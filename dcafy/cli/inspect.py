@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
 from dcafy.sources.options import FileOptions
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dcafy.plan.plan import Plan
 
 
-@app.command("inspect")
+@command("inspect", "dcafy inspect timm:seresnet50")
 @with_options
 def inspect_command(
     model: Model,

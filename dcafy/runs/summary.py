@@ -90,7 +90,7 @@ def of_network(network: nn.Module) -> list[RenderableType]:
     """
     parts: list[RenderableType] = []
     if is_connected(network):
-        parts.append(connections(network).sheet("it is connected, with these α and β"))
+        parts.append(connections(network).sheet("It is connected, with these α and β"))
     found = known(network)
     if found is not None:
         parts += _about_in_words(found)

@@ -240,7 +240,7 @@ def randomise_last_layers(model: nn.Module, name: str) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
-@pytest.mark.parametrize("name", [*STARTING, *FROM_THE_PAPER])
+@pytest.mark.parametrize("name", [name for name in (*STARTING, *FROM_THE_PAPER) if not ATTENTIONS[name].along])
 def test_converts_and_lives(name: str) -> None:
     """Identity at the start, and every β moves the output once the inserted layers have left zero."""
     with seeded(0):
@@ -326,7 +326,7 @@ def test_selective_kernels_where_an_identity_stands_before_the_activation() -> N
 
 def test_refusals() -> None:
     model = torchvision.models.resnet18(num_classes=10)
-    with pytest.raises(UsageError, match="bam, cbam, eca"):
+    with pytest.raises(UsageError, match="bam, cbam, dia, eca"):
         dcafy.insert(model, "senet")
     with pytest.raises(UsageError, match="identity, paper"):
         dcafy.insert(model, "se", init="zeros")  # type: ignore[arg-type]
