@@ -180,6 +180,17 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert sorted(told) == sorted({*dcafy.__all__} - {*errors.__all__, "__version__"})
 
 
+def test_every_choice_is_told_on_a_page() -> None:
+    """A schema, topology or attention that a page does not name has been added without a word."""
+    from dcafy.choices import CHOICES
+
+    written = "".join(text for name, text in TEXTS.items() if name.startswith("docs/"))
+    missing = [
+        choice for choices in CHOICES.values() for choice in choices if not re.search(rf'[`"]{choice}["`]', written)
+    ]
+    assert missing == []
+
+
 def test_the_table_of_networks_is_what_is_found_in_them(made: Any) -> None:
     import json
 
