@@ -233,10 +233,10 @@ def _unconnected(twin: nn.Module) -> nn.Module:
             module.graph = graph  # type: ignore[assignment]
         restore(module)
         own = dca_of(module)
-        if hasattr(own, "wire"):
-            close_runs(module, own.wire)
         for held in (module._modules, module.__dict__):
             for name in [name for name, value in held.items() if value is own]:
                 del held[name]
         module.__dict__.pop(SAID, None)
+    for module in twin.modules():
+        close_runs(module)
     return twin

@@ -68,7 +68,8 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
         name = f"{target.name}[{contexts[0]}]" if branched else target.name
         matches: dict[Any, nn.Module] = {}
         parts = [_connection(network, link, place, matches, contexts[0], first=link is links[0]) for link in links]
-        module = mix(parts, Mixed(target.block, extents(target)[contexts[0]], place, made))
+        sources = tuple(link.source for link in links)
+        module = mix(parts, Mixed(target.block, extents(target)[contexts[0]], place, sources, made))
         names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
         found.append(Wiring(module, contexts, suffix, {name: ""} if module is parts[0] else names))
     return tuple(found)

@@ -69,12 +69,18 @@ def _own(block: B, earlier: Blocks[B], planned: Blocks[B]) -> Blocks[B]:
     return (block,)
 
 
+def _hub(block: Any, earlier: Blocks[Any], planned: Blocks[Any]) -> Blocks[Any]:
+    """The nearest one of its own width, whose cell has read all before that (``dcafy.emit.hub``)."""
+    return tuple(other for other in earlier if other.channels == block.channels)[-1:]
+
+
 TOPOLOGIES: dict[str, Topology] = {
     "chain": Topology(_chain),
     "dense": Topology(_dense),
     "tree": Topology(_tree),
     "own": Topology(_own, every=True),
     "depth": Topology(_dense, mixing="depth"),
+    "hub": Topology(_hub, mixing="hub", of="context"),
 }
 """Name -> the topology."""
 
