@@ -16,9 +16,10 @@ from pages import NOTEBOOKS, PAGES, PROSE, ROOT
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (*PROSE,)}
 SHOWN = {"python", "console", "bash", "text", "{toctree}", "{include}", "{eval-rst}"}
-ELSEWHERE = {
-    "docs/in_place.md": "its one block has a test of its own (test_clients.py)",
-}
+ELSEWHERE = {"docs/in_place.md"}
+"""Its one block has a test of its own, in ``test_clients.py``."""
+SLOW = {"docs/howto/detectors.md", "docs/howto/export.md", "docs/howto/train_command.md"}
+"""Pages with quick siblings: what they show is tried on smaller networks by the tests of its packages."""
 
 
 def of(path: Path) -> str:
@@ -30,8 +31,9 @@ def with_language(language: str) -> list[str]:
 
 
 def marked(names: list[str]) -> list[Any]:
-    """Pages that are about a library of somebody else's take seconds to import it: those are slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * bool(pages.needs(TEXTS[name]))) for name in names]
+    """Pages that are about a library of somebody else's take seconds to import it: those are slow, and some more."""
+    slow = [name in SLOW or bool(pages.needs(TEXTS[name])) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.slow] * late) for name, late in zip(names, slow, strict=True)]
 
 
 @pytest.mark.parametrize("name", TEXTS)
