@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from dcafy.attention.gc import GC
     from dcafy.attention.ge import GEPlain, GETheta
     from dcafy.attention.kinds import ATTENTIONS
+    from dcafy.attention.mrla import MRLA
     from dcafy.attention.rla import RLA
     from dcafy.attention.se import SE
     from dcafy.attention.sge import SGE
     from dcafy.attention.sk import SK
 
-__all__ = ["ATTENTIONS", "BAM", "CBAM", "DIA", "ECA", "GC", "RLA", "SE", "SGE", "SK", "GEPlain", "GETheta"]
+__all__ = ["ATTENTIONS", "BAM", "CBAM", "DIA", "ECA", "GC", "MRLA", "RLA", "SE", "SGE", "SK", "GEPlain", "GETheta"]
 
 _HOME = {
     "ATTENTIONS": "kinds",
@@ -28,6 +29,7 @@ _HOME = {
     "GC": "gc",
     "GEPlain": "ge",
     "GETheta": "ge",
+    "MRLA": "mrla",
     "RLA": "rla",
     "SE": "se",
     "SGE": "sge",
