@@ -404,6 +404,38 @@ def test_behind_and_before_other_attention_and_connected(model: Network, kind: s
     assert len(wires_of(both)) == 2
 
 
+class Inline(Unit):
+    """Has attention in its very forward: what is put in and what connects go into one module."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.fc = nn.Linear(outputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = y * torch.sigmoid(self.fc(y.mean((2, 3))))[:, :, None, None]
+        return F.relu(y + x)
+
+
+class OfInline(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.units = nn.Conv2d(3, 16, 3, padding=1), nn.Sequential(*(Inline(16, 16) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.units(self.stem(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["eca", *KINDS])
+def test_revert_leaves_in_what_was_put_into_the_host_of_a_block(name: str) -> None:
+    below = moved(inserted(trained(OfInline, images(8, 16)), name), name).eval()
+    connected = dcafy.convert(below, example_inputs=X)
+    assert {"units.1", "units.2"} <= dcafy.connections(connected).keys()
+    for twin in (connected, pickle.loads(pickle.dumps(connected)), dcafy.revert(connected)):
+        assert torch.equal(evaluate(twin, X), evaluate(below, X))
+    assert dcafy.revert(connected).state_dict().keys() == below.state_dict().keys()
+
+
 def test_convert_gives_what_is_connected_by_nature(model: Network, kind: str) -> None:
     result = dcafy.convert(model, attention=kind, attention_reduction=4, example_inputs=X)
     assert torch.equal(evaluate(result.eval(), X), evaluate(model, X))

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from trained import evaluate, images, seeded, trained
@@ -211,3 +213,27 @@ def test_spatial_attention_and_several_outputs() -> None:
     moved(fresh)
     for x in (X, images(1, 24)):
         assert torch.allclose(evaluate(dcafy.flat(fresh), x), evaluate(fresh, x), atol=1e-6)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision mobilenet": lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
+    "timm seresnet": lambda: timm.create_model("legacy_seresnet18", num_classes=5),
+    "timm skresnet": lambda: timm.create_model("skresnet18", num_classes=5),
+    "timm cbam": lambda: timm.create_model("resnet26d", num_classes=5, block_args={"attn_layer": "cbam"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_libraries(name: str) -> None:
+    x = images(2, 96)
+    model = trained(NETWORKS[name], images(4, 96))
+    fresh = dcafy.convert(model, topology="hub", example_inputs=x)
+    for given in (x, images(1, 128)):
+        assert torch.equal(evaluate(fresh, given), evaluate(model, given))
+    result = moved(fresh)
+    assert not torch.equal(evaluate(result, x), evaluate(model, x))
+    assert torch.allclose(evaluate(dcafy.flat(result), x), evaluate(result, x), atol=1e-5)
+    own = {key: p for key, p in result.named_parameters() if "dca" in key.split(".")}
+    result.train()(x).square().sum().backward()
+    assert [key for key, p in own.items() if p.grad is None or not p.grad.any()] == []
