@@ -23,9 +23,6 @@ from dcafy.emit.matching import MATCHES, to_size
 from dcafy.emit.mixing import Mixed
 from dcafy.emit.relay import Relay
 
-REDUCTION = 4
-"""Channels over the hidden width of the cell, as in the paper on CIFAR."""
-
 
 class HubConnection(JoinedConnection):
     """G connected to the state of the cell of its stage, which is then handed on to the next block.
@@ -60,25 +57,21 @@ class HubConnection(JoinedConnection):
         if self.relay.rank > 2:
             state = to_size(state, read[0].shape[2:], grows=False)
         for context in read:
-            state = first.cell(_even(context).movedim(1, -1), state.movedim(1, -1)).movedim(-1, 1)
+            state = first.cell(context.movedim(1, -1), state.movedim(1, -1)).movedim(-1, 1)
         self.relay.tell(state)
         h = matching.from_places(first, state[:, : first.cell.channels], G)
         return joined(first, G, ((first.beta, first.heard(G, h)),))
 
 
-def _even(context: Tensor) -> Tensor:
-    return context * (context.square().mean(1, keepdim=True) + 1e-6).rsqrt()
-
-
 def mix(parts: list[Connection], mixed: Mixed) -> nn.Module:
-    """The module of a block; the cell is that of all blocks of its width."""
-    channels, size = mixed.extent
-    key = "hub", mixed.target.dimension, channels, str(mixed.place.get("device"))
+    """The module of a block; the cell is that of all blocks of its width, and of one ``reduction`` of their links."""
+    (channels, size), reduction = mixed.extent, mixed.links[0].reduction or 16
+    key = "hub", mixed.target.dimension, channels, reduction, str(mixed.place.get("device"))
     if key not in mixed.shared:
-        mixed.shared[key] = LightCell(channels, REDUCTION, remembers=False, silent=False, **mixed.place)
+        mixed.shared[key] = LightCell(channels, reduction, remembers=False, silent=False, **mixed.place)
     cell = mixed.shared[key]
     assert isinstance(cell, LightCell)
-    if any(("hub", source) in mixed.shared for source in mixed.sources):
+    if ("hub", mixed.links[-1].source) in mixed.shared:
         cell.remember(**mixed.place)
     mixed.shared["hub", mixed.target.name] = made = HubConnection(parts, cell, 2 + len(size or ()))
     return made

@@ -183,8 +183,8 @@ class _Channel:
         return _shaped(weights.unsqueeze(2).expand(-1, -1, connection.group).flatten(1), G.shape)
 
     def places(self, connection: Any, value: Tensor) -> Tensor:
-        """What has the shape of G as ``[N, C, *size]``; ``size`` is empty for vectors."""
-        return value.flatten(1)
+        """What has the shape of G as ``[N, C, *size]``, over its root mean square; ``size`` is empty for vectors."""
+        return _even(value.flatten(1), 1)
 
     def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
         """The way back from :meth:`places`, in the shape and dtype of G."""
@@ -247,7 +247,8 @@ class _Spatial(_Channel):
         return _channels_back(weights.unsqueeze(1), connection.target_axis)
 
     def places(self, connection: Any, value: Tensor) -> Tensor:
-        return _channels_first(value, connection.target_axis)
+        maps = _channels_first(value, connection.target_axis)
+        return _even(maps, tuple(range(1, maps.ndim)))
 
     def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
         return _typed(_channels_back(value, connection.target_axis), G)

@@ -40,7 +40,7 @@ from torch import nn
 
 from dcafy.emit.connection import Connection, JoinedConnection
 from dcafy.find.layout import Extent
-from dcafy.plan.blocks import AttentionBlock
+from dcafy.plan.blocks import AttentionBlock, Link
 
 Shared = dict[Any, nn.Module]
 """What the blocks of one conversion share, by keys of a topology's own."""
@@ -53,14 +53,14 @@ class Mixed:
     ``target``  the block that hears
     ``extent``  channels of its G, and its size for spatial attention
     ``place``   device and dtype of new layers
-    ``sources`` the blocks that are heard, in the order of the parts
+    ``links``   what is heard, in the order of the parts, with all settings
     ``shared``  what other blocks of this conversion share with it
     """
 
     target: AttentionBlock
     extent: Extent
     place: dict[str, Any]
-    sources: tuple[str, ...]
+    links: tuple[Link, ...]
     shared: Shared
 
 
