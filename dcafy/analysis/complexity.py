@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dcafy.draws import OwnDraws
 from dcafy.graph.modes import evaluating
+from dcafy.graph.nodes import mapped_tensors
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,21 @@ def complexity(model: nn.Module, *inputs: Tensor) -> Complexity:
     >>> found.parameters, round(found.gflops, 2)
     (11689512, 1.81)
     """
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*(value[:1] for value in inputs))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Complexity(parameters, counter.get_total_flops() / 2e9)
+    return Complexity(parameters, gflops_of(model, inputs))
+
+
+def gflops_of(model: nn.Module, inputs: Any) -> float:
+    """The cost of one image of ``inputs``' size; blank ones are made where they have no data. Random numbers of the
+    network are drawn apart.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def one(value: Tensor) -> Tensor:
+        first = value[:1] if value.ndim > 1 else value
+        return torch.zeros(first.shape, dtype=first.dtype, device=device) if first.is_meta else first.to(device)
+
+    given = mapped_tensors(tuple(inputs), one)
+    with evaluating(model), torch.no_grad(), OwnDraws(), FlopCounterMode(display=False) as counter:
+        model(*given)
+    return float(counter.get_total_flops() / 2e9)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dcafy import plots
 from dcafy.amounts import fixed, percent
-from dcafy.display import Shown
+from dcafy.display import Brief, Shown
 from dcafy.emit.connection import Connection
 from dcafy.emit.ends import Ends
 from dcafy.errors import InputError
@@ -20,9 +21,12 @@ from dcafy.plan.plan import Plan
 from dcafy.tables import NONE, Column, Sheet
 from dcafy.wording import counted
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True)
-class Recipe:
+
+@dataclass(frozen=True, repr=False)
+class Recipe(Brief):
     """How a model was converted: enough to do it again.
 
     ``plan``      what was connected, with every link's settings filled in
@@ -127,17 +131,14 @@ class ConnectionsByName(Shown, dict[str, Connection]):
 
     def sheet(self, title: str = "") -> Sheet:
         """Whom each hears, α, β, and the contribution ratio (paper 4.5)."""
-        rows = []
-        for row in self._records():
-            amounts = [
-                NONE if row[name] is None else written(row[name])
-                for name, written in (("alpha", fixed), ("beta", _signed), ("contribution", percent))
-            ]
-            # A block that hears several has a name for each, which says whom.
-            hears = NONE if "<-" in row["block"] else row["hears"] or NONE
-            rows.append((row["block"], hears, *amounts, f"{row['parameters']:,}"))
-        numbers = {name: number for number, name in enumerate(self, start=1)}
-        return Sheet(_CONNECTIONS, tuple(rows), title, numbers)
+        return connection_sheet([tuple(row.values()) for row in self._records()], title)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The contribution ratio of each connection (paper Fig. 5; matplotlib)."""
+        shares = [one.contribution() for one in self.values()]
+        return plots.points(
+            plots.axes(ax, height=1.2 + 0.3 * len(self)), list(self), {"ratio": (shares, None)}, x="|β| / (|α| + |β|)"
+        )
 
     def _parts(self) -> Iterator[Sheet]:
         yield self.sheet("connections")
@@ -150,15 +151,25 @@ class ConnectionsByName(Shown, dict[str, Connection]):
         )
 
 
+def connection_sheet(rows: Iterable[tuple[Any, ...]], title: str = "") -> Sheet:
+    """A table of connections: the name of each, whom it hears, α, β, the contribution ratio, its parameters."""
+    made: list[tuple[str, ...]] = []
+    for name, source, *amounts, parameters in rows:
+        alpha, beta, ratio = (
+            NONE if value is None else write(value) for value, write in zip(amounts, _AMOUNTS, strict=True)
+        )
+        # A block that hears several has a name for each, which says whom.
+        made.append((name, NONE if "<-" in name else source or NONE, alpha, beta, ratio, f"{parameters:,}"))
+    return Sheet(_CONNECTIONS, tuple(made), title, {row[0]: number for number, row in enumerate(made, start=1)})
+
+
+_AMOUNTS: tuple[Callable[[float], str], ...] = (fixed, functools.partial(fixed, sign=True), percent)
+
 _CONNECTIONS = (
     Column("receiving block", "name"),
     Column("hears", "row"),
     *(Column(title, "number") for title in ("α", "β", "contribution", "parameters")),
 )
-
-
-def _signed(value: float) -> str:
-    return fixed(value, sign=True)
 
 
 def connections(model: nn.Module) -> ConnectionsByName:
