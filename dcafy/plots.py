@@ -81,7 +81,9 @@ def picture(ax: Axes, values: Any, *, title: str = "", heat: Any = None) -> Axes
     ax.imshow(values, cmap="inferno")
     if heat is not None:
         high, wide = values.shape[:2]
-        ax.imshow(heat, cmap="inferno", alpha=0.55, extent=(-0.5, wide - 0.5, high - 0.5, -0.5))
+        ax.imshow(
+            heat, cmap="inferno", alpha=0.55, interpolation="bilinear", extent=(-0.5, wide - 0.5, high - 0.5, -0.5)
+        )
     ax.set_title(named(title), fontsize=8)
     ax.set_axis_off()
     return ax

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class Contributions(Shown, tuple[Contribution, ...]):
     """What the connections contribute, in the order data meets them: a tuple that shows itself."""
 
+    blocks: tuple[str, ...] = ()
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Connection -> its contribution, as JSON-ready data."""
         return {one.name: dataclasses.asdict(one) for one in self}
@@ -43,7 +45,9 @@ class Contributions(Shown, tuple[Contribution, ...]):
 
     def _parts(self) -> Iterator[Sheet]:
         yield connection_sheet(
-            [(one.name, one.source, one.alpha, one.beta, one.ratio, one.parameters) for one in self], "contributions"
+            [(one.name, one.source, one.alpha, one.beta, one.ratio, one.parameters) for one in self],
+            self.blocks,
+            "contributions",
         )
 
 
@@ -60,7 +64,9 @@ def contributions(model: nn.Module) -> Contributions:
     """
     made = connections(model)
     links = recorded_plan(model).links
-    return Contributions(_contribution(name, connection, links) for name, connection in made.items())
+    found = Contributions(_contribution(name, connection, links) for name, connection in made.items())
+    found.blocks = made.blocks
+    return found
 
 
 def recorded_plan(model: nn.Module) -> Plan:

@@ -133,6 +133,6 @@ def _match(plan: Contents, target: AttentionBlock, link: Link) -> str:
     if spatial:
         here, there = ("x".join(map(str, size)) if size else "?" for size in (source.size, target.size))
         parts.append(f"{spatial} {here} to {there}")
-    if link.schema is not None:
+    if link.schema not in (None, Linking().schema):
         parts.append(f"({link.schema})")
     return " ".join(parts) or NONE

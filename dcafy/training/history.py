@@ -103,7 +103,7 @@ class History(Shown):
             name: [one.connections[name].contribution if name in one.connections else math.nan for one in self.epochs]
             for name in own
         }
-        drawn = [(losses, "loss"), (metrics, "validation"), (shares, "|β| / (|α| + |β|)")]
+        drawn = [(losses, "loss"), (metrics, next(iter(metrics), "")), (shares, "|β| / (|α| + |β|)")]
         drawn = [(series, y) for series, y in drawn if series]
         made = plots.grid(1, len(drawn), width=4.2, height=3.2)
         return [plots.lines(ax, across, series, x="epoch", y=y) for ax, (series, y) in zip(made, drawn, strict=True)]
