@@ -26,6 +26,7 @@ from dcafy.version import __version__
 
 TYPE_CHECKING = False  # and not from typing: ``python -m dcafy`` has the working folder on its path until __main__ runs
 if TYPE_CHECKING:
+    from dcafy.analysis.overview import summary
     from dcafy.analysis.usage import usage
     from dcafy.attention.insertion import insert
     from dcafy.checkpoint import load, save
@@ -83,6 +84,7 @@ _HOME = {
     "revert": "converted",
     "run": "emit.wire",
     "save": "checkpoint",
+    "summary": "analysis.overview",
     "transforms": "images.about",
     "usage": "analysis.usage",
 }
@@ -120,6 +122,7 @@ __all__ = [
     "revert",
     "run",
     "save",
+    "summary",
     "transforms",
     "usage",
 ]

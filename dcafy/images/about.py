@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from torch import nn
 
+from dcafy.display import Brief
 from dcafy.graph.rewritten import original_class
 from dcafy.images.pictures import opened
 from dcafy.images.preparation import Preparation, Prepared, preparation
@@ -29,8 +30,8 @@ def _fraction(value: Any, where: str) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, repr=False)
+class Trained(Brief):
     """What a network was trained on, and what was then measured on the validation images (accuracies are fractions).
 
     ``val_fraction``: the part of the images that was held out, where the data has no part of its own to validate on.
@@ -47,8 +48,8 @@ class Trained:
         return self.data.partition(":")[0] in ("imagefolder", "coco", "digits", "fashion-mnist")
 
 
-@dataclass(frozen=True)
-class About:
+@dataclass(frozen=True, repr=False)
+class About(Brief):
     """What is known of a network besides itself.
 
     ``task``         what it gives: scores of classes, or boxes; ``None`` for something else

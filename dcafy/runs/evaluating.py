@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from dcafy.detection.classes import classes_of, labels_for, names_of_labels
 from dcafy.detection.coco import CocoImages, open_coco
 from dcafy.detection.task import Boxes, Detection
+from dcafy.display import Brief
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import known, preparation_of
 from dcafy.images.data import Data
@@ -45,8 +46,8 @@ class ClassScore:
     AP: float | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Brief):
     """What was measured.
 
     ``metrics``    loss and accuracies, or COCO's precisions, as training measures them; fractions

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from torch import nn
 
-from dcafy.amounts import fixed, percent, points
+from dcafy.amounts import fixed, metric, percent, points
 from dcafy.analysis.listening import usage_tables
 from dcafy.attention.inserted import handed_on, hands_on
 from dcafy.checkpoint.folder import MARKER
@@ -53,22 +53,18 @@ def of_comparison(comparison: Comparison) -> list[RenderableType]:
     names = measured([row for side in comparison.arms.values() for row in side.metrics])
     rows: list[tuple[Cell, ...]] = []
     for arm, side in comparison.arms.items():
-        means = (_metric(name, statistics.fmean(row[name] for row in side.metrics)) for name in names)
+        means = (metric(name, statistics.fmean(row[name] for row in side.metrics)) for name in names)
         rows.append((arm, *means, f"{side.parameters:,}", fixed(side.gflops, 3), fixed(side.step_seconds)))
     columns = (Column("network"), *(Column(name, "number") for name in (*names, "parameters", "GFLOPs", "s/step")))
     parts: list[RenderableType] = [Sheet(columns, tuple(rows), f"seeds {', '.join(map(str, comparison.seeds))}")]
     for pair in comparison.pairs:
-        for metric, one in pair.differences.items():
-            told = _told(metric, one)
-            parts.append(f"{metric}, {pair.one} minus {pair.other}: {told}: {one.verdict}")
+        for name, one in pair.differences.items():
+            told = _told(name, one)
+            parts.append(f"{name}, {pair.one} minus {pair.other}: {told}: {one.verdict}")
     if any(difference.images for pair in comparison.pairs for difference in pair.differences.values()):
         parts.append("95% intervals over seeds and validation images")
     parts += [part for usage in comparison.usage[:1] if usage is not None for part in usage_tables(usage)]
     return parts
-
-
-def _metric(name: str, value: float) -> str:
-    return fixed(value) if name in LOSSES else percent(value)
 
 
 def _told(metric: str, difference: Difference, over: str = "") -> str:

@@ -343,11 +343,12 @@ def _built_unless_different(blueprint: Blueprint, shapes: Shapes) -> nn.Module |
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, where that is a terminal."""
+    """A progress bar on stderr, where that is a terminal and dcafy is not asked to log warnings only."""
     from rich.console import Console
     from rich.progress import Progress
 
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    hidden = not sys.stderr.isatty() or logging.getLogger("dcafy").level > logging.INFO
+    bar = Progress(console=Console(stderr=True), transient=True, disable=hidden)
     with bar:
         task = bar.add_task("architectures", total=total)
         yield lambda: bar.advance(task)
