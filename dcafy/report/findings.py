@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from dcafy.checkpoint.description import versions_of
 from dcafy.converted import revert
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
+from dcafy.graph.rewritten import original_class
 from dcafy.images.about import Trained, about, known
 from dcafy.plan.blocks import Contribution
 from dcafy.plan.drawing import Lane, lanes_by_name
@@ -34,7 +34,7 @@ from dcafy.report.pictures import Pictures
 from dcafy.runs.evidence import Difference, paired_difference
 from dcafy.runs.timing import forward_times
 from dcafy.version import __version__
-from dcafy.zoos.specs import has_random_weights
+from dcafy.zoos.specs import blueprint_of, has_random_weights
 
 BATCH = 8
 MOST_CAMS = 8
@@ -107,7 +107,7 @@ class Side:
 
     ``values``       its attention values
     ``cams``         its Grad-CAM maps of the images that are shown
-    ``complexity``   its size and cost; ``seconds``: what two images take
+    ``complexity``   its size and cost; ``seconds``: what two images take at best
     ``classes``      the names of its classes
     ``predictions``  what it sees in each image; empty for what is no classifier
     ``score``        how many of the labelled images it recognises
@@ -147,7 +147,8 @@ class Findings:
 
     ``chosen``   the images that are shown: changed predictions first, then wrong ones
     ``gain``     the difference of the sides' accuracies on the labelled images
-    ``data``     what these are, and how many
+    ``network``  what it is called: its class, and how a zoo calls it where one built it
+    ``data``     what these are
     ``trained``  what the network's folder says it was trained on
     """
 
@@ -165,6 +166,7 @@ class Findings:
     gain: Difference | None
     run: RunLog
     usage: Usage | None
+    network: str
     data: str
     trained: Trained | None
     versions: Mapping[str, str]
@@ -211,7 +213,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
     predicted = [_predictions(one) for one in looked]
     chosen = _chosen(pictures, predicted)
     reason = _no_cams(wanted, own)
-    seconds = {title: statistics.median(taken) for title, taken in forward_times(titled, _two(model, pictures)).items()}
+    seconds = {title: min(taken) for title, taken in forward_times(titled, _two(model, pictures)).items()}
     sides, rights = [], []
     for one, predictions in zip(looked, predicted, strict=True):
         given = _like(one.network, pictures.tensor)
@@ -254,6 +256,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         gain=_gain(rights),
         run=wanted.run,
         usage=_usage(model, wanted, connected=connected),
+        network=_called(model),
         data="" if wanted.data is None else wanted.data.spec,
         trained=getattr(known(model), "trained", None),
         versions={
@@ -262,6 +265,11 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
             **versions_of("torch", "torchvision", "timm", "captum", "matplotlib"),
         },
     )
+
+
+def _called(model: nn.Module) -> str:
+    built, name = blueprint_of(model), original_class(model).__name__
+    return name if built is None else f"{name} ({built.spec})"
 
 
 def _usage(model: nn.Module, wanted: Wanted, *, connected: bool) -> Usage | None:

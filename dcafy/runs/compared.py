@@ -44,8 +44,10 @@ def comparison_of(data: Any) -> Comparison:
         for name, side in data.items()
         if name not in _OTHERS
     }
-    if not arms or any(len(side.metrics) != len(data["seeds"]) for side in arms.values()):
+    if not arms or not data["seeds"] or any(len(side.metrics) != len(data["seeds"]) for side in arms.values()):
         raise ValueError("it does not have every network's metrics for every seed")
+    if len({frozenset(row) for side in arms.values() for row in side.metrics}) > 1:
+        raise ValueError("it measures different things of different networks")
     if any(end not in arms for pair in pairs for end in (pair.one, pair.other)):
         raise ValueError("it compares a network that it does not name")
     return Comparison(
