@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from dcafy.analysis.complexity import Complexity, complexity
 from dcafy.analysis.contributions import contributions, recorded_plan
 from dcafy.analysis.gradcam import GradCam, cams_of
 from dcafy.analysis.listening import Usage
+from dcafy.analysis.stages import Stage
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.usage import message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
@@ -286,14 +288,25 @@ def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Pla
 
 
 def _lanes(copy: Tapped) -> tuple[Lane, ...]:
-    """One lane for each stage, with the size of its maps on these images."""
-    lanes = [
-        Lane(stage.name, stage.blocks, tuple(copy.sizes.get(stage.name, ())[2:]), stage.channels)
-        for stage in copy.stages
-    ]
+    """The stages with the size of their maps on these images, split wherever blocks work on another size."""
+    lanes = [lane for stage in copy.stages for lane in _lanes_of(stage)]
     placed = {name for lane in lanes for name in lane.blocks}
     left = tuple(block.name for block in copy.plan.blocks if block.name not in placed)
     return (*lanes, Lane("after the last stage", left)) if placed and left else tuple(lanes) or lanes_by_name(copy.plan)
+
+
+def _lanes_of(stage: Stage) -> Iterator[Lane]:
+    """A stage as a lane, and others for blocks in it that work on another size, in the order of the data."""
+    whole, last = Lane(stage.name, (), stage.size, stage.channels), None
+    for size, run in itertools.groupby(zip(stage.blocks, stage.maps, strict=True), lambda each: each[1][-2:]):
+        blocks, maps = zip(*run, strict=True)
+        if len(maps[0]) < 3 or size == stage.size:
+            last = dataclasses.replace(whole, blocks=blocks)
+        else:
+            last = Lane(blocks[0].rpartition(".")[0] or blocks[0], blocks, size, maps[-1][-3])
+        yield last
+    if last is None or last.title != stage.name:
+        yield whole
 
 
 def _like(model: nn.Module, images: Tensor) -> Tensor:
