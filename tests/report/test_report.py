@@ -559,6 +559,34 @@ def test_labels_are_the_numbers_of_the_networks_own_classes(tmp_path: Path) -> N
     assert read_pictures(tmp_path / "cat", HOW, most=1, classes=("cat",)).truth == (None,)
 
 
+class Bright(nn.Module):
+    """Two classes: darker or brighter than ``threshold``."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.excited, self.threshold = Excited(3, nn.Identity()), threshold
+        nn.init.zeros_(self.excited.gate[1].weight)
+        nn.init.zeros_(self.excited.gate[1].bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (2 * self.excited(x).mean((2, 3))[:, :1] - self.threshold) * torch.tensor([-1.0, 1.0])
+
+
+def test_changed_and_wrong_predictions_stand_first(tmp_path: Path) -> None:
+    for i in range(10):
+        folder = tmp_path / ("light" if i > 5 or i == 2 else "dark")  # the third is dark, whatever its folder says
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (25 * i + 15,) * 3).save(folder / f"{i}.png")
+    model, other = Bright(0.5), Bright(0.75)
+    put_about(model, About(classes=("dark", "light")))
+    how = Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(model, tmp_path, how=how, against=other)
+    shown = [found.pictures.names[i] for i in found.chosen]
+    assert shown[:3] == ["dark/5.png", "light/6.png", "light/7.png"]  # changed, of which one is wrong
+    assert shown[3] == "light/2.png"  # wrong, by both
+    assert len(shown) == 8
+
+
 def test_nothing_to_look_at_is_told(command: Run, connected: Path) -> None:
     code, _, err = command(connected, "-o", "r.html")
     assert code == 2
