@@ -8,6 +8,7 @@ stdout, where ``...`` stands for anything.
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import json
 import os
 import re
@@ -101,6 +102,16 @@ def prints_what_is_shown(command: Command, where: str) -> None:
     context = f"{where}: $ {command.line}\nstdout:\n{ran.stdout}\nstderr:\n{ran.stderr}"
     assert same(command.printed, ran.stdout), context
     assert "Traceback" not in ran.stderr, context
+
+
+def module(name: str) -> types.ModuleType:
+    """A program of ``docs``, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def needs(markdown: str) -> list[str]:

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from pages import NOTEBOOKS, PAGES, PROSE, ROOT
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (*PROSE,)}
 SHOWN = {"python", "console", "bash", "text", "{toctree}", "{include}", "{eval-rst}"}
-ELSEWHERE = {
-    "docs/in_place.md": "its one block has a test of its own (test_clients.py)",
-}
+ELSEWHERE = {"docs/in_place.md"}
+"""Its one block has a test of its own, in ``test_clients.py``."""
+SLOW = {"docs/howto/detectors.md", "docs/howto/export.md", "docs/howto/train_command.md"}
+"""Pages with quick siblings: what they show is tried on smaller networks by the tests of its packages."""
 
 
 def of(path: Path) -> str:
@@ -32,8 +31,9 @@ def with_language(language: str) -> list[str]:
 
 
 def marked(names: list[str]) -> list[Any]:
-    """Pages that are about a library of somebody else's take seconds to import it: those are slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * bool(pages.needs(TEXTS[name]))) for name in names]
+    """Pages that are about a library of somebody else's take seconds to import it: those are slow, and some more."""
+    slow = [name in SLOW or bool(pages.needs(TEXTS[name])) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.slow] * late) for name, late in zip(names, slow, strict=True)]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -113,9 +113,32 @@ def test_commands_and_their_options_are_there(words: list[str]) -> None:
     group.commands[words[0]].make_context(words[0], words[1:])
 
 
+def unknown(text: str) -> list[str]:
+    """Commands and options that prose names in passing (`` `dcafy finetune --resume` ``) and that there are not."""
+    import typer
+
+    from dcafy.cli import app
+
+    group: Any = typer.main.get_command(app)
+    found = []
+    for code in re.findall(r"`dcafy ([^`]+)`", pages.prose(text)):
+        name, *words = code.split()
+        if name.isupper() or name.startswith("-"):  # any command, or an option of none
+            continue
+        known = {option for p in group.commands[name].params for option in (*p.opts, *p.secondary_opts)}
+        found += [f"{name} {word}" for word in words if word.startswith("--") and word not in known | {"--help"}]
+    return found
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_options_that_are_named_in_passing_are_there(name: str) -> None:
+    assert unknown(TEXTS[name]) == []
+
+
 def test_an_option_that_is_not_there_ends_the_test() -> None:
     with pytest.raises(Exception, match="--bogus"):
         test_commands_and_their_options_are_there(["inspect", "timm:seresnet50", "--bogus"])
+    assert unknown("as `dcafy inspect --bogus x` does, or `dcafy list --json`") == ["inspect --bogus"]
 
 
 # -- what is made --------------------------------------------------------------------------------------------------
@@ -123,13 +146,7 @@ def test_an_option_that_is_not_there_ends_the_test() -> None:
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    spec = importlib.util.spec_from_file_location("made", ROOT / "docs" / "made.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("made", module)
-    spec.loader.exec_module(module)
-    return module
+    return pages.module("made")
 
 
 def test_the_reference_has_every_option_with_its_help(made: Any) -> None:
@@ -141,10 +158,11 @@ def test_the_reference_has_every_option_with_its_help(made: Any) -> None:
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
         section = text.partition(f"## dcafy {name}\n")[2].partition("\n## ")[0]
+        rows = [row.split(" | ") for row in section.splitlines() if row.startswith("| `")]
+        assert len(rows) >= len([parameter for parameter in command.params if not parameter.hidden])
+        assert all(len(row) == 3 and row[1].strip() for row in rows), "an option without help"
         for parameter in command.params:
-            if not parameter.hidden and parameter.opts[0].startswith("-"):
-                assert f"`{parameter.opts[0]}`" in section, (name, parameter.opts)
-        assert "|  |" not in section.replace("|  |\n", ""), f"an option of {name} has no help"
+            assert parameter.hidden or parameter.opts[0] in section or parameter.metavar in section
 
 
 def test_the_reference_has_every_error_with_its_exit_code(made: Any) -> None:
@@ -164,6 +182,17 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert sorted(told) == sorted({*dcafy.__all__} - {*errors.__all__, "__version__"})
 
 
+def test_every_choice_is_told_on_a_page() -> None:
+    """A schema, topology or attention that a page does not name has been added without a word."""
+    from dcafy.choices import CHOICES
+
+    written = "".join(text for name, text in TEXTS.items() if name.startswith("docs/"))
+    missing = [
+        choice for choices in CHOICES.values() for choice in choices if not re.search(rf'[`"]{choice}["`]', written)
+    ]
+    assert missing == []
+
+
 def test_the_table_of_networks_is_what_is_found_in_them(made: Any) -> None:
     import json
 
@@ -180,3 +209,25 @@ def test_a_dead_link_and_a_dead_anchor_are_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A heading: *x*\n[a](#a-heading-x) [b](#nothing) [c](other.md) [d](page.md#a-heading-x)\n")
     assert pages.dead_links(page) == ["#nothing", "other.md"]
+
+
+def test_a_site_with_dead_links_or_requests_is_told(tmp_path: Path) -> None:
+    build = pages.module("build")
+    (tmp_path / "a.html").write_text('<p id="x"></p><a href="b.html#y">b</a><a href="#x">x</a><a href="c.html">c</a>')
+    (tmp_path / "b.html").write_text('<script src="//host/a.js"></script><a href="a.html#x">a</a><img src="data:,">')
+    (tmp_path / "s.css").write_text("p { background: url('https://host/a.png') }")
+    assert list(build.faults(tmp_path)) == [
+        "a.html leads to b.html#y, an anchor that is not there",
+        "a.html leads to c.html, which is not there",
+        "b.html asks the network for //host/a.js",
+        "s.css asks the network for something",
+    ]
+
+
+def test_links_out_of_the_pages_lead_to_their_mirrors(made: Any) -> None:
+    source = ["[a](../../benchmarks/results/zoo.md#x) [b](../finding.md) [c](../../tests/zoo.py) ![d](../report.png)"]
+    made.links(None, "howto/page", source)
+    assert source == ["[a](/made/benchmarks/results/zoo.md#x) [b](../finding.md) c ![d](../report.png)"]
+    source = ["[a](docs/finding.md) [b](SECURITY.md)"]
+    made.links(None, "made/CHANGELOG", source)
+    assert source == ["[a](/finding.md) [b](/made/SECURITY.md)"]

@@ -6,7 +6,6 @@ and ``.ci/run`` runs the second. The pages of the documentation have ``test_docs
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -98,11 +97,7 @@ def test_named_files_exist() -> None:
 
 
 def test_badges_say_what_the_project_says() -> None:
-    spec = importlib.util.spec_from_file_location("make_badges", ROOT / "docs" / "make_badges.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = pages.module("make_badges")
     for name, says in module.badges().items():
         assert (ROOT / "docs" / "badges" / f"{name}.svg").read_text(encoding="utf-8") == module.drawn(*says)
         assert f"](docs/badges/{name}.svg)" in TEXT

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import given_options, with_options
+from dcafy.cli.help import Command, is_quiet
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion, Inserting
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dcafy.runs.request import Request
 
 
-class _Comparing(TyperCommand):
+class _Comparing(Command):
     """A command whose ``--compare`` may have a value, several, or none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -51,7 +51,11 @@ def _with_arms(args: list[str]) -> Iterator[str]:
         yield f"--compare={','.join(arms) or 'original,connected'}"
 
 
-@app.command("finetune", cls=_Comparing)
+@command(
+    "finetune",
+    "dcafy finetune torchvision:efficientnet_b0@DEFAULT \\\n    --data imagefolder:flowers --epochs 5 -o runs/flowers",
+    cls=_Comparing,
+)
 @with_options
 def finetune_command(
     context: typer.Context,
@@ -230,7 +234,7 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> li
 
     def listeners(title: str = "") -> tuple[Listener, ...]:
         log = () if run.json_log is None else (JsonLines(run.json_log, steps=True, title=title),)
-        return (for_stderr(title), *log)
+        return log if is_quiet() else (for_stderr(title), *log)
 
     with contextlib.ExitStack() as alone:
         alone.callback(finished)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import with_options
+from dcafy.cli.help import is_quiet
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.errors import UsageError
 from dcafy.plan.options import check, setting
@@ -69,7 +70,7 @@ class ReportOptions:
         return self.output or (None if self.text else Path("report.html"))
 
 
-@app.command("report")
+@command("report", "dcafy report runs/flowers --images photographs")
 @with_options
 def report_command(model: Model, options: ReportOptions, file: FileOptions, settings: Settings = None) -> None:
     """Show what the attention of a network does on your images: one page, to look at and to send to somebody."""
@@ -182,6 +183,6 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
     columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal or is_quiet()) as progress:
         task = progress.add_task("", total=None)
         yield lambda what: progress.update(task, description=what)

@@ -182,6 +182,14 @@ class _Channel:
         """A number for each group, in a shape to be multiplied with what has the shape of G."""
         return _shaped(weights.unsqueeze(2).expand(-1, -1, connection.group).flatten(1), G.shape)
 
+    def places(self, connection: Any, value: Tensor) -> Tensor:
+        """What has the shape of G as ``[N, C, *size]``, over its root mean square; ``size`` is empty for vectors."""
+        return _even(value.flatten(1), 1)
+
+    def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
+        """The way back from :meth:`places`, in the shape and dtype of G."""
+        return _typed(_shaped(value, G.shape), G)
+
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         """``match(T̃)`` of a connection, in the shape and dtype of G."""
         message = T_prev
@@ -237,6 +245,13 @@ class _Spatial(_Channel):
 
     def spread(self, connection: Any, weights: Tensor, G: Tensor) -> Tensor:
         return _channels_back(weights.unsqueeze(1), connection.target_axis)
+
+    def places(self, connection: Any, value: Tensor) -> Tensor:
+        maps = _channels_first(value, connection.target_axis)
+        return _even(maps, tuple(range(1, maps.ndim)))
+
+    def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
+        return _typed(_channels_back(value, connection.target_axis), G)
 
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         target = _channels_first(G, connection.target_axis)
@@ -320,6 +335,9 @@ def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
     return F.interpolate(value, size=size, mode=mode, align_corners=False)
 
+
+to_size = _to_size
+"""For what goes along units, which is no message."""
 
 MATCHES: dict[str, _Channel] = {"channel": _Channel(), "spatial": _Spatial()}
 """Dimension -> how it brings a message to the size of G; ``options``: which of a link's settings say by what."""
