@@ -55,12 +55,14 @@ class About:
     ``classes``      the name of each of its outputs; a detector's first is its background; empty where unknown
     ``preparation``  how pictures are made ready for it; a detector does that itself
     ``trained``      by dcafy, on what, and how good it was
+    ``random``       whether it has the weights that it was made with, so that what it gives says nothing
     """
 
     task: Literal["classification", "detection"] | None = "classification"
     classes: tuple[str, ...] = ()
     preparation: Preparation | None = None
     trained: Trained | None = None
+    random: bool = False
 
     def name_of(self, number: int) -> str:
         """The name of a class, or its number."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from dcafy.analysis.listening import usage_tables
 from dcafy.checkpoint.folder import MARKER
+from dcafy.detection.resampling import RESAMPLES
 from dcafy.emit.dca import connections, is_connected
 from dcafy.images.about import About, known
 from dcafy.plan.tables import WIDTH, plain, unfolded
@@ -166,11 +167,12 @@ def of_evaluation(found: Evaluation, title: str) -> str:
 def of_difference(found: Evaluation, other: Evaluation, differences: Mapping[str, Difference], against: str) -> str:
     """The metrics of the other network, and each difference with its interval over the images."""
     lines = [f"{against}: {metrics_in_words(other.metrics)}"]
+    over = f"the images ({RESAMPLES:,} draws of them)" if found.seen else "the images"
     for name, difference in differences.items():
         scale, unit = (1, "") if name == "loss" else (100, " points")
         line = f"{name}, MODEL minus ORIGINAL: {scale * difference.mean:+.4g}{unit}"
         if difference.low is not None and difference.high is not None:
-            line += f", 95% interval over the images {scale * difference.low:+.4g} to {scale * difference.high:+.4g}"
+            line += f", 95% interval over {over} {scale * difference.low:+.4g} to {scale * difference.high:+.4g}"
             line += "" if difference.low > 0 or difference.high < 0 else ": no difference that the images could show"
         lines.append(line)
     return "\n".join(lines)
