@@ -265,6 +265,27 @@ def test_a_card_of_the_users_own_stays(model: nn.Module, tmp_path: Path) -> None
     assert card.is_symlink()
 
 
+def test_a_full_disk_leaves_model_and_card(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "it"
+    dcafy.save(model, folder)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    real = Path.write_text
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        if self.name != CARD:
+            return real(self, text, **options)
+        real(self, text[:100], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    other = dcafy.load(folder)
+    with torch.no_grad():
+        next(iter(dcafy.connections(other).values())).beta.fill_(0.75)
+    with pytest.raises(CheckpointError, match="could not be written: No space left"):
+        dcafy.save(other, folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
 def test_no_card_tells_of_another_model(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a save is broken off, there is the old model with its card or without one, or the new one likewise."""
     folder = tmp_path / "it"
