@@ -216,10 +216,12 @@ def saved(kills: int, chosen: random.Random, place: Path) -> tuple[int, list[str
 def _saved(folder: Path) -> Any:
     """What is in a folder, and what its card says; a folder without one is as good."""
     found = dcafy.load(folder, model=Small(extra=2_000_000)).state_dict()
+    return {key: value.reshape(-1)[:50].tolist() for key, value in found.items()}, _card(folder)
+
+
+def _card(folder: Path) -> str:
     card = folder / "README.md"
-    return {
-        key: value.reshape(-1)[:50].tolist() for key, value in found.items()
-    }, card.read_text() if card.exists() else ""
+    return card.read_text() if card.exists() else ""
 
 
 def converted(kills: int, chosen: random.Random, place: Path) -> tuple[int, list[str]]:
