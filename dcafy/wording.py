@@ -81,7 +81,7 @@ def needing(what: str, extra: str, libraries: str = "") -> Iterator[None]:
         if not libraries and not isinstance(error, ModuleNotFoundError):
             raise
         needed = libraries or f"{error.name}, which is not installed"
-        raise UsageError(f"{what} needs {needed}: pip install -e '.[{extra}]'{'.' if libraries else ''}") from error
+        raise UsageError(f"{what} needs {needed}: pip install 'dcafy[{extra}]'{'.' if libraries else ''}") from error
 
 
 def one_line(error: BaseException) -> str:

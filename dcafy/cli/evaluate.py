@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.bar import bar
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import Model, Settings, settings_given
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dcafy.runs.evaluating import Evaluation
 
 
-@app.command("evaluate")
+@command("evaluate", "dcafy evaluate runs/flowers --data imagefolder:flowers")
 @with_options
 def evaluate_command(
     model: Model,
@@ -58,6 +58,7 @@ def evaluate_command(
         from dcafy.runs.summary import of_difference, of_evaluation
         from dcafy.runs.using import ready_for_use
         from dcafy.sources import open_model
+        from dcafy.tables import shown
 
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         about = known(network)
@@ -87,9 +88,10 @@ def evaluate_command(
             document["against"] = {"model": against, **other.to_dict(), "differences": compared}
         print(json.dumps(document, indent=2, allow_nan=False))
         return
-    print(of_evaluation(found, printable(f"{model}{' without its connections' if options.cut else ''} on {data}")))
+    parts = of_evaluation(found, printable(f"{model}{' without its connections' if options.cut else ''} on {data}"))
     if other is not None:
-        print(of_difference(found, other, differences, printable(str(against))))
+        parts += of_difference(found, other, differences, printable(str(against)))
+    print(shown(parts, terminal=sys.stdout.isatty()), end="")
 
 
 def _measured(network: nn.Module, spec: str, data: str, options: EvaluateOptions) -> Evaluation:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import given_options, with_options
+from dcafy.cli.help import Command, is_quiet
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion, Inserting
@@ -25,10 +25,12 @@ from dcafy.training.options import TrainingConfig
 from dcafy.wording import printable, quoted
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from dcafy.runs.request import Request
 
 
-class _Comparing(TyperCommand):
+class _Comparing(Command):
     """A command whose ``--compare`` may have a value, several, or none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -49,7 +51,11 @@ def _with_arms(args: list[str]) -> Iterator[str]:
         yield f"--compare={','.join(arms) or 'original,connected'}"
 
 
-@app.command("finetune", cls=_Comparing)
+@command(
+    "finetune",
+    "dcafy finetune torchvision:efficientnet_b0@DEFAULT \\\n    --data imagefolder:flowers --epochs 5 -o runs/flowers",
+    cls=_Comparing,
+)
 @with_options
 def finetune_command(
     context: typer.Context,
@@ -74,7 +80,8 @@ def finetune_command(
         from dcafy.training.folder import alone_in
         from dcafy.training.parallel import is_main_process
 
-        if is_main_process() and os.path.isdir(output):
+        begins = run.data is not None and bool(model)  # else a folder without a run is none to lock
+        if is_main_process() and os.path.isdir(output) and (begins or os.path.exists(output / REQUEST)):
             alone.enter_context(alone_in(output))
         if run.resume and os.path.exists(output / REQUEST):
             asked = _known(output, model, given)
@@ -109,8 +116,10 @@ def finetune_command(
             ).anchored()
             if is_main_process():
                 _require_free(output)
-        printed = _run(asked, output, run, file)
-    print(printed, end="")
+        parts = _run(asked, output, run, file)
+    from dcafy.tables import shown
+
+    print(shown(parts, terminal=sys.stdout.isatty()), end="")
 
 
 def _require_some_use(run: RunOptions, given: Mapping[str, Any]) -> None:
@@ -142,15 +151,16 @@ def _require_free(output: Path) -> None:
 
 def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     """The request of the run in ``output``, which the options on the command line may repeat but not change."""
+    from dcafy.checkpoint.hub import is_address
     from dcafy.runs.request import read_request
     from dcafy.zoos.specs import runs_code
 
     asked = read_request(output)
-    codes = [spec for spec in (asked.model, asked.arch) if spec is not None and runs_code(spec)]
-    for spec in codes:
-        if spec not in (model, given.get("arch")):
+    for spec in filter(None, (asked.model, asked.arch)):
+        how = "is built by code" if runs_code(spec) else "comes from the Hub" if is_address(spec) else ""
+        if how and spec not in (model, given.get("arch")):
             raise errors.UsageError(
-                f"The network of this run is built by code: {spec}. Name it, so that it is run because you say so: "
+                f"The network of this run {how}: {spec}. Name it, so that it is opened because you say so: "
                 + (f"--arch {spec}." if spec == asked.arch else f"dcafy finetune {spec} -o {output} --resume")
             )
     if asked.images.follow_links and not given.get("follow_links"):
@@ -214,7 +224,7 @@ def _tell(amiss: tuple[str, ...]) -> None:
         print(f"{len(amiss)} such places in all; --strict stops at the first.", file=sys.stderr)
 
 
-def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> str:
+def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> list[RenderableType]:
     """Runs what was asked for; the summary, for the main process."""
     from dcafy.runs.request import write_request
     from dcafy.runs.run import finish, require_arm, subject, train
@@ -226,7 +236,7 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
 
     def listeners(title: str = "") -> tuple[Listener, ...]:
         log = () if run.json_log is None else (JsonLines(run.json_log, steps=True, title=title),)
-        return (for_stderr(title), *log)
+        return log if is_quiet() else (for_stderr(title), *log)
 
     with contextlib.ExitStack() as alone:
         alone.callback(finished)
@@ -247,9 +257,9 @@ def _run(asked: Request, output: Path, run: RunOptions, file: FileOptions) -> st
             from dcafy.runs.compare import compare
 
             comparison = compare(asked, output, file=file, listener_for=listeners, is_main=is_main_process())
-            return of_comparison(comparison) if is_main_process() else ""
+            return of_comparison(comparison) if is_main_process() else []
         history = train(asked, on, output, seed=asked.training.seed, resume=run.resume, listeners=listeners())
         if not is_main_process():
-            return ""
+            return []
         finish(on, output)
         return of_history(history, output)

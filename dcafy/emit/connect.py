@@ -23,6 +23,8 @@ from torch import Tensor, fx, nn
 
 from dcafy.emit.dca import Connections, Recipe
 from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
+from dcafy.emit.mixing import Shared
+from dcafy.emit.relay import Call, Calls, join
 from dcafy.emit.root import open_runs
 from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, own_contexts, wires
@@ -30,15 +32,16 @@ from dcafy.find.roles import Found
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, below, joined
-from dcafy.graph.rewritten import Forward, hold, original_class, rewrite, taken_forward
-from dcafy.graph.rows import Rows, rows_of
+from dcafy.graph.rewritten import Forward, forward_of, hold, original_class, rewrite, taken_forward
+from dcafy.graph.rows import rows_of
 from dcafy.graph.source import require_writable
 from dcafy.graph.usual import reads, template
 from dcafy.link.message import Message
 from dcafy.link.network import Network
 from dcafy.link.region import Region
 from dcafy.link.sites import Site
-from dcafy.plan.blocks import Link, hearing
+from dcafy.link.topology import heard_of
+from dcafy.plan.blocks import Link, Of, hearing
 from dcafy.trace.fold import Folded
 
 
@@ -48,7 +51,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     ``example``: inputs to write its graph with, where the ``whole`` can be written. Raises ``PlanError`` for a link
     that no connection can make.
     """
-    links = recipe.plan.links
+    links, below = recipe.plan.links, forward_of(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     hosts: dict[tuple[str, str], _Host] = {}
 
@@ -59,6 +62,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
             hosts[key] = _Host(region, site.path, alike)
         return hosts[key]
 
+    made: Shared = {}
     names: dict[tuple[str, str], int] = {}
     heard_by: dict[str, list[str]] = {}
 
@@ -71,7 +75,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         region = network.region(target)
         sites = region.hearing(target)
         single = heard[0].source if len(heard) == 1 and heard[0].source != target else ""
-        for wiring in wires(network, tuple(heard), _place(target, modules)):
+        for wiring in wires(network, tuple(heard), _place(target, modules), made):
             host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
             for i in wiring.contexts:
                 pairs = (None if link.source == target else _source(network, link, i) for link in heard)
@@ -85,25 +89,43 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         for wiring in own_contexts(network, one, _place(one.name, modules)):
             host(region, sites[wiring.contexts[0]]).wires.append((one.name, wiring))
             asked += [(host(region, sites[i]), _Hears(one.name, sites[i], wiring, ()), ()) for i in wiring.contexts]
-    told: dict[tuple[str, str, str, int], list[tuple[str, Site]]] = {}
-    for source in dict.fromkeys(link.source for link in links if link.source != link.target):
+    told: dict[tuple[str, Of, str, str, int], list[tuple[str, Site]]] = {}
+    for source, of in dict.fromkeys((link.source, heard_of(link)) for link in links if link.source != link.target):
         region = network.region(source)
-        for name, site in region.telling(source).items():
+        for name, site in region.telling(source, of).items():
             if name in heard_by:
                 host(region, site)
-                told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
+                told.setdefault((source, of, region.path, site.path, site.turn), []).append((name, site))
     wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
     for asking, hears, numbered in asked:
         lines = tuple(_changed(pair, wire.lines.__getitem__) for pair in numbered)
         asking.hears.append(dataclasses.replace(hears, lines=lines))
-    for (source, path, local, _), values in told.items():
+    for (source, of, path, local, _), values in told.items():
         to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
         numbers = tuple(int(name.rpartition("|")[2][1:] or 0) for name, _ in values)
-        tells = _Tells(source, tuple(site for _, site in values), numbers, Told(source, to))
+        tells = _Tells(source, of, tuple(site for _, site in values), numbers, Told(source, to))
         hosts[path, local].tells.append(tells)
     for number, ((path, local), rewritten) in enumerate(hosts.items()):
         rewritten.rewrite(modules[joined(path, local)], wire, number)
-    open_runs(model, recipe, wire, example, whole=whole)
+    open_runs(model, recipe, wire, example, whole=whole, below=below)
+    _hand_on(model, network, links, [wiring for one in hosts.values() for wiring in one.wires])
+
+
+def _hand_on(model: nn.Module, network: Network, links: tuple[Link, ...], made: list[tuple[str, Wiring]]) -> None:
+    """Has connections that hand a state on hear that of the block that they hear, each for the same output."""
+    relays: dict[str, Any] = {}
+    place: dict[tuple[str, int], Call] = {}
+    for name, wiring in made:
+        if hasattr(wiring.module, "relay"):
+            relays[f"{name}|{wiring.suffix}"] = wiring.module.relay
+            place |= {(name, i): (f"{name}|{wiring.suffix}", turn) for turn, i in enumerate(wiring.contexts)}
+    source = {link.target: link.source for link in links}  # the last one, where several are heard
+    calls: dict[str, list[Call | None]] = {path: [] for path in relays}
+    for (name, i), (path, _) in place.items():
+        calls[path].append(place.get((source[name], min(i, len(network[source[name]].contexts) - 1))))
+    repeats = {path for (name, _), (path, _) in place.items() if network.region(name).path in network.repeats}
+    if relays:
+        join(model, relays, {path: Calls(tuple(heard), path in repeats) for path, heard in calls.items()})
 
 
 Numbers = tuple[int, "int | None"] | None
@@ -131,7 +153,8 @@ def _before(
         if hears.target not in heard:  # it hears nobody
             continue
         (link, *more), pair = heard[hears.target], numbered[0]
-        if pair is not None and not more and hears.target not in found and hears.target in sources:
+        single = pair is not None and not more and heard_of(link) == "message"
+        if pair is not None and single and hears.target not in found and hears.target in sources:
             found[hears.target] = (link.source, *pair)
     return {name: row for name, row in found.items() if _size(network, name) == _size(network, row[0])}
 
@@ -146,9 +169,11 @@ def _size(network: Network, source: str) -> tuple[object, ...]:
 
 def _source(network: Network, link: Link, i: int) -> tuple[str, str | None]:
     """The names of what a target's i-th extraction output hears of a block: (T, G), or what stands for T."""
-    message, source = network.message(link.source), network[link.source]
+    message, source = network.message(link.source, of=heard_of(link)), network[link.source]
     assert isinstance(message, Message)
     nearest = min(i, len(source.contexts) - 1)
+    if message.kind == "context":
+        return f"{source.name}|C{nearest}", None
     if message.kind == "branches":
         return f"{source.name}|T{i}", f"{source.name}|G{i}"
     if message.kind == "fused":
@@ -187,9 +212,10 @@ class _Hears:
 
 @dataclass(frozen=True)
 class _Tells:
-    """What a block tells in one module; ``outputs``: which of its extraction outputs each value is of."""
+    """What ``of`` a block is told in one module; ``outputs``: which of its extraction outputs each value is of."""
 
     source: str
+    of: Of
     sites: tuple[Site, ...]
     outputs: tuple[int, ...]
     what: Told
@@ -220,13 +246,16 @@ class _Host:
         else:
             folded = self.region.sites.folded(self.path)
             ports = _Edits(self, folded, places).ports()
-            training = self._rows_in_training(places)
+            training = self._in_training(places)
+            stores = _return_stores([folded] if training is None else [folded, training])
             call = self.region.sites.calls(self.path)[0]
-            usual = reads(module, original_class(module))
+            usual = reads(module, original_class(module), stores)
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
-            forward = Forward(rows_of(folded.graph), usual, training=training)
+            usual = dataclasses.replace(usual, modes=self._modes())
+            rows = None if training is None else rows_of(training.graph)
+            forward = Forward(rows_of(folded.graph), usual, training=rows, stores=bool(stores))
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
         hold(module, "dca", dca)
@@ -235,9 +264,17 @@ class _Host:
             require_writable(folded.graph)
             module.graph = folded.graph
             return
-        rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
+        rewrite(module, dataclasses.replace(forward, own=taken_forward(module), below=forward_of(module)))
 
-    def _rows_in_training(self, places: dict[int, str]) -> Rows | None:
+    def _modes(self) -> tuple[str, ...]:
+        """The parts of the module by whose mode it decides, in either mode of its own."""
+        training = self.region.trainings.get(self.path)
+        asked = self.region.recording.mode_read.get(self.path, frozenset())
+        if training is not None:
+            asked |= training.region.recording.mode_read.get("", frozenset())
+        return tuple(sorted(asked - {""}))
+
+    def _in_training(self, places: dict[int, str]) -> Folded | None:
         """The connected graph of the module in training, where it decides by its mode; with the same ports."""
         training = self.region.trainings.get(self.path)
         if training is None:
@@ -269,7 +306,7 @@ class _Host:
                 host.hears.append(dataclasses.replace(hears, target=name, site=site))
         folded = training.region.sites.folded("")
         _Edits(host, folded, places).ports()
-        return rows_of(folded.graph)
+        return folded
 
     def _dca(self) -> tuple[nn.Module, tuple[tuple[str, str], ...], dict[int, str]]:
         """``dca``, the address of each connection by name, and the place of each wire's module."""
@@ -292,6 +329,15 @@ class _Host:
                 parent = parent.get_submodule(part)
             parent.add_module(last, wiring.module)
         return dca, tuple(addresses), places
+
+
+def _return_stores(graphs: list[Folded]) -> set[str]:
+    """The attributes that a module stores tensors in, in either mode; its graphs return those as well, if any."""
+    stores = {name for folded in graphs for name in folded.stores}
+    for folded in graphs if stores else ():
+        output = folded.graph.output_node()
+        output.args = ((output.args[0], dict(folded.stores)),)
+    return stores
 
 
 class _Edits:
@@ -366,7 +412,7 @@ class _Edits:
 
     def _tell(self, nodes: tuple[fx.Node, ...], one: _Tells) -> fx.Node:
         """What a block passes on is told as soon as all of it is there."""
-        message = self.host.region.messages[one.source]
+        message = self.host.region.message(one.source, one.of)
         assert isinstance(message, Message)
         if message.kind == "fused":
             values = self._extract_again(one, message)

@@ -47,6 +47,12 @@ class Trained:
         return self.data.partition(":")[0] in ("imagefolder", "coco", "digits", "fashion-mnist")
 
 
+def _agreeing(value: Any, where: str) -> Any:
+    if value is not None and len(value.mean) != len(value.std):
+        raise Wrong(f"{where}.std", f"a number for each of {len(value.mean)} channels, as mean has", list(value.std))
+    return value
+
+
 @dataclass(frozen=True)
 class About:
     """What is known of a network besides itself.
@@ -60,7 +66,7 @@ class About:
 
     task: Literal["classification", "detection"] | None = "classification"
     classes: tuple[str, ...] = ()
-    preparation: Preparation | None = None
+    preparation: Annotated[Preparation | None, _agreeing] = None
     trained: Trained | None = None
     random: bool = False
 

@@ -14,9 +14,12 @@ from typing import Annotated, Literal
 from dcafy.errors import PlanError
 from dcafy.plan.gates import GATES
 from dcafy.plan.options import Dimension, Overrides
-from dcafy.records import WRITTEN, one_of
+from dcafy.records import LATER, WRITTEN, one_of
 
 FusionKind = Literal["mul", "add"]
+
+Of = Literal["message", "context"]
+"""What of a block is heard: T̃, or its G."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class AttentionBlock:
     ``gate``           what bounds the map T: a name in :data:`dcafy.plan.gates.GATES`
     ``fusion_kind``    how T meets X
     ``extraction``, ``transformation``, ``fusion``   names of the deep graph's nodes in each role
+    ``nature``         how it is connected by nature, whatever topology is asked for (inserted mrla); else ``None``
     """
 
     name: str
@@ -42,6 +46,7 @@ class AttentionBlock:
     extraction: tuple[str, ...]
     transformation: tuple[str, ...]
     fusion: tuple[str, ...]
+    nature: str | None = field(default=None, metadata=LATER)
 
     @property
     def bounded(self) -> bool:
@@ -59,8 +64,11 @@ class _Ends:
 class Link(Overrides, _Ends):
     """A connection to be made from ``source`` to ``target``, both block names; a block may hear itself, centred.
 
-    A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it.
+    A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it. ``mixing``: the
+    topology that says how it is mixed with the others into its target, where they are not just added up.
     """
+
+    mixing: str | None = field(default=None, metadata=LATER)
 
 
 def hearing(links: Iterable[Link]) -> dict[str, list[Link]]:
@@ -103,11 +111,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a topology adds to a model, with the options that :func:`dcafy.convert` has by default."""
+    """What a topology adds to a model, with the options that :func:`dcafy.convert` has by default.
+
+    Or what attention adds that was put in: then ``topology`` says which, and ``connections`` is how many units have it.
+    ``multiply_adds``: of convolutions and matrix products, for one image of the example.
+    """
 
     topology: str
     connections: int
     parameters: int
+    multiply_adds: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)

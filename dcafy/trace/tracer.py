@@ -42,6 +42,7 @@ class ValueTracer(Answering):
     ``running``    real code runs on values, and nothing is recorded; ``on_data``: on values with data
     ``refused``    paths of modules whose forwards were stopped by an error of the recording's own, and the error
     ``settled``    what forwards decided by
+    ``asked_for``  names that were asked of a module that has no value of its own for them, but parts and parameters
     ``unwritten``  module path -> what its forward does besides, which no graph has
     """
 
@@ -50,13 +51,15 @@ class ValueTracer(Answering):
         self.model = model
         self.original = original
         self.modules = dict(model.named_modules())
+        self._paths = {id(module): path for path, module in self.modules.items()}
         self.evaluator = evaluator
         self.owner = ""
         self.place = ""
         self.running = self.on_data = False
         self.refused: list[tuple[str, str]] = []
-        self.mode_read: set[str] = set()
+        self.mode_read: set[tuple[str, str]] = set()
         self.settled: list[Decision] = []
+        self.asked_for: set[str] = set()
         self.unwritten: dict[str, str] = {}
         self._attributes: dict[str, ValueProxy] = {}
         self._tensors: dict[int, str] = {}
@@ -219,6 +222,10 @@ class ValueTracer(Answering):
         if self.running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
             return attr_val
         return self._tensor(attr_val)
+
+    def mode_of(self, module: nn.Module) -> Any:
+        """What a module's ``training`` is: layers that are run on values are in eval."""
+        return False if self.running else Mode(self, self._paths[id(module)])
 
     def _tensor(self, tensor: Tensor) -> ValueProxy:
         """The node that reads one of the model's own tensors."""

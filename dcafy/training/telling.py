@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from dcafy.amounts import fixed, percent
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
 from dcafy.training.history import Epoch, History
@@ -91,7 +92,7 @@ class Several(Listener):
 def metrics_in_words(metrics: Mapping[str, float]) -> str:
     """What was measured: the loss, and accuracies or precisions in percent."""
     return ", ".join(
-        f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
+        f"{name} {fixed(value)}" if name == "loss" else f"{name} {percent(value)}"
         for name, value in metrics.items()
         if name != "images"
     )
@@ -99,8 +100,8 @@ def metrics_in_words(metrics: Mapping[str, float]) -> str:
 
 def in_words(epoch: Epoch, of: int) -> str:
     """An epoch in one line."""
-    trained = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
-    return f"epoch {epoch.epoch}/{of}: loss {epoch.loss:.4f}{trained}; validation {metrics_in_words(epoch.metrics)}"
+    trained = "" if epoch.accuracy is None else f", accuracy {percent(epoch.accuracy)}"
+    return f"epoch {epoch.epoch}/{of}: loss {fixed(epoch.loss)}{trained}; validation {metrics_in_words(epoch.metrics)}"
 
 
 class Lines(Listener):
@@ -164,7 +165,7 @@ class Bars(Lines):
     def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
         self.told = time.monotonic()
         rate = (step - self.first) * self.batch / max(self.told - self.since, 1e-9)
-        accuracy = "" if means[1] is None else f" accuracy {means[1]:.1%}"
+        accuracy = "" if means[1] is None else f" accuracy {percent(means[1])}"
         said = f"{rate:.0f} images/s, loss {means[0]:.4f}{accuracy}, lr {lr:.2g}"
         self.bars.update(self.step_bar, completed=step, said=said)
 
