@@ -80,7 +80,8 @@ def finetune_command(
         from dcafy.training.folder import alone_in
         from dcafy.training.parallel import is_main_process
 
-        if is_main_process() and os.path.isdir(output):
+        begins = run.data is not None and bool(model)  # else a folder without a run is none to lock
+        if is_main_process() and os.path.isdir(output) and (begins or os.path.exists(output / REQUEST)):
             alone.enter_context(alone_in(output))
         if run.resume and os.path.exists(output / REQUEST):
             asked = _known(output, model, given)
@@ -150,15 +151,16 @@ def _require_free(output: Path) -> None:
 
 def _known(output: Path, model: str, given: dict[str, Any]) -> Request:
     """The request of the run in ``output``, which the options on the command line may repeat but not change."""
+    from dcafy.checkpoint.hub import is_address
     from dcafy.runs.request import read_request
     from dcafy.zoos.specs import runs_code
 
     asked = read_request(output)
-    codes = [spec for spec in (asked.model, asked.arch) if spec is not None and runs_code(spec)]
-    for spec in codes:
-        if spec not in (model, given.get("arch")):
+    for spec in filter(None, (asked.model, asked.arch)):
+        how = "is built by code" if runs_code(spec) else "comes from the Hub" if is_address(spec) else ""
+        if how and spec not in (model, given.get("arch")):
             raise errors.UsageError(
-                f"The network of this run is built by code: {spec}. Name it, so that it is run because you say so: "
+                f"The network of this run {how}: {spec}. Name it, so that it is opened because you say so: "
                 + (f"--arch {spec}." if spec == asked.arch else f"dcafy finetune {spec} -o {output} --resume")
             )
     if asked.images.follow_links and not given.get("follow_links"):
