@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NAMES = {"AP": "map", "AP50": "map_50", "AP75": "map_75", "APS": "map_small", "APM": "map_medium", "APL": "map_large"}
 """The columns of the paper's Table 3 -> torchmetrics' names."""
 
-_UNUSED = ("mixup", "cutmix", "label_smoothing")
+_UNUSED = ("mixup", "cutmix", "label_smoothing", "balance")
 
 
 class Boxes:
@@ -83,6 +83,15 @@ class Detection:
         indices = torch.tensor([sample.key[1] for sample in samples])
         unreadable = tuple(name for sample in samples for name in sample.unreadable)
         return Batch([sample.image for sample in samples], targets, indices, unreadable)
+
+    def batched(self, inputs: Any, labels: Any, samples: Sequence[Sample], *, training: bool) -> Batch:
+        raise InputError(
+            "Detectors are trained on data sets of (image, target), whose batches finetune makes itself. Pass the "
+            ".dataset of the DataLoader."
+        )
+
+    def balance(self, labels: Sequence[int]) -> None:
+        raise UsageError("--balance is for classifiers. Leave it out with --task detection.")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
         losses = model(batch.inputs, batch.labels)

@@ -186,12 +186,10 @@ def _torchvision(spec: str, rest: str, options: DataOptions) -> Data:
 
 def _labels(dataset: Any) -> list[int]:
     """All labels; from the data set's own list where it has one, so that no picture is decoded."""
-    for name in ("targets", "labels", "_labels", "y"):
-        found = getattr(dataset, name, None)
-        if found is not None and len(found) == len(dataset):
-            # QMNIST has the class first, and then who wrote it.
-            return [int(label[0] if getattr(label, "ndim", 0) else label) for label in found]
-    return [int(label) for _, label in dataset]
+    from dcafy.images.data import known_labels
+
+    known = known_labels(dataset)
+    return [int(label) for _, label in dataset] if known is None else known
 
 
 # --- digits and clothes ---------------------------------------------------------------------------------

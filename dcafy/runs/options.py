@@ -60,7 +60,12 @@ class RunOptions:
         metavar="RUN",
     )
     resume: bool = setting(
-        False, "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over."
+        False,
+        "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over. With more "
+        "--epochs a run that has ended is trained further.",
+    )
+    overwrite: bool = setting(
+        False, "Replace the run or the model in the folder, once the new run has ended well. [default: refuse]"
     )
     plain: bool = setting(False, "Train the network as it is, without connections.")
     compare: str | None = setting(
@@ -76,6 +81,11 @@ class RunOptions:
         "Which epoch's model the folder gives: the last, or the best on the validation images; both gives the last, "
         "and the best in the folder best inside.",
         choices=KEPT,
+    )
+    dry_run: bool = setting(
+        False,
+        "Send one batch through all of it, validation included, and tell the memory and the time that the run takes; "
+        "nothing is written.",
     )
     json_log: Path | None = setting(
         None, "Also write every step and epoch here, one JSON object a line.", metavar="FILE"

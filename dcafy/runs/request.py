@@ -89,22 +89,6 @@ class Request:
         return dataclasses.replace(self, model=model, data=anchored(self.data), backbone=backbone)
 
 
-def require_empty(directory: Path) -> None:
-    """Nothing where a run may begin: a new or empty folder; ``CheckpointError`` where it holds other things."""
-    try:
-        others = sorted(entry.name for entry in directory.iterdir()) if os.path.exists(directory) else []
-    except OSError as error:
-        raise CheckpointError(
-            f"{quoted(str(directory), 200)} cannot be a folder for a run: {error.strerror}."
-        ) from error
-    others = [name for name in others if not name.startswith(".")]
-    if others:
-        raise CheckpointError(
-            f"{quoted(str(directory), 200)} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
-            "empty folder."
-        )
-
-
 def write_request(directory: Path, request: Request) -> None:
     """Puts the request into the folder of its run."""
     text = json.dumps(FORMAT.stamped(written(request)), indent=2) + "\n"

@@ -65,6 +65,11 @@ class TrainingConfig:
     cutmix: float = setting(
         0.0, "Strength (alpha) of CutMix; 0 is none. With both, each batch gets one of them.", least=0
     )
+    balance: bool = setting(
+        False,
+        "Weigh each class in the loss by how rare it is (all images over classes times images of the class), so that "
+        "rare ones count as much as common ones.",
+    )
     ema: float = setting(
         0.0, "Decay of an average of the weights, such as 0.999, which is then evaluated and kept.", least=0, below=1
     )
@@ -108,6 +113,11 @@ class TrainingConfig:
         if not found or not all(0 < earlier < later for earlier, later in itertools.pairwise((*found, math.inf))):
             raise UsageError(f"--milestones {self.milestones!r} should be epochs that rise, such as 18,22.")
         return found
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with one another."""
+        return bool(self.mixup or self.cutmix)
 
     @property
     def base_rate(self) -> float:

@@ -11,7 +11,8 @@ from training_data import Stripes, connected
 
 from dcafy.errors import CheckpointError
 from dcafy.training import TrainingConfig, finetune
-from dcafy.training.telling import Bars, JsonLines, Lines, Listener, Several
+from dcafy.training.bars import Bars
+from dcafy.training.telling import JsonLines, Lines, Listener, Several
 
 CONFIG = TrainingConfig(epochs=2, batch_size=8, usage_images=16, cpu=True)
 
