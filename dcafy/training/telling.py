@@ -132,11 +132,11 @@ class Pace:
 def lasting(seconds: float) -> str:
     """How long that is, in the two largest units.
 
-    >>> lasting(0.4), lasting(83), lasting(7500)
-    ('under a second', '1 min 23 s', '2 h 5 min')
+    >>> lasting(0.42), lasting(83), lasting(7500)
+    ('0.4 s', '1 min 23 s', '2 h 5 min')
     """
-    if seconds < 1:
-        return "under a second"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
