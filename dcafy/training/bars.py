@@ -68,8 +68,8 @@ class Bars(Lines):
         self.told = time.monotonic()
         accuracy = "" if means[1] is None else f"accuracy {means[1]:6.1%}, "
         rate = f"{self.pace.images_per_second(step):6.0f} images/s"
-        loss = f"{means[0]:8.4f}" if means[0] < 1000 else f"{means[0]:8.2g}"
-        self.bars.said = f"{'':11}loss {loss}, {accuracy}lr {lr:7.1e}, {rate}"
+        shown = f"{means[0]:8.4f}" if means[0] < 1000 else f"{means[0]:8.2g}"
+        self.bars.said = f"{'':11}loss {shown}, {accuracy}lr {lr:7.1e}, {rate}"
         self.bars.update(self.step_bar, completed=step)
 
     def advanced(self, what: str, done: int, of: int) -> None:
