@@ -28,7 +28,6 @@ from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import InputError, UsageError
 from dcafy.graph.copies import own_copy, shared_copy
 from dcafy.graph.modes import keep_in_eval
-from dcafy.graph.paths import joined
 from dcafy.graph.rewritten import SAID, restore
 from dcafy.graph.rows import graph_from
 from dcafy.graph.source import require_writable
@@ -134,8 +133,10 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
     before = {_heard_by(name, recipe.plan): one for name, one in connections(twin).items()}
     before |= {(reader, ""): one for (reader, _), one in list(before.items())}  # of which the α may be all that stays
     before |= {(reader, ""): one for reader, one in own_contexts(twin).items()}
-    # Of several that a block hears the first has the norm of all.
-    norms = {reader: one.norm for (reader, _), one in before.items() if one.norm is not None}
+    # Of several that a block hears the first has what is of all: a norm, what mixes them.
+    every: dict[str, dict[str, nn.Module]] = {}
+    for (reader, _), one in reversed(before.items()):
+        every.setdefault(reader, {}).update(one.named_modules())
     example = dca_of(twin).example.inputs
     made = _unconnected(twin)
     if not plan.links and not plan.alone:
@@ -146,9 +147,9 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
     with OwnDraws():  # layers are made, and then given what there was
         connect(made, seen.network, dataclasses.replace(recipe, plan=plan), example, whole=seen.whole)
     for name, one in connections(made).items():
-        _take(one, before[_heard_by(name, plan)], name, norms)
+        _take(one, before[_heard_by(name, plan)], name, every)
     for name, one in own_contexts(made).items():
-        _take(one, before[name, ""], name, norms)
+        _take(one, before[name, ""], name, every)
     return made
 
 
@@ -197,11 +198,9 @@ def _heard_by(name: str, plan: Plan) -> tuple[str, str]:
     return reader, source or link_of(name, plan.links).source
 
 
-def _take(connection: nn.Module, before: nn.Module, name: str, norms: Mapping[str, nn.Module]) -> None:
-    """Gives a connection the parameters, buffers and modes of what it was made anew for; ``norms``: by block."""
-    norm = norms.get(name.partition("<-")[0])
-    theirs = {} if norm is None else {joined("norm", path): module for path, module in norm.named_modules()}
-    theirs |= dict(before.named_modules())
+def _take(connection: nn.Module, before: nn.Module, name: str, every: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """Gives a connection the parameters, buffers and modes of what it was made anew for; ``every``: by block."""
+    theirs = {**every[name.partition("<-")[0]], **dict(before.named_modules())}
     for path, module in connection.named_modules():
         other = theirs.get(path)
         kept: tuple[str, ...] = ("_parameters", "_buffers")

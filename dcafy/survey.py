@@ -167,7 +167,7 @@ class _Surveyor:
             return "its forward could not be traced as a whole"
         entered = {""}.union(*(region.entered(link.source, link.target) for link in links))
         recording = region.recording
-        for path in entered & (recording.mode_read | recording.unwritten.keys()):
+        for path in entered & (recording.mode_read.keys() | recording.unwritten.keys()):
             what = recording.unwritten.get(path, "its forward takes another path in training than in eval")
             return f"{path or self.name}: {what}"
         try:

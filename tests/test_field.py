@@ -193,6 +193,30 @@ def test_a_module_that_needs_values_and_writes_into_what_it_is_given(way: str) -
     connected(network(lambda unit, x: unit.head(made(unit.attend(x))), lambda unit: unit.add_module("head", Head(way))))
 
 
+READ: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "list": lambda unit, x: unit.head(given := [x]) + given[0],
+    "dict": lambda unit, x: unit.head(given := {"x": x}) + given["y"],
+    "inner": lambda unit, x: unit.head(given := {"maps": [x]}) + given["maps"][0],
+}
+
+
+@pytest.mark.parametrize("way", READ)
+def test_what_a_module_that_needs_values_wrote_is_read(way: str) -> None:
+    """The user's forward runs, and is right; no graph has what it reads there, and none is written."""
+
+    class Reads(Net):
+        def forward(self, x: Tensor) -> Any:
+            for unit in self.units:
+                x = unit(x if unit is not self.units[0] else self.stem(x))
+            return READ[way](self, x)
+
+    model = Reads(*(Unit(lambda unit, x: unit.attend(x)) for _ in range(2)))
+    model.head = Head(way)  # type: ignore[assignment]
+    made = connected(trained_like(model, IMAGES))
+    with pytest.raises(dcafy.DcafyError, match="reads what head wrote into a list or dictionary"):
+        dcafy.flat(made)
+
+
 def test_what_is_kept_in_python_is_put_back() -> None:
     """Lists, dicts, sets, deques and objects of a forward that is given up hold what they held."""
     from dcafy.trace.effects import Kept
@@ -448,7 +472,14 @@ MODES: dict[str, Body] = {
     "dropped descriptor": lambda unit, x: (
         x * unit.excite(F.dropout(x.mean((2, 3)), 0.1) if unit.training else x.mean((2, 3)))[:, :, None, None]
     ),
+    "a layer's": lambda unit, x: unit.attend(x * 2 if unit.conv.training else x),
+    "a layer's, passed on": lambda unit, x: unit.attend(F.dropout(x, 0.3, unit.excite.training)),
+    "a method of a part": lambda unit, x: unit.attend(noisy(unit.excite, x)),
 }
+
+
+def noisy(part: nn.Module, x: Tensor) -> Tensor:
+    return x + torch.randn_like(x) if part.training else x
 
 
 @pytest.mark.parametrize("how", MODES)
@@ -462,6 +493,21 @@ def test_a_block_that_goes_by_its_mode_is_connected_in_both(how: str) -> None:
                 expected = made.train(training)(IMAGES)
             with seeded(3):
                 assert torch.equal(twin.train(training)(IMAGES), expected)
+
+
+def test_a_block_that_goes_by_the_mode_of_a_part_is_right_where_that_is_another() -> None:
+    """Norms that are frozen are in eval in training: the user's own forward runs, which is said."""
+    made = connected(network(MODES["a layer's"])).train()
+    plain = dcafy.revert(copy.deepcopy(made))
+    for model in (made, plain):
+        model.units[1].conv.eval()
+    with torch.no_grad():
+        for connection in dcafy.connections(made).values():
+            connection.beta.fill_(0.7)
+    with pytest.warns(UserWarning, match=r"Unit\.conv is in another mode than what it is a part of"):
+        assert torch.equal(made(IMAGES), plain(IMAGES))
+    with pytest.raises(dcafy.DcafyError, match=r"units\.0: its forward takes another path in training"):
+        dcafy.flat(made)
 
 
 def test_attention_that_is_another_in_training_is_left_alone_with_a_reason() -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from dcafy.plan.tables import plain_table, unfolded
+from dcafy.amounts import fixed, percent, points
+from dcafy.tables import NONE, Cell, Column, Sheet, unfolded
 from dcafy.wording import counted, printable
 
 KINDS = ("cut", "shuffled", "mean")
@@ -125,38 +126,46 @@ MIXED = 0.5
 
 def usage_tables(found: Usage) -> Iterator[RenderableType]:
     """The usage as rich renderables: a table, how to read it, and what can be dropped."""
-    yield Text(
-        f"Connections, on {counted(found.images, 'image')} (loss {found.loss:.4f}, top1 {found.accuracy:.2%}); "
-        "the loss changes by",
-        "bold",
-    )
-    table = plain_table("receiving block", "β", "varies", "T moves", "if cut", "if shuffled", "if mean", "top1 if cut")
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for row in found.connections:
-        moved = "-" if row.moved is None else f"{row.moved:.2f} σ"
-        changes = (in_loss(row.cut), in_loss(row.shuffled), in_loss(row.mean), in_points(row.cut))
-        table.add_row(Text(printable(row.name)), f"{row.beta:+.4f}", f"{row.varying:.1%}", moved, *changes)
-    table.add_section()
-    changes = (in_loss(found.cut), in_loss(found.shuffled), in_loss(found.mean), in_points(found.cut))
-    table.add_row("all of them", "", "", "", *changes)
-    yield table
+    yield usage_sheet(found)
     yield Text(_reading(found))
+
+
+def usage_sheet(found: Usage) -> Sheet:
+    """What changing the messages of each connection does, and of all at once."""
+    rows: list[tuple[Cell, ...] | None] = []
+    for row in found.connections:
+        moved = NONE if row.moved is None else f"{fixed(row.moved, 2)} σ"
+        rows.append((row.name, fixed(row.beta, sign=True), percent(row.varying), moved, *_changes(row)))
+    rows += [None, ("all of them", "", "", "", *_changes(found))]
+    numbers = {**{row.name: number for number, row in enumerate(found.connections, start=1)}, "all of them": "all"}
+    title = f"on {counted(found.images, 'image')} (loss {fixed(found.loss)}, top1 {percent(found.accuracy)})"
+    return Sheet(_USAGE, tuple(rows), f"connections, {title}; the loss changes by", numbers)
+
+
+_USAGE = (
+    Column("receiving block", "name"),
+    *(Column(title, "number") for title in ("β", "varies", "T moves", "if cut", "if shuffled", "if mean")),
+    Column("top1 if cut", "number"),
+)
+
+
+def _changes(row: ConnectionUsage | Usage) -> tuple[str, ...]:
+    return in_loss(row.cut), in_loss(row.shuffled), in_loss(row.mean), in_points(row.cut)
 
 
 def in_loss(effect: Effect | None) -> str:
     """A change of the loss with its standard error."""
     if effect is None:
-        return "-"
-    return f"{effect.loss:+.4f}" + ("" if effect.loss_error is None else f" ± {effect.loss_error:.4f}")
+        return NONE
+    return fixed(effect.loss, sign=True) + ("" if effect.loss_error is None else f" ± {fixed(effect.loss_error)}")
 
 
 def in_points(effect: Effect | None) -> str:
     """A change of the accuracy with its standard error, in points."""
     if effect is None:
-        return "-"
-    error = "" if effect.accuracy_error is None else f" ± {100 * effect.accuracy_error:.2f}"
-    return f"{100 * effect.accuracy:+.2f}{error}"
+        return NONE
+    error = "" if effect.accuracy_error is None else f" ± {fixed(100 * effect.accuracy_error, 2)}"
+    return points(effect.accuracy) + error
 
 
 def _reading(found: Usage) -> str:
@@ -168,8 +177,8 @@ def _reading(found: Usage) -> str:
         lines.append(f"The maps T cannot be read: {printable(found.unread)}")
     if found.shuffled is not None and found.alike > MIXED:
         lines.append(
-            f"{found.alike:.0%} of the images heard one of their own class when messages were shuffled: batches that "
-            "are sorted by class make content look worth less than it is. Mix them."
+            f"{percent(found.alike)} of the images heard one of their own class when messages were shuffled: batches "
+            "that are sorted by class make content look worth less than it is. Mix them."
         )
     if found.without is not None:
         lines.append(

@@ -151,7 +151,7 @@ def message_shares(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]
 
 
 class _Ear:
-    """What one connection hears, measured and changed: it stands in the place of ``Connection.matched``.
+    """What one connection hears, measured and changed, in the place of its ``Connection.matched`` and ``heard``.
 
     ``sums``: for each call in a run and each size of maps, what the mean takes: messages in all, their sum.
     """
@@ -172,16 +172,22 @@ class _Ear:
         place = (self.turn, *message.shape[1:])
         self.turn += 1
         if self.measures:
-            self._measure(place, G, message)
+            self._add(2, message)
+            total = self.sums.setdefault(place, [0, 0.0])
+            total[0] += len(message)
+            total[1] = total[1] + message.double().sum(0)
         return message if self.change is None else self.change(self, place, message)
 
-    def _measure(self, place: Any, G: Tensor, message: Tensor) -> None:
-        alpha, beta = (value.to(G.dtype) for value in (self.connection.alpha, self.connection.beta))
-        for i, value in enumerate((alpha * G, beta * message, message)):
-            self.energies[i] += float(value.double().square().sum())
-        total = self.sums.setdefault(place, [0, 0.0])
-        total[0] += len(message)
-        total[1] = total[1] + message.double().sum(0)
+    def heard(self, G: Tensor, message: Tensor) -> Tensor:
+        """What goes into f, as it is: of what is matched, as much as is mixed in."""
+        if self.measures:
+            alpha, beta = (value.to(G.dtype) for value in (self.connection.alpha, self.connection.beta))
+            self._add(0, alpha * G)
+            self._add(1, beta * message)
+        return message
+
+    def _add(self, which: int, value: Tensor) -> None:
+        self.energies[which] += float(value.double().square().sum())
 
     def average(self, place: Any) -> Tensor:
         """The average message at that place."""
@@ -232,11 +238,12 @@ def _listening(model: nn.Module) -> Iterator[dict[str, _Ear]]:
     ears = {name: _Ear(connection) for name, connection in connections(model).items()}
     try:
         for ear in ears.values():
-            ear.connection.__dict__["matched"] = ear
+            ear.connection.__dict__.update(matched=ear, heard=ear.heard)
         yield ears
     finally:
         for ear in ears.values():
-            ear.connection.__dict__.pop("matched", None)
+            for name in ("matched", "heard"):
+                ear.connection.__dict__.pop(name, None)
 
 
 @contextmanager

@@ -329,7 +329,8 @@ def _module(module: nn.Module) -> _Module:
     cls = original_class(module)
     kind = f"{cls.__module__}.{cls.__qualname__}"
     kind = _SAME.get(kind, kind)
-    own = {name: value for name, value in vars(module).items() if name not in _MACHINERY | NOTES}
+    left_out = _MACHINERY | NOTES | _FOUND_IN_FORWARD.get(kind, set())
+    own = {name: value for name, value in vars(module).items() if name not in left_out}
     plain = {name: _plain(value) for name, value in own.items()}
     tensors = {
         name: tuple(value.shape)
@@ -342,6 +343,13 @@ def _module(module: nn.Module) -> _Module:
 
 _MACHINERY = frozenset(vars(nn.Module()))
 """Attributes that belong to torch's own class and not to a network."""
+
+
+_FOUND_IN_FORWARD = {
+    "torchvision.ops.poolers.MultiScaleRoIAlign": {"scales", "map_levels"},
+    "timm.layers.conv2d_same.Conv2dSameExport": {"pad_input_size"},
+}
+"""Class -> attributes that its first forward sets: what ran is the network that was built, all the same."""
 
 
 _NOT_PLAIN = object()

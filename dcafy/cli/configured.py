@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -47,9 +47,10 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
     made = []
     for item in dataclasses.fields(configuration):
         choices = item.metadata["choices"] or CHOICES.get(item.name, ())
-        short = item.metadata["short"]
+        others = item.metadata["names"]
         option = typer.Option(
-            *((f"--{item.name.replace('_', '-')}", short) if short else ()),
+            *((f"--{item.name.replace('_', '-')}", *others) if others else ()),
+            callback=_in_any_case(choices) if choices else None,
             help=item.metadata["help"],
             metavar=item.metadata["metavar"] or ("|".join(choices) if choices else None),
             show_default=item.default is not None,
@@ -61,6 +62,15 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
             )
         )
     return made
+
+
+def _in_any_case(choices: Collection[str]) -> Callable[[str | None], str | None]:
+    """Value -> the choice that is meant, in whatever case it was written; others are told by who checks them."""
+
+    def meant(value: str | None) -> str | None:
+        return next((choice for choice in choices if value is not None and choice.lower() == value.lower()), value)
+
+    return meant
 
 
 def given_options(context: typer.Context) -> dict[str, Any]:

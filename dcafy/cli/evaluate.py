@@ -58,6 +58,7 @@ def evaluate_command(
         from dcafy.runs.summary import of_difference, of_evaluation
         from dcafy.runs.using import ready_for_use
         from dcafy.sources import open_model
+        from dcafy.tables import shown
 
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         about = known(network)
@@ -70,7 +71,7 @@ def evaluate_command(
                 )
             data = trained.data
         if data is None:
-            raise errors.UsageError("--data names no images. Write --data imagefolder:PATH, or --data digits to try.")
+            raise errors.UsageError("--data names no images. Write --data FOLDER, or --data digits to try.")
         network = ready_for_use(network, model, options)
         found = _measured(network, model, data, options)
         other = None
@@ -87,9 +88,10 @@ def evaluate_command(
             document["against"] = {"model": against, **other.to_dict(), "differences": compared}
         print(json.dumps(document, indent=2, allow_nan=False))
         return
-    print(of_evaluation(found, printable(f"{model}{' without its connections' if options.cut else ''} on {data}")))
+    parts = of_evaluation(found, printable(f"{model}{' without its connections' if options.cut else ''} on {data}"))
     if other is not None:
-        print(of_difference(found, other, differences, printable(str(against))))
+        parts += of_difference(found, other, differences, printable(str(against)))
+    print(shown(parts, terminal=sys.stdout.isatty()), end="")
 
 
 def _measured(network: nn.Module, spec: str, data: str, options: EvaluateOptions) -> Evaluation:

@@ -20,9 +20,11 @@ from dcafy.plan.options import Conversion
 from dcafy.runs.options import ARMS, RunOptions
 from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
-from dcafy.wording import printable
+from dcafy.wording import printable, require_extra
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from dcafy.runs.asking import Asked
     from dcafy.runs.compare import Turn
     from dcafy.runs.request import Request
@@ -77,8 +79,13 @@ def finetune_command(
             alone.enter_context(alone_in(output))
         request = request_of(asked)
         _require_place(asked, request)
-        printed = _tried(asked, request) if run.dry_run else _trained(asked, request)
-    print(printed, end="")
+        require_extra("dcafy finetune", "train")
+        if request.task == "detection":
+            require_extra("dcafy finetune --task detection", "detection")
+        parts = _tried(asked, request) if run.dry_run else _trained(asked, request)
+    from dcafy.tables import shown
+
+    print(shown(parts, terminal=sys.stdout.isatty()), end="")
 
 
 def _require_place(asked: Asked, request: Request) -> None:
@@ -108,7 +115,7 @@ def _looked_over(asked: Asked, request: Request, arm: str) -> Subject:
     return on
 
 
-def _tried(asked: Asked, request: Request) -> str:
+def _tried(asked: Asked, request: Request) -> list[RenderableType]:
     """One batch through everything, of each arm; what that took, for the main process."""
     from dcafy.runs.header import header, in_words
     from dcafy.runs.run import trial
@@ -122,10 +129,10 @@ def _tried(asked: Asked, request: Request) -> str:
             if is_main_process() and not trials:
                 print(header(request, on, None), file=sys.stderr)
             trials[arm] = trial(request, on)
-    return in_words(trials, request) if is_main_process() else ""
+    return in_words(trials, request) if is_main_process() else []
 
 
-def _trained(asked: Asked, request: Request) -> str:
+def _trained(asked: Asked, request: Request) -> list[RenderableType]:
     """Runs what was asked for; the summary, for the main process."""
     from dcafy.runs.header import header
     from dcafy.runs.place import in_place_of_another, let_go
@@ -155,7 +162,7 @@ def _trained(asked: Asked, request: Request) -> str:
     return summary
 
 
-def _summary(asked: Asked, request: Request, on: Subject, output: Path) -> str:
+def _summary(asked: Asked, request: Request, on: Subject, output: Path) -> list[RenderableType]:
     """The training, or all of a comparison; what came of it in words, for the main process."""
     from dcafy.runs.compare import compare
     from dcafy.runs.run import finish, train
@@ -171,10 +178,10 @@ def _summary(asked: Asked, request: Request, on: Subject, output: Path) -> str:
 
     if request.seeds:
         found = compare(request, output, file=asked.file, listener_for=listeners, is_main=is_main_process())
-        return of_comparison(found) if is_main_process() else ""
+        return of_comparison(found) if is_main_process() else []
     seed = request.training.seed
     history = train(request, on, output, seed=seed, resume=asked.goes_on, listeners=listeners())
     if not is_main_process():
-        return ""
+        return []
     finish(on, output)
     return of_history(history, output)

@@ -44,9 +44,11 @@ def inspect_command(
     else:
         from dcafy.plan.tables import written
         from dcafy.runs.summary import of_network
+        from dcafy.tables import shown
 
-        print(written(plan, nodes=nodes, terminal=sys.stdout.isatty()), end="")
-        print(of_network(network), end="")
+        terminal = sys.stdout.isatty()
+        print(written(plan, nodes=nodes, terminal=terminal), end="")
+        print(shown(of_network(network), terminal=terminal), end="")
     sys.stdout.flush()
     if not plan.blocks:
         raise errors.NoAttentionError(

@@ -42,15 +42,17 @@ def list_command(
     found = []
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.sources.listing import listed, specs_that_match
+        from dcafy.tables import aside
 
         specs = specs_that_match(pattern)
+        longest = max(map(len, specs), default=0)
         with bar("networks", len(specs), shown=as_json or not printed.isatty()) as advance:
             for row in listed(specs, attention, advance):
                 found.append(row)
                 if not as_json:
                     has = ", ".join(f"{count} {kind}" for kind, count in row.attention.items())
                     what = f"could not be looked at: {row.failed}" if row.failed else has or "no attention"
-                    print(f"{row.spec}: {what}", file=printed, flush=True)
+                    print(aside(row.spec, what, longest, terminal=printed.isatty()), file=printed, flush=True)
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in found], indent=2))
     if not found:

@@ -52,6 +52,7 @@ def predict_command(
         )
         from dcafy.runs.using import ready_for_use, require_task
         from dcafy.sources import open_model
+        from dcafy.tables import aside
 
         files = files_in(images, follow_links=options.follow_links)
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
@@ -59,6 +60,7 @@ def predict_command(
         table = csv.writer(printed, lineterminator="\n")
         if as_table:
             task = require_task(network, model).task
+        longest = max(len(printable(file)) for file in files)
         told: list[Prediction] = []
         unreadable: list[Unreadable] = []
         lines = printed.isatty() and not as_json  # they tell how far it is
@@ -75,7 +77,7 @@ def predict_command(
                 if as_table:
                     table.writerows(as_csv(seen))
                 elif not as_json:
-                    print(in_words(seen), file=printed)
+                    print(aside(seen.file, in_words(seen), longest, terminal=printed.isatty()), file=printed)
     if not told:
         raise none_read(unreadable)
     if as_json:

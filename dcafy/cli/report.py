@@ -17,7 +17,7 @@ from dcafy.cli.app import app
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.sources.options import FileOptions
-from dcafy.wording import counted
+from dcafy.wording import counted, require_extra
 
 if TYPE_CHECKING:
     from dcafy.report import Findings
@@ -42,8 +42,11 @@ def report_command(
         typer.Option(metavar="ORIGINAL", help="The network to compare with.  [default: MODEL without its connections]"),
     ] = None,
     target: Annotated[
-        int | None,
-        typer.Option(metavar="CLASS", help="The class whose evidence is shown.  [default: the predicted one]"),
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="The class whose evidence is shown, by its name or its number.  [default: the predicted one]",
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -68,10 +71,13 @@ def report_command(
     """Show what the attention of a network does on your images: one page, to look at and to send to somebody."""
     given = settings_given(settings)
     page = output or (None if text else Path("report.html"))
+    if page is not None:
+        require_extra("The page of dcafy report", "report")
     with contextlib.redirect_stdout(sys.stderr), _progress() as told:
         told("opening the network")
         from dcafy.images.options import DataOptions
         from dcafy.report import make_report, prepared_for, read_epochs, run_in
+        from dcafy.runs.using import class_of, tell_random
         from dcafy.sources import open_model
 
         # --arch, --prefix and --ignore-head are about weights in a file, be they MODEL's or ORIGINAL's.
@@ -79,10 +85,12 @@ def report_command(
         unsaid = dataclasses.replace(file, arch=None, prefix=None, ignore_head=False)
         whose = file if model in files or not files else unsaid
         source = open_model(model, settings=given, **dataclasses.asdict(whose))
+        tell_random(source.model, model)
         other = None
         if against is not None:
             whose = file if against in files else unsaid
             other = open_model(against, **dataclasses.asdict(whose)).model
+            tell_random(other, against)
         run = run_in(model)
         findings = make_report(
             source.model,
@@ -90,7 +98,7 @@ def report_command(
             page,
             title=model,
             against=other,
-            target=target,
+            target=None if target is None else class_of(source.model, target),
             how=prepared_for(source.model, (source.architecture if model in files else "") or model, image_size),
             most=most,
             epochs=read_epochs(Path(model)),

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from dcafy.emit.dca import Connections, Recipe
 from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
+from dcafy.emit.mixing import Shared
 from dcafy.emit.root import open_runs
 from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, own_contexts, wires
@@ -38,7 +39,8 @@ from dcafy.link.message import Message
 from dcafy.link.network import Network
 from dcafy.link.region import Region
 from dcafy.link.sites import Site
-from dcafy.plan.blocks import Link, hearing
+from dcafy.link.topology import heard_of
+from dcafy.plan.blocks import Link, Of, hearing
 from dcafy.trace.fold import Folded
 
 
@@ -59,6 +61,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
             hosts[key] = _Host(region, site.path, alike)
         return hosts[key]
 
+    made: Shared = {}
     names: dict[tuple[str, str], int] = {}
     heard_by: dict[str, list[str]] = {}
 
@@ -71,7 +74,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         region = network.region(target)
         sites = region.hearing(target)
         single = heard[0].source if len(heard) == 1 and heard[0].source != target else ""
-        for wiring in wires(network, tuple(heard), _place(target, modules)):
+        for wiring in wires(network, tuple(heard), _place(target, modules), made):
             host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
             for i in wiring.contexts:
                 pairs = (None if link.source == target else _source(network, link, i) for link in heard)
@@ -85,21 +88,21 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
         for wiring in own_contexts(network, one, _place(one.name, modules)):
             host(region, sites[wiring.contexts[0]]).wires.append((one.name, wiring))
             asked += [(host(region, sites[i]), _Hears(one.name, sites[i], wiring, ()), ()) for i in wiring.contexts]
-    told: dict[tuple[str, str, str, int], list[tuple[str, Site]]] = {}
-    for source in dict.fromkeys(link.source for link in links if link.source != link.target):
+    told: dict[tuple[str, Of, str, str, int], list[tuple[str, Site]]] = {}
+    for source, of in dict.fromkeys((link.source, heard_of(link)) for link in links if link.source != link.target):
         region = network.region(source)
-        for name, site in region.telling(source).items():
+        for name, site in region.telling(source, of).items():
             if name in heard_by:
                 host(region, site)
-                told.setdefault((source, region.path, site.path, site.turn), []).append((name, site))
+                told.setdefault((source, of, region.path, site.path, site.turn), []).append((name, site))
     wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
     for asking, hears, numbered in asked:
         lines = tuple(_changed(pair, wire.lines.__getitem__) for pair in numbered)
         asking.hears.append(dataclasses.replace(hears, lines=lines))
-    for (source, path, local, _), values in told.items():
+    for (source, of, path, local, _), values in told.items():
         to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
         numbers = tuple(int(name.rpartition("|")[2][1:] or 0) for name, _ in values)
-        tells = _Tells(source, tuple(site for _, site in values), numbers, Told(source, to))
+        tells = _Tells(source, of, tuple(site for _, site in values), numbers, Told(source, to))
         hosts[path, local].tells.append(tells)
     for number, ((path, local), rewritten) in enumerate(hosts.items()):
         rewritten.rewrite(modules[joined(path, local)], wire, number)
@@ -131,7 +134,8 @@ def _before(
         if hears.target not in heard:  # it hears nobody
             continue
         (link, *more), pair = heard[hears.target], numbered[0]
-        if pair is not None and not more and hears.target not in found and hears.target in sources:
+        single = pair is not None and not more and heard_of(link) == "message"
+        if pair is not None and single and hears.target not in found and hears.target in sources:
             found[hears.target] = (link.source, *pair)
     return {name: row for name, row in found.items() if _size(network, name) == _size(network, row[0])}
 
@@ -146,9 +150,11 @@ def _size(network: Network, source: str) -> tuple[object, ...]:
 
 def _source(network: Network, link: Link, i: int) -> tuple[str, str | None]:
     """The names of what a target's i-th extraction output hears of a block: (T, G), or what stands for T."""
-    message, source = network.message(link.source), network[link.source]
+    message, source = network.message(link.source, of=heard_of(link)), network[link.source]
     assert isinstance(message, Message)
     nearest = min(i, len(source.contexts) - 1)
+    if message.kind == "context":
+        return f"{source.name}|C{nearest}", None
     if message.kind == "branches":
         return f"{source.name}|T{i}", f"{source.name}|G{i}"
     if message.kind == "fused":
@@ -187,9 +193,10 @@ class _Hears:
 
 @dataclass(frozen=True)
 class _Tells:
-    """What a block tells in one module; ``outputs``: which of its extraction outputs each value is of."""
+    """What ``of`` a block is told in one module; ``outputs``: which of its extraction outputs each value is of."""
 
     source: str
+    of: Of
     sites: tuple[Site, ...]
     outputs: tuple[int, ...]
     what: Told
@@ -226,6 +233,7 @@ class _Host:
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
+            usual = dataclasses.replace(usual, modes=self._modes())
             forward = Forward(rows_of(folded.graph), usual, training=training)
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
@@ -236,6 +244,14 @@ class _Host:
             module.graph = folded.graph
             return
         rewrite(module, dataclasses.replace(forward, own=taken_forward(module)))
+
+    def _modes(self) -> tuple[str, ...]:
+        """The parts of the module by whose mode it decides, in either mode of its own."""
+        training = self.region.trainings.get(self.path)
+        asked = self.region.recording.mode_read.get(self.path, frozenset())
+        if training is not None:
+            asked |= training.region.recording.mode_read.get("", frozenset())
+        return tuple(sorted(asked - {""}))
 
     def _rows_in_training(self, places: dict[int, str]) -> Rows | None:
         """The connected graph of the module in training, where it decides by its mode; with the same ports."""
@@ -366,7 +382,7 @@ class _Edits:
 
     def _tell(self, nodes: tuple[fx.Node, ...], one: _Tells) -> fx.Node:
         """What a block passes on is told as soon as all of it is there."""
-        message = self.host.region.messages[one.source]
+        message = self.host.region.message(one.source, one.of)
         assert isinstance(message, Message)
         if message.kind == "fused":
             values = self._extract_again(one, message)

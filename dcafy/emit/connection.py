@@ -72,12 +72,16 @@ class Connection(nn.Module):
 
         ``G_prev`` is the earlier block's G, needed where T is bounded.
         """
-        terms = () if T_prev is None else ((self.beta, self.matched(G, T_prev, G_prev)),)
-        return _f(self, G, terms)
+        terms = () if T_prev is None else ((self.beta, self.heard(G, self.matched(G, T_prev, G_prev))),)
+        return joined(self, G, terms)
 
     def matched(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
         """``match(T̃)`` in the shape and dtype of G."""
         return MATCHES[self.dimension].matched(self, G, T_prev, G_prev)
+
+    def heard(self, G: Tensor, message: Tensor) -> Tensor:
+        """What of ``match(T̃)`` goes into f beside G: all of it. Who measures that stands in its place."""
+        return message
 
     def contribution(self) -> float:
         """``|β| / (|α| + |β|)``: the contribution ratio of paper 4.5 (absolute: both may turn negative)."""
@@ -88,7 +92,7 @@ class Connection(nn.Module):
         return f"{self.dimension}, schema={self.schema}, bounded={self.bounded}"
 
 
-def _f(connection: Any, G: Tensor, terms: tuple[Term, ...]) -> Tensor:
+def joined(connection: Any, G: Tensor, terms: tuple[Term, ...]) -> Tensor:
     """f of G and what is heard, with the α, schema and norm of one connection."""
     joined = SCHEMAS[connection.schema].of(G, connection.alpha, terms)
     return joined if connection.norm is None else MATCHES[connection.dimension].normalised(connection, joined)
@@ -111,7 +115,7 @@ class OwnContext(Connection):
     def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
         """What f makes of αG where nothing is heard."""
         nothing = () if SCHEMAS[self.schema].exact else ((self.alpha, torch.zeros_like(G)),)
-        return _f(self, G, nothing)
+        return joined(self, G, nothing)
 
 
 class JoinedConnection(nn.Module):
@@ -139,8 +143,8 @@ class JoinedConnection(nn.Module):
     def forward(self, G: Tensor, *messages: Tensor | None) -> Tensor:
         """G connected to every earlier block; ``messages``: T and G (or ``None``) of each, one after the other."""
         terms = tuple(
-            (part.beta, part.matched(G, T_prev, G_prev))  # type: ignore[operator]
+            (part.beta, part.heard(G, part.matched(G, T_prev, G_prev)))  # type: ignore[operator]
             for part, T_prev, G_prev in zip(self.parts, messages[::2], messages[1::2], strict=True)
             if T_prev is not None
         )
-        return _f(self.parts[0], G, terms)  # type: ignore[arg-type]
+        return joined(self.parts[0], G, terms)  # type: ignore[arg-type]

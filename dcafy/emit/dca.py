@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from dcafy.amounts import fixed, percent
+from dcafy.display import Shown
 from dcafy.emit.connection import Connection
 from dcafy.emit.ends import Ends
 from dcafy.errors import InputError
 from dcafy.plan.blocks import Link
 from dcafy.plan.plan import Plan
+from dcafy.tables import NONE, Column, Sheet
+from dcafy.wording import counted
 
 
 @dataclass(frozen=True)
@@ -93,18 +97,87 @@ def recipes(model: nn.Module) -> Iterator[tuple[str, Recipe]]:
             yield path, recipe
 
 
-def connections(model: nn.Module) -> dict[str, Connection]:
+class ConnectionsByName(Shown, dict[str, Connection]):
+    """The dictionary that :func:`connections` gives, which shows whom each hears, with α and β as they are now.
+
+    ``hears``: name -> the block that is heard.
+    """
+
+    def __init__(self, found: Mapping[str, Connection], hears: Mapping[str, str]) -> None:
+        super().__init__(found)
+        self.hears = dict(hears)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Name -> what is heard, α, β, the contribution ratio and the number of parameters, as JSON-ready data."""
+        return {name: self._row(name) for name in self}
+
+    def _row(self, name: str) -> dict[str, Any]:
+        one, value = self[name], self[name].alpha
+        known = not value.is_meta
+        return {
+            "hears": self.hears.get(name),
+            "alpha": float(one.alpha.detach()) if known else None,
+            "beta": float(one.beta.detach()) if known else None,
+            "contribution": one.contribution() if known else None,
+            "parameters": sum(parameter.numel() for parameter in one.parameters()),
+        }
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [{"block": name, **row} for name, row in self.to_dict().items()]
+
+    def sheet(self, title: str = "") -> Sheet:
+        """Whom each hears, α, β, and the contribution ratio (paper 4.5)."""
+        rows = []
+        for row in self._records():
+            amounts = [
+                NONE if row[name] is None else written(row[name])
+                for name, written in (("alpha", fixed), ("beta", _signed), ("contribution", percent))
+            ]
+            # A block that hears several has a name for each, which says whom.
+            hears = NONE if "<-" in row["block"] else row["hears"] or NONE
+            rows.append((row["block"], hears, *amounts, f"{row['parameters']:,}"))
+        numbers = {name: number for number, name in enumerate(self, start=1)}
+        return Sheet(_CONNECTIONS, tuple(rows), title, numbers)
+
+    def _parts(self) -> Iterator[Sheet]:
+        yield self.sheet("connections")
+
+    def _headline(self) -> str:
+        used = sum(1 for one in self.values() if not one.beta.is_meta and bool((one.beta != 0).any()))
+        parameters = {id(p): p.numel() for one in self.values() for p in one.parameters()}
+        return (
+            f"{counted(len(self), 'connection')}, {used} with β other than 0, {sum(parameters.values()):,} parameters"
+        )
+
+
+_CONNECTIONS = (
+    Column("receiving block", "name"),
+    Column("hears", "row"),
+    *(Column(title, "number") for title in ("α", "β", "contribution", "parameters")),
+)
+
+
+def _signed(value: float) -> str:
+    return fixed(value, sign=True)
+
+
+def connections(model: nn.Module) -> ConnectionsByName:
     """Name of the receiving block -> its :class:`Connection`, in the order data meets them.
 
     A block that hears several others has one under ``name<-source`` for each; a block with one map per branch (SK)
     has one under ``name[0]``, ``name[1]``, ... for each branch.
 
+    It is a dictionary that shows itself: whom each hears, α, β, as a table and in a notebook.
+
     Raises ``InputError`` for a model that was not converted.
     """
     require_connected(model)
     found = {name: one for name, one in _by_name(model) if not _hears_nobody(one)}
+    links = [link for _, recipe in recipes(model) for link in recipe.plan.links]
     order = {link.target: i for _, recipe in recipes(model) for i, link in enumerate(recipe.plan.links)}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[0].partition("<-")[0].partition("[")[0], 0)))
+    ordered = sorted(found.items(), key=lambda item: order.get(item[0].partition("<-")[0].partition("[")[0], 0))
+    heard = {name: link_of(name, links).source for name, _ in ordered}
+    return ConnectionsByName(dict(ordered), heard)
 
 
 def own_contexts(model: nn.Module) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def _written(model: nn.Module, entered: bool) -> fx.Graph:
         called = {node.target for node in folded.graph.nodes if node.op == "call_module"}
         require_one_form(recording, called.__contains__)
     except CannotEnter as error:
-        raise TracingError(f"No graph of the whole {type(model).__name__} can be written: {error.reason}.") from error
+        where = f"{error.path}: " if error.path else ""
+        raise TracingError(
+            f"No graph of the whole {type(model).__name__} can be written: {where}{error.reason}."
+        ) from error
     for node in folded.graph.nodes:
         node.meta = {}
     return folded.graph

@@ -10,12 +10,13 @@ from torch import nn
 
 from dcafy.emit.connection import Connection, JoinedConnection, OwnContext
 from dcafy.emit.matching import MATCHES, known
+from dcafy.emit.mixing import Mixed, Shared, mixing_named
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import PlanError, UsageError
 from dcafy.find.layout import widest
 from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.network import Network
-from dcafy.link.topology import TOPOLOGIES, shaped
+from dcafy.link.topology import TOPOLOGIES, heard_of, mixing_of, shaped
 from dcafy.plan.blocks import Alone, Cost, Link, hearing
 from dcafy.plan.options import Linking, check
 from dcafy.plan.plan import Plan
@@ -37,12 +38,13 @@ class Wiring:
     names: dict[str, str]
 
 
-def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any]) -> tuple[Wiring, ...]:
+def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made: Shared) -> tuple[Wiring, ...]:
     """The modules for all links into one block, which have all their settings.
 
     A block that is passed one map per branch has one module per branch (SK), and so has a block of several extraction
     outputs where the module keeps statistics of them; any other has one for all of its extraction outputs. ``place``:
-    device and dtype. Raises ``PlanError`` for a link that no connection can make.
+    device and dtype. ``made``: what the links of one conversion share, across blocks. Raises ``PlanError`` for a link
+    that no connection can make.
     """
     target = network[links[0].target]
     messages = [message_for(network, link) for link in links]
@@ -52,23 +54,24 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any]) -> t
             f"The links into {target.name} have the schemas {', '.join(schemas)}; what a block hears goes into one "
             "second term, so that they need the same one."
         )
+    if len({link.mixing for link in links}) > 1:
+        raise PlanError(f"The links into {target.name} are mixed in different ways; give all of them the same mixing.")
+    mix = mixing_named(mixing_of(links[0]).mixing if links[0].mixing else "")
     every = tuple(range(len(target.contexts)))
     keeps = any(link.message == "centred" for link in links) or (
         SCHEMAS[schemas[0]].normalises and MATCHES[target.block.dimension].norm_has_statistics
     )
     branched = any(message.kind == "branches" for message in messages) or (keeps and len(target.contexts) > 1)
-    made = []
+    found = []
     for contexts in [(i,) for i in every] if branched else [every]:
         suffix = f"branch{contexts[0]}" if branched else ""
         name = f"{target.name}[{contexts[0]}]" if branched else target.name
         matches: dict[Any, nn.Module] = {}
         parts = [_connection(network, link, place, matches, contexts[0], first=link is links[0]) for link in links]
-        if len(parts) == 1:
-            made.append(Wiring(parts[0], contexts, suffix, {name: ""}))
-        else:
-            names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
-            made.append(Wiring(JoinedConnection(parts), contexts, suffix, names))
-    return tuple(made)
+        module = mix(parts, Mixed(target.block, extents(target)[contexts[0]], place, made))
+        names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
+        found.append(Wiring(module, contexts, suffix, {name: ""} if module is parts[0] else names))
+    return tuple(found)
 
 
 def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple[Wiring, ...]:
@@ -94,16 +97,17 @@ def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple
 
 def _parameter_count(network: Network, links: tuple[Link, ...], alone: tuple[Alone, ...] = ()) -> int:
     """How many parameters the connections of these links have, which have all their settings."""
-    groups, place = hearing(links).values(), {"device": "meta"}
-    made = [wire.module for group in groups for wire in wires(network, tuple(group), place)]
+    groups, place, shared = hearing(links).values(), {"device": "meta"}, Shared()
+    made = [wire.module for group in groups for wire in wires(network, tuple(group), place, shared)]
     made += [wire.module for one in alone for wire in own_contexts(network, one, place)]
-    return sum(parameter.numel() for module in made for parameter in module.parameters())
+    return sum({id(p): p.numel() for module in made for p in module.parameters()}.values())
 
 
 def message_for(network: Network, link: Link) -> Message:
     """What the source of a link passes on; ``PlanError`` where the target cannot hear it."""
-    source, target, message = network[link.source], network[link.target], network.message(link.source, link.target)
-    reason = network.obstacle(link.source, link.target)
+    source, target, of = network[link.source], network[link.target], heard_of(link)
+    message = network.message(link.source, link.target, of)
+    reason = network.obstacle(link.source, link.target, of)
     if reason or isinstance(message, Unlinkable):
         raise PlanError(f"{link.target} cannot hear {link.source}: {reason}. Leave the link out of the plan.")
     if source.block.dimension != target.block.dimension:

@@ -261,13 +261,18 @@ def _other_way(
 
 
 def _say(module: nn.Module, usual: Usual) -> None:
-    name = usual.differs(module)
+    name = str(usual.differs(module))
+    part = name.removesuffix(".training")
+    what = (
+        f"{type(module).__name__}.{part} is in another mode than what it is a part of, which decides by both"
+        if part != name and part in usual.modes
+        else f"{type(module).__name__}.{name} is no longer what it was when the model was converted"
+    )
     _once(
         module,
         name,
-        f"{type(module).__name__}.{name} is no longer what it was when the model was converted, so that its own "
-        "forward runs and its attention block is not connected. Set it back, or take dcafy.revert(model) and "
-        "convert that anew.",
+        f"{what}, so that its own forward runs and its attention block is not connected. Set it back, or take "
+        "dcafy.revert(model) and convert that anew.",
     )
 
 

@@ -22,6 +22,7 @@ class Usual:
     ``attributes``  plain values of the module that its class reads
     ``children``    names of submodules that its class reads -> whether there is one
     ``absent``      what its class reads of itself, and the module has no value of its own for
+    ``modes``       paths of its parts by whose mode it decides, which was the module's own
     """
 
     arguments: tuple[Any, ...] | None = None
@@ -29,9 +30,10 @@ class Usual:
     attributes: tuple[tuple[str, Any], ...] = ()
     children: tuple[tuple[str, bool], ...] = ()
     absent: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
 
     def differs(self, module: nn.Module) -> str | None:
-        """The attribute of ``module`` that has another value, if there is one."""
+        """The attribute of ``module``, or of a part of it, that has another value, if there is one."""
         own = module.__dict__
         for name, value in self.attributes:
             if name not in own or not same(own[name], value):
@@ -43,6 +45,9 @@ class Usual:
         for name, there in self.children:
             if (modules.get(name) is not None) is not there:
                 return name
+        for path in self.modes:
+            if module.get_submodule(path).training is not module.training:
+                return f"{path}.training"
         return None
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ class Message:
                   than G, so that T ⊙ G has no meaning (SK, split attention, LR-ASPP)
 
     ``branches``  Tᵢ ⊙ Gᵢ, once per branch: there is a map and a descriptor of each (SK as the paper has it)
+    ``context``   G itself, where a topology asks for that
 
     ``extents`` and ``kinds`` are those of what is passed on for each of the block's extraction outputs, the last one
     for all that follow; ``axis``: where T has its channels. ``maps`` holds each branch's map, in the order of the
@@ -35,7 +36,7 @@ class Message:
     is extracted from, with what takes its place, and the nodes that are repeated.
     """
 
-    kind: Literal["product", "map", "fused", "branches"]
+    kind: Literal["product", "map", "fused", "branches", "context"]
     extents: tuple[Extent, ...]
     kinds: tuple[Origins, ...]
     axis: int | None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from dcafy.find.roles import Found
 from dcafy.link.message import Message, Unlinkable, extents, mismatch
 from dcafy.link.region import Region
+from dcafy.link.sites import NoPlace
+from dcafy.plan.blocks import Of
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,26 @@ class Network:
         """The blocks, in order."""
         return tuple(self[name] for name in self.order)
 
-    def message(self, name: str, target: str = "") -> Message | Unlinkable:
+    def message(self, name: str, target: str = "", of: Of = "message") -> Message | Unlinkable:
         """What a block passes on to another, or why it cannot; to itself: its own G."""
         if name == target:
             own = self[name]
             return Message("map", extents(own), own.kinds, own.axis)
-        return self._home[name].messages[name]
+        return self._home[name].message(name, of)
 
     def nearest(self, target: str) -> tuple[str, ...]:
         """The earlier blocks that reach one, nearest last, those of its own kind of map behind all others."""
         kinds = self[target].kinds
         return tuple(sorted(self.earlier.get(target, ()), key=lambda name: self[name].kinds[:1] == kinds[:1]))
 
-    def obstacle(self, source: str, target: str) -> str | None:
+    def obstacle(self, source: str, target: str, of: Of = "message") -> str | None:
         """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
-        message = self.message(source, target)
+        message = self.message(source, target, of)
+        if isinstance(message, Message) and message.kind == "context":  # T̃ has been given a place, or is none
+            try:
+                self.region(source).telling(source, of)
+            except NoPlace as error:
+                return error.reason
         return str(message) if isinstance(message, Unlinkable) else mismatch(message, self[target])
 
     def apart(self, source: str, target: str) -> bool:

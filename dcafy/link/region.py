@@ -12,9 +12,9 @@ from torch import fx, nn
 from dcafy.find.roles import Found
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import joined
-from dcafy.link.message import Message, Unlinkable
+from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.sites import Site, Sites, placed
-from dcafy.plan.blocks import Skipped
+from dcafy.plan.blocks import Of, Skipped
 from dcafy.trace.lineage import Mark
 from dcafy.trace.recording import Recording
 
@@ -110,9 +110,16 @@ class Region:
         found = self[name]
         return tuple(self.sites.hearing(context, found.between) for context in found.contexts)
 
-    def telling(self, name: str) -> dict[str, Site]:
+    def message(self, name: str, of: Of = "message") -> Message | Unlinkable:
+        """What a block passes on: T̃, or its G."""
+        if of == "context":
+            found = self[name]
+            return Message("context", extents(found), found.kinds, found.axis)
+        return self.messages[name]
+
+    def telling(self, name: str, of: Of = "message") -> dict[str, Site]:
         """Name of each value that a block passes on -> where it is told; raises ``NoPlace``."""
-        message = self.messages[name]
+        message = self.message(name, of)
         assert isinstance(message, Message)
         return placed(self[name], message, self.sites)
 

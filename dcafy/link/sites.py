@@ -262,6 +262,9 @@ def _what(node: fx.Node, recording: Recording) -> object:
 def placed(found: Found, message: Message, sites: Sites) -> dict[str, Site]:
     """Name of each value that a block passes on -> where it is told; raises :class:`NoPlace`."""
     name, fusion = found.name, found.fusions[0]
+    if message.kind == "context":
+        names = [f"{name}|C{i}" for i in range(len(found.contexts))]
+        return dict(zip(names, sites.telling(found.contexts, fusion), strict=True))
     if message.kind == "map":
         return dict(zip([f"{name}|T"], sites.telling((found.map,), fusion), strict=True))
     if message.kind == "product":

@@ -1,5 +1,8 @@
 """Who hears whom: a topology chooses among a block and the earlier ones that reach it; the rest is the same for all.
 
+A new topology is a row of ``TOPOLOGIES``. One that does more with what it hears than add it up has a file of its own in
+``dcafy/emit``, named in its row: see ``dcafy.emit.mixing`` for what is in it. Nothing else has to know of either.
+
 Nothing here needs torch: the command reads the names from here.
 """
 
@@ -8,40 +11,49 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dcafy.plan.blocks import AttentionBlock, Chain, Link, Skipped, hearing
+from dcafy.errors import PlanError
+from dcafy.plan.blocks import AttentionBlock, Chain, Link, Of, Skipped, hearing
 from dcafy.plan.plan import Plan
+from dcafy.wording import shown
 
 if TYPE_CHECKING:
     from dcafy.link.network import Network
 
-Names = tuple[str, ...]
+B = TypeVar("B")
+Blocks = tuple[B, ...]
 
 
 @dataclass(frozen=True)
 class Topology:
     """``hears``: (block, earlier ones that reach it, those that a plan has it hear) -> those that it hears.
 
-    The nearest of the earlier ones is the last; those of the block's own kind of map stand behind all others.
+    They are :class:`dcafy.AttentionBlock`, so that it may go by their widths, sizes and dimensions. The nearest of the
+    earlier ones is the last; those of the block's own kind of map stand behind all others.
     ``every``: whether blocks that hear nothing in a plan, such as the first one, hear something all the same.
+    ``mixing``: the file in ``dcafy/emit`` that says how what a block hears becomes one term (``dcafy.emit.mixing``);
+    empty: it is added up, each with a β of its own.
+    ``of``: what of a block is heard: its ``message`` T̃, or its ``context`` G.
     """
 
-    hears: Callable[[str, Names, Names], Names]
+    hears: Callable[[Any, Blocks[Any], Blocks[Any]], Blocks[Any]]
     every: bool = False
+    mixing: str = ""
+    of: Of = "message"
 
 
-def _chain(block: str, earlier: Names, planned: Names) -> Names:
+def _chain(block: B, earlier: Blocks[B], planned: Blocks[B]) -> Blocks[B]:
     """The nearest one, as in the paper; a plan that is followed says which."""
     return planned or earlier[-1:]
 
 
-def _dense(block: str, earlier: Names, planned: Names) -> Names:
+def _dense(block: B, earlier: Blocks[B], planned: Blocks[B]) -> Blocks[B]:
     """All of them (paper section 5)."""
     return tuple(dict.fromkeys((*earlier, *planned)))
 
 
-def _tree(block: str, earlier: Names, planned: Names) -> Names:
+def _tree(block: B, earlier: Blocks[B], planned: Blocks[B]) -> Blocks[B]:
     """The n-th of a chain hears the (n - 2^j)-th for every 2^j that divides n: a binary tree (paper section 5).
 
     >>> _tree("8", tuple("1234567"), ())
@@ -52,7 +64,7 @@ def _tree(block: str, earlier: Names, planned: Names) -> Names:
     return tuple(dict.fromkeys((*(earlier[-step] for step in reversed(steps)), *planned)))
 
 
-def _own(block: str, earlier: Names, planned: Names) -> Names:
+def _own(block: B, earlier: Blocks[B], planned: Blocks[B]) -> Blocks[B]:
     """Itself: what its G has in other images is its context."""
     return (block,)
 
@@ -76,6 +88,7 @@ def links_in(
     of their target's. ``dimension``: of the blocks that hear.
     """
     row = TOPOLOGIES[topology]
+    mixing = topology if row.mixing else None
     links, skipped = [], []
     planned = hearing(plan.links) if plan else {}
     kept = {name for chain in plan.chains for name in chain.blocks} if plan else set(network.order)
@@ -84,17 +97,35 @@ def links_in(
         asked = row.every and target in kept and dimension in ("all", network[target].block.dimension)
         if plan is not None and not given and not asked:
             continue
-        for source in row.hears(target, tuple(name for name in earlier if name in kept), tuple(given)):
+        blocks = ([network[name].block for name in names] for names in ([n for n in earlier if n in kept], given))
+        for source in (one.name for one in row.hears(network[target].block, *map(tuple, blocks))):
             if source in given:
-                links.append(given[source])
+                own = given[source]
+                links.append(dataclasses.replace(own, mixing=own.mixing or mixing))
                 continue
-            reason = network.obstacle(source, target)
+            reason = network.obstacle(source, target, row.of)
             if reason is not None:
                 skipped.append(Skipped(target, f"cannot hear {source}: {reason}"))
                 continue
             settings = next(iter(given.values()), Link(source, target))
-            links.append(dataclasses.replace(settings, source=source))
+            links.append(dataclasses.replace(settings, source=source, mixing=settings.mixing or mixing))
     return links, skipped
+
+
+def heard_of(link: Link) -> Of:
+    """What of its source a link passes on; ``PlanError`` for a way of mixing that is not known."""
+    return "message" if link.mixing is None else mixing_of(link).of
+
+
+def mixing_of(link: Link) -> Topology:
+    """The topology that says how a link is mixed with the others into its target."""
+    mixed = [name for name, row in TOPOLOGIES.items() if row.mixing]
+    if link.mixing not in mixed:
+        raise PlanError(
+            f"The plan's link from {link.source!r} to {link.target!r} has mixing={shown(link.mixing)}, which is not "
+            f"known. Use one of: {', '.join(mixed) or 'none'}, or leave it out."
+        )
+    return TOPOLOGIES[str(link.mixing)]
 
 
 def grouped(blocks: Iterable[AttentionBlock], links: Collection[Link], home: Mapping[str, int]) -> tuple[Chain, ...]:

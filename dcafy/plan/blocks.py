@@ -14,9 +14,12 @@ from typing import Annotated, Literal
 from dcafy.errors import PlanError
 from dcafy.plan.gates import GATES
 from dcafy.plan.options import Dimension, Overrides
-from dcafy.records import WRITTEN, one_of
+from dcafy.records import LATER, WRITTEN, one_of
 
 FusionKind = Literal["mul", "add"]
+
+Of = Literal["message", "context"]
+"""What of a block is heard: T̃, or its G."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,11 @@ class _Ends:
 class Link(Overrides, _Ends):
     """A connection to be made from ``source`` to ``target``, both block names; a block may hear itself, centred.
 
-    A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it.
+    A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it. ``mixing``: the
+    topology that says how it is mixed with the others into its target, where they are not just added up.
     """
+
+    mixing: str | None = field(default=None, metadata=LATER)
 
 
 def hearing(links: Iterable[Link]) -> dict[str, list[Link]]:

@@ -112,5 +112,6 @@ def _bridge(chain: Chain, dropped: set[str]) -> Chain:
     links = []
     for target in heard:
         if target not in dropped:
-            links += [kept.get((s, target), Link(s, target)) for s in dict.fromkeys(sources(target))]
+            new = Link("", target, mixing=heard[target][0].mixing)
+            links += [kept.get((s, target), dataclasses.replace(new, source=s)) for s in dict.fromkeys(sources(target))]
     return Chain(chain.dimension, tuple(b for b in chain.blocks if b not in dropped), tuple(links))

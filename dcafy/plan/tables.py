@@ -1,26 +1,16 @@
-"""How a plan is shown: chains, what was skipped, and the nodes of every block.
-
-Names come from other people's networks and files. They are put into ``rich.text.Text``, never into
-markup, and what is not printable in them is escaped.
-"""
+"""How a plan is shown: chains, what was skipped, and the nodes of every block."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.measure import Measurement
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from dcafy.plan.blocks import AttentionBlock, Chain, Contents, Link, hearing
 from dcafy.plan.options import Linking
+from dcafy.tables import NONE, WIDTH, Cell, Column, Sheet, plain, shown
 from dcafy.wording import counted, printable
-
-WIDTH = 120
-"""Columns of a plan as plain text."""
 
 
 def link_matches(plan: Contents, link: Link) -> tuple[str | None, str | None]:
@@ -35,126 +25,103 @@ def link_matches(plan: Contents, link: Link) -> tuple[str | None, str | None]:
 
 
 def plan_tables(plan: Contents) -> Iterator[RenderableType]:
-    """The plan as rich renderables: a headline, the chains, the islands and what was skipped."""
-    yield _headline(plan)
+    """The plan as rich renderables: a headline, and what :func:`plan_sheets` has."""
+    yield Text.assemble((printable(plan.model or "model"), "bold"), f": {headline(plan)}\n")
+    yield from plan_sheets(plan)
+
+
+def plan_sheets(plan: Contents) -> Iterator[Sheet]:
+    """The plan as tables: the chains, the islands, what was skipped, and what it would cost."""
     connected = [chain for chain in plan.chains if chain.links]
-    alone = [chain for chain in plan.chains if not chain.links]
     for number, chain in enumerate(connected, start=1):
-        title = f"chain {number}: {counted(len(chain.blocks), 'block')}, {counted(len(chain.links), 'connection')}"
-        yield _titled(title, _block_table(plan, [chain]))
+        counts = f"{counted(len(chain.blocks), 'block')}, {counted(len(chain.links), 'connection')}"
+        yield _block_sheet(plan, [chain], f"chain {number}: {counts}, {chain.dimension} attention")
+    alone = [chain for chain in plan.chains if not chain.links]
     if alone:
-        yield _titled("on their own: no connection leads to or from these blocks", _block_table(plan, alone))
+        yield _block_sheet(plan, alone, "on their own: no connection leads to or from these blocks")
     if plan.islands:
-        yield _titled("islands: submodules that were traced on their own", _rows(("submodule",), zip(plan.islands)))
+        rows = tuple((path,) for path in plan.islands)
+        yield Sheet((Column("submodule", "name"),), rows, "islands: submodules that were traced on their own")
     if plan.skipped:
-        rows = ((row.name, row.reason) for row in plan.skipped)
-        yield _titled("skipped: seen and left alone", _rows(("name", "reason"), rows))
+        columns = (Column("name", "name"), Column("reason", "text"))
+        yield Sheet(columns, tuple((row.name, row.reason) for row in plan.skipped), "skipped: seen and left alone")
     if plan.costs:
-        yield _titled("what each topology would add, with convert's defaults", _cost_table(plan))
+        costs = tuple((cost.topology, str(cost.connections), f"{cost.parameters:,}") for cost in plan.costs)
+        yield Sheet(_COSTS, costs, "what each topology would add, with convert's defaults")
 
 
-def node_table(plan: Contents) -> RenderableType:
+_COSTS = (Column("topology"), Column("connections", "number"), Column("parameters", "number"))
+
+
+def headline(plan: Contents) -> str:
+    """How much there is of what."""
+    counts = ((plan.blocks, "attention block"), (plan.chains, "chain"), (plan.links, "connection"))
+    return ", ".join([*(counted(len(some), what) for some, what in counts), f"{len(plan.skipped)} skipped"])
+
+
+def node_table(plan: Contents) -> Sheet:
     """Every node of every block with its role, in the order data meets the blocks.
 
     The names are those of the graph in which everything was entered; they inform and do not address.
     """
-    table = plain_table("block", "role", "node")
+    rows: list[tuple[Cell, ...] | None] = []
     for block in plan.blocks:
         roles = {"extraction": block.extraction, "transformation": block.transformation, "fusion": block.fusion}
-        for role, nodes in roles.items():
-            for node in nodes:
-                table.add_row(_name(block.name), role, _name(node))
-        table.add_section()
-    return _titled("nodes", table)
+        rows += [(block.name, role, node) for role, nodes in roles.items() for node in nodes]
+        rows.append(None)
+    return Sheet((Column("block", "name"), Column("role"), Column("node", "name")), tuple(rows[:-1]), "nodes")
 
 
 def as_text(plan: Contents, *, nodes: bool = False) -> str:
     """The plan as plain text of at most 120 columns, without colour."""
-    return plain([*plan_tables(plan), *([node_table(plan)] if nodes else [])], WIDTH)
+    return plain(_tables(plan, nodes), WIDTH)
 
 
 def written(plan: Contents, *, nodes: bool = False, terminal: bool = False) -> str:
-    """The plan as the command line prints it.
-
-    On a terminal that is its width and its colours; in a file or a pipe every name stays on one line,
-    so that ``grep`` finds it.
-    """
-    tables = [*plan_tables(plan), *([node_table(plan)] if nodes else [])]
-    if not terminal:
-        return unfolded(tables)
-    console = Console(highlight=False)
-    with console.capture() as capture:
-        console.print(*tables, sep="")
-    return capture.get()
+    """The plan as the command line prints it (:func:`dcafy.tables.shown`)."""
+    return shown(_tables(plan, nodes), terminal=terminal)
 
 
-def unfolded(renderables: Sequence[RenderableType]) -> str:
-    """What rich prints where every name has room on one line."""
-    return plain(renderables, max(WIDTH, *map(_natural_width, renderables)))
+def _tables(plan: Contents, nodes: bool) -> list[RenderableType]:
+    return [*plan_tables(plan), *([node_table(plan)] if nodes and plan.blocks else [])]
 
 
-def plain(renderables: Iterable[RenderableType], width: int) -> str:
-    """What rich prints into a file of so many columns: no colour, no markup, no blanks at the ends of lines."""
-    console = Console(
-        file=io.StringIO(),
-        width=width,
-        color_system=None,
-        force_terminal=False,
-        highlight=False,
-        legacy_windows=False,
-        markup=False,
-    )
-    with console.capture() as capture:
-        for renderable in renderables:
-            console.print(renderable)
-    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+def numbered(plan: Contents) -> Mapping[str, int]:
+    """Block -> its number, counted from 1 in the order data meets them."""
+    return {block.name: number for number, block in enumerate(plan.blocks, start=1)}
 
 
-def _natural_width(renderable: RenderableType) -> int:
-    """Columns that it takes if nothing is to be folded."""
-    console = Console(width=10_000, color_system=None, force_terminal=False, legacy_windows=False)
-    return Measurement.get(console, console.options, renderable).maximum
-
-
-def _headline(plan: Contents) -> Text:
-    counts = ", ".join(
-        (
-            counted(len(plan.blocks), "attention block"),
-            counted(len(plan.chains), "chain"),
-            counted(len(plan.links), "connection"),
-            f"{len(plan.skipped)} skipped",
-        )
-    )
-    return Text.assemble((_name(plan.model or "model").plain, "bold"), f": {counts}\n")
-
-
-def _block_table(plan: Contents, chains: Sequence[Chain]) -> Table:
+def _block_sheet(plan: Contents, chains: Sequence[Chain], title: str) -> Sheet:
     """One row for each block; a block that hears several others has them under one another."""
-    table = plain_table("block", "dimension", "channels", "size", "gate", "predecessor", "match")
-    table.columns[2].justify = "right"
+    rows: list[tuple[Cell, ...]] = []
+    several = len({chain.dimension for chain in chains}) > 1
     for chain in chains:
         heard = hearing(chain.links)
         for name in chain.blocks:
             block, links = plan.block(name), heard.get(name, [])
-            table.add_row(
-                _name(name),
-                block.dimension,
-                str(block.channels),
-                "x".join(map(str, block.size)) if block.size else "-",
-                block.gate if block.fusion_kind == "mul" else f"{block.gate}, {block.fusion_kind}",
-                _lines([_name(link.source) for link in links]),
-                _lines([Text(_match(plan, block, link)) for link in links]),
+            rows.append(
+                (
+                    name,
+                    block.dimension if several or not chain.links else NONE,
+                    str(block.channels),
+                    "x".join(map(str, block.size)) if block.size else NONE,
+                    block.gate if block.fusion_kind == "mul" else f"{block.gate}, {block.fusion_kind}",
+                    tuple(link.source for link in links),
+                    tuple(_match(plan, block, link) for link in links),
+                )
             )
-    return table
+    return Sheet(_BLOCK, tuple(rows), title, numbered(plan))
 
 
-def _cost_table(plan: Contents) -> Table:
-    table = plain_table("topology", "connections", "parameters")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for cost in plan.costs:
-        table.add_row(_name(cost.topology), str(cost.connections), f"{cost.parameters:,}")
-    return table
+_BLOCK = (
+    Column("block", "name"),
+    Column("dimension"),
+    Column("channels", "number"),
+    Column("size"),
+    Column("gate"),
+    Column("hears", "row"),
+    Column("match"),
+)
 
 
 def _match(plan: Contents, target: AttentionBlock, link: Link) -> str:
@@ -167,32 +134,4 @@ def _match(plan: Contents, target: AttentionBlock, link: Link) -> str:
         parts.append(f"{spatial} {here} to {there}")
     if link.schema is not None:
         parts.append(f"({link.schema})")
-    return " ".join(parts) or "-"
-
-
-def _rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = plain_table(*columns)
-    for row in rows:
-        table.add_row(*map(_name, row))
-    return table
-
-
-def plain_table(*columns: str) -> Table:
-    """A table of these columns whose cells fold where they are too long."""
-    table = Table(box=box.SIMPLE)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _titled(title: str, table: Table) -> Group:
-    # A table's own title is wrapped at the width of the table.
-    return Group(Text(title, "bold"), table)
-
-
-def _lines(texts: Sequence[Text]) -> Text:
-    return Text("\n").join(texts) if texts else Text("-")
-
-
-def _name(name: str) -> Text:
-    return Text(printable(name))
+    return " ".join(parts) or NONE

@@ -29,6 +29,7 @@ from dcafy.report.epochs import EpochLog
 from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
 from dcafy.version import __version__
+from dcafy.zoos.specs import has_random_weights
 
 BATCH = 8
 MOST_CAMS = 8
@@ -59,13 +60,17 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two networks: its attention values, its Grad-CAM maps, its size and cost, the names of its classes."""
+    """One of the two networks: its attention values, its Grad-CAM maps, its size and cost, the names of its classes.
+
+    ``random``: whether nothing was loaded into the network that a zoo built, so that nothing here tells of training.
+    """
 
     title: str
     values: tuple[AttentionValues, ...]
     cams: GradCam | None
     complexity: Complexity
     classes: tuple[str, ...] = ()
+    random: bool = False
 
     def named(self, number: int) -> str:
         """A class by its number, and by its name where that is known."""
@@ -120,7 +125,8 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         told(f"Grad-CAM, {title}")
         target, stages = _target(wanted, output, scores[-1]), _names(copy, tap)
         cams = None if reason or not stages else cams_of(tap, given[:MOST_CAMS], target=target, stages=stages)
-        sides.append(Side(title, values, cams, complexity(network, given[:1]), _classes(wanted, output)))
+        cost, classes = complexity(network, given[:1]), _classes(wanted, output)
+        sides.append(Side(title, values, cams, cost, classes, has_random_weights(network)))
     told("connections")
     shares = message_shares(model, torch.split(_given(model, pictures), BATCH)) if connected else {}
     told("cutting connections" if wanted.data is not None else "numbers")

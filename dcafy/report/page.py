@@ -22,6 +22,7 @@ from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
 from dcafy.report.findings import MOST_CAMS, Findings
 from dcafy.report.thumbnails import data_uri, overlaid, small
 from dcafy.wording import counted, needing, printable
+from dcafy.zoos.specs import RANDOM
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def page(findings: Findings) -> str:
         "script": Markup(parts["page.js"]),
         "script_hash": base64.b64encode(hashlib.sha256(parts["page.js"].encode()).digest()).decode(),
         "found": findings,
+        "random_weights": RANDOM,
         "chains": Plot("Chains", drawing.svg, data=_chain_data(findings)),
         "histograms": tuple(_histograms(findings)),
         "seen": tuple(_cams(findings)),

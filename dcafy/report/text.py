@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from dcafy.amounts import fixed, percent
 from dcafy.analysis.listening import usage_tables
 from dcafy.analysis.values import common_axes
-from dcafy.plan.tables import plain_table, plan_tables
+from dcafy.plan.tables import plan_tables
 from dcafy.report.findings import Findings
+from dcafy.tables import Cell, Column, Sheet
 from dcafy.wording import printable
+from dcafy.zoos.specs import RANDOM
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 BINS, BAR = 20, 20
@@ -21,12 +23,15 @@ BINS, BAR = 20, 20
 def print_findings(findings: Findings, console: Console) -> None:
     """Prints the chains, the attention values and the connections; names are never read as markup."""
     for row in findings.pictures.skipped:
-        console.print(Text(f"left out {row.name}: {row.reason}"))
+        console.print(Text(printable(f"left out {row.name}: {row.reason}")))
+    for side in findings.sides:
+        if side.random:
+            console.print(Text(f"{printable(side.title)}: {RANDOM}"))
     console.print(*plan_tables(findings.plan), sep="")
     if any(side.values for side in findings.sides):
-        console.print(Text("attention values", "bold"), _values(findings), sep="\n")
+        console.print(_values(findings))
     if findings.contributions:
-        console.print(Text("connections", "bold"), _connections(findings), sep="\n")
+        console.print(_connections(findings))
     if findings.usage is not None:
         console.print(*usage_tables(findings.usage), sep="\n")
 
@@ -50,25 +55,43 @@ def bar(share: float) -> str:
     return "█" * round(share * BAR)
 
 
-def _values(findings: Findings) -> Table:
+def _values(findings: Findings) -> Sheet:
     everything = tuple(block for side in findings.sides for block in side.values)
     low, high, top = common_axes(everything, BINS)
-    table = plain_table("block", "network", f"{low:.3g} to {high:.3g}", "spread", "near 0.5")
     sides = [(side.title, {block.name: block for block in side.values}) for side in findings.sides]
+    rows: list[tuple[Cell, ...]] = []
     for name in dict.fromkeys(block.name for block in everything):
         for title, values in sides:
             if name in values:
                 line = sparkline(values[name].histogram(low, high, BINS).shares, top)
-                numbers = (f"{values[name].spread:.3f}", f"{values[name].near_half:.1%}")
-                table.add_row(*map(Text, (printable(name), printable(title), line, *numbers)))
-    return table
+                rows.append((name, title, line, fixed(values[name].spread, 3), percent(values[name].near_half)))
+    columns = (
+        Column("block", "name"),
+        Column("network"),
+        Column(f"{low:.3g} to {high:.3g}"),
+        Column("spread", "number"),
+        Column("near 0.5", "number"),
+    )
+    return Sheet(columns, tuple(rows), "attention values", _numbers([str(row[0]) for row in rows]))
 
 
-def _connections(findings: Findings) -> Table:
-    table = plain_table("connection", "α", "β", "contribution", "", "message share", "")
+def _connections(findings: Findings) -> Sheet:
+    rows: list[tuple[Cell, ...]] = []
     for row in findings.contributions:
         share = findings.shares.get(row.name, 0.0)
-        weights, shares = (f"{row.alpha:.4f}", f"{row.beta:+.4f}"), (row.ratio, share)
-        bars = (text for value in shares for text in (f"{value:.1%}", bar(value)))
-        table.add_row(*map(Text, (printable(row.name), *weights, *bars)))
-    return table
+        weights = (fixed(row.alpha), fixed(row.beta, sign=True))
+        rows.append(
+            (row.name, *weights, *(text for value in (row.ratio, share) for text in (percent(value), bar(value))))
+        )
+    columns = (
+        Column("connection", "name"),
+        *(Column(title, "number") for title in ("α", "β", "contribution")),
+        Column(""),
+        Column("message share", "number"),
+        Column(""),
+    )
+    return Sheet(columns, tuple(rows), "connections", _numbers([row.name for row in findings.contributions]))
+
+
+def _numbers(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(dict.fromkeys(names), start=1)}

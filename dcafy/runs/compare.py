@@ -174,9 +174,7 @@ def _pair(one: str, other: str, histories: Mapping[str, Sequence[History]]) -> P
     ours, theirs = histories[one], histories[other]
     by_image = [_common(pair) for pair in zip(ours, theirs, strict=True)]
     found = {}
-    for name in ours[0].metrics:
-        if name == "images":
-            continue
+    for name in measured([history.metrics for history in (*ours, *theirs)]):
         lower = name in LOSSES
         if all(name in rows for rows in by_image):
             values = [torch.stack([rows[name][side] for rows in by_image]) for side in (0, 1)]
@@ -186,6 +184,11 @@ def _pair(one: str, other: str, histories: Mapping[str, Sequence[History]]) -> P
             images = int(min(history.metrics.get("images", 0) for history in (*ours, *theirs)))
             found[name] = paired_difference(*columns, of=0 if lower else images, lower_is_better=lower)
     return Pair(one, other, found)
+
+
+def measured(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """The metrics that all of these have, in their order; a run of an earlier version may have more."""
+    return [name for name in rows[0] if name != "images" and all(name in row for row in rows)]
 
 
 def _common(pair: tuple[History, History]) -> dict[str, Tensor]:

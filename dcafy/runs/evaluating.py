@@ -132,7 +132,7 @@ def evaluation(
     if found.task == "detection":
         return Evaluation(metrics, _precisions(meter.metric, numbers, names), skipped=tuple(skipped))
     every = torch.cat(meter.rows).tolist()
-    rows = {int(index): {"loss": loss, "top1": top1, "top5": top5} for index, yes, loss, top1, top5 in every if yes}
+    rows = {int(i): dict(zip(meter.measured, told, strict=False)) for i, yes, *told in every if yes}
     confusion = _confusion(pairs.values(), len(names))
     return Evaluation(metrics, _scores(confusion, names), confusion, rows, tuple(skipped))
 
@@ -260,7 +260,8 @@ def paired(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
     if both:
         return {
             name: paired_difference([one.rows[i][name] for i in both], [other.rows[i][name] for i in both])
-            for name in ("loss", "top1", "top5")
+            for name in one.rows[both[0]]
+            if name in other.rows[both[0]]
         }
     shared = [name for name in one.metrics if name in other.metrics and name != "images"]
     return {name: Difference(one.metrics[name] - other.metrics[name], None, None, 1) for name in shared}

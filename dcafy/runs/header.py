@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from rich.console import RenderableType
 from torch import nn
 
 from dcafy.checkpoint.tensors import is_connection
@@ -23,7 +24,7 @@ from dcafy.training.options import TrainingConfig
 from dcafy.training.telling import lasting
 from dcafy.training.trial import Trial
 from dcafy.wording import counted, few, printable
-from dcafy.zoos.specs import has_random_weights
+from dcafy.zoos.specs import RANDOM, has_random_weights
 
 
 def header(request: Request, on: Subject, output: Path | None, *, asked_before: Request | None = None) -> str:
@@ -60,8 +61,7 @@ def _network(request: Request, network: nn.Module) -> str:
         parts.append(f"on the network of {request.backbone}")
     count = len(connections(network)) if is_connected(network) else 0
     parts.append(counted(count, "connection") if count else "no connections")
-    weights = "random (add @DEFAULT for trained ones)" if has_random_weights(network) else "loaded"
-    return f"{', '.join(parts)}; weights: {weights}"
+    return f"{', '.join(parts)}; {RANDOM if has_random_weights(network) else 'weights: loaded'}"
 
 
 def _images(request: Request, on: Subject) -> str:
@@ -161,9 +161,10 @@ def _steps(on: Subject, config: TrainingConfig) -> int:
     return -(-batches // config.accumulate)
 
 
-def in_words(trials: Mapping[str, Trial], request: Request) -> str:
+def in_words(trials: Mapping[str, Trial], request: Request) -> list[RenderableType]:
     """What was tried, and how long the whole run takes; ``trials``: of every arm that is trained."""
-    lines, whole = [], 0.0
+    lines: list[RenderableType] = []
+    whole = 0.0
     for arm, trial in trials.items():
         title = f"{arm}: " if request.seeds else ""
         peak = "" if trial.peak is None else f"; at most {trial.peak / 1e9:.1f} GB {_WHERE[trial.device == 'cpu']}"
@@ -175,7 +176,7 @@ def in_words(trials: Mapping[str, Trial], request: Request) -> str:
     whole *= max(request.seeds, 1)
     runs = f" of all {request.seeds * len(trials)} runs" if request.seeds else ""
     lines.append(f"all {request.training.epochs} epochs{runs}: about {lasting(whole)}; nothing was written")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 _WHERE = {True: "in this process", False: "on the device"}

@@ -114,7 +114,7 @@ class RunOptions:
 class UseOptions:
     """How a trained network is run on images."""
 
-    batch_size: int = setting(32, "Images in a batch.", least=1)
+    batch_size: int = setting(32, "Images in a batch.", least=1, also=("--bs",))
     workers: int = setting(0, "Processes that read images.", least=0)
     cpu: bool = setting(False, "Run on the CPU even where there is a GPU.")
     image_size: int | None = setting(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dcafy.amounts import fixed, percent
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, Transforms, preparation_of
 from dcafy.images.order import UnreadableImage
@@ -186,15 +187,13 @@ def _finite(scores: Sequence[float], file: str, spec: str) -> tuple[float, ...]:
 
 
 def in_words(seen: Prediction) -> str:
-    """A picture in one line."""
-    if not seen.classes:
-        return f"{printable(seen.file)}: nothing"
-    names = [f"{printable(name)} {score:.1%}" for name, score in zip(seen.classes, seen.scores, strict=True)]
+    """What is seen in a picture."""
+    names = [f"{name} {percent(score)}" for name, score in zip(seen.classes, seen.scores, strict=True)]
     if seen.boxes is not None:
         names = [
-            f"{name} at {' '.join(f'{side:.0f}' for side in box)}" for name, box in zip(names, seen.boxes, strict=True)
+            f"{name} at {' '.join(fixed(side, 0) for side in box)}" for name, box in zip(names, seen.boxes, strict=True)
         ]
-    return f"{printable(seen.file)}: {', '.join(names)}"
+    return ", ".join(names) or "nothing"
 
 
 def as_csv(seen: Prediction) -> list[list[object]]:

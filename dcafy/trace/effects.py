@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from types import CellType, FunctionType, ModuleType
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from dcafy.graph.nodes import OWNER
+from dcafy.graph.nodes import OWNER, leaves
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _CONTAINERS = (list, tuple, set, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
@@ -71,6 +72,28 @@ def proxies_in(value: Any, depth: int = 3) -> Iterator[fx.Proxy]:
     elif depth:
         for item in _items(value):
             yield from proxies_in(item, depth - 1)
+
+
+def writes(before: Any, after: Any, own: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """(container, key, value) of what a call wrote into lists and dictionaries that it was given, at any depth.
+
+    ``before``, ``after``: copies of the caller's ``own``. What is not there any more has the value ``GONE``.
+    """
+    if isinstance(own, dict):
+        rows = [(key, before.get(key, GONE), after.get(key, GONE)) for key in dict.fromkeys((*before, *after))]
+    elif isinstance(own, list | tuple):
+        pairs = itertools.zip_longest(before, after, fillvalue=GONE)
+        rows = [(key, *pair) for key, pair in enumerate(pairs)]
+    else:
+        return
+    for key, was, now in rows:
+        if type(was) is type(now) and isinstance(was, list | tuple | dict):
+            yield from writes(was, now, own[key])
+        elif not _alike(tuple(leaves(was)), tuple(leaves(now))):
+            yield own, key, now
+
+
+GONE = object()
 
 
 def holds_proxy(value: Any) -> bool:

@@ -25,7 +25,7 @@ def require_one_form(recording: Recording, is_called: Callable[[str], bool]) -> 
     ``is_called``: whether the module at a path stays a call. Looked at are those in which something decides by the
     mode, or is kept whole. (YOLO's heads: a tensor and a list in eval, the list in training.)
     """
-    doubtful = recording.mode_read | recording.kept_whole.keys()
+    doubtful = recording.mode_read.keys() | recording.kept_whole.keys()
     calls = [(call.path, call.args, call.kwargs, values_of(call.output)) for call in recording.calls]
     leaves = (n for n in recording.graph.nodes if n.op == "call_module" and n.target in recording.kept_whole)
     calls += [(str(node.target), node.args, node.kwargs, node_value(node)) for node in leaves]

@@ -56,7 +56,13 @@ def _modules(tracer: ValueTracer) -> Iterator[Patch]:
         return tracer.call_module(module, functools.partial(call, module), args, kwargs)
 
     yield nn.Module, "__call__", called
-    yield nn.Module, "__getattr__", lambda module, name: tracer.getattr(name, get(module, name), {})
+
+    def attribute(module: nn.Module, name: str) -> Any:
+        if name == "training":  # which no module has of its own while it is recorded
+            return tracer.mode_of(module)
+        return tracer.getattr(name, get(module, name), {})
+
+    yield nn.Module, "__getattr__", attribute
 
 
 def _leaves(tracer: ValueTracer, scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:

@@ -26,11 +26,13 @@ from dcafy.graph.paths import joined
 class Answering(fx.Tracer):
     """What proxies need of the tracer that makes them.
 
-    ``mode_read``  paths of the modules whose forwards decide by their mode
+    ``mode_read``  pairs of paths: the module whose forward decides by a mode, and the one whose mode it is
     ``mode``       what they are told
+    ``owner``      the path of the module whose forward runs
     """
 
-    mode_read: set[str]
+    mode_read: set[tuple[str, str]]
+    owner: str
     mode: bool = False
 
     def settle(self, proxy: fx.Proxy, ask: Callable[[Any], Any]) -> Any:
@@ -160,7 +162,7 @@ for _name in IN_PLACE:
 
 
 class Mode:
-    """Stands for ``self.training`` of one entered module while its forward is recorded.
+    """Stands for the ``training`` of one module while a forward is recorded, be it the module's own or another's.
 
     As an argument (``F.dropout(x, training=self.training)``) it becomes a node that reads the module's
     mode when the graph runs. Where it is asked for its truth, the forward's control flow depends
@@ -172,7 +174,7 @@ class Mode:
         self._path = path
 
     def __bool__(self) -> bool:
-        self._tracer.mode_read.add(self._path)
+        self._tracer.mode_read.add((self._tracer.owner, self._path))
         return self._tracer.mode
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> fx.Node:

@@ -26,11 +26,21 @@ from torch import fx, nn
 from dcafy.errors import InputError
 from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
-from dcafy.graph.paths import above, joined, within
+from dcafy.graph.nodes import OWNER, PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
+from dcafy.graph.paths import above, below, joined, within
 from dcafy.graph.rewritten import is_rewritten
 from dcafy.threads import ONE_AT_A_TIME
-from dcafy.trace.effects import BOOKKEEPING, Kept, State, changed, holds_proxy, python_state, watched_globals
+from dcafy.trace.effects import (
+    BOOKKEEPING,
+    GONE,
+    Kept,
+    State,
+    changed,
+    holds_proxy,
+    python_state,
+    watched_globals,
+    writes,
+)
 from dcafy.trace.inputs import without_data
 from dcafy.trace.named import Scripted
 from dcafy.trace.patches import swap_for
@@ -47,7 +57,7 @@ class _State:
     calls: int
     settled: int
     refused: int
-    mode_read: set[str]
+    mode_read: set[tuple[str, str]]
     attributes: dict[str, ValueProxy]
     given: list[tuple[ValueProxy, fx.Node]]
 
@@ -97,13 +107,13 @@ class Recorder(ValueTracer):
         self._opaque = opaque
         self.connections = connections
         self.mode = training
-        self._paths = {id(module): path for path, module in self.modules.items()}
         self._originals = {
             id(module): path
             for path, module in original.named_modules()
             if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
         }
         self.outside: str | None = None
+        self._written_there: list[fx.Node] = []
         self._plain: list[tuple[Any, Any, Any, Any]] = []
         self._names: dict[int, list[str]] = {}
         self._inner: dict[str, dict[int, nn.Module]] = {}  # path -> what may keep something in Python: it and all below
@@ -125,12 +135,15 @@ class Recorder(ValueTracer):
             swap, with_gradients = swap_for(self, modules.values(), self.call_function), torch.is_grad_enabled()
             try:
                 swap.put()
-                model.__dict__["training"] = Mode(self, "")
+                for module in modules.values():
+                    module.__dict__.pop("training", None)
                 before = python_state(model)
                 try:
                     graph = self.trace(model)
                 finally:
-                    model.__dict__["training"] = False
+                    for module in modules.values():
+                        module.__dict__["training"] = False
+                self._tell_written()
                 self._put_plain_back()
                 self._plain.clear()
                 self._watch("", model, before, self._inputs.args, self._inputs.kwargs)
@@ -150,7 +163,7 @@ class Recorder(ValueTracer):
         return Recording(
             graph,
             tuple(self.calls),
-            frozenset(self.mode_read),
+            self._modes_asked(),
             self.kept_whole,
             {**stored, **self.unwritten},
             self.observed,
@@ -275,6 +288,15 @@ class Recorder(ValueTracer):
 
     # -- modules --------------------------------------------------------------------------------
 
+    def _modes_asked(self) -> dict[str, frozenset[str]]:
+        """Module -> those whose modes its forward decides by, seen from it; only its own parts can be in a graph."""
+        asked: dict[str, set[str]] = {}
+        for owner, path in self.mode_read:
+            if not within(path, owner):
+                self.unwritten.setdefault(owner, f"its forward decides by the mode of {path or 'the model'}")
+            asked.setdefault(owner, set()).add(below(path, owner))
+        return {owner: frozenset(paths) for owner, paths in asked.items()}
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self._paths.get(id(m))
         if self.running:
@@ -295,77 +317,117 @@ class Recorder(ValueTracer):
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         node.meta[PLACE] = self._place(module)
         with self.evaluating(node):
-            node.meta[VALUE] = self._yields(path, module, values_of(args), values_of(kwargs))
+            node.meta[VALUE], given = self._yields(path, module, values_of(args), values_of(kwargs))
+        return self._called(node, args, kwargs, given, module)
+
+    def _called(self, node: fx.Node, args: Any, kwargs: Any, given: Any, module: nn.Module) -> ValueProxy:
+        """What a leaf returns; what it wrote into lists and dictionaries of the caller's stands in them.
+
+        No graph has that: a node has a list of its own, which nobody reads afterwards.
+        """
+        own = args, kwargs
+
+        def stands_there(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                self.unwritten.setdefault(self.owner, f"its forward has {node.target} change a list or dictionary")
+                return value
+            item = self.create_node("call_function", _written_there, (node,), {})
+            item.meta[VALUE] = value
+            self._written_there.append(item)
+            return ValueProxy(item, self)
+
+        written = list(writes(values_of(own), given, own))
+        for container, key, _ in reversed([row for row in written if row[2] is GONE]):
+            del container[key]
+        for container, key, value in written:
+            if value is GONE:
+                continue
+            if isinstance(container, list):
+                container[key : key + 1] = [mapped(value, stands_there)]
+            else:
+                container[key] = mapped(value, stands_there)
         return self._result(node, args, bool(getattr(module, "inplace", False)))
 
-    def _yields(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The value of what a leaf returns."""
+    def _tell_written(self) -> None:
+        """Says who reads what a leaf wrote into a list; what nobody reads is no node."""
+        unread = {item for item in self._written_there if not item.users}
+        for item in self._written_there:
+            for node in (*item.users, item) if item.users else ():
+                what = f"its forward reads what {item.args[0].target} wrote into a list or dictionary"  # type: ignore[union-attr]
+                self.unwritten.setdefault(node.meta[OWNER], what)
+        for call in self.calls if unread else ():
+            call.nodes = [node for node in call.nodes if node not in unread]
+        for item in unread:
+            self.graph.erase_node(item)
+
+    def _yields(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The value of what a leaf returns, and what it was given, as it left it."""
         whole = path in self._opaque or path in self.kept_whole
         evaluate = self.evaluator.anew if whole else self.evaluator.module  # each one is looked into
         given = mapped((args, kwargs), lambda own: own) if whole else (args, kwargs)  # it may write into lists
         outer, self._observing = self._observing, f"{path}." if whole else self._observing
         try:
             with self._with_plain() if whole else contextlib.nullcontext():
-                return evaluate(module, args, kwargs)
+                return evaluate(module, *given), given
         except Exception as error:  # it may fail on meta tensors in any way, and need values
             if not self.knows_data(*given) or sum(map(_has_weight, module.modules())) > _MOST_LAYERS:
                 raise
-            return self._yields_on_data(path, given[0], given[1], error)
+            return self._yields_on_data(path, args, kwargs, error)
         finally:
             self._observing = outer
 
-    def _yields_on_data(self, path: str, args: Any, kwargs: Any, error: Exception) -> Any:
-        """The value of what a leaf returns, whatever the data; raises what it raises, or where that differs."""
+    def _yields_on_data(self, path: str, args: Any, kwargs: Any, error: Exception) -> tuple[Any, Any]:
+        """As ``_yields``, whatever the data; raises what it raises, or where that differs."""
 
-        def run(args: Any, kwargs: Any) -> Any:
-            return running_copy(self.original.get_submodule(path))(*args, **kwargs)
+        def run(*given: Any) -> tuple[Any, Any]:
+            before = list(leaves(given))
+            known = {id(leaf): value for leaf, value in zip(before, leaves((args, kwargs)), strict=True)}
+            output = running_copy(self.original.get_submodule(path))(*given[0], **given[1])
+            return output, mapped(given, lambda leaf: known[id(leaf)] if id(leaf) in known else without_data(leaf))
 
-        results = [self.with_data(run, args, kwargs, seed) for seed in (0, 1)]
+        (output, given), again = (self.with_data(run, args, kwargs, seed) for seed in (0, 1))
+        results = output, again[0]
         described = [[_layout(leaf) for leaf in leaves(result)] for result in results]
         if described[0] != described[1] or None in described[0]:
             raise self.refusal("its forward goes by the content of a tensor") from error
-        return without_data(results[0])
+        return without_data(output), given
 
     def _enter(self, path: str, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         call = Call(path, self.create_arg(args), self.create_arg(kwargs))
         before = _last(self.graph)
         outer = self.owner, self.place
         self.owner, self.place = path, self._place(module)
-        mode = module.__dict__["training"]
         state, own = self._state(args, kwargs), python_state(module)
         kept = Kept(self._inner[path].values(), (*args, *kwargs.values()))
         self.calls.append(call)
-        module.__dict__["training"] = Mode(self, path)
         try:
             output = self._leave(forward(*args, **kwargs), before)
             call.output, call.record = self.create_arg(as_plain(output)), is_record(type(output))
         except Exception as error:  # any forward may raise anything; what cannot be entered is kept whole
-            module.__dict__["training"] = mode
             self.owner, self.place = outer
             left = kept.now()
             kept.put_back()  # a detector's head writes into the list that it is given
             self.kept_whole[path] = reason_of(error)
             try:
                 with self.run():
-                    value = self._yields(path, module, values_of(args), values_of(kwargs))
+                    value, given = self._yields(path, module, values_of(args), values_of(kwargs))
             except Exception:  # it is the user's own error, who may catch it: what was done so far is done
                 del self.kept_whole[path]
                 self.calls.remove(call)
                 left.put_back()
                 raise error from None
             self._take_back(before, state)
-            return self._kept_whole(path, module, args, kwargs, value)
+            return self._kept_whole(path, module, args, kwargs, value, given)
         finally:
-            module.__dict__["training"] = mode
             self.owner, self.place = outer
         self._watch(path, module, own, call.args, call.kwargs)
         call.nodes = list(_after(before, self.graph))
         return output
 
-    def _kept_whole(self, path: str, module: nn.Module, args: Any, kwargs: Any, value: Any) -> ValueProxy:
+    def _kept_whole(self, path: str, module: nn.Module, args: Any, kwargs: Any, value: Any, given: Any) -> ValueProxy:
         node = self.create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         node.meta.update({PLACE: self._place(module), VALUE: value})
-        return self._result(node, args, bool(getattr(module, "inplace", False)))
+        return self._called(node, args, kwargs, given, module)
 
     def _place(self, module: nn.Module) -> str:
         """The path of ``module`` that is nearest to where it is called: one activation may serve all blocks."""
@@ -441,6 +503,11 @@ class Recorder(ValueTracer):
         """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
+
+
+def _written_there(returned: Any) -> Any:
+    """Stands for what a leaf wrote into a list that it was given; a graph that has it is none."""
+    raise AssertionError("what a module writes into a list is not in its graph")
 
 
 def _at(holder: Any, key: Any) -> Any:

@@ -60,7 +60,7 @@ class Recording:
 
     ``graph``       every node with its value (``node.meta["value"]``) and owner (``node.meta["owner"]``)
     ``calls``       the entered calls, outer before inner
-    ``mode_read``   modules whose control flow asks for their mode; recorded as in eval
+    ``mode_read``   modules whose control flow asks for a mode -> whose, seen from them ("": their own); as in eval
     ``kept_whole``  module path -> why its forward was not recorded
     ``unwritten``   module path -> what its forward does besides, which no graph has: stored values, autocast, no_grad
     ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
@@ -72,7 +72,7 @@ class Recording:
 
     graph: fx.Graph
     calls: tuple[Call, ...]
-    mode_read: frozenset[str]
+    mode_read: dict[str, frozenset[str]]
     kept_whole: dict[str, str]
     unwritten: dict[str, str]
     observed: dict[str, Observed]

@@ -50,12 +50,13 @@ class ValueTracer(Answering):
         self.model = model
         self.original = original
         self.modules = dict(model.named_modules())
+        self._paths = {id(module): path for path, module in self.modules.items()}
         self.evaluator = evaluator
         self.owner = ""
         self.place = ""
         self.running = self.on_data = False
         self.refused: list[tuple[str, str]] = []
-        self.mode_read: set[str] = set()
+        self.mode_read: set[tuple[str, str]] = set()
         self.settled: list[Decision] = []
         self.unwritten: dict[str, str] = {}
         self._attributes: dict[str, ValueProxy] = {}
@@ -219,6 +220,10 @@ class ValueTracer(Answering):
         if self.running or not isinstance(attr_val, Tensor) or id(attr_val) not in self._tensors:
             return attr_val
         return self._tensor(attr_val)
+
+    def mode_of(self, module: nn.Module) -> Any:
+        """What a module's ``training`` is: layers that are run on values are in eval."""
+        return False if self.running else Mode(self, self._paths[id(module)])
 
     def _tensor(self, tensor: Tensor) -> ValueProxy:
         """The node that reads one of the model's own tensors."""

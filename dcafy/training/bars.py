@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Column
 from rich.text import Text
 
+from dcafy.amounts import fixed, percent
 from dcafy.training.history import Epoch
 from dcafy.training.options import TrainingConfig
 from dcafy.training.telling import Lines
@@ -66,9 +67,9 @@ class Bars(Lines):
     def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
         assert self.bars is not None
         self.told = time.monotonic()
-        accuracy = "" if means[1] is None else f"accuracy {means[1]:6.1%}, "
+        accuracy = "" if means[1] is None else f"accuracy {percent(means[1]):>6}, "
         rate = f"{self.pace.images_per_second(step):6.0f} images/s"
-        shown = f"{means[0]:8.4f}" if means[0] < 1000 else f"{means[0]:8.2g}"
+        shown = f"{fixed(means[0]):>8}" if means[0] < 1000 else f"{means[0]:8.2g}"
         self.bars.said = f"{'':11}loss {shown}, {accuracy}lr {lr:7.1e}, {rate}"
         self.bars.update(self.step_bar, completed=step)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dcafy.training.history import Epoch
 from dcafy.training.options import TrainingConfig
-from dcafy.training.telling import Lines, Listener, Silent
+from dcafy.training.telling import Lines, Listener, Silent, so_far
 from dcafy.wording import printable
 
 _SHOWN = 20
@@ -47,8 +47,7 @@ class NotebookBars(Lines):
 
     def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
         self.told = time.monotonic()
-        accuracy = "" if means[1] is None else f", accuracy {means[1]:.1%}"
-        self.now = f"loss {means[0]:.4f}{accuracy}, lr {lr:.1e}, {self.pace.images_per_second(step):.0f} images/s"
+        self.now = f"{so_far(means)}, lr {lr:.1e}, {self.pace.images_per_second(step):.0f} images/s"
         self.rows["steps"] = step, self.steps
         self._show()
 

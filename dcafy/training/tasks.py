@@ -183,7 +183,9 @@ class Classification:
 
 
 class _Accuracy:
-    """Loss, top-1 and top-5, image by image: what padding repeated for some process is counted once."""
+    """Loss, top-1 and, of more than five classes, top-5, image by image; what padding repeats is counted once."""
+
+    measured: tuple[str, ...] = ("loss", "top1", "top5")
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
@@ -191,6 +193,7 @@ class _Accuracy:
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         outputs = model(batch.inputs).float()
+        self.measured = ("loss", "top1", "top5")[: 3 if outputs.shape[1] > 5 else 2]
         losses = F.cross_entropy(outputs, batch.labels, reduction="none", ignore_index=-1).double()
         ranks = outputs.topk(min(5, outputs.shape[1])).indices == batch.labels[:, None]
         columns = (batch.indices, batch.labels >= 0, losses, ranks[:, 0], ranks.any(1))
@@ -207,6 +210,7 @@ class _Accuracy:
         if not counted:
             raise InputError("None of the validation images can be read.")
         whole = torch.stack(counted)
-        self.by_image = {"index": whole[:, 0], "loss": whole[:, 2], "top1": whole[:, 3], "top5": whole[:, 4]}
-        _, _, loss, top1, top5 = whole.mean(0).tolist()
-        return {"loss": loss, "top1": top1, "top5": top5, "images": float(len(counted))}
+        columns = {name: whole[:, place] for place, name in enumerate(self.measured, start=2)}
+        self.by_image = {"index": whole[:, 0], **columns}
+        means = whole.mean(0).tolist()
+        return {**dict(zip(self.measured, means[2:], strict=False)), "images": float(len(counted))}

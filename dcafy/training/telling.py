@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from torch import nn
 
+from dcafy.amounts import fixed, percent
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
 from dcafy.training.history import Epoch, History
@@ -101,7 +102,7 @@ class Several(Listener):
 def metrics_in_words(metrics: Mapping[str, float]) -> str:
     """What was measured: the loss, and accuracies or precisions in percent."""
     return ", ".join(
-        f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
+        f"{name} {fixed(value)}" if name == "loss" else f"{name} {percent(value)}"
         for name, value in metrics.items()
         if name != "images"
     )
@@ -109,8 +110,8 @@ def metrics_in_words(metrics: Mapping[str, float]) -> str:
 
 def in_words(epoch: Epoch, of: int) -> str:
     """An epoch in one line."""
-    trained = "" if epoch.accuracy is None else f", accuracy {epoch.accuracy:.2%}"
-    return f"epoch {epoch.epoch}/{of}: loss {epoch.loss:.4f}{trained}; validation {metrics_in_words(epoch.metrics)}"
+    trained = "" if epoch.accuracy is None else f", accuracy {percent(epoch.accuracy)}"
+    return f"epoch {epoch.epoch}/{of}: loss {fixed(epoch.loss)}{trained}; validation {metrics_in_words(epoch.metrics)}"
 
 
 class Pace:
@@ -175,7 +176,7 @@ class Lines(Listener):
         each = self.steps // self.epochs
         epoch = (step - 1) // each
         self._say(
-            f"epoch {epoch + 1}/{self.epochs}, step {step - epoch * each}/{each}: {_so_far(means)}, lr {lr:.2g}, "
+            f"epoch {epoch + 1}/{self.epochs}, step {step - epoch * each}/{each}: {so_far(means)}, lr {lr:.2g}, "
             f"{self.pace.images_per_second(step):.0f} images/s, {lasting(self.pace.seconds_left(step))} left"
         )
 
@@ -186,8 +187,9 @@ class Lines(Listener):
         self._say(f"skipped, cannot be read: {name}")
 
 
-def _so_far(means: tuple[float, float | None]) -> str:
-    return f"loss {means[0]:.4f}" + ("" if means[1] is None else f", accuracy {means[1]:.2%}")
+def so_far(means: tuple[float, float | None]) -> str:
+    """Loss and accuracy of an epoch as far as it has come."""
+    return f"loss {fixed(means[0])}" + ("" if means[1] is None else f", accuracy {percent(means[1])}")
 
 
 class Watched(Sequence[Any]):

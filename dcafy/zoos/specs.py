@@ -107,6 +107,10 @@ NOTES = frozenset({_BLUEPRINT, _RANDOM})
 """Attributes that dcafy leaves on a zoo's network; they are no settings of it."""
 
 
+RANDOM = "weights: random (add @DEFAULT for trained ones)"
+"""What is said of such a network, wherever it is used."""
+
+
 def has_random_weights(model: nn.Module) -> bool:
     """Whether a network that dcafy built by a zoo's name was given no weights since."""
     return vars(model).get(_RANDOM) is True

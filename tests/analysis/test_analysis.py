@@ -275,7 +275,7 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(UsageError, match=re.escape("pip install -e '.[report]'")):
+    with pytest.raises(UsageError, match=re.escape("pip install 'dcafy[report]'")):
         grad_cam(torchvision.models.mobilenet_v3_small(), images(1))
 
 

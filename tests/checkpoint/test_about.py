@@ -22,7 +22,7 @@ import dcafy
 from dcafy.checkpoint.saving import store
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.images.about import About, Trained, put_about
-from dcafy.images.preparation import Preparation
+from dcafy.images.preparation import Preparation, Prepared, preparation
 from dcafy.sources import open_model
 from dcafy.zoos.specs import has_random_weights
 
@@ -146,6 +146,16 @@ def test_what_a_detector_was_built_with_is_found_out(tmp_path: Path) -> None:
     assert dcafy.about(loaded).task == "detection"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "keypointrcnn_resnet50_fpn"])
+def test_a_network_that_ran_is_the_one_that_was_built(name: str, tmp_path: Path) -> None:
+    """Detectors find the scales of their maps in the first forward, and keep them."""
+    network = open_model(f"torchvision:{name}", settings={"min_size": 32, "max_size": 48}).model.eval()
+    network([torch.rand(3, 32, 40)])
+    store(network, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "dcafy.json").read_text())["model"]["name"] == f"torchvision:{name}"
+
+
 STRANGE: list[dict[str, Any]] = [
     {"pretrained_strict": False},
     {"checkpoint": "x"},
@@ -189,31 +199,83 @@ def test_random_weights_are_known(folder: Path) -> None:
     assert not has_random_weights(open_model(str(folder)).model)
 
 
+def wide_and_high() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in ((213, 340), (400, 131))]
+
+
+def of_timm(cfg: dict[str, Any]) -> nn.Module:
+    """What stands for a network of that configuration: preprocessing is known from it alone."""
+    network = nn.Conv2d(cfg["input_size"][0], 1, 1)
+    network.pretrained_cfg = cfg
+    return network
+
+
+def of_torchvision(spec: str, picture: Image.Image) -> torch.Tensor:
+    return Prepared(preparation(nn.Conv2d(3, 1, 1), spec))(picture, 0)[0]
+
+
 LIBRARY = ["test_efficientnet", "test_vit", "ecaresnet26t", "mobilenetv3_small_050", "vit_small_patch16_224",
            "efficientnet_b3", "tf_efficientnetv2_b0", "seresnext26d_32x4d", "eca_nfnet_l0"]  # fmt: skip
 
 
 def test_preprocessing_is_the_librarys_own() -> None:
     """To the bit: timm's and torchvision's, on pictures wide and high, small and large."""
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in ((213, 340), (400, 131))]
-    for name in LIBRARY:
-        network = nn.Conv2d(3, 1, 1)
-        network.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
-        own = create_transform(**resolve_model_data_config(network))
-        for picture in pictures:
-            assert torch.equal(dcafy.transforms(network)(picture), own(picture)), name
+    own = {name: timm.get_pretrained_cfg(name).to_dict() for name in LIBRARY}
     for crop in ("border", "squash", "center"):
-        cfg = {"input_size": (3, 48, 80), "crop_pct": 0.9, "crop_mode": crop, "interpolation": "bicubic",
-               "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}  # fmt: skip
-        network.pretrained_cfg = cfg
-        own = create_transform(**resolve_model_data_config(network))
-        for picture in pictures:
-            assert torch.equal(dcafy.transforms(network)(picture), own(picture)), crop
-    weights = torchvision.models.get_model_weights("efficientnet_b1")
-    for choice in weights:
-        network = open_model("torchvision:efficientnet_b1", on_meta=True).model
-        from dcafy.images.preparation import Prepared, preparation
+        own[crop] = {"input_size": (3, 48, 80), "crop_pct": 0.9, "crop_mode": crop, "interpolation": "bicubic",
+                     "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}  # fmt: skip
+    for name, cfg in own.items():
+        theirs = create_transform(**resolve_model_data_config(of_timm(cfg)))
+        for picture in wide_and_high():
+            assert torch.equal(dcafy.transforms(of_timm(cfg))(picture), theirs(picture)), name
+    for choice in torchvision.models.get_model_weights("efficientnet_b1"):
+        for picture in wide_and_high():
+            ours = of_torchvision(f"torchvision:efficientnet_b1@{choice.name}", picture)
+            assert torch.equal(ours, choice.transforms()(picture)), choice
 
-        how = preparation(network, f"torchvision:efficientnet_b1@{choice.name}")
-        assert torch.equal(Prepared(how)(pictures[0], 0)[0], choice.transforms()(pictures[0]))
+
+@pytest.mark.slow
+def test_preprocessing_of_every_tag_of_timm() -> None:
+    """All of them, and so those with SE, ECA and CBAM; equal configurations are looked at once."""
+    tags = timm.list_pretrained()
+    configured = {name: resolve_model_data_config(of_timm(timm.get_pretrained_cfg(name).to_dict())) for name in tags}
+    once = {repr(sorted(cfg.items())): name for name, cfg in configured.items()}
+    crops = {configured[name]["crop_mode"] for name in once.values()}
+    assert (len(tags) > 1000, len(once) > 100, crops) == (True, True, {"center", "squash", "border"})
+    for name in once.values():
+        network, theirs = of_timm(timm.get_pretrained_cfg(name).to_dict()), create_transform(**configured[name])
+        for picture in wide_and_high():
+            assert torch.equal(dcafy.transforms(network)(picture), theirs(picture)), name
+
+
+@pytest.mark.slow
+def test_preprocessing_of_every_weight_of_torchvision() -> None:
+    """All classifiers of images, and so those with attention; equal presets are looked at once."""
+    once: dict[str, tuple[str, Any]] = {}
+    for name in torchvision.models.list_models(exclude=["quantized_*"]):
+        for choice in torchvision.models.get_model_weights(name):
+            preset = choice.transforms()
+            if type(preset).__name__ == "ImageClassification":
+                once[repr(preset)] = (f"torchvision:{name}@{choice.name}", preset)
+    assert len(once) > 15
+    for spec, preset in once.values():
+        for picture in wide_and_high():
+            assert torch.equal(of_torchvision(spec, picture), preset(picture)), spec
+
+
+def test_timms_own_names_are_names(dcafy_command: Callable[..., tuple[int, str, str]]) -> None:
+    """Of the network and its weights' preprocessing; of others' repositories it is said how they are named."""
+    plain = open_model("timm:eca_nfnet_l0.ra2_in1k", on_meta=True)
+    for spec in (
+        "timm/eca_nfnet_l0.ra2_in1k",
+        "hf-hub:timm/eca_nfnet_l0.ra2_in1k",
+        "hf_hub:timm/eca_nfnet_l0.ra2_in1k",
+    ):
+        named = open_model(spec, on_meta=True)
+        assert (named.architecture, named.settings) == (plain.architecture, plain.settings)
+        assert dcafy.about(named.model) == dcafy.about(plain.model)
+    code, out, err = dcafy_command("inspect", "hf-hub:timm/test_efficientnet.r160_in1k", "--json")
+    assert (code, len(json.loads(out)["chains"])) == (0, 1), err
+    code, _, err = dcafy_command("inspect", "hf-hub:timm/test_resnett")
+    assert (code, "Did you mean" in err) == (2, True), err

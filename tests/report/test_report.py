@@ -303,7 +303,20 @@ def test_text_needs_no_extra(command: Run, folder: Path, connected: Path, monkey
     assert command(connected, "--images", folder, "--text", "--image-size", 64)[0] == 0
     code, _, err = command(connected, "--images", folder, "-o", "r.html", "--image-size", 64)
     assert code == 2
-    assert "matplotlib, which is not installed: pip install -e '.[report]'" in err
+    assert "matplotlib, jinja2, captum, which are not installed: pip install 'dcafy[report]'" in err
+
+
+def test_random_weights_are_told(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
+    """In the text, on the page and in the log; not of a network from a folder."""
+    told = "weights: random (add @DEFAULT for trained ones)"
+    given = ("--images", folder, "--text", "--image-size", 32, "--most", 1)
+    code, out, err = command("timm:test_efficientnet", *given, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert (code, out.count(told), page.count(told), err.count(told)) == (0, 1, 1, 1)
+    code, out, err = command(connected, *given)
+    assert (code, told in out + err) == (0, False)
+    code, out, err = command(connected, *given, "--against", SMALL)
+    assert (code, f"original: {told}" in out, err.count(told)) == (0, True, 1)
 
 
 def test_no_attention_still_gives_numbers(command: Run, tmp_path: Path, folder: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,16 @@ from PIL import Image
 from torch.nn import functional as F
 
 import dcafy
-from dcafy.detection import write_shapes
+from dcafy.detection import open_coco, write_shapes
+from dcafy.detection.task import AveragePrecision
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, put_about
+from dcafy.images.options import DataOptions
 from dcafy.runs.evaluating import evaluation, paired
 from dcafy.runs.options import EvaluateOptions, PredictOptions
 from dcafy.runs.predicting import Prediction, Unreadable, files_in, predictions
+from dcafy.training import TrainingConfig
+from dcafy.training.tasks import Classification
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -46,17 +52,25 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 NETWORKS: dict[str, tuple[object, ...]] = {
     "timm:test_efficientnet": (),
-    "timm:test_resnet": ("--attention", "se"),
+    "timm:test_resnet": ("--attention", "se", "--set", 'pretrained_cfg_overlay={"crop_mode": "squash"}'),
     "timm:mobilenetv3_small_050": ("--set", "in_chans=1", "--image-size", 64),
     "torchvision:mobilenet_v3_small": ("--image-size", 64),
-    "timm:test_byobnet": ("--attention", "eca"),
+    "timm:test_byobnet": (
+        "--attention",
+        "eca",
+        "--set",
+        'pretrained_cfg_overlay={"crop_mode": "border", "crop_pct": 0.9, "mean": [0.1, 0.2, 0.3]}',
+    ),
     "timm:ecaresnet26t": ("--image-size", 64),
     "timm:tf_efficientnet_lite0": ("--attention", "cbam", "--image-size", 64),
     "torchvision:efficientnet_b0": ("--image-size", 64),
     "timm:legacy_seresnet18": ("--image-size", 72),
     "torchvision:mobilenet_v2": ("--set", "width_mult=0.25", "--attention", "gc", "--image-size", 64),
 }
-"""Network -> options: timm's with crops of 0.875 to 1 and means of their own, torchvision's, grey images."""
+"""Network -> options: timm's with crops of 0.875 to 1, squashed ones, means of their own; torchvision's; grey images.
+
+With the detectors below they are twelve.
+"""
 
 QUICK = {"timm:test_efficientnet", "timm:mobilenetv3_small_050"}
 
@@ -64,13 +78,22 @@ QUICK = {"timm:test_efficientnet", "timm:mobilenetv3_small_050"}
 @pytest.mark.parametrize(
     "network", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
 )
-def test_the_numbers_are_those_of_training(network: str, dcafy_command: Run, tmp_path: Path, pictures: Path) -> None:
-    """To the bit: evaluate has its metrics, and predict's probabilities give the same loss and accuracy."""
+def test_the_numbers_are_those_of_training(
+    network: str, dcafy_command: Run, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: evaluate has its metrics, and predict the very probabilities, of batches in which all can be read."""
+    validated = seen_in_validation(monkeypatch)
     options = ("--data", f"imagefolder:{pictures}", "--epochs", 1, "--batch-size", 4, "--cpu")
     code, _, err = dcafy_command("finetune", network, *NETWORKS[network], *options, "-o", tmp_path / "run")
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     expected = next(row for row in rows if row["event"] == "epoch")["metrics"]
+    training = {
+        index: row.softmax(0).tolist()
+        for batch, outputs in validated
+        for index, row in zip(batch, outputs, strict=True)
+    }
+    validated.clear()
     code, out, err = dcafy_command("evaluate", tmp_path / "run", "--json", "--cpu", "--batch-size", 4)
     assert code == 0, err
     measured = json.loads(out)
@@ -89,9 +112,29 @@ def test_the_numbers_are_those_of_training(network: str, dcafy_command: Run, tmp
         label = Path(row["file"]).parent.name
         losses.append(-np.log(of[label]))
         hits += row["top"][0]["class"] == label
+    probabilities = [[top["probability"] for top in sorted(row["top"], key=lambda top: top["class"])] for row in seen]
+    assert probabilities[:4] + probabilities[7:] == [training[index] for index in (0, 1, 2, 3, 8)]
     assert len(seen) == 8
     assert np.mean(losses) == pytest.approx(expected["loss"], rel=1e-5)
     assert hits / 8 == expected["top1"]
+
+
+def seen_in_validation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], Any]]:
+    """(indices, outputs) of each batch that is measured from now on."""
+    seen: list[tuple[list[int], Any]] = []
+
+    for meter in (type(Classification(TrainingConfig()).meter()), AveragePrecision):
+
+        def update(self: Any, model: Any, batch: Any, own: Any = meter.update) -> None:
+            def outputs(inputs: Any) -> Any:
+                found = model(inputs)
+                seen.append((batch.indices.tolist(), copy.deepcopy(found)))
+                return found
+
+            own(self, outputs, batch)
+
+        monkeypatch.setattr(meter, "update", update)
+    return seen
 
 
 def classifier(classes: int = 3) -> torch.nn.Module:
@@ -232,26 +275,45 @@ def test_links_out_of_a_folder_are_passed_over(
     assert len(files_in([str(mine)], follow_links=True)) > 2
 
 
+DETECTORS: dict[str, tuple[object, ...]] = {
+    "torchvision:ssdlite320_mobilenet_v3_large": ("--attention", "se"),
+    "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn": ("--set", "min_size=64", "--set", "max_size=96",
+                                                          "--set", "box_detections_per_img=9"),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_detectors(dcafy_command: Run, tmp_path: Path) -> None:
-    """Boxes as in training: the precisions are equal, and they are in pixels of the picture."""
+@pytest.mark.parametrize("network", DETECTORS)
+def test_detectors(network: str, dcafy_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes as in training, to the bit, and so the precisions; they are in pixels of the picture."""
+    validated = seen_in_validation(monkeypatch)
     write_shapes(tmp_path / "shapes", 8, seed=0)
     data = f"coco:{tmp_path}/shapes/images:{tmp_path}/shapes/annotations.json"
-    network = ("torchvision:ssdlite320_mobilenet_v3_large", "--attention", "se", "--task", "detection")
-    options = ("--data", data, "--epochs", 1, "--batch-size", 4, "--cpu", "-o", tmp_path / "run")
-    code, _, err = dcafy_command("finetune", *network, *options)
+    options = ("--task", "detection", "--data", data, "--epochs", 1, "--batch-size", 4, "--cpu", "-o", tmp_path / "run")
+    code, _, err = dcafy_command("finetune", network, *DETECTORS[network], *options)
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     expected = next(row for row in rows if row["event"] == "epoch")["metrics"]
+    (indices, boxes) = validated[0]
     code, out, err = dcafy_command("evaluate", tmp_path / "run", "--json", "--cpu", "--batch-size", 4)
     assert code == 0, err
     assert json.loads(out)["metrics"] == expected
+    val = open_coco(data, DataOptions()).val
+    files = [val.known.root / val.known.pictures[val.ids[index]]["file_name"] for index in indices]
+    images = ("--json", "--cpu", "--threshold", 0.0, "--batch-size", 4)
+    code, out, err = dcafy_command("predict", tmp_path / "run", *files, *images)
+    assert code == 0, err
+    names = dcafy.about(dcafy.load(tmp_path / "run")).classes
+    for row, found in zip(json.loads(out), boxes, strict=True):
+        assert len(row["boxes"]) == min(len(found["boxes"]), 100) > 0
+        own = [found[name].tolist() for name in ("labels", "scores", "boxes")]
+        for box, *expected in zip(row["boxes"], *(values[:100] for values in own), strict=True):
+            assert [names.index(box["class"]), box["score"], box["box"]] == expected
     images = ("--json", "--cpu", "--threshold", 0.0, "--top", 3)
     code, out, err = dcafy_command("predict", tmp_path / "run", tmp_path / "shapes" / "images", *images)
     assert code == 0, err
     seen = json.loads(out)
     assert len(seen) == 8
-    names = dcafy.about(dcafy.load(tmp_path / "run")).classes
     for row in seen:
         assert len(row["boxes"]) == 3
         with Image.open(row["file"]) as picture:
