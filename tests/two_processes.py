@@ -21,6 +21,7 @@ import torch.distributed as dist
 from detection_data import trained_detector
 from networks import CBAM, with_attention
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from trained import images, trained, with_betas
 from training_data import Stripes
 from training_data import connected as connected_classifier
@@ -67,6 +68,27 @@ def the_command_again() -> None:
     assert command(FACTORY, "-o", "run", "--resume", printed="resumed") == 0
 
 
+def the_command_further() -> None:
+    os.chdir("../the_command")
+    assert command(FACTORY, "-o", "run", "--resume", "--epochs", "2", "--track", "tensorboard", printed="further") == 0
+
+
+def the_command_tried() -> None:
+    """A trial writes nothing."""
+    os.chdir("../the_command")
+    before = sorted(Path("run").rglob("*"))
+    options = (FACTORY, "--config", "run/finetune.json", "--overwrite", "--epochs", "1", "--balance")
+    assert command(*options, "-o", "run", "--dry-run", printed="tried") == 0
+    assert sorted(Path("run").rglob("*")) == before
+
+
+def the_command_in_its_place() -> None:
+    """A new run replaces the one that is there, by the options of that one."""
+    os.chdir("../the_command")
+    options = (FACTORY, "--config", "run/finetune.json", "--overwrite", "--epochs", "1", "--balance")
+    assert command(*options, "-o", "run", printed="replaced") == 0
+
+
 # --- the loop -------------------------------------------------------------------------------------------
 
 
@@ -90,6 +112,15 @@ def in_batches(*, norm: bool = False, failing: int | None = None) -> None:
     model = connected_classifier(norm)
     history = finetune(model, Holed(failing), Stripes(21), config, directory=".")
     assert sorted(history.skipped) == ["image 19", "image 3"]
+    torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"rank{rank()}.pt")
+
+
+def in_given_batches() -> None:
+    """From DataLoaders, whose batches are split between the processes."""
+    config = TrainingConfig(epochs=2, seed=3, cpu=True, usage_images=0, optimizer="sgd", lr=0.05, balance=True)
+    model, order = connected_classifier(norm=False), torch.Generator().manual_seed(5)
+    train = DataLoader(Stripes(noise=0.0), 8, shuffle=True, generator=order, drop_last=True)
+    history = finetune(model, train, DataLoader(Stripes(21, noise=0.0), 8), config)
     torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"rank{rank()}.pt")
 
 
@@ -192,6 +223,10 @@ def distributed_data_parallel() -> None:
 SCENARIOS: tuple[Callable[[], None], ...] = (
     the_command,
     the_command_again,
+    the_command_further,
+    the_command_tried,
+    the_command_in_its_place,
+    in_given_batches,
     in_batches,
     with_batch_norm,
     in_whole_networks,

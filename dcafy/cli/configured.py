@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dcafy.choices import CHOICES
-from dcafy.plan.options import check
+from dcafy.plan.options import check, meant
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -67,10 +67,10 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
 def _in_any_case(choices: Collection[str]) -> Callable[[str | None], str | None]:
     """Value -> the choice that is meant, in whatever case it was written; others are told by who checks them."""
 
-    def meant(value: str | None) -> str | None:
-        return next((choice for choice in choices if value is not None and choice.lower() == value.lower()), value)
+    def as_known(value: str | None) -> str | None:
+        return meant(value, choices)  # type: ignore[no-any-return]
 
-    return meant
+    return as_known
 
 
 def given_options(context: typer.Context) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -70,10 +71,13 @@ def finetune_command(
     given = given_options(context)
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as alone:
         from dcafy.runs.asking import Asked, request_of
+        from dcafy.runs.configured import completed
         from dcafy.training.folder import alone_in
         from dcafy.training.parallel import is_main_process
+        from dcafy.training.tracking import require_trackers
 
-        asked = Asked(model, settings_given(settings), run, training, images, conversion, file, given).in_its_folder()
+        options = model, settings_given(settings), run, training, images, conversion, file
+        asked = completed(Asked(*options, given, said=given)).in_its_folder()
         output = asked.run.output
         if output is not None and is_main_process() and os.path.isdir(output) and not run.dry_run:
             alone.enter_context(alone_in(output))
@@ -82,6 +86,7 @@ def finetune_command(
         require_extra("dcafy finetune", "train")
         if request.task == "detection":
             require_extra("dcafy finetune --task detection", "detection")
+        require_trackers(run.trackers)
         parts = _tried(asked, request) if run.dry_run else _trained(asked, request)
     from dcafy.tables import shown
 
@@ -152,7 +157,8 @@ def _trained(asked: Asked, request: Request) -> list[RenderableType]:
             alone.enter_context(alone_in(output))
             _require_place(asked, request)  # of whoever began there meanwhile
             before = read_request(output) if asked.goes_on and os.path.exists(output / REQUEST) else None
-            print(header(request, on, output, asked_before=before), file=sys.stderr)
+            told = header(request, on, output, trackers=asked.run.trackers, asked_before=before)
+            print(told, file=sys.stderr)
             if not asked.goes_on:
                 alone.enter_context(in_place_of_another(output))
             write_request(output, request)
@@ -170,10 +176,15 @@ def _summary(asked: Asked, request: Request, on: Subject, output: Path) -> list[
     from dcafy.training.bars import for_stderr
     from dcafy.training.parallel import is_main_process
     from dcafy.training.telling import JsonLines
+    from dcafy.training.tracking import TRACKED, Tracked
 
     def listeners(turn: Turn | None = None) -> tuple[Listener, ...]:
         log, title = asked.run.json_log, "" if turn is None else turn.title
-        logs = () if log is None else (JsonLines(log, steps=True, title=title),)
+        logs: list[Listener] = [] if log is None else [JsonLines(log, steps=True, title=title)]
+        if asked.run.trackers:
+            own = "" if turn is None else turn.folder
+            facts = {"model": request.model, "data": request.data, **dataclasses.asdict(request.conversion)}
+            logs.append(Tracked(asked.run.trackers, output / TRACKED, own, facts))
         return (for_stderr("" if turn is None else str(turn)), *logs)
 
     if request.seeds:

@@ -47,6 +47,15 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def meant(value: Any, choices: Collection[str]) -> Any:
+    """The choice that a text means, in whatever case it was written; other values are told by :func:`check`.
+
+    >>> meant("SE", ("se", "ge")), meant("sse", ("se", "ge"))
+    ('se', 'sse')
+    """
+    return next((c for c in choices if isinstance(value, str) and c.lower() == value.lower()), value)
+
+
 def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = None, *, dashes: bool = True) -> None:
     """Nothing; ``UsageError`` where a field has a value that is none of its choices, or a number out of bounds.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dcafy.checkpoint.architecture import may_be_given
 from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion, Inserting
@@ -23,7 +24,10 @@ from dcafy.zoos.specs import runs_code
 
 @dataclass(frozen=True)
 class Asked:
-    """All options of a command, and by name those that were ``given``; the others have their defaults."""
+    """All options of a command, and by name those that were ``given``, here or in a file; the others have defaults.
+
+    ``said``: those that stand on the command line.
+    """
 
     model: str
     settings: Mapping[str, Any]
@@ -33,6 +37,7 @@ class Asked:
     conversion: Conversion
     file: FileOptions
     given: Mapping[str, Any]
+    said: Mapping[str, Any]
 
     @property
     def goes_on(self) -> bool:
@@ -53,7 +58,7 @@ def request_of(asked: Asked) -> Request:
     run, output = asked.run, asked.run.output
     if output is None and not run.dry_run:
         raise UsageError("-o names no folder. Write -o runs/NAME: checkpoints, log and model go there.")
-    if "seeds" in asked.given and not (run.arms or asked.goes_on):
+    if "seeds" in asked.said and not (run.arms or asked.goes_on):
         raise UsageError("--seeds says how many seeds are compared. Add --compare, or choose one with --seed.")
     if asked.goes_on and output is not None and os.path.exists(output / REQUEST):
         if run.overwrite:
@@ -65,7 +70,7 @@ def request_of(asked: Asked) -> Request:
         raise UsageError("MODEL names no network, such as timm:resnet18@DEFAULT, a file of weights, or a folder.")
     if run.data is None:
         raise UsageError("--data names no images. Write --data FOLDER, or --data digits to try.")
-    _require_some_use(run, asked.given)
+    _require_some_use(run, asked.said)
     found = chosen(run, asked.training, asked.images, asked.conversion, asked.given)
     if found.training.schedule == "multistep":
         found.training.falls_at  # noqa: B018 (says what is wrong with them)
@@ -143,6 +148,12 @@ def _require_said_again(known: Request, output: Path, model: str, given: Mapping
             raise UsageError(
                 f"The network of this run is built by code: {spec}. Name it, so that it is run because you say so: "
                 + (f"--arch {spec}." if spec == known.arch else f"dcafy finetune {spec} -o {output} --resume")
+            )
+    for key, value in known.settings.items():
+        if not may_be_given(key, value) and "settings" not in given:
+            raise UsageError(
+                f"This run gives its network {printable(key)}, which a file may not choose. Say it again: --set "
+                f"{printable(key)}=..."
             )
     if known.images.follow_links and not given.get("follow_links"):
         raise UsageError(

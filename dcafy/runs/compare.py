@@ -95,6 +95,11 @@ class Turn:
     arm: str
 
     @property
+    def folder(self) -> str:
+        """The name of its folder in that of the comparison."""
+        return f"{self.seed}-{self.arm}"
+
+    @property
     def title(self) -> str:
         """The seed and the arm."""
         return f"seed {self.seed}, {self.arm}"
@@ -132,9 +137,9 @@ def _compared(
     histories: dict[str, list[History]] = {arm: [] for arm in arms}
     first: dict[str, Subject] = {}
     for number, (seed, arm) in enumerate(itertools.product(seeds, arms), start=1):
+        turn = Turn(number, len(seeds) * len(arms), seed, arm)
         on = subject(request, seed=seed, arm=arm, file=file)
-        place = _own_folder(directory, f"{seed}-{arm}")
-        listeners = listener_for(Turn(number, len(seeds) * len(arms), seed, arm))
+        place, listeners = _own_folder(directory, turn.folder), listener_for(turn)
         try:
             history = train(request, on, place, seed=seed, resume=True, listeners=listeners)
         except Interrupted as error:  # it is the comparison that can be gone on with

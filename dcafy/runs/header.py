@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +27,18 @@ from dcafy.wording import counted, few, printable
 from dcafy.zoos.specs import RANDOM, has_random_weights
 
 
-def header(request: Request, on: Subject, output: Path | None, *, asked_before: Request | None = None) -> str:
+def header(
+    request: Request,
+    on: Subject,
+    output: Path | None,
+    *,
+    trackers: Sequence[str] = (),
+    asked_before: Request | None = None,
+) -> str:
     """The lines that stand before the first step.
 
-    ``output``: where the run is kept; ``None`` for a trial. ``asked_before``: what a run that is trained further was
-    asked for.
+    ``output``: where the run is kept; ``None`` for a trial. ``trackers``: by whom it is tracked. ``asked_before``: what
+    a run that is trained further was asked for.
     """
     config = request.training
     steps = _steps(on, config)
@@ -45,7 +52,7 @@ def header(request: Request, on: Subject, output: Path | None, *, asked_before: 
         "budget": f"{counted(config.epochs, 'epoch')} of {counted(steps, 'step')}, {_batch(config)}"
         + (f"; {_compared(request)}" if request.seeds else ""),
         "device": _device(config),
-        "writes": "nothing (--dry-run)" if output is None else _writes(request, output),
+        "writes": "nothing (--dry-run)" if output is None else _writes(request, output, trackers),
     }
     if asked_before is not None and output is not None and asked_before.training.epochs < config.epochs:
         rows["further"] = _further(request, asked_before, output, steps)
@@ -133,12 +140,12 @@ def _device(config: TrainingConfig) -> str:
     return f"{name}, {precision}{f', {processes} processes' if processes > 1 else ''}"
 
 
-def _writes(request: Request, output: Path) -> str:
+def _writes(request: Request, output: Path, trackers: Sequence[str]) -> str:
     model = {"last": "the model of the last epoch", "best": "the model of the best epoch"}
     model["both"] = f"{model['last']}, the best in {output / 'best'}"
     steps = request.training.checkpoint_steps
     often = f", a checkpoint after each epoch{f' and every {steps} steps' if steps else ''}"
-    return f"{output}: {model[request.keep]}{often}, log.jsonl"
+    return f"{output}: {model[request.keep]}{often}, log.jsonl{''.join(f', tracked by {name}' for name in trackers)}"
 
 
 def _further(request: Request, before: Request, output: Path, steps: int) -> str:

@@ -112,14 +112,18 @@ def read_request(directory: Path) -> Request:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{shown} is damaged ({refused(error)[:100]}). Start the run anew.") from error
     try:
-        entries = FORMAT.opened(data if isinstance(data, dict) else {})
+        return request_in(data)
     except OtherVersion as other:
         raise CheckpointError(f"{shown} was not written by this version of dcafy finetune.") from other
-    try:
-        missing = {item.name for item in dataclasses.fields(Request)} - entries.keys()
-        if missing:
-            raise UsageError(f"it does not say its {sorted(missing)[0]}")
-        request: Request = read(Request, entries)
     except (Wrong, Unknown, UsageError) as error:
         raise CheckpointError(f"{shown} is damaged: {printable(str(error)[:200])}. Start the run anew.") from error
+
+
+def request_in(data: Any) -> Request:
+    """The request that JSON says; raises ``OtherVersion``, ``Wrong``, ``Unknown`` or ``UsageError``."""
+    entries = FORMAT.opened(data if isinstance(data, dict) else {})
+    missing = {item.name for item in dataclasses.fields(Request)} - entries.keys()
+    if missing:
+        raise UsageError(f"it does not say its {sorted(missing)[0]}")
+    request: Request = read(Request, entries)
     return request

@@ -141,9 +141,9 @@ def test_a_folder_does_not_choose_what_is_read_elsewhere_or_fetched(command: Run
     assert "Say that it may: --follow-links" in err
     run = RunOptions(resume=True, output=tmp_path / "run")
     options = {}, run, TrainingConfig(), DataOptions(), Conversion(), FileOptions()
-    known = request_of(Asked("", *options, {"follow_links": True}))
+    known = request_of(Asked("", *options, {"follow_links": True}, {}))
     assert (known.images.follow_links, known.images.download) == (True, False)
-    assert request_of(Asked("", *options, {"follow_links": True, "download": True})).images.download
+    assert request_of(Asked("", *options, {"follow_links": True, "download": True}, {})).images.download
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_within_an_epoch_there_are_lines_where_there_is_no_terminal():
     finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=Lines(out))
     lines = out.getvalue().splitlines()
     assert re.fullmatch(
-        r"epoch 1/2, step 1/6: loss \d\.\d{4}, accuracy \d+\.\d\d%, lr 0\.0005, \d+ images/s, .*s left", lines[0]
+        r"epoch 1/2, step 1/6: loss \d\.\d{4}, accuracy \d+\.\d%, lr 0\.0005, \d+ images/s, .*s left", lines[0]
     )
     assert [line.partition(":")[0] for line in lines[1:]] == ["epoch 1/2", "epoch 2/2"]  # it went on too fast for more
     out = io.StringIO()
