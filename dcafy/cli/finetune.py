@@ -100,7 +100,10 @@ def _require_place(asked: Asked, request: Request) -> None:
 
     output = asked.run.output
     if output is not None and is_main_process() and not asked.goes_on:
-        require_place(output, overwrite=asked.run.overwrite, uses=(request.model, request.backbone))
+        # The other processes may not have read it yet.
+        config = asked.run.config if os.environ.get("WORLD_SIZE", "1") != "1" else None
+        uses = request.model, request.backbone, None if config is None else str(config)
+        require_place(output, overwrite=asked.run.overwrite, uses=uses)
 
 
 def _looked_over(asked: Asked, request: Request, arm: str) -> Subject:

@@ -122,7 +122,7 @@ def test_when_one_fails_the_other_does_not_wait(ended: Ended) -> None:
 def test_the_command(ended: Ended) -> None:
     folder = ended.folder / "the_command"
     printed = [(folder / f"first{rank}.txt").read_text() for rank in range(2)]
-    assert "".join(printed).count("validation after 1 epochs") == 1
+    assert "".join(printed).count("validation after 1 epoch:") == 1
     assert (folder / "run/dcafy.json").exists()
     assert "".join((folder / f"further{rank}.txt").read_text() for rank in range(2)).count("after 2 epochs") == 1
     tried = [(folder / f"tried{rank}.txt").read_text() for rank in range(2)]
