@@ -8,18 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from dcafy.attention.inserted import inserted_modules, inserted_parameters
+from dcafy.attention.inserted import hands_on, inserted_modules, inserted_parameters
 from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
 from dcafy.emit.connection import Connection
 from dcafy.emit.dca import (
     connections,
     dca_of,
+    is_connected,
     is_ours,
     link_of,
     own_contexts,
     own_modules,
     own_parameters,
+    recipes,
     require_connected,
     require_recipe,
 )
@@ -60,9 +62,9 @@ def parameter_groups(
     >>> sorted({group["lr"] for group in optimizer.param_groups})
     [0.01, 0.1]
     """
-    require_connected(model)
-    own, scales = own_parameters(model), {id(c.alpha) for c in connections(model).values()}
-    scales |= {id(c.beta) for c in connections(model).values()}
+    _require_new(model)
+    made = connections(model).values() if is_connected(model) else ()
+    own, scales = own_parameters(model), {id(scale) for one in made for scale in (one.alpha, one.beta)}
     connection_lr = lr if connection_lr is None else connection_lr
     scale_lr = connection_lr if scale_lr is None else scale_lr
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
@@ -80,11 +82,13 @@ def parameter_groups(
 def freeze_base(model: nn.Module) -> nn.Module:
     """``model`` with only ``dca.*`` and inserted attention trainable, like an adapter; its batch norms stay in eval.
 
+    Raises ``InputError`` for a model without connections, and without attention that hands a state on (``rla``).
+
     Frozen running statistics must not drift, so the base's batch norms stay in eval through ``.train()``. Attention
     that :func:`dcafy.insert` put in is no base: it starts as a no-op, and with its last layer frozen at zero nothing
     behind it would get a gradient. Statistics that connections and inserted attention keep themselves go on moving.
     """
-    require_connected(model)
+    _require_new(model)
     own = own_parameters(model) | inserted_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in own)
@@ -93,6 +97,11 @@ def freeze_base(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._NormBase) and id(module) not in new:
             keep_in_eval(module)
     return model
+
+
+def _require_new(model: nn.Module) -> None:
+    if not hands_on(model):
+        require_connected(model)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -215,6 +224,23 @@ def _take(connection: nn.Module, before: nn.Module, name: str, every: Mapping[st
         module.training = other.training
 
 
+def apart_by_nature(model: nn.Module, *, copy: bool) -> tuple[nn.Module, dict[str, Connection]]:
+    """A twin of ``model`` without its connections, and these, where all are by nature; else the model itself."""
+    plans = [recipe.plan for _, recipe in recipes(model)] if is_connected(model) else []
+    if not plans or not all(plan.block(link.target).nature for plan in plans for link in plan.links):
+        return model, {}
+    twin = own_copy(model) if copy else shared_copy(model)
+    natures = dict(connections(twin))
+    return _unconnected(twin), natures
+
+
+def take_over(connected: nn.Module, before: Mapping[str, Connection]) -> None:
+    """Gives the connections of ``connected`` what those of the same names were ``before``, where there were any."""
+    for name, one in connections(connected).items() if before else ():
+        if name in before:
+            _take(one, before[name], name, {name: {}})
+
+
 def _unconnected(twin: nn.Module) -> nn.Module:
     """``twin``, which is nobody else's, without its connections."""
     for module in [module for module in twin.modules() if is_ours(dca_of(module))]:
@@ -224,10 +250,11 @@ def _unconnected(twin: nn.Module) -> nn.Module:
             require_writable(graph)
             module.graph = graph  # type: ignore[assignment]
         restore(module)
-        close_runs(module)
         own = dca_of(module)
         for held in (module._modules, module.__dict__):
             for name in [name for name, value in held.items() if value is own]:
                 del held[name]
         module.__dict__.pop(SAID, None)
+    for module in twin.modules():
+        close_runs(module)
     return twin

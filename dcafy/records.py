@@ -185,7 +185,7 @@ def _record(kind: type[Any], whole: bool, value: Any, where: str) -> Any:
             raise Unknown(where, name, list(fields))
     for name, item in fields.items():
         has_default = not item.default is item.default_factory is dataclasses.MISSING
-        needed = whole or item.metadata is WRITTEN or not has_default
+        needed = whole or item.metadata == WRITTEN or not has_default
         if needed and name not in value:
             raise Wrong(where, f"an object with {name!r}", list(value))
     prefix = f"{where}." if where else ""
@@ -254,7 +254,7 @@ def written(value: Any, ways: Mapping[type[Any], Callable[[Any], Any]] | None = 
     if way is not None:
         return way(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {item.name: (getattr(value, item.name), item.metadata is LATER) for item in dataclasses.fields(value)}
+        fields = {item.name: (getattr(value, item.name), item.metadata == LATER) for item in dataclasses.fields(value)}
         return {name: written(entry, ways) for name, (entry, later) in fields.items() if not (later and entry is None)}
     if isinstance(value, Mapping):
         return {key: written(item, ways) for key, item in value.items()}

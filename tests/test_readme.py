@@ -1,130 +1,58 @@
 """The README is true: its Python and ``dcafy`` blocks run, and its commands and versions are the project's own.
 
-All blocks run in the README's order in one folder, the Python ones in one namespace. A console block holds lines
-``$ dcafy ...`` and what each prints on stdout, where ``...`` stands for anything. The two set-up commands are not
-run: they are compared word for word, and ``.ci/run`` runs the second.
+How a page's blocks run is told in ``pages.py``. The two set-up commands are not run: they are compared word for word,
+and ``.ci/run`` runs the second. The pages of the documentation have ``test_docs.py``.
 """
 
 from __future__ import annotations
 
-import doctest
-import os
 import re
 import subprocess
-import sys
-import types
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import pages
 import pytest
+from pages import README, ROOT, commands, same
 
 import dcafy
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 SETUP = (
     "pip install -e '.[examples]' && python examples/quickstart.py",
     "pip install -e '.[dev]' && pytest",
 )
-SHOWN = {"python", "console", "bash", "text"}
-"""The languages of README blocks; each but ``text`` is checked by a test below."""
+SHOWN = {"python", "console", "bash"}
+"""The languages of README blocks; each is checked by a test below."""
 
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, and the line of the README it starts on."""
-
-    language: str
-    text: str
-    line: int
-
-
-def blocks(markdown: str) -> Iterator[Block]:
-    """The fenced blocks of ``markdown``, in order."""
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL):
-        yield Block(found[1], found[2], markdown.count("\n", 0, found.start(2)) + 1)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line of a console block, and what the README shows of its stdout."""
-
-    line: str
-    printed: str
-
-
-def commands(text: str) -> Iterator[Command]:
-    """The commands of a console block."""
-    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        line, _, printed = part.partition("\n")
-        yield Command(line, printed)
-
-
-def same(shown: str, printed: str) -> bool:
-    """Whether ``printed`` is what the README shows, with ``...`` for anything and any amount of blank space."""
-    return doctest.OutputChecker().check_output(
-        shown.strip(), printed.strip(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    )
-
-
-README_BLOCKS = tuple(blocks(README.read_text(encoding="utf-8")))
+TEXT = README.read_text(encoding="utf-8")
+README_BLOCKS = tuple(pages.blocks(TEXT))
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:
     assert {block.language for block in README_BLOCKS} <= SHOWN
-    # A fence that the pattern above misses would hide its block from every test here.
-    assert README.read_text(encoding="utf-8").count("```") == 2 * len(README_BLOCKS)
+    # A fence that the pattern misses would hide its block from every test here.
+    assert TEXT.count("```") == 2 * len(README_BLOCKS)
 
 
-def run_blocks(languages: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's blocks of these languages, in its order, in one folder."""
-    monkeypatch.chdir(folder)
-    script = types.ModuleType("__main__")
-    monkeypatch.setitem(sys.modules, "__main__", script)  # where pickle looks for the README's classes
-    for block in README_BLOCKS:
-        if block.language not in languages:
-            continue
-        if block.language == "python":
-            # The empty lines before it give tracebacks the README's own line numbers.
-            exec(compile("\n" * (block.line - 1) + block.text, README, "exec"), script.__dict__)
-        elif block.language == "console":
-            for command in commands(block.text):
-                prints_what_is_shown(command, block.line)
+def test_it_is_a_front_door() -> None:
+    """What a reader needs first is on the first screen, and the rest in the documentation."""
+    assert TEXT.count("\n") <= 160
+    first = TEXT.partition("## Set-up")[0]
+    assert "](docs/connection.svg)" in first
+    assert all(word in first for word in ("For whom", "What it costs", "What it gains"))
+    assert first.count("<!-- evidence -->") <= 1
+    assert "http" not in "".join(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT)), (
+        "a picture that asks a host for something"
+    )
 
 
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_blocks({"python"}, tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["connections.md"])
-def test_python_blocks_of_the_docs_run(name: str) -> None:
-    path = ROOT / "docs" / name
-    python = [block for block in blocks(path.read_text(encoding="utf-8")) if block.language == "python"]
-    assert python
-    for block in python:
-        exec(compile("\n" * (block.line - 1) + block.text, path, "exec"), {})
+    pages.run(README, README_BLOCKS, {"python"}, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 def test_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them: each command, too, in a process of its own."""
-    run_blocks(SHOWN, tmp_path, monkeypatch)
-
-
-def prints_what_is_shown(command: Command, line: int) -> None:
-    """Runs a console command of the README with this interpreter and compares its stdout."""
-    ran = subprocess.run(
-        ["bash", "-c", f'dcafy() {{ "$PYTHON" -m dcafy "$@"; }}\n{command.line}'],
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    context = f"README.md:{line}: $ {command.line}\nstdout:\n{ran.stdout}\nstderr:\n{ran.stderr}"
-    assert same(command.printed, ran.stdout), context
-    assert "Traceback" not in ran.stderr, context
+    """The commands: each in a process of its own."""
+    pages.run(README, README_BLOCKS, {"console"}, tmp_path, monkeypatch)
 
 
 def test_blocks_show_both_doors() -> None:
@@ -161,12 +89,30 @@ def test_two_tiers_leave_out_whole_zoos_only(pytestconfig: pytest.Config) -> Non
 
 
 def test_named_files_exist() -> None:
-    text = README.read_text(encoding="utf-8")
-    linked = re.findall(r"\]\(([^)#:]+)\)", text)
-    run = [word for command in re.findall(r"`(?:pytest|bash|python) ([^`]+)`", text) for word in command.split()]
+    linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", TEXT)
+    run = [word for command in re.findall(r"`(?:pytest|bash|python) ([^`]+)`", TEXT) for word in command.split()]
     named = linked + [word for word in run if "/" in word]
     assert len(named) >= 15
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_badges_say_what_the_project_says() -> None:
+    module = pages.module("make_badges")
+    for name, says in module.badges().items():
+        assert (ROOT / "docs" / "badges" / f"{name}.svg").read_text(encoding="utf-8") == module.drawn(*says)
+        assert f"](docs/badges/{name}.svg)" in TEXT
+
+
+def test_nobody_is_told_to_install_from_a_checkout_but_here() -> None:
+    """Everywhere else it is ``pip install 'dcafy[...]'``: who has installed a wheel has no checkout."""
+    telling = [*(ROOT / "dcafy").rglob("*.py"), *(ROOT / "examples").glob("*.py"), *pages.PROSE]
+    found = {
+        (path.relative_to(ROOT).as_posix(), line.strip())
+        for path in telling
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "pip install -e" in line
+    }
+    assert found == {("README.md", line) for line in SETUP}
 
 
 def test_versions_agree() -> None:

@@ -11,7 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcafy.records import Format, OtherVersion, ReadBy, Unknown, Wrong, matching, one_of, parsed, read, within, written
+from dcafy.records import (
+    LATER,
+    WRITTEN,
+    Format,
+    OtherVersion,
+    ReadBy,
+    Unknown,
+    Wrong,
+    matching,
+    one_of,
+    parsed,
+    read,
+    within,
+    written,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,20 @@ class Tree:
     settings: dict[str, bool] = field(default_factory=dict)
     parts: Mapping[str, Leaf] = field(default_factory=dict)
     anything: Any = None
+
+
+@dataclass(frozen=True)
+class Grown:
+    needed: tuple[int, ...] = field(default=(), metadata=WRITTEN)
+    later: str | None = field(default=None, metadata=LATER)
+
+
+def test_what_came_later_is_written_where_it_says_something_and_what_has_to_be_there_is_asked_for() -> None:
+    assert written(Grown((1,))) == {"needed": [1]}
+    assert written(Grown((1,), "x")) == {"needed": [1], "later": "x"}
+    assert read(Grown, {"needed": []}) == Grown()
+    with pytest.raises(Wrong, match="an object with 'needed'"):
+        read(Grown, {"later": "x"})
 
 
 LEAVES = st.builds(Leaf, st.text(), st.none() | st.lists(st.integers()).map(tuple))

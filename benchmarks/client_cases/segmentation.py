@@ -26,8 +26,8 @@ def network(kind: str = "Unet", encoder: str = "resnet18", **options: Any) -> nn
 def unet_scse(side: Side) -> None:
     """Unet("resnet18", decoder_attention_type="scse"): the original's masks; encoder, decoder and head by hand"""
     x = pictures()
-    # The narrowest decoder block by default has one hidden unit, which may be dead.
-    model = network(decoder_attention_type="scse", decoder_channels=(128, 64, 64, 64, 64))
+    # The narrowest decoder block by default has one hidden unit, which may be dead, as four may.
+    model = network(decoder_attention_type="scse", decoder_channels=(256,) * 5)
     equal(called(side.at_start(model, x), x), called(model, x))
     d = side.under_way(model, x)
     with torch.no_grad():

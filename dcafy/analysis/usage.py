@@ -160,14 +160,14 @@ class _Ear:
         self.connection = connection
         self.matched = connection.matched
         self.measures = False
-        self.change: Callable[[_Ear, Any, Tensor], Tensor] | None = None
+        self.change: Callable[[_Ear, Any, Tensor], Tensor | None] | None = None
         self.order: Tensor | None = None
         self.could_shuffle = True
         self.turn = 0
         self.sums: dict[Any, list[Any]] = {}
         self.energies = [0.0, 0.0, 0.0]  # of αG, of β times the message, of the message
 
-    def __call__(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor:
+    def __call__(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor | None:
         message = self.matched(G, T_prev, G_prev)
         place = (self.turn, *message.shape[1:])
         self.turn += 1
@@ -211,8 +211,8 @@ class _Ear:
         return max(1 - alike / self.energies[2], 0.0) if self.energies[2] else 0.0
 
 
-def _cut(ear: _Ear, place: Any, message: Tensor) -> Tensor:
-    return torch.zeros_like(message)
+def _cut(ear: _Ear, place: Any, message: Tensor) -> Tensor | None:
+    return None if ear.connection.is_weighed else torch.zeros_like(message)
 
 
 def _mean(ear: _Ear, place: Any, message: Tensor) -> Tensor:

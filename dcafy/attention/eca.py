@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from dcafy.attention.gate import Gate, zero_
+from dcafy.emit.matching import neighbours
 from dcafy.plan.options import Init
 
 
@@ -19,10 +18,9 @@ class ECA(nn.Module):
     True
     """
 
-    def __init__(self, channels: int, *, gamma: float = 2, offset: float = 1, init: Init = "identity") -> None:
+    def __init__(self, channels: int, *, init: Init = "identity") -> None:
         super().__init__()
-        kernel = int(abs(math.log2(channels) + offset) / gamma)
-        kernel += 1 - kernel % 2  # eq. 9: the nearest odd number
+        kernel = neighbours(channels)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
         self.gate = Gate(init)

@@ -12,17 +12,22 @@ attention: :func:`dcafy.inspect` finds the blocks by dataflow like any others.
 
 from __future__ import annotations
 
-import copy as copying
+import dataclasses
+import functools
+import operator
 from typing import Any, get_args
 
 import torch
 from torch import fx, nn
 
-from dcafy.attention.kinds import ATTENTIONS, INSERTED, KIND, Insertion
-from dcafy.attention.sk import SK
-from dcafy.attention.units import Kernel, Unit, units
+from dcafy.attention.kinds import ATTENTIONS, INSERTED, KIND, Attention, Insertion
+from dcafy.attention.order import order
+from dcafy.attention.starting import started
+from dcafy.attention.units import Chosen, Reads, Unit, units
 from dcafy.draws import OwnDraws
 from dcafy.emit.dca import is_connected
+from dcafy.emit.relay import Calls, join
+from dcafy.emit.wiring import completed
 from dcafy.errors import InputError, UsageError
 from dcafy.graph import usual
 from dcafy.graph.copies import own_copy, shared_copy
@@ -30,9 +35,11 @@ from dcafy.graph.evaluator import device_of
 from dcafy.graph.paths import free_name, joined
 from dcafy.graph.rewritten import Forward, original_class, refusal, rewrite, taken_forward
 from dcafy.graph.rows import rows_of
-from dcafy.plan.options import Init
+from dcafy.plan.options import Init, Linking
+from dcafy.survey import survey
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
+from dcafy.wording import few
 
 
 def insert(
@@ -47,7 +54,11 @@ def insert(
 ) -> nn.Module:
     """``model`` with attention in every residual unit: trainable, and by default computing exactly the same.
 
-    ``attention``: ``se``, ``ge`` (θ⁻), ``ge-theta``, ``sk``, ``cbam``, ``bam``, ``gc``, ``sge`` or ``eca``.
+    ``attention``: ``se``, ``ge`` (θ⁻), ``ge-theta``, ``sk``, ``cbam``, ``bam``, ``gc``, ``sge`` or ``eca``; or one that
+    hands a state on from unit to unit: ``dia`` (an LSTM cell for each stage) or ``rla`` (a recurrent map, which the
+    units' first convolutions and the classifier see besides); or ``mrla``, whose units are blocks that hear one another
+    by nature along each stage: the result is connected then, as by :func:`dcafy.convert`, and that connects what else
+    there is where it inserts this one itself (``attention="mrla"``). ``docs/family.md`` has them.
     ``reduction``: channels over the width of the attention's bottleneck, where it has one; ``None`` leaves that of
     ``gc`` out (one 1x1 convolution in its place: the simplified non-local block).
     ``where``: ``auto`` finds residual and bottleneck units by their structure and puts attention at the end of
@@ -68,15 +79,52 @@ def insert(
     >>> torch.equal(with_se(x), model(x)), len(dcafy.inspect(with_se).blocks)
     (True, 8)
     """
+    host = put(model, attention, reduction=reduction, where=where, init=init, example_inputs=example_inputs, copy=copy)
+    return _by_nature(host, example_inputs) if ATTENTIONS[attention].by_nature else host
+
+
+def _by_nature(host: nn.Module, example_inputs: Any) -> nn.Module:
+    """``host`` with its units connected that hear one another by nature, where there are several in a stage."""
+    seen = survey(host, example_inputs)
+    chains = (
+        chain if seen.plan.block(chain.blocks[0]).nature else dataclasses.replace(chain, links=())
+        for chain in seen.plan.chains
+    )
+    plan = dataclasses.replace(seen.plan, chains=tuple(chains)).with_links(lambda link: completed(link, Linking()))
+    return started(host, seen, plan, Linking()) if plan.links else host
+
+
+def put(
+    model: nn.Module,
+    attention: str,
+    *,
+    reduction: int | None = 16,
+    where: str = "auto",
+    init: Init = "identity",
+    example_inputs: Any = None,
+    copy: bool = True,
+) -> nn.Module:
+    """What :func:`insert` gives, before blocks are connected."""
     _check(attention, reduction, init)
     require_module(model)
     if is_connected(model):
         raise InputError("The model is connected already. Insert attention first, then convert the result.")
+    kind = ATTENTIONS[attention]
     chosen = units(model, where, example_inputs)
+    made, calls = (None, {}) if kind.along is None else _along(model, kind, chosen, reduction, init)
     host = own_copy(model) if copy else shared_copy(model)
     with OwnDraws():
-        for unit in chosen:
-            _attend(unit, host.get_submodule(unit.path), attention, reduction, init)
+        for unit in chosen.units:
+            inside = host.get_submodule(unit.path)
+            if made is None:
+                with torch.device(device_of(inside)):
+                    _attend(unit, inside, attention, _made(kind, unit, inside, reduction, init))
+            elif unit.path in made:
+                _attend(unit, inside, attention, made[unit.path])
+    if made is not None:
+        for path in made.keys() - {unit.path for unit in chosen.units}:
+            _behind(host.get_submodule(path), attention, made[path])
+        join(host, {path: module.relay for path, module in made.items()}, calls)  # type: ignore[misc]
     before = getattr(model, INSERTED, ())
     host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
     return host
@@ -100,34 +148,43 @@ def _check(attention: str, reduction: int | None, init: str) -> None:
         )
 
 
-def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int | None, init: Init) -> None:
+def _made(kind: Attention, unit: Unit, host: nn.Module, reduction: int | None, init: Init) -> nn.Module:
+    if kind.of_unit is not None:
+        return kind.of_unit(unit, host, reduction, init)
+    assert kind.build is not None
+    return kind.build(unit.channels, reduction, init, unit.side)
+
+
+def _along(
+    model: nn.Module, kind: Attention, chosen: Chosen, reduction: int | None, init: Init
+) -> tuple[dict[str, nn.Module], dict[str, Calls]]:
+    """The modules of attention that hands a state on from unit to unit, and who hears whom."""
+    assert kind.along is not None
+    with OwnDraws(), torch.device(device_of(model)):
+        made, calls = kind.along(chosen.units, order(model, chosen), reduction, init)
+    if not any(any(calls[path].hears) for path in made):
+        raise InputError(
+            f"No two units of {type(model).__name__} follow on one another, so that there is nobody to hand a state on "
+            f"to: there are {few([unit.path for unit in chosen.units])}. Choose more of them with where=, or use "
+            "another attention."
+        )
+    return made, calls
+
+
+def _attend(unit: Unit, host: nn.Module, attention: str, module: nn.Module) -> None:
     """Puts attention into ``host``, the module that ``unit`` describes."""
-    reads: tuple[fx.Node, ...]
-    if attention == "sk":
-        if unit.kernel is None:
-            raise InputError(
-                f"{unit.path} has no convolution larger than 1x1 followed by batch norm and an activation, which "
-                "selective kernels would give a second branch to. Leave it out with where=, or use another attention."
-            )
-        reads = (unit.kernel.input, unit.kernel.output)
-        assert reduction is not None
-        module: nn.Module = _selective(unit.kernel, host, reduction)
-    else:
-        reads = (unit.end,)
-        with torch.device(device_of(host)):
-            module = ATTENTIONS[attention].build(unit.channels, reduction, init, unit.side)
-    name = free_name(host, attention.replace("-", "_"))
-    module.to(dtype=_dtype(host)).train(host.training)
-    module.__dict__[KIND] = attention
+    parts = ATTENTIONS[attention].reads(unit, module)
+    name = _held(host, attention, module)
     if refusal(host) is not None:
-        _require_last(unit, host, reads)
+        _require_last(unit, host, parts)
         host.add_module(name, module)
         return
-    folded = _folded(unit, reads)
-    last = folded.image[reads[-1]]
-    with folded.graph.inserting_after(last):
-        call = folded.graph.call_module(name, tuple(folded.image[node] for node in reads))
-    last.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    folded = _folded(unit, tuple(node for reads in parts.values() for node in reads))
+    for part, reads in parts.items():
+        last = folded.image[reads[-1]]
+        with folded.graph.inserting_after(last):
+            call = folded.graph.call_module(joined(name, part), tuple(folded.image[node] for node in reads))
+        last.replace_all_uses_with(call, delete_user_cb=functools.partial(operator.is_not, call))
     folded.graph.lint()
     for node in folded.graph.nodes:
         node.meta = {}
@@ -138,9 +195,28 @@ def _attend(unit: Unit, host: nn.Module, attention: str, reduction: int | None, 
     )
 
 
-def _require_last(unit: Unit, host: nn.Module, reads: tuple[fx.Node, ...]) -> None:
+def _behind(host: nn.Module, attention: str, module: nn.Module) -> None:
+    """Has ``module`` see what a layer makes, and stand in its place."""
+    name = _held(host, attention, module)
+    host.add_module(name, module)
+    rewrite(host, Forward(behind=functools.partial(_seen_by, name), needs=name, own=taken_forward(host)))
+
+
+def _seen_by(name: str, host: nn.Module, output: Any) -> Any:
+    return host._modules[name](output)  # type: ignore[misc]
+
+
+def _held(host: nn.Module, attention: str, module: nn.Module) -> str:
+    """The name under which ``host`` may have the module, which is made like it."""
+    module.to(dtype=_dtype(host)).train(host.training)
+    module.__dict__[KIND] = attention
+    return free_name(host, attention.replace("-", "_"))
+
+
+def _require_last(unit: Unit, host: nn.Module, parts: Reads) -> None:
     """Nothing where attention can go in as one more child of ``host``, whose class cannot be changed."""
     last = next(reversed(host._modules), "")
+    reads = [node for nodes in parts.values() for node in nodes]
     end = reads[-1]
     call = next((call for call in unit.recording.calls_of.get(last, ()) if call.output is end), None)
     if len(reads) > 1 or (call is None and end.target != last) or not isinstance(host, nn.Sequential):
@@ -156,43 +232,6 @@ def _folded(unit: Unit, needed: tuple[fx.Node, ...]) -> Folded:
     except CannotEnter as error:
         where = joined(unit.path, error.path)
         raise InputError(f"{where} cannot be given attention: {error.reason}. Leave it out with where=.") from error
-
-
-def _selective(kernel: Kernel, host: nn.Module, reduction: int) -> SK:
-    """SK whose second branch is the unit's convolution with twice its dilation, freshly initialised."""
-    old = host.get_submodule(str(kernel.convolution.target))
-    assert isinstance(old, nn.Conv2d)
-    dilation = tuple(2 * d for d in old.dilation)
-    padding: Any = old.padding
-    if not isinstance(padding, str):
-        # As much more padding as the larger reach takes, so that both branches' maps have one size.
-        reach = zip(padding, old.dilation, old.kernel_size, strict=True)
-        padding = tuple(p + d * (k - 1) // 2 for p, d, k in reach)
-    with torch.device(device_of(host)):
-        convolution = nn.Conv2d(
-            old.in_channels,
-            old.out_channels,
-            old.kernel_size,  # type: ignore[arg-type]
-            old.stride,  # type: ignore[arg-type]
-            padding,
-            dilation,  # type: ignore[arg-type]
-            old.groups,
-            old.bias is not None,
-        )
-        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        second = nn.Sequential(convolution, *_norm_and_activation(kernel, host))
-        return SK(old.out_channels, second, reduction)
-
-
-def _norm_and_activation(kernel: Kernel, host: nn.Module) -> list[nn.Module]:
-    norm = copying.deepcopy(host.get_submodule(str(kernel.norm.target)))
-    assert isinstance(norm, nn.BatchNorm2d)
-    norm.reset_parameters()
-    if kernel.activation is None:
-        return [norm]
-    if kernel.activation.op == "call_module":
-        return [norm, copying.deepcopy(host.get_submodule(str(kernel.activation.target)))]
-    return [norm, nn.ReLU()]
 
 
 def _dtype(host: nn.Module) -> torch.dtype:

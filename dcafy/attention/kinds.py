@@ -13,8 +13,21 @@ from dcafy.records import one_of, within
 if TYPE_CHECKING:
     from torch import nn
 
+    from dcafy.attention.order import Order
+    from dcafy.attention.units import Reads, Unit
+    from dcafy.emit.relay import Calls
+
 Build = Callable[[int, Any, Init, int], "nn.Module"]
 """(channels, reduction or ``None``, init, side of the map) -> the module that attends a map."""
+
+OfUnit = Callable[["Unit", "nn.Module", Any, Init], "nn.Module"]
+"""(unit, its module, reduction or ``None``, init) -> what attends the unit."""
+
+Along = Callable[["tuple[Unit, ...]", "Order", Any, Init], "tuple[dict[str, nn.Module], dict[str, Calls]]"]
+"""(units, their order, reduction or ``None``, init) -> the modules of those that take part, and who hears whose state.
+
+Each module has the end of the wire that it hears and tells at under ``relay``.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,16 +37,24 @@ class Attention:
     ``obstacle``            why it cannot start as an exact no-op, empty where it can
     ``silent``              the layers, below the module, that are zero where it does: T is the same whatever G is
     ``without_bottleneck``  whether it can do without one (a reduction of ``None``)
+    ``reads``               where in a unit its parts go; by default it stands at the end of the main branch
+    ``of_unit``             what builds it where it goes by more of the unit than its channels
+    ``along``               what builds it for all units at once, where it hands a state on from unit to unit
+    ``by_nature``           whether its units are blocks that hear one another by nature (``dcafy.find.natures``)
     """
 
-    build: Build
+    build: Build | None = None
     obstacle: str = ""
     silent: tuple[str, ...] = ()
     without_bottleneck: bool = False
+    reads: Callable[[Unit, nn.Module], Reads] = lambda unit, module: {"": (unit.end,)}
+    of_unit: OfUnit | None = None
+    along: Along | None = None
+    by_nature: bool = False
 
 
-def _of(module: str, name: str) -> Callable[..., nn.Module]:
-    made: Callable[..., nn.Module] = getattr(importlib.import_module(f"dcafy.attention.{module}"), name)
+def _of(module: str, name: str) -> Callable[..., Any]:
+    made: Callable[..., Any] = getattr(importlib.import_module(f"dcafy.attention.{module}"), name)
     return made
 
 
@@ -41,17 +62,20 @@ def _reduced(module: str, name: str) -> Build:
     return lambda channels, reduction, init, side: _of(module, name)(channels, reduction, init=init)
 
 
-def _ge_theta(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
+def _plain(module: str, name: str) -> Build:
+    return lambda channels, reduction, init, side: _of(module, name)(channels, init=init)
+
+
+def _ge_theta(channels: int, reduction: Any, init: Init, side: int) -> nn.Module:
     """As many halvings, up to three, as leave maps of 7x7 to be averaged."""
     steps = next((steps for steps in (3, 2, 1) if side >> steps >= 7), 0)
-    return _of("ge", "GETheta")(channels, steps, init=init)
+    made: nn.Module = _of("ge", "GETheta")(channels, steps, init=init)
+    return made
 
 
-def _sk(channels: int, reduction: int, init: Init, side: int) -> nn.Module:
-    """Built where the convolution is known that it gives a second branch."""
-    from torch import nn
-
-    return _of("sk", "SK")(channels, nn.Identity(), reduction)
+def _called(module: str, name: str) -> Callable[..., Any]:
+    """A function of that module, which is imported when it is called."""
+    return lambda *given: _of(module, name)(*given)
 
 
 ATTENTIONS: dict[str, Attention] = {
@@ -60,12 +84,19 @@ ATTENTIONS: dict[str, Attention] = {
         lambda channels, reduction, init, side: _of("ge", "GEPlain")(), obstacle="nothing in it can be trained"
     ),
     "ge-theta": Attention(_ge_theta),
-    "sk": Attention(_sk, obstacle="its maps weigh two branches against one another, and the second one is new"),
+    "sk": Attention(
+        of_unit=_called("sk", "of_unit"),
+        obstacle="its maps weigh two branches against one another, and the second one is new",
+        reads=_called("sk", "reads"),
+    ),
     "cbam": Attention(_reduced("cbam", "CBAM"), silent=("channel.expand", "spatial.norm")),
     "bam": Attention(_reduced("bam", "BAM"), silent=("channel.norm", "norm")),
     "gc": Attention(_reduced("gc", "GC"), silent=("bottleneck.expand",), without_bottleneck=True),
-    "sge": Attention(lambda channels, reduction, init, side: _of("sge", "SGE")(channels, init=init), silent=("norm",)),
-    "eca": Attention(lambda channels, reduction, init, side: _of("eca", "ECA")(channels, init=init), silent=("conv",)),
+    "sge": Attention(_plain("sge", "SGE"), silent=("norm",)),
+    "eca": Attention(_plain("eca", "ECA"), silent=("conv",)),
+    "mrla": Attention(_plain("mrla", "MRLA"), silent=("norm",), reads=_called("mrla", "reads"), by_nature=True),
+    "dia": Attention(silent=("cell.expand",), along=_called("dia", "along")),
+    "rla": Attention(reads=_called("rla", "reads"), along=_called("rla", "along")),
 }
 """Name -> the attention."""
 

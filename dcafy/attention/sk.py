@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from dcafy.attention.units import Kernel, Reads, Unit
+from dcafy.errors import InputError
+from dcafy.plan.options import Init
 
 
 class SK(nn.Module):
@@ -41,3 +48,55 @@ class SK(nn.Module):
         """The attended sum of both branches."""
         branches = (first, self.second(x))
         return self.fuse(branches, self.transform(self.extract(branches)))
+
+
+def reads(unit: Unit, module: nn.Module) -> Reads:
+    """What both branches see, and what the first one has made of it."""
+    kernel = _kernel(unit)
+    return {"": (kernel.input, kernel.output)}
+
+
+def of_unit(unit: Unit, host: nn.Module, reduction: int, init: Init) -> SK:
+    """SK whose second branch is the unit's convolution with twice its dilation, freshly initialised."""
+    kernel = _kernel(unit)
+    old = host.get_submodule(str(kernel.convolution.target))
+    assert isinstance(old, nn.Conv2d)
+    dilation = tuple(2 * d for d in old.dilation)
+    padding: Any = old.padding
+    if not isinstance(padding, str):
+        # As much more padding as the larger reach takes, so that both branches' maps have one size.
+        reach = zip(padding, old.dilation, old.kernel_size, strict=True)
+        padding = tuple(p + d * (k - 1) // 2 for p, d, k in reach)
+    convolution = nn.Conv2d(
+        old.in_channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        padding,
+        dilation,  # type: ignore[arg-type]
+        old.groups,
+        old.bias is not None,
+    )
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    second = nn.Sequential(convolution, *_norm_and_activation(kernel, host))
+    return SK(old.out_channels, second, reduction)
+
+
+def _kernel(unit: Unit) -> Kernel:
+    if unit.kernel is None:
+        raise InputError(
+            f"{unit.path} has no convolution larger than 1x1 followed by batch norm and an activation, which "
+            "selective kernels would give a second branch to. Leave it out with where=, or use another attention."
+        )
+    return unit.kernel
+
+
+def _norm_and_activation(kernel: Kernel, host: nn.Module) -> list[nn.Module]:
+    norm = copy.deepcopy(host.get_submodule(str(kernel.norm.target)))
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.reset_parameters()
+    if kernel.activation is None:
+        return [norm]
+    if kernel.activation.op == "call_module":
+        return [norm, copy.deepcopy(host.get_submodule(str(kernel.activation.target)))]
+    return [norm, nn.ReLU()]

@@ -7,8 +7,9 @@ does: where it also occurs without the addition (MobileNetV2 with stride 2), tho
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ from dcafy.trace.fold import CannotEnter
 from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
 from dcafy.trace.islands import observe
 from dcafy.trace.recording import Observed, Recording, passed_through
+
+Reads = Mapping[str, tuple[fx.Node, ...]]
+"""What attention reads in a unit: the path of a part of it ("" for all of it) -> the nodes that this is given, of which
+it takes the place of the last one."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,18 @@ class Unit:
     ``end``        the node behind which attention goes: the last of the main branch, before the addition and
                    before what drops whole paths
     ``kernel``     the convolution that selective kernels give a second branch to, if there is one
+    ``first``      the first convolution of the main branch, if there is one
+    ``calls``      how often it is called in the recording that it was found in
+    ``output``     what it returns, where that is a map
     """
 
     path: str
     recording: Recording
     end: fx.Node
     kernel: Kernel | None
+    first: fx.Node | None = None
+    calls: int = 1
+    output: fx.Node | None = None
 
     @property
     def channels(self) -> int:
@@ -69,11 +80,29 @@ class Unit:
     @property
     def side(self) -> int:
         """The shorter side of the map at ``end``, in the example."""
-        return int(min(node_value(self.end).shape[2:]))
+        return int(min(self.size))
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Height and width of the map at ``end``, in the example."""
+        return tuple(node_value(self.end).shape[2:])
 
 
-def units(model: nn.Module, where: str = "auto", example_inputs: Any = None) -> tuple[Unit, ...]:
-    """The modules of ``model`` that get attention, in the order they are called.
+@dataclass(frozen=True)
+class Chosen:
+    """The units of a model that get attention, in the order they are called.
+
+    ``inputs``      those that they are seen on
+    ``classifier``  the path of the linear layer whose output is the model's, where there is one
+    """
+
+    units: tuple[Unit, ...]
+    inputs: Observed
+    classifier: str | None
+
+
+def units(model: nn.Module, where: str = "auto", example_inputs: Any = None) -> Chosen:
+    """The modules of ``model`` that get attention.
 
     ``where``: ``auto`` for every residual unit, or a glob of module paths: the residual units among them, and where
     there is none the outermost modules that match. Raises ``InputError`` where there is nothing, or
@@ -91,15 +120,16 @@ class _Search:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.evaluator = Evaluator(device_of(model))
+        self.classifier: str | None = None
 
-    def units(self, where: str, inputs: Observed) -> tuple[Unit, ...]:
+    def units(self, where: str, inputs: Observed) -> Chosen:
         found = self._residual(inputs)
         if where != "auto":
             found = {path: unit for path, unit in found.items() if fnmatch.fnmatchcase(path, where)}
             found = found or self._matching(where, inputs)
         if not found:
             raise InputError(self._nothing())
-        return tuple(found.values())
+        return Chosen(tuple(found.values()), inputs, self.classifier)
 
     # -- residual units --------------------------------------------------------------------------
 
@@ -107,7 +137,9 @@ class _Search:
         """Path -> unit: those with an addition, and the other instances of their classes."""
         adding: dict[str, Unit] = {}
         calls: dict[str, Observed] = {}
+        times: dict[str, int] = {}
         for path, call, adds in self._calls("", inputs):
+            times[path] = times.get(path, 0) + 1
             if path and path not in calls:
                 calls[path] = call
                 # A feature pyramid adds maps as well, of a dict of them.
@@ -123,7 +155,7 @@ class _Search:
                 unit = self._unit(path, call, residual=False)
                 if unit is not None:
                     found[path] = unit
-        return found
+        return {path: dataclasses.replace(unit, calls=times[path]) for path, unit in found.items()}
 
     def _calls(self, path: str, inputs: Observed) -> Iterator[tuple[str, Observed, bool]]:
         """(path, inputs, whether its own forward adds two maps) of every module that is called."""
@@ -138,6 +170,7 @@ class _Search:
                 ) from error
             yield from self._outermost(path, inside)
             return
+        self.classifier = self.classifier if path else _classifier(recording)
         adding = {str(node.meta.get(OWNER, "")) for node in recording.graph.nodes if _added(node, recording.modules)}
         for call in recording.calls:
             seen = Observed(map_arg(call.args, node_value), map_arg(call.kwargs, node_value))
@@ -170,7 +203,9 @@ class _Search:
         end = shape.before_drops(last)
         if not shape.is_map(end):
             return None
-        return Unit(path, recording, end, shape.kernel(end))
+        output = shape.output()
+        output = output if output is not None and shape.is_map(output) else None
+        return Unit(path, recording, end, shape.kernel(end), shape.first(end), output=output)
 
     def _recorded(self, path: str, call: Observed) -> Recording:
         recordable = Recordable(self.model.get_submodule(path), call, self.evaluator)
@@ -304,12 +339,34 @@ class _Shape:
                     return Kernel(node, norm, activation)
         return None
 
+    def first(self, end: fx.Node) -> fx.Node | None:
+        """The first convolution on the way to ``end``: what a unit makes of its input."""
+        behind, pending = {end}, [end]
+        while pending:
+            new = [n for n in pending.pop().all_input_nodes if n not in behind]
+            behind.update(new)
+            pending += new
+        layers = (n for n in self.graph.nodes if n in behind and n.op == "call_module")
+        return next((n for n in layers if isinstance(self.modules[str(n.target)], nn.Conv2d)), None)
+
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         """What alone reads ``node``, behind layers that hand it on as it is (a slot for dropped blocks)."""
         users = list(node.users)
         while len(users) == 1 and isinstance(self.modules.get(str(users[0].target)), nn.Identity):
             users = list(users[0].users)
         return users[0] if len(users) == 1 else None
+
+
+def _classifier(recording: Recording) -> str | None:
+    """The path of the linear layer that makes the recorded module's output, ``[N, classes]``, and nothing else."""
+    node = _Shape(recording).output()
+    while node is not None and node.target is passed_through:
+        node = node.all_input_nodes[0]
+    if node is None or node.op != "call_module" or node_value(node).ndim != 2:
+        return None
+    path = str(node.target)
+    times = sum(other.op == "call_module" and other.target == path for other in recording.graph.nodes)
+    return path if type(recording.modules[path]) is nn.Linear and times == 1 else None
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import os
 import torch
 from torch import nn
 
+from dcafy.attention.inserted import hands_on
 from dcafy.checkpoint.architecture import recognised
 from dcafy.checkpoint.description import FILES, Built, Description, Weights, installed_versions
 from dcafy.checkpoint.folder import Folder
@@ -31,7 +32,9 @@ def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True
     A folder that :func:`save` wrote before is replaced all at once: killed half-way, it is as it was. Tensors
     that share memory are stored once; optimizer state, gradients and hooks are not stored.
 
-    Raises ``InputError`` for a model that was not converted, or with a tensor that safetensors cannot hold;
+    A network into which :func:`dcafy.insert` put attention that hands a state on (``rla``, ``dia``) is stored as well.
+
+    Raises ``InputError`` for any other that was not converted, or with a tensor that safetensors cannot hold;
     ``CheckpointError`` where the folder cannot be written or holds other things.
 
     >>> import dcafy, tempfile, torch, torchvision
@@ -42,7 +45,14 @@ def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True
     >>> torch.equal(dcafy.load(folder)(x), connected(x))
     True
     """
-    _recipe(dca)
+    require_module(dca)
+    if is_connected(dca) or not hands_on(dca):
+        _recipe(dca)
+    elif not base:
+        raise InputError(
+            f"{type(dca).__name__} has no connections to store without the base: what was put in is part of that. Save "
+            "it with base=True (on the command line: without --connections-only)."
+        )
     store(dca, directory, base=base)
 
 

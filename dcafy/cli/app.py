@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from dcafy import errors
+from dcafy.cli.help import Command, Commands, Quiet, may_be_quiet
 from dcafy.text import short
 from dcafy.wording import quoted
 
@@ -99,10 +99,12 @@ class _ToStderr(logging.Handler):
         print(f"dcafy: {short(record.getMessage(), 900)}", file=sys.stderr)
 
 
-class _Commands(TyperGroup):
+class _Commands(Commands):
     """The commands, which share how errors are told and what they exit with."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        log.handlers, log.propagate = [_ToStderr()], False
+        log.setLevel(logging.INFO)
         with _reported():
             return super().make_context(*args, **kwargs)
 
@@ -114,11 +116,19 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def command(name: str, example: str, cls: type[Command] = Command) -> Callable[[Callable[..., None]], Any]:
+    """Registers a command under ``name``; its help ends with ``example``, one or more lines that can be copied."""
+
+    def registered(function: Callable[..., None]) -> Any:
+        return app.command(name, cls=cls, epilog=example)(may_be_quiet(function))
+
+    return registered
 
 
 def main() -> None:
@@ -145,7 +155,6 @@ def dcafy(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Connect the attention blocks of a trained network (DCANet)."""
-    log.handlers, log.propagate = [_ToStderr()], False
-    log.setLevel(logging.INFO)

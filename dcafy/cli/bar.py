@@ -1,9 +1,11 @@
-"""A progress bar on stderr, where that is a terminal."""
+"""A progress bar on stderr, where that is a terminal and nobody asked for quiet."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+
+from dcafy.cli.help import is_quiet
 
 
 @contextlib.contextmanager
@@ -13,6 +15,8 @@ def bar(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[], N
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+    with Progress(
+        console=console, transient=True, disable=not (shown and console.is_terminal) or is_quiet()
+    ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)

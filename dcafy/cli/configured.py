@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dcafy.choices import CHOICES
+from dcafy.cli.help import completing
 from dcafy.plan.options import check, meant
 
 
@@ -51,9 +52,10 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
         option = typer.Option(
             *((f"--{item.name.replace('_', '-')}", *others) if others else ()),
             callback=_in_any_case(choices) if choices else None,
-            help=item.metadata["help"],
+            help=item.metadata["help"] + _told(item),
             metavar=item.metadata["metavar"] or ("|".join(choices) if choices else None),
-            show_default=item.default is not None,
+            show_default=False,
+            autocompletion=completing(choices),
         )
         kind: Any = hints[item.name]
         made.append(
@@ -71,6 +73,14 @@ def _in_any_case(choices: Collection[str]) -> Callable[[str | None], str | None]
         return meant(value, choices)  # type: ignore[no-any-return]
 
     return as_known
+
+
+def _told(item: dataclasses.Field[Any]) -> str:
+    """The default of an option, where there is one and its help does not tell it."""
+    default, text = item.default, item.metadata["help"]
+    if default in (None, "") or (isinstance(default, bool) and not default) or "[default" in text:
+        return ""
+    return f" [default: {f'{default:.4g}' if isinstance(default, float) else 'on' if default is True else default}]"
 
 
 def given_options(context: typer.Context) -> dict[str, Any]:

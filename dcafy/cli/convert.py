@@ -12,15 +12,15 @@ from typing import Annotated
 import typer
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
 from dcafy.plan.options import Conversion
 from dcafy.sources.options import FileOptions
-from dcafy.wording import printable, quoted
+from dcafy.wording import counted, printable, quoted
 
 
-@app.command("convert")
+@command("convert", "dcafy convert torchvision:resnet50 --attention se -o se")
 @with_options
 def convert_command(
     model: Model,
@@ -46,7 +46,7 @@ def convert_command(
         from dcafy.checkpoint import save
         from dcafy.checkpoint.tensors import is_connection
         from dcafy.conversion import convert
-        from dcafy.emit.dca import connections
+        from dcafy.emit.dca import connections, is_connected
         from dcafy.runs.using import tell_random
         from dcafy.sources import open_model
 
@@ -57,8 +57,9 @@ def convert_command(
         save(connected, output, base=base)
     own = sum(p.numel() for name, p in connected.named_parameters() if is_connection(name))
     added = sum(p.numel() for p in connected.parameters()) - before - own
+    made = len(connections(connected)) if is_connected(connected) else 0
     print(
-        f"{len(connections(connected))} connections with {own:,} parameters"
+        f"{counted(made, 'connection')} with {own:,} parameters"
         + (f", {conversion.attention} with {added:,}" if conversion.attention else "")
         + f", saved in {printable(str(output))}."
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.bar import bar
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import Model, Settings, settings_given
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dcafy.runs.evaluating import Evaluation
 
 
-@app.command("evaluate")
+@command("evaluate", "dcafy evaluate runs/flowers --data imagefolder:flowers")
 @with_options
 def evaluate_command(
     model: Model,

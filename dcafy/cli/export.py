@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import sys
 
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.export.options import ExportOptions
 from dcafy.sources.options import FileOptions
 
 
-@app.command("export")
+@command("export", "dcafy export runs/flowers -o flowers.onnx")
 @with_options
 def export_command(
     model: Model,

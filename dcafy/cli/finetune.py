@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.configured import given_options, with_options
+from dcafy.cli.help import Command, is_quiet
 from dcafy.cli.options import MODEL, Settings, settings_given
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dcafy.training.trial import Trial
 
 
-class _Comparing(TyperCommand):
+class _Comparing(Command):
     """A command whose ``--compare`` may have a value, several, or none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -55,7 +55,11 @@ def _with_arms(args: list[str]) -> Iterator[str]:
         yield f"--compare={','.join(arms) or 'original,connected'}"
 
 
-@app.command("finetune", cls=_Comparing)
+@command(
+    "finetune",
+    "dcafy finetune torchvision:efficientnet_b0@DEFAULT \\\n    --data imagefolder:flowers --epochs 5 -o runs/flowers",
+    cls=_Comparing,
+)
 @with_options
 def finetune_command(
     context: typer.Context,
@@ -123,6 +127,11 @@ def _looked_over(asked: Asked, request: Request, arm: str) -> Subject:
     return on
 
 
+def _tell(text: str) -> None:
+    if not is_quiet():
+        print(text, file=sys.stderr)
+
+
 def _tried(asked: Asked, request: Request) -> list[RenderableType]:
     """One batch through everything, of each arm; what that took, for the main process."""
     from dcafy.runs.header import header, in_words
@@ -135,7 +144,7 @@ def _tried(asked: Asked, request: Request) -> list[RenderableType]:
         for arm in request.arms or (request.arm,):
             on = _looked_over(asked, request, arm)
             if is_main_process() and not trials:
-                print(header(request, on, None), file=sys.stderr)
+                _tell(header(request, on, None))
             trials[arm] = trial(request, on)
     return in_words(trials, request) if is_main_process() else []
 
@@ -160,8 +169,7 @@ def _trained(asked: Asked, request: Request) -> list[RenderableType]:
             alone.enter_context(alone_in(output))
             _require_place(asked, request)  # of whoever began there meanwhile
             before = read_request(output) if asked.goes_on and os.path.exists(output / REQUEST) else None
-            told = header(request, on, output, trackers=asked.run.trackers, asked_before=before)
-            print(told, file=sys.stderr)
+            _tell(header(request, on, output, trackers=asked.run.trackers, asked_before=before))
             if not asked.goes_on:
                 alone.enter_context(in_place_of_another(output))
             write_request(output, request)
@@ -188,7 +196,8 @@ def _summary(asked: Asked, request: Request, on: Subject, output: Path) -> list[
             own = "" if turn is None else turn.folder
             facts = {"model": request.model, "data": request.data, **dataclasses.asdict(request.conversion)}
             logs.append(Tracked(asked.run.trackers, output / TRACKED, own, facts))
-        return (for_stderr("" if turn is None else str(turn)), *logs)
+        shown = () if is_quiet() else (for_stderr("" if turn is None else str(turn)),)
+        return (*shown, *logs)
 
     if request.seeds:
         found = compare(request, output, file=asked.file, listener_for=listeners, is_main=is_main_process())

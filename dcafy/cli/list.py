@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.bar import bar
 
 
-@app.command("list")
+@command("list", "dcafy list 'timm:*resnet*' --attention se")
 def list_command(
     pattern: Annotated[
         str,

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dcafy import errors
-from dcafy.cli.app import app
+from dcafy.cli.app import command
 from dcafy.cli.bar import bar
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import Model, Settings, settings_given
@@ -21,7 +21,7 @@ from dcafy.sources.options import FileOptions
 from dcafy.wording import printable
 
 
-@app.command("predict")
+@command("predict", "dcafy predict runs/flowers photographs --top 3")
 @with_options
 def predict_command(
     model: Model,

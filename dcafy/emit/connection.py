@@ -32,6 +32,8 @@ class Connection(nn.Module):
     """
 
     is_connection = True
+    is_weighed = False
+    """Whether its message is weighed against others: to leave it out is more than to hear zeros."""
 
     def __init__(
         self,

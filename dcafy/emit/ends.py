@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,29 @@ def wire_of(token: str, lines: int, hosts: int, before: Before) -> Wire:
     if wire is None or (len(wire.lines), len(wire.counts)) != (lines, hosts):
         wire = _wires[token] = Wire(token, lines, hosts, before)
     return wire
+
+
+WIRES = "dcafy_wires"
+"""Under which a root has the wires that its runs are of."""
+
+
+def wires_of(root: Any) -> tuple[Wire, ...]:
+    """The wires of which every call of ``root`` opens a run."""
+    wires: tuple[Wire, ...] = getattr(root, WIRES, ())
+    return wires
+
+
+def add_wire(root: Any, wire: Wire) -> None:
+    """Has the calls of ``root``, once they open runs, open those of ``wire`` as well."""
+    root.__dict__[WIRES] = (*wires_of(root), wire)
+
+
+def keep_wires(root: Any, kept: Collection[Wire]) -> None:
+    """The calls of ``root`` open runs of these of its wires only."""
+    left = tuple(wire for wire in wires_of(root) if wire in kept)
+    root.__dict__.pop(WIRES, None)
+    if left:
+        root.__dict__[WIRES] = left
 
 
 def _found(kind: type[_OnWire], wire: Wire, number: int) -> _OnWire:

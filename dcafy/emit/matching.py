@@ -46,10 +46,12 @@ def _max(ratio: tuple[int, ...], channels: int, **place: Any) -> nn.Module:
 
 def _conv(ratio: tuple[int, ...], channels: int, **place: Any) -> nn.Module:
     """The learned alternative that the paper argues against; windows overlap, so that every size is covered."""
-    layers: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     window, padding = tuple(2 * r - 1 for r in ratio), tuple(r - 1 for r in ratio)
-    return layers[len(ratio)](channels, channels, window, stride=ratio, padding=padding, **place)
+    return _CONVOLUTIONS[len(ratio)](channels, channels, window, stride=ratio, padding=padding, **place)
 
+
+_CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+"""Rank of a map -> the convolution over its places."""
 
 _BATCH_NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 """Rank of a map -> the batch norm over its places."""
@@ -99,6 +101,25 @@ def spatial_match(
     return nn.Sequential(shrink(ratio, channels, **place))
 
 
+def neighbours(channels: int) -> int:
+    """How many channels see each other in a convolution along channels: odd, and more of more (ECA, eq. 9)."""
+    near = int((math.log2(channels) + 1) / 2)
+    return near + 1 - near % 2
+
+
+HEAD = 32
+"""Channels that are weighed together, about: as many as divide the width, and are nearest to this (MRLA)."""
+
+
+def head(channels: int) -> int:
+    """Channels of one head.
+
+    >>> head(256), head(40), head(7)
+    (32, 40, 7)
+    """
+    return min((n for n in range(1, channels + 1) if channels % n == 0), key=lambda n: abs(math.log(n / HEAD)))
+
+
 class EachPlace(nn.Sequential):
     """Layers for vectors, applied to the channels ``[N, C, *size]`` of every place."""
 
@@ -142,6 +163,33 @@ class _Channel:
         normed: Tensor = connection.norm(value.flatten(1))
         return _shaped(normed, value.shape)
 
+    def convolution(self, own: Extent, place: dict[str, Any]) -> nn.Module:
+        """A convolution in which neighbours see each other, for :meth:`groups`: channels, or places of a map."""
+        size = neighbours(own[0])
+        return nn.Conv1d(1, 1, size, padding=size // 2, bias=False, **place)
+
+    def groups(self, connection: Any, value: Tensor, convolution: nn.Module) -> Tensor:
+        """The groups of a value in the shape of G, as the convolution has them: ``[N, heads, channels]``."""
+        flat = value.flatten(1)
+        seen: Tensor = convolution(_even(flat, 1).unsqueeze(1))
+        return torch.unflatten(seen.squeeze(1), 1, (-1, connection.group))
+
+    def group(self, own: Extent) -> int:
+        """How many numbers are in a group."""
+        return head(own[0])
+
+    def spread(self, connection: Any, weights: Tensor, G: Tensor) -> Tensor:
+        """A number for each group, in a shape to be multiplied with what has the shape of G."""
+        return _shaped(weights.unsqueeze(2).expand(-1, -1, connection.group).flatten(1), G.shape)
+
+    def places(self, connection: Any, value: Tensor) -> Tensor:
+        """What has the shape of G as ``[N, C, *size]``, over its root mean square; ``size`` is empty for vectors."""
+        return _even(value.flatten(1), 1)
+
+    def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
+        """The way back from :meth:`places`, in the shape and dtype of G."""
+        return _typed(_shaped(value, G.shape), G)
+
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         """``match(T̃)`` of a connection, in the shape and dtype of G."""
         message = T_prev
@@ -182,6 +230,29 @@ class _Spatial(_Channel):
         normed: Tensor = connection.norm(_channels_first(value, connection.target_axis))
         return _channels_back(normed, connection.target_axis)
 
+    def convolution(self, own: Extent, place: dict[str, Any]) -> nn.Module:
+        channels, size = own[0], own[1] or ()
+        return _CONVOLUTIONS[len(size)](channels, channels, 3, padding=1, groups=channels, bias=False, **place)
+
+    def groups(self, connection: Any, value: Tensor, convolution: nn.Module) -> Tensor:
+        """Every place is a group: ``[N, *size, channels]``."""
+        maps = _channels_first(value, connection.target_axis)
+        seen: Tensor = convolution(_even(maps, tuple(range(1, maps.ndim))))
+        return seen.movedim(1, -1)
+
+    def group(self, own: Extent) -> int:
+        return own[0]
+
+    def spread(self, connection: Any, weights: Tensor, G: Tensor) -> Tensor:
+        return _channels_back(weights.unsqueeze(1), connection.target_axis)
+
+    def places(self, connection: Any, value: Tensor) -> Tensor:
+        maps = _channels_first(value, connection.target_axis)
+        return _even(maps, tuple(range(1, maps.ndim)))
+
+    def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
+        return _typed(_channels_back(value, connection.target_axis), G)
+
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         target = _channels_first(G, connection.target_axis)
         message = _channels_first(T_prev, connection.map_axis)
@@ -210,6 +281,12 @@ def _centred(connection: Any, message: Tensor) -> Tensor:
         return F.batch_norm(message, centre.running_mean, centre.running_var, eps=centre.eps)
     centred: Tensor = centre(message)
     return centred
+
+
+def _even(value: Tensor, axes: int | tuple[int, ...]) -> Tensor:
+    """The values of each image over their root mean square: contexts may be of any size, and a softmax not."""
+    wide = value.float() if not _is_traced(value) and value.dtype in (torch.float16, torch.bfloat16) else value
+    return _typed(wide * (wide.square().mean(axes, keepdim=True) + 1e-8).rsqrt(), value)
 
 
 def _shaped(value: Tensor, shape: torch.Size) -> Tensor:
@@ -258,6 +335,9 @@ def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
     return F.interpolate(value, size=size, mode=mode, align_corners=False)
 
+
+to_size = _to_size
+"""For what goes along units, which is no message."""
 
 MATCHES: dict[str, _Channel] = {"channel": _Channel(), "spatial": _Spatial()}
 """Dimension -> how it brings a message to the size of G; ``options``: which of a link's settings say by what."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from dcafy.emit.dca import Connections, Example, Recipe, dca_of
-from dcafy.emit.ends import Wire
+from dcafy.emit.dca import Connections, Example, Recipe, dca_of, ends_of
+from dcafy.emit.ends import WIRES, Wire, add_wire, keep_wires, wires_of
 from dcafy.emit.whole import written
 from dcafy.emit.wire import Opened
 from dcafy.graph.rewritten import Forward, forward_of, hold, refusal, rewrite
@@ -85,25 +85,46 @@ _GRAPHS: weakref.WeakKeyDictionary[nn.Module, fx.Graph] = weakref.WeakKeyDiction
 _META: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
-def open_runs(model: nn.Module, recipe: Recipe, wire: Wire, example: Any, *, whole: bool) -> None:
+def open_runs(
+    model: nn.Module, recipe: Recipe, wire: Wire, example: Any, *, whole: bool, below: Forward | None
+) -> None:
     """Has every call of ``model`` open a run, and puts the recipe on its ``dca``.
 
-    ``example``: inputs to write the graph with. ``whole``: whether there is one.
+    ``example``: inputs to write the graph with. ``whole``: whether there is one. ``below``: what the class of ``model``
+    was generated from before it was connected.
     """
-    reason = refusal(model)
-    dca = dca_of(model)
+    hooks, dca = _by_hooks(model), dca_of(model)
     if dca is None:
         dca = Connections().train(model.training)
         taken = any("dca" in own for own in (model.__dict__, model._modules, model._parameters, model._buffers))
         hold(model, "dca_" if taken else "dca", dca)
     dca.recipe, dca.wire, dca.example = recipe, wire, Example(example)
-    if reason is not None or isinstance(model, fx.GraphModule):
+    _runs_of(model, wire, None if hooks else Forward(mixins=(Whole,) if whole else (), below=below))
+
+
+def relay_runs(model: nn.Module, wire: Wire) -> None:
+    """Has every call of ``model`` open a run of ``wire``, on which units hand a state on."""
+    if wires_of(model):
+        add_wire(model, wire)
+    else:
+        _runs_of(model, wire, None if _by_hooks(model) else Forward(needs=WIRES, below=forward_of(model)))
+
+
+def _by_hooks(model: nn.Module) -> bool:
+    """Whether the class of a root cannot be another, or has a graph that goes with it."""
+    return refusal(model) is not None or isinstance(model, fx.GraphModule)
+
+
+def _runs_of(model: nn.Module, wire: Wire, new: Forward | None) -> None:
+    """``new``: what the class of ``model`` is generated from besides; ``None``: hooks serve in its place."""
+    opens = bool(wires_of(model))
+    add_wire(model, wire)
+    if new is not None:
+        own: dict[str, Any] = {"mixins": new.mixins, "needs": new.needs, "below": new.below}
+        rewrite(model, dataclasses.replace(forward_of(model) or new, around=Opened, **own))
+    elif not opens:
         model.register_forward_pre_hook(_open)
         model.register_forward_hook(_close, always_call=True)
-        return
-    forward = forward_of(model) or Forward()
-    mixins = (Whole,) if whole else ()
-    rewrite(model, dataclasses.replace(forward, around=Opened, mixins=mixins))
 
 
 def _open(model: nn.Module, args: Any) -> None:
@@ -121,7 +142,11 @@ def _close(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def close_runs(model: nn.Module) -> None:
-    """Undoes :func:`open_runs`, but for the class."""
+    """Undoes :func:`open_runs`, but for the class; what still has ends in ``model`` goes on."""
+    there = {ends.wire for ends in map(ends_of, model.modules()) if ends is not None}
+    keep_wires(model, there)
+    if wires_of(model):
+        return
     for hooks, own in ((model._forward_pre_hooks, _open), (model._forward_hooks, _close)):
         for number in [number for number, hook in hooks.items() if hook is own]:
             del hooks[number]

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.emit.dca import connected_hosts, connection_at, dca_of, own_parameters, require_connected
-from dcafy.emit.ends import Ends, Heard, Line, Port, Told, Wire
+from dcafy.emit.dca import connected_hosts, connection_at, dca_of, ends_of, own_parameters, require_connected
+from dcafy.emit.ends import Ends, Heard, Line, Port, Told, Wire, wires_of
 from dcafy.emit.recomputation import backward, frames, is_reentrant
 from dcafy.wording import warn
 
@@ -59,7 +59,7 @@ class run:
     The call of a connected model opens one by itself. This is for parts of one that are called in turns: enter the same
     run again, and its blocks go on where they were.
 
-    Raises ``InputError`` for a model without connections.
+    Raises ``InputError`` for a model in which nothing is connected: no blocks, nor units that hand a state on.
 
     >>> import dcafy, torch, torchvision
     >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False).eval()
@@ -76,8 +76,10 @@ class run:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        require_connected(model)
-        wires = tuple(dict.fromkeys(ends.wire for _, _, ends in connected_hosts(model)))
+        ends = [*(ends for _, _, ends in connected_hosts(model)), *map(ends_of, model.modules())]
+        wires = tuple(dict.fromkeys(one.wire for one in ends if one is not None))
+        if not wires:
+            require_connected(model)
         self._contents = _Contents(wires, backward(), model)
 
     def __enter__(self) -> None:
@@ -111,9 +113,9 @@ class Opened:
     """The run of one call of a root."""
 
     def __init__(self, root: nn.Module) -> None:
-        dca: Any = root.dca if torch.compiler.is_compiling() else dca_of(root)
-        wire: Wire = dca.wire
-        self.contents = _Contents((wire,), -1 if torch.compiler.is_compiling() else backward(), root)
+        # What was pickled before a root could have several wires has its one on its dca.
+        wires = wires_of(root) or (dca_of(root).wire,)
+        self.contents = _Contents(wires, -1 if torch.compiler.is_compiling() else backward(), root)
 
     def __enter__(self) -> None:
         self.contents.swap()
@@ -179,6 +181,40 @@ def hear(dca: Any, number: int, G: Tensor) -> Tensor:
     if _is_kept(G):
         heard_as_node: Tensor = G.tracer.on_wire(hear, dca, number, G)  # type: ignore[attr-defined]
         return heard_as_node
+    heard, messages = _received(dca, number, G)
+    if heard is None:
+        return G
+    if None in heard.sources:  # it hears itself: never what is kept for a second run, but the G of this one
+        own = [(G, None) if pair is None else messages[2 * i : 2 * i + 2] for i, pair in enumerate(heard.sources)]
+        messages = tuple(value for pair in own for value in pair)
+    connection = connection_at(dca, heard.connection)
+    traced = torch.compiler.is_compiling() or _is_proxy(G)
+    if not traced and dca.training and torch.is_grad_enabled() and not connection.alpha.requires_grad:
+        _check_frozen(dca.ends.wire)
+    result: Tensor = connection(G, *messages)
+    return result
+
+
+hear.is_connection = True  # type: ignore[attr-defined]
+
+
+def hear_state(relay: Any, number: int, like: Tensor, width: int, rank: int) -> Tensor:
+    """The state that the unit before has told in this run, ``[N, width, ...]``; zeros where there is none.
+
+    ``like``: what has the state's batch, its ``rank`` and its places at the start.
+    """
+    if _is_kept(like):
+        told: Tensor = like.tracer.on_wire(hear_state, relay, number, like, width, rank)  # type: ignore[attr-defined]
+        return told
+    _, messages = _received(relay, number, like)
+    if messages and messages[0] is not None:
+        heard: Tensor = messages[0]
+        return heard
+    return like.new_zeros((like.shape[0], width, *(like.shape[i] for i in range(2, rank))))
+
+
+def _received(dca: Any, number: int, G: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """What a port hears in this call, and its messages: in the second run of a checkpoint those of the first."""
     ends: Ends = dca.ends
     port = ends.ports[number]
     traced = torch.compiler.is_compiling() or _is_proxy(G)
@@ -192,19 +228,7 @@ def hear(dca: Any, number: int, G: Tensor) -> Tensor:
             _check_checkpoints(dca, heard, messages)
     for frame in first:
         _keep(frame, port, heard, messages)
-    if heard is None:
-        return G
-    if None in heard.sources:  # it hears itself: never what is kept for a second run, but the G of this one
-        own = [(G, None) if pair is None else messages[2 * i : 2 * i + 2] for i, pair in enumerate(heard.sources)]
-        messages = tuple(value for pair in own for value in pair)
-    connection = connection_at(dca, heard.connection)
-    if not traced and dca.training and torch.is_grad_enabled() and not connection.alpha.requires_grad:
-        _check_frozen(ends.wire)
-    result: Tensor = connection(G, *messages)
-    return result
-
-
-hear.is_connection = True  # type: ignore[attr-defined]
+    return heard, messages
 
 
 def behind_layer(module: nn.Module, output: Any) -> Any:

@@ -58,6 +58,8 @@ class Forward:
     ``needs``    the submodule without which the user's own forward runs
     ``training`` the graph in training, where it is another one
     ``own``      the user's own forward, where the module had one that is not its class's
+    ``below``    what the class was generated from before, if it was: attention was put in, then it was connected
+    ``stores``   the graph returns, beside the output, what goes into attributes of the module, by name
     """
 
     rows: Rows | None = None
@@ -68,19 +70,23 @@ class Forward:
     needs: str = "dca"
     own: Callable[..., Any] | None = None
     training: Rows | None = None
+    below: Forward | None = None
+    stores: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return self
 
     def __reduce__(self) -> Any:
         rows, training = (None if one is None else portable(one) for one in (self.rows, self.training))
-        return _forward_from, (rows, self.usual, self.behind, self.around, self.mixins, self.needs, self.own, training)
+        rest = self.usual, self.behind, self.around, self.mixins, self.needs, self.own
+        return _forward_from, (rows, *rest, training, self.below, self.stores)
 
 
 def _forward_from(rows: Any, *rest: Any) -> Forward:
     forward = Forward(None if rows is None else found(rows), *rest[:6])
-    training = rest[6] if len(rest) > 6 else None  # what was pickled before has none
-    return forward if training is None else replace(forward, training=found(training))
+    later: tuple[Any, ...] = rest[6:]
+    training, below, stores = later + (None, None, False)[len(later) :]  # what was pickled before lacks them
+    return replace(forward, training=None if training is None else found(training), below=below, stores=stores)
 
 
 def rewrite(module: nn.Module, forward: Forward) -> None:
@@ -89,9 +95,11 @@ def rewrite(module: nn.Module, forward: Forward) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Gives ``module`` the user's class back, and the forward of its own, if it had one."""
+    """Gives ``module`` the class back that it had before, and the forward of its own, if it had one."""
     forward = forward_of(module)
-    if forward is not None:
+    if forward is not None and forward.below is not None:
+        rewrite(module, forward.below)
+    elif forward is not None:
         module.__class__ = original_class(module)
         if forward.own is not None:
             module.__dict__["forward"] = types.MethodType(forward.own, module)
@@ -130,7 +138,9 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
         return known
     codes = [source_of(rows) for rows in (forward.rows, forward.training) if rows is not None]
     spoken = tuple(tuple(sorted((name, id(value)) for name, value in code.globals.items())) for code in codes)
-    rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own
+    below = None if forward.below is None else rewritten_class(kind, forward.below)
+    runs = below if forward.below is not None and forward.below.rows is not None else None
+    rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own, below, forward.stores
     key = kind, tuple(code.src for code in codes), spoken, repr(forward.usual), rest
     made = _CLASSES.get(key)
     if made is None:
@@ -141,7 +151,7 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
             "__doc__": kind.__doc__,
             "__reduce_ex__": _reduce_ex,
             "__prepare_scriptable__": _no_script,
-            "forward": _forward(kind, forward, codes),
+            "forward": _forward(runs or kind, forward, codes),
             _WRITTEN: (kind, forward),
         }
         metaclass: Any = type(kind)
@@ -218,7 +228,8 @@ def _forward(kind: type[nn.Module], forward: Forward, codes: list[Any]) -> Calla
     }
     written = [_compiled(code.src, "forward", dict(code.globals)) for code in codes]
     if written:
-        scope["written"] = written[0] if len(written) == 1 else _by_mode(*written)
+        one = written[0] if len(written) == 1 else _by_mode(*written)
+        scope["written"] = _storing(one) if forward.stores else one
     made = _compiled(_TEMPLATE.format(body=body), "forward", scope)
     return functools.update_wrapper(made, original)
 
@@ -228,6 +239,18 @@ def _by_mode(evaluating: Callable[..., Any], training: Callable[..., Any]) -> Ca
         return (training if self.training else evaluating)(self, *args, **kwargs)
 
     return written
+
+
+def _storing(written: Callable[..., Any]) -> Callable[..., Any]:
+    """``written``, and what it says goes into attributes, as in the user's own forward."""
+
+    def stored(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output, values = written(self, *args, **kwargs)
+        for name, value in values.items():
+            setattr(self, name, value)
+        return output
+
+    return stored
 
 
 def _compiled(source: str, name: str, scope: dict[str, Any]) -> Callable[..., Any]:
@@ -314,17 +337,24 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """The user's own copy of the module without what was put into it, which is copied as well."""
     kind, forward = getattr(type(self), _WRITTEN)
-    plain = object.__new__(kind)
-    own = {name: value for name, value in self.__dict__.items() if name != forward.needs}
-    own["_modules"] = {name: module for name, module in self._modules.items() if name != forward.needs}
+    plain, needs = object.__new__(kind), set(_needs(forward))
+    own = {name: value for name, value in self.__dict__.items() if name not in needs}
+    own["_modules"] = {name: module for name, module in self._modules.items() if name not in needs}
     object.__setattr__(plain, "__dict__", own)
     twin: nn.Module = kind.__deepcopy__(plain, memo)
     memo[id(self)] = twin
-    held = self._modules if forward.needs in self._modules else self.__dict__
-    of_twin = twin._modules if held is self._modules else twin.__dict__
-    of_twin[forward.needs] = copy.deepcopy(held[forward.needs], memo)  # which may be made, and not filled yet
+    for held, of_twin in ((self._modules, twin._modules), (self.__dict__, twin.__dict__)):
+        # The twin may be made, and not filled yet.
+        of_twin.update((name, copy.deepcopy(value, memo)) for name, value in held.items() if name in needs)
     twin.__class__ = type(self)
     return twin
+
+
+def _needs(forward: Forward | None) -> Iterator[str]:
+    """What a module has of ours, without which the user's own forward runs."""
+    while forward is not None:
+        yield forward.needs
+        forward = forward.below
 
 
 def hold(module: nn.Module, name: str, held: nn.Module) -> None:

@@ -163,14 +163,25 @@ class Conversion(Linking, Inserting):
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def takes(configuration: type[Any]) -> Callable[[Function], Function]:
-    """What gives a function's ``**options`` the names and defaults of a configuration's fields in its signature."""
+def takes(
+    configuration: type[Any], tables: Mapping[str, Collection[str]] | None = None
+) -> Callable[[Function], Function]:
+    """What gives a function's ``**options`` the names, choices and defaults of a configuration's fields, to be seen.
+
+    ``tables``: choices of fields that do not say them themselves.
+    """
+
+    def kind(item: dataclasses.Field[Any]) -> Any:
+        choices = tuple(item.metadata["choices"] or (tables or {}).get(item.name, ()))
+        if not choices:
+            return item.type
+        return Literal[choices] if item.default is not None else Literal[choices] | None
 
     def decorated(function: Function) -> Function:
         own = inspect.signature(function)
         named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         options = [
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=kind(item))
             for item in dataclasses.fields(configuration)
         ]
         function.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]

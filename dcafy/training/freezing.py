@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from dcafy.attention.inserted import inserted
+from dcafy.attention.inserted import hands_on, inserted
 from dcafy.converted import freeze_base
 from dcafy.emit.dca import is_connected
 from dcafy.graph.modes import stays_in_eval
@@ -17,11 +17,11 @@ from dcafy.graph.modes import stays_in_eval
 def frozen_base(model: nn.Module, new_layers: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Inside it only connections, inserted attention and ``new_layers`` are trained; batch norms stay in eval.
 
-    Afterwards what was trainable before is so again. A model without connections is frozen but for the others.
+    Afterwards what was trainable before is so again. A model where nothing is connected is frozen but for the others.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = {id(module) for module in model.modules() if stays_in_eval(module)}
-    if is_connected(model):
+    if is_connected(model) or hands_on(model):
         freeze_base(model)
     else:
         model.requires_grad_(False)

@@ -143,7 +143,7 @@ def test_gather_theta_is_a_gate_on_strided_depthwise_convolutions() -> None:
 
 # The start ---------------------------------------------------------------------------------------------
 
-STARTING = [name for name, attention in ATTENTIONS.items() if not attention.obstacle]
+STARTING = [name for name, attention in ATTENTIONS.items() if attention.build and not attention.obstacle]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

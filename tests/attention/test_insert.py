@@ -240,7 +240,7 @@ def randomise_last_layers(model: nn.Module, name: str) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
-@pytest.mark.parametrize("name", [*STARTING, *FROM_THE_PAPER])
+@pytest.mark.parametrize("name", [name for name in (*STARTING, *FROM_THE_PAPER) if not ATTENTIONS[name].along])
 def test_converts_and_lives(name: str) -> None:
     """Identity at the start, and every β moves the output once the inserted layers have left zero."""
     with seeded(0):
@@ -252,14 +252,15 @@ def test_converts_and_lives(name: str) -> None:
     converted = dcafy.convert(model, example_inputs=images())
     output = converted(images()).detach()
     assert torch.equal(output, model(images()))
-    links = {"cbam": 6, "bam": 6, "sk": 6}.get(name, 3)
+    links = {"cbam": 6, "bam": 6, "sk": 6, "mrla": 2}.get(name, 3)
     connections = dcafy.connections(converted)
     assert len(connections) == links
     for key, connection in connections.items():
         with torch.no_grad():
-            connection.beta.fill_(0.5)
+            start = connection.beta.item()
+            connection.beta.fill_(0.9)
             assert not torch.equal(converted(images()), output), f"the beta of {key} does nothing"
-            connection.beta.zero_()
+            connection.beta.fill_(start)
     converted.train()(images(4)).square().mean().backward()
     assert all(p.grad is not None for k, p in converted.named_parameters() if "dca" in k.split("."))
 
@@ -325,7 +326,7 @@ def test_selective_kernels_where_an_identity_stands_before_the_activation() -> N
 
 def test_refusals() -> None:
     model = torchvision.models.resnet18(num_classes=10)
-    with pytest.raises(UsageError, match="bam, cbam, eca"):
+    with pytest.raises(UsageError, match="bam, cbam, dia, eca"):
         dcafy.insert(model, "senet")
     with pytest.raises(UsageError, match="identity, paper"):
         dcafy.insert(model, "se", init="zeros")  # type: ignore[arg-type]

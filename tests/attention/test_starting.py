@@ -16,7 +16,7 @@ from dcafy.training import TrainingConfig
 from dcafy.training.freezing import frozen_base
 from dcafy.training.optimization import optimizer_for
 
-STARTING = sorted(name for name, kind in ATTENTIONS.items() if not kind.obstacle)
+STARTING = sorted(name for name, kind in ATTENTIONS.items() if not kind.obstacle and not kind.along)
 
 
 class Unit(nn.Module):
