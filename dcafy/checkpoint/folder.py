@@ -36,7 +36,9 @@ from dcafy.wording import printable, quoted, refused
 _STAGED = ".dcafy-"
 """How the names of folders begin that hold what is being saved."""
 
-OF_A_RUN = frozenset({"best", "checkpoint.safetensors", "compare.json", "finetune.json", "log.jsonl", "seeds"})
+OF_A_RUN = frozenset(
+    {"best", "checkpoint.safetensors", "compare.json", "finetune.json", "log.jsonl", "seeds", "tracked"}
+)
 """What ``dcafy finetune`` keeps in a folder beside the model."""
 
 _LARGEST = 2**24

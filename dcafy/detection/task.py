@@ -27,7 +27,7 @@ IOUS: list[float] = np.linspace(0.5, 0.95, 10).tolist()
 RECALLS: list[float] = np.linspace(0, 1, 101).tolist()
 """Where COCO measures: overlaps from which a box counts, and recalls at which the precision is read off."""
 
-_UNUSED = ("mixup", "cutmix", "label_smoothing")
+_UNUSED = ("mixup", "cutmix", "label_smoothing", "balance")
 
 
 class Boxes:
@@ -89,6 +89,15 @@ class Detection:
         indices = torch.tensor([sample.key[1] for sample in samples])
         unreadable = tuple(name for sample in samples for name in sample.unreadable)
         return Batch([sample.image for sample in samples], targets, indices, unreadable)
+
+    def batched(self, inputs: Any, labels: Any, samples: Sequence[Sample], *, training: bool) -> Batch:
+        raise InputError(
+            "Detectors are trained on data sets of (image, target), whose batches finetune makes itself. Pass the "
+            ".dataset of the DataLoader."
+        )
+
+    def balance(self, labels: Sequence[int]) -> None:
+        raise UsageError("--balance is for classifiers. Leave it out with --task detection.")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
         losses = model(batch.inputs, batch.labels)

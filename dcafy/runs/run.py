@@ -48,6 +48,7 @@ from dcafy.training.loop import finetune
 from dcafy.training.options import TrainingConfig
 from dcafy.training.parallel import is_main_process
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
+from dcafy.training.trial import Trial, tried
 from dcafy.wording import one_line, printable, quoted
 from dcafy.zoos.packages import ZOOS
 from dcafy.zoos.specs import runs_code
@@ -212,6 +213,12 @@ def train(
     if request.keep == "best" and is_main_process() and (directory / BEST).is_dir():
         _take_best(on, directory / BEST)
     return history
+
+
+def trial(request: Request, on: Subject) -> Trial:
+    """What a training of the subject takes; it is no good for one afterwards."""
+    task = PURPOSES[request.task].task(request.training)
+    return tried(on.network, on.ready.train, on.ready.val, request.training, task, on.ready.new_layers)
 
 
 BEST = "best"
