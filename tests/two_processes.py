@@ -22,6 +22,7 @@ import torchvision
 from detection_data import trained_detector
 from networks import CBAM, with_attention
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock
 from trained import images, trained, with_betas
 from training_data import Stripes
@@ -69,6 +70,28 @@ def the_command_again() -> None:
     assert command(FACTORY, "-o", "run", "--resume", printed="resumed") == 0
 
 
+def the_command_further() -> None:
+    os.chdir("../the_command")
+    assert command(FACTORY, "-o", "run", "--resume", "--epochs", "2", "--track", "tensorboard", printed="further") == 0
+
+
+def the_command_tried() -> None:
+    """A trial writes nothing (the other process may be here while this one still saves)."""
+    os.chdir("../the_command")
+    before = sorted(Path("run").rglob("*"))
+    assert command(*IN_ITS_PLACE, "--dry-run", printed="tried") == 0
+    assert rank() or sorted(Path("run").rglob("*")) == before
+
+
+def the_command_in_its_place() -> None:
+    """A new run replaces the one that is there."""
+    os.chdir("../the_command")
+    assert command(*IN_ITS_PLACE, printed="replaced") == 0
+
+
+IN_ITS_PLACE = (FACTORY, *DIGITS, "--epochs", "1", "--balance", "-o", "run", "--overwrite")
+
+
 # --- the loop -------------------------------------------------------------------------------------------
 
 
@@ -92,6 +115,15 @@ def in_batches(*, norm: bool = False, failing: int | None = None) -> None:
     model = connected_classifier(norm)
     history = finetune(model, Holed(failing), Stripes(21), config, directory=".")
     assert sorted(history.skipped) == ["image 19", "image 3"]
+    torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"rank{rank()}.pt")
+
+
+def in_given_batches() -> None:
+    """From DataLoaders, whose batches are split between the processes."""
+    config = TrainingConfig(epochs=2, seed=3, cpu=True, usage_images=0, optimizer="sgd", lr=0.05, balance=True)
+    model, order = connected_classifier(norm=False), torch.Generator().manual_seed(5)
+    train = DataLoader(Stripes(noise=0.0), 8, shuffle=True, generator=order, drop_last=True)
+    history = finetune(model, train, DataLoader(Stripes(21, noise=0.0), 8), config)
     torch.save((dict(model.named_parameters()), history.epochs[-1].metrics), f"rank{rank()}.pt")
 
 
@@ -215,6 +247,10 @@ def distributed_data_parallel() -> None:
 SCENARIOS: tuple[Callable[[], None], ...] = (
     the_command,
     the_command_again,
+    the_command_further,
+    the_command_tried,
+    the_command_in_its_place,
+    in_given_batches,
     in_batches,
     with_batch_norm,
     in_whole_networks,

@@ -28,6 +28,7 @@ from dcafy.attention.inserted import hands_on
 from dcafy.checkpoint import load
 from dcafy.checkpoint.description import FILES
 from dcafy.checkpoint.folder import MARKER, Folder
+from dcafy.checkpoint.hub import is_address
 from dcafy.checkpoint.saving import store
 from dcafy.conversion import convert, inspect, with_attention
 from dcafy.converted import revert
@@ -47,6 +48,7 @@ from dcafy.training.loop import finetune
 from dcafy.training.options import TrainingConfig
 from dcafy.training.parallel import is_main_process
 from dcafy.training.telling import LOG, JsonLines, Listener, Several
+from dcafy.training.trial import Trial, tried
 from dcafy.wording import one_line, printable, quoted
 from dcafy.zoos.packages import ZOOS
 from dcafy.zoos.specs import runs_code
@@ -140,10 +142,10 @@ def trained_in(run: Path, arm: str = "connected") -> nn.Module:
         raise CheckpointError(f"{shown} has trained nothing to its end. Go on with it: dcafy finetune {shown} --resume")
     if (run / MARKER).exists():
         return load(run)
-    if any(spec is not None and runs_code(spec) for spec in (asked.model, asked.arch)):
+    if any(runs_code(spec) or is_address(spec) for spec in (asked.model, asked.arch or "")):
         raise UsageError(
-            f"The network in {shown} is built by code, which a folder may not choose. Put it under the detector in "
-            "Python: dcafy.detection.with_backbone(detector, classifier)."
+            f"The network in {shown} is built by code or fetched, which a folder may not choose. Put it under the "
+            "detector in Python: dcafy.detection.with_backbone(detector, classifier)."
         )
     named = asked.model.partition(":")[0] in ZOOS and not os.path.exists(asked.model)
     spec = asked.model.partition("@")[0] if named else asked.model  # its own weights come next
@@ -211,6 +213,12 @@ def train(
     if request.keep == "best" and is_main_process() and (directory / BEST).is_dir():
         _take_best(on, directory / BEST)
     return history
+
+
+def trial(request: Request, on: Subject) -> Trial:
+    """What a training of the subject takes; it is no good for one afterwards."""
+    task = PURPOSES[request.task].task(request.training)
+    return tried(on.network, on.ready.train, on.ready.val, request.training, task, on.ready.new_layers)
 
 
 BEST = "best"
