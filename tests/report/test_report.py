@@ -572,6 +572,31 @@ class Bright(nn.Module):
         return (2 * self.excited(x).mean((2, 3))[:, :1] - self.threshold) * torch.tensor([-1.0, 1.0])
 
 
+class Yields(nn.Module):
+    """Two blocks, and whatever ``made`` makes of their maps."""
+
+    def __init__(self, made: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.two, self.made = Excited(3, nn.Conv2d(3, 3, 1)), Excited(3, nn.Conv2d(3, 3, 1)), made
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.made(self.two(self.one(x)))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda x: x, lambda x: {"out": x}, lambda x: [x.mean(), {"boxes": x}]], ids=["maps", "dict", "list"]
+)
+def test_what_is_no_classifier_is_reported_too(tmp_path: Path, made: Callable[[torch.Tensor], Any]) -> None:
+    model = dcafy.convert(Yields(made), example_inputs=torch.rand(2, 3, 8, 8))
+    how = Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(model, torch.rand(2, 3, 8, 8), tmp_path / "r.html", how=how)
+    assert [len(side.values) for side in found.sides] == [2, 2]
+    assert [side.predictions for side in found.sides] == [(), ()]
+    page = Page(tmp_path / "r.html")
+    assert "There are no Grad-CAM maps: the network is no classifier" in page.text
+    assert "truth" not in page.text
+
+
 def test_changed_and_wrong_predictions_stand_first(tmp_path: Path) -> None:
     for i in range(10):
         folder = tmp_path / ("light" if i > 5 or i == 2 else "dark")  # the third is dark, whatever its folder says
