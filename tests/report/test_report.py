@@ -351,7 +351,7 @@ def test_text_needs_no_extra(command: Run, folder: Path, connected: Path, monkey
     assert command(connected, "--images", folder, "--text", "--image-size", 64)[0] == 0
     code, _, err = command(connected, "--images", folder, "-o", "r.html", "--image-size", 64)
     assert code == 2
-    assert "matplotlib, which is not installed: pip install 'dcafy[report]'" in err
+    assert "matplotlib, jinja2, captum, which are not installed: pip install 'dcafy[report]'" in err
 
 
 def test_random_weights_are_told(command: Run, tmp_path: Path, folder: Path, connected: Path) -> None:
