@@ -460,7 +460,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = open_model(SMALL, settings={"num_classes": 2}).model
     with torch.no_grad():
         for parameter in plain.parameters():
-            parameter.mul_(1.01)  # as training would, so that the weights are not those that it was made with
+            parameter.mul_(1.1)  # as training would, so that the weights are not those that it was made with
     model = dcafy.convert(plain, verify=False)
     with torch.no_grad():
         for connection in dcafy.connections(model).values():
