@@ -80,7 +80,8 @@ def test_report_is_of_the_quickstarts_network(tmp_path: Path, monkeypatch: pytes
     assert [side.title for side in found.sides] == ["original", "connected"]
     assert found.drift is not None
     assert not found.drift.identical  # the connected network was trained on
-    assert found.epochs.epochs == (1,)
+    assert found.run.own is not None
+    assert found.run.own.epochs == (1,)
     assert found.pictures.names == tuple(f"digit {number}.png" for number in range(8))
     text = output.read_text(encoding="utf-8")
     assert "small MobileNetV3 on digits" in text

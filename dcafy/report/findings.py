@@ -375,7 +375,7 @@ def _target(wanted: Wanted, looked: _Looked, own: _Looked, chosen: Sequence[int]
     """The class that is asked for; else what the connected network predicts, where both know the same classes."""
     if wanted.target is not None:
         return wanted.target
-    return own.scores[list(chosen)].argmax(dim=1) if looked.outputs == own.outputs else None
+    return own.scores[list(chosen)].argmax(dim=1) if 0 < looked.outputs == own.outputs else None
 
 
 def _classes(model: nn.Module, wanted: Wanted, looked: _Looked) -> tuple[str, ...]:

@@ -458,6 +458,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("compared") / "run"
     torch.manual_seed(1)
     plain = open_model(SMALL, settings={"num_classes": 2}).model
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.1)  # as training would, so that the weights are not those that it was made with
     model = dcafy.convert(plain, verify=False)
     with torch.no_grad():
         for connection in dcafy.connections(model).values():
@@ -570,6 +573,31 @@ class Bright(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (2 * self.excited(x).mean((2, 3))[:, :1] - self.threshold) * torch.tensor([-1.0, 1.0])
+
+
+class Yields(nn.Module):
+    """Two blocks, and whatever ``made`` makes of their maps."""
+
+    def __init__(self, made: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.two, self.made = Excited(3, nn.Conv2d(3, 3, 1)), Excited(3, nn.Conv2d(3, 3, 1)), made
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.made(self.two(self.one(x)))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda x: x, lambda x: {"out": x}, lambda x: [x.mean(), {"boxes": x}]], ids=["maps", "dict", "list"]
+)
+def test_what_is_no_classifier_is_reported_too(tmp_path: Path, made: Callable[[torch.Tensor], Any]) -> None:
+    model = dcafy.convert(Yields(made), example_inputs=torch.rand(2, 3, 8, 8))
+    how = Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(model, torch.rand(2, 3, 8, 8), tmp_path / "r.html", how=how)
+    assert [len(side.values) for side in found.sides] == [2, 2]
+    assert [side.predictions for side in found.sides] == [(), ()]
+    page = Page(tmp_path / "r.html")
+    assert "There are no Grad-CAM maps: the network is no classifier" in page.text
+    assert "truth" not in page.text
 
 
 def test_changed_and_wrong_predictions_stand_first(tmp_path: Path) -> None:
