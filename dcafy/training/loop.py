@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from dcafy.analysis.listening import Usage
 from dcafy.analysis.usage import usage
-from dcafy.draws import OwnDraws
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import InputError, TrainingError, UsageError
 from dcafy.graph.modes import evaluating
@@ -332,7 +331,8 @@ class _Run:
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         """The metrics of ``model`` on the validation images."""
         meter = self.task.meter()
-        with evaluating(model), OwnDraws():
+        # Not draws of its own: images are drawn in here, each from torch's generator under a seed of its own.
+        with evaluating(model), torch.random.fork_rng(devices=[]):
             for batch in self.val_loader:
                 self._skip(batch.unreadable)
                 meter.update(model, batch)
