@@ -326,6 +326,7 @@ OPTIONS = {
     "topology own": Arm("each block hears itself, centred, without layers", {"topology": "own"}),
     "tree": Arm("a binary tree, centred", {**CENTRED, "topology": "tree"}),
     "dense": Arm("all earlier blocks, centred", {**CENTRED, "topology": "dense"}),
+    "depth": Arm("all earlier blocks, weighed by a softmax over depth, centred", {**CENTRED, "topology": "depth"}),
     "per-channel β": Arm("centred, with a weight per channel", CENTRED, per_channel),
     "by LayerNorm": Arm("LayerNorm without affine in the place of centring", CENTRED, by_layer_norm),
     "T̃ normalised": Arm("centred before the match and after it", CENTRED, normalised_first),
