@@ -225,11 +225,27 @@ def networks() -> Iterator[str]:
     yield "</p></details>"
 
 
+def others() -> Iterator[str]:
+    """The public names that the page of the API does not place itself."""
+    import dcafy
+    from dcafy import errors
+
+    page = (HERE / "reference" / "api.md").read_text(encoding="utf-8")
+    placed = re.findall(r"auto(?:function|class):: dcafy\.(\w+)$", page, flags=re.MULTILINE)
+    left = [name for name in dcafy.__all__ if name not in {*placed, *errors.__all__, "__version__"}]
+    if left:
+        yield "## More\n\n```{eval-rst}"
+        for name in left:
+            yield f".. auto{'class' if inspect.isclass(getattr(dcafy, name)) else 'function'}:: dcafy.{name}"
+        yield "```"
+
+
 PARTS = {
     "commands": commands,
     "configurations": configurations,
     "exit_codes": exit_codes,
     "options": schemas,
     "networks": networks,
+    "others": others,
 }
 """Name of a part -> what yields its lines."""
