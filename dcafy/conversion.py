@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
 from torch import fx, nn
 
-from dcafy.attention.inserted import hands_on, silent
-from dcafy.attention.insertion import insert
+from dcafy.attention.inserted import hands_on, inserted
+from dcafy.attention.insertion import put
+from dcafy.attention.kinds import KIND
+from dcafy.attention.starting import started
 from dcafy.choices import CHOICES
+from dcafy.converted import apart_by_nature, take_over
 from dcafy.draws import OwnDraws
-from dcafy.emit.connect import connect
-from dcafy.emit.dca import Recipe, connections, is_connected
+from dcafy.emit.dca import is_connected
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.emit.verify import tell_drift, verify_outputs
 from dcafy.emit.wiring import completed, cost, costs
 from dcafy.errors import InputError, NoAttentionError
-from dcafy.graph.copies import own_copy, shared_copy
+from dcafy.graph.copies import data_free_copy, own_copy, shared_copy
+from dcafy.graph.counting import multiply_adds
+from dcafy.graph.nodes import mapped_tensors
 from dcafy.link.given import checked
 from dcafy.link.topology import shaped
-from dcafy.plan.options import Conversion, Inserting, Linking, Overrides, check, takes
+from dcafy.plan.blocks import Cost
+from dcafy.plan.options import Conversion, Inserting, check, takes
 from dcafy.plan.plan import Plan
-from dcafy.survey import Survey, survey, uncollected
-from dcafy.trace.inputs import as_data, probe
+from dcafy.survey import survey, uncollected
+from dcafy.trace.inputs import probe
 from dcafy.wording import few, nearest
 
 log = logging.getLogger("dcafy")
@@ -48,10 +54,24 @@ def inspect(model: nn.Module, *, example_inputs: Any = None) -> Plan:
     return survey(model, example_inputs).plan
 
 
-def appraise(model: nn.Module, *, example_inputs: Any = None) -> Plan:
-    """The plan of :func:`inspect`, with what each topology would add to the model (``plan.costs``)."""
+def appraise(model: nn.Module, *, example_inputs: Any = None, inserting: Inserting | None = None) -> Plan:
+    """The plan of :func:`inspect`, with what each topology would add to the model (``plan.costs``).
+
+    ``inserting``: with this attention in it, whose own cost comes first.
+    """
+    given, model = model, with_attention(model, inserting or Inserting(), example_inputs=example_inputs)
     known = survey(model, example_inputs)
-    return dataclasses.replace(known.plan, costs=costs(known.plan, known.network, Conversion()))
+    own = () if model is given else (_cost_of_attention(given, model, known.inputs),)
+    return dataclasses.replace(known.plan, costs=(*own, *costs(known.plan, known.network, Conversion())))
+
+
+def _cost_of_attention(given: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> Cost:
+    """What attention adds that was put into a copy of ``given``, for one image of the example."""
+    own = [module for _, module in inserted(model)]
+    parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in given.parameters())
+    one = mapped_tensors(probe(inputs), lambda value: value[:1])
+    before, after = (multiply_adds(functools.partial(data_free_copy(network), *one)) for network in (given, model))
+    return Cost(f"{own[0].__dict__[KIND]} (attention)", len(own), parameters, after - before)
 
 
 @takes(Conversion, CHOICES)
@@ -84,7 +104,7 @@ def convert(
     ``attention``: a network without attention is given this one first, as :func:`dcafy.insert` does it, with
     ``attention_reduction`` for its bottleneck (``None`` or 0: none, with ``gc``), ``where``, and ``attention_init`` for
     its ``init``. With one that hands a state on by itself (``rla``, ``dia``) there may be no block to connect: the
-    result is then what :func:`dcafy.insert` gives.
+    result is then what :func:`dcafy.insert` gives. Blocks that are connected by nature (``mrla``) stay so.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
     ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` and
     ``normalised`` are not the identity at the start: a warning tells how far the outputs have moved.
@@ -105,7 +125,8 @@ def convert(
     conversion = Conversion(**options)
     check(conversion, CHOICES, dashes=False)
     given = model
-    model = with_attention(given, conversion, example_inputs=example_inputs, copy=copy)
+    model, natures = apart_by_nature(given, copy=copy)
+    model = with_attention(model, conversion, example_inputs=example_inputs, copy=copy)
     copied, copy = copy, copy and model is given  # attention was put into a copy already
     original = given if conversion.attention_init == "identity" else model  # the paper's own form is no no-op
     seen = survey(model, example_inputs)
@@ -135,7 +156,8 @@ def convert(
             "%s: %d connections with %s new parameters", price.topology, price.connections, f"{price.parameters:,}"
         )
     with OwnDraws(), uncollected():
-        converted = _connected(model, seen, chosen, conversion, copy)
+        converted = started(own_copy(model) if copy else shared_copy(model), seen, chosen, conversion)
+        take_over(converted, natures)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
         if inexact:
             tell_drift(inexact[0], original, converted, seen.inputs if verify else None)
@@ -148,7 +170,7 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
     """``model`` with the attention that the options ask for (:func:`dcafy.insert`); itself where they ask for none."""
     if options.attention is None:
         return model
-    return insert(
+    return put(
         model,
         options.attention,
         reduction=options.attention_reduction or None,
@@ -178,18 +200,3 @@ def _nothing_to_connect(plan: Plan, lost: tuple[str, ...]) -> str:
         f"{what}{skipped}\nAttention can be added to a network before converting it: dcafy.insert(model, 'se') puts it "
         "at the end of each residual branch, and dcafy.convert(model, attention='se') does both."
     )
-
-
-def _connected(model: nn.Module, known: Survey, plan: Plan, options: Linking, copy: bool) -> nn.Module:
-    host = own_copy(model) if copy else shared_copy(model)
-    recipe = Recipe(plan, options.overridden(Overrides()), inputs=as_data(known.inputs))
-    connect(host, known.network, recipe, probe(known.inputs), whole=known.whole)
-    starting = silent(model, {link.target for link in plan.links})
-    for name, connection in connections(host).items():
-        if name.partition("<-")[0].partition("[")[0] in starting:
-            nn.init.constant_(connection.beta, START)
-    return host
-
-
-START = 0.5
-"""β at the start where nothing of what is heard shows in T yet: with 0, two zeros in series would starve the match."""

@@ -21,6 +21,7 @@ from dcafy.emit.dca import (
     own_contexts,
     own_modules,
     own_parameters,
+    recipes,
     require_connected,
     require_recipe,
 )
@@ -223,6 +224,23 @@ def _take(connection: nn.Module, before: nn.Module, name: str, every: Mapping[st
         module.training = other.training
 
 
+def apart_by_nature(model: nn.Module, *, copy: bool) -> tuple[nn.Module, dict[str, Connection]]:
+    """A twin of ``model`` without its connections, and these, where all are by nature; else the model itself."""
+    plans = [recipe.plan for _, recipe in recipes(model)] if is_connected(model) else []
+    if not plans or not all(plan.block(link.target).nature for plan in plans for link in plan.links):
+        return model, {}
+    twin = own_copy(model) if copy else shared_copy(model)
+    natures = dict(connections(twin))
+    return _unconnected(twin), natures
+
+
+def take_over(connected: nn.Module, before: Mapping[str, Connection]) -> None:
+    """Gives the connections of ``connected`` what those of the same names were ``before``, where there were any."""
+    for name, one in connections(connected).items() if before else ():
+        if name in before:
+            _take(one, before[name], name, {name: {}})
+
+
 def _unconnected(twin: nn.Module) -> nn.Module:
     """``twin``, which is nobody else's, without its connections."""
     for module in [module for module in twin.modules() if is_ours(dca_of(module))]:
@@ -233,10 +251,10 @@ def _unconnected(twin: nn.Module) -> nn.Module:
             module.graph = graph  # type: ignore[assignment]
         restore(module)
         own = dca_of(module)
-        if hasattr(own, "wire"):
-            close_runs(module, own.wire)
         for held in (module._modules, module.__dict__):
             for name in [name for name, value in held.items() if value is own]:
                 del held[name]
         module.__dict__.pop(SAID, None)
+    for module in twin.modules():
+        close_runs(module)
     return twin

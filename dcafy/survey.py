@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from dcafy.errors import InputError, TracingError
 from dcafy.find.dataflow import Dataflow
 from dcafy.find.fusions import find
+from dcafy.find.natures import with_natures
 from dcafy.find.selfattention import self_attention
 from dcafy.find.unfound import unfound_gates
 from dcafy.graph.evaluator import Evaluator, device_of
@@ -337,10 +338,11 @@ class _Surveyor:
         recording = recorded(recordable)
         modules = recording.modules
         flow = Dataflow(recording.graph, modules)
-        found = find(flow, path)
+        plain = find(flow, path)
+        found = with_natures(recording, plain, path)
         messages = {f.name: message_of(f, modules, self.evaluator) for f in found}
         before = earlier(recording.graph, modules, found)
-        skipped = (*self_attention(flow, found, path), *unfound_gates(flow, found, path))
+        skipped = (*self_attention(flow, plain, path), *unfound_gates(flow, plain, path))
         if not recordable.training:
             self.recordables[path] = recordable
         region = Region(path, recording, found, messages, before, skipped, flow.order)

@@ -104,38 +104,41 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def commands() -> Iterator[str]:
-    """Every command with its arguments and options, as ``dcafy COMMAND --help`` has them."""
+    """Every command with its arguments and options, by topic, as ``dcafy COMMAND --help`` has them."""
     import typer
 
     import dcafy.cli
+    from dcafy.cli.help import TOPICS
 
     group: Any = typer.main.get_command(dcafy.cli.app)
+    topic_of = {name: topic for topic, names in TOPICS.items() for name in names}
     for name, command in sorted(group.commands.items()):
         context = command.make_context(name, [], resilient_parsing=True)
         yield f"## dcafy {name}\n"
         yield f"{_prose(command.help or '')}\n"
         yield f"```text\ndcafy {name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
-        topics: dict[str, list[tuple[str, str, str]]] = {}
-        for parameter in command.params:
-            if not parameter.hidden:
-                topics.setdefault(getattr(parameter, "rich_help_panel", None) or "", []).append(_row(parameter))
-        for topic, rows in topics.items():
-            if topic:
+        yield f"Example:\n\n```text\n{command.epilog}\n```\n"
+        rows: dict[str, list[tuple[str, str, str]]] = {topic: [] for topic in ("Arguments", *TOPICS, "Options")}
+        for parameter in command.get_params(context):
+            told = parameter.get_help_record(context)
+            if told is not None:
+                argument = not parameter.opts[0].startswith("-")
+                rows["Arguments" if argument else topic_of.get(parameter.name, "Options")].append(_row(*told))
+        for topic, found in rows.items():
+            if found:
                 yield f"**{topic}**\n"
-            yield from table(("option", "what it does", "default"), rows)
-            yield ""
+                yield from table(("option", "what it does", "default"), found)
+                yield ""
 
 
-def _row(parameter: Any) -> tuple[str, str, str]:
-    """An argument or option of a command: how it is written, its help, its default."""
-    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    if not parameter.opts[0].startswith("-"):
-        return f"`{parameter.metavar or parameter.name.upper()}`", _prose(parameter.help or ""), ""
-    if not parameter.is_flag:
-        kind = parameter.metavar or parameter.type_descriptor.annotation.__name__.upper()
-        names += f" `{kind}`"
-    shown = parameter.default is not None and parameter.default is not False and not callable(parameter.default)
-    return names, _prose(parameter.help or ""), f"`{parameter.default}`" if shown else ""
+def _row(names: str, text: str) -> tuple[str, str, str]:
+    """An argument or option: how it is written, its help, its default."""
+    default = re.search(r"\s*\[default: (.*?)\]$", text.strip())
+    return (
+        f"`{names}`",
+        _prose(text if default is None else text.strip()[: default.start()]),
+        "" if default is None else _prose(default[1]),
+    )
 
 
 def _prose(text: str) -> str:

@@ -16,9 +16,10 @@ from pages import NOTEBOOKS, PAGES, PROSE, ROOT
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (*PROSE,)}
 SHOWN = {"python", "console", "bash", "text", "{toctree}", "{include}", "{eval-rst}"}
-ELSEWHERE = {
-    "docs/in_place.md": "its one block has a test of its own (test_clients.py)",
-}
+ELSEWHERE = {"docs/in_place.md"}
+"""Its one block has a test of its own, in ``test_clients.py``."""
+SLOW = {"docs/howto/detectors.md", "docs/howto/export.md", "docs/howto/train_command.md"}
+"""Pages with quick siblings: what they show is tried on smaller networks by the tests of its packages."""
 
 
 def of(path: Path) -> str:
@@ -30,8 +31,9 @@ def with_language(language: str) -> list[str]:
 
 
 def marked(names: list[str]) -> list[Any]:
-    """Pages that are about a library of somebody else's take seconds to import it: those are slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * bool(pages.needs(TEXTS[name]))) for name in names]
+    """Pages that are about a library of somebody else's take seconds to import it: those are slow, and some more."""
+    slow = [name in SLOW or bool(pages.needs(TEXTS[name])) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.slow] * late) for name, late in zip(names, slow, strict=True)]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -156,10 +158,11 @@ def test_the_reference_has_every_option_with_its_help(made: Any) -> None:
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
         section = text.partition(f"## dcafy {name}\n")[2].partition("\n## ")[0]
+        rows = [row.split(" | ") for row in section.splitlines() if row.startswith("| `")]
+        assert len(rows) >= len([parameter for parameter in command.params if not parameter.hidden])
+        assert all(len(row) == 3 and row[1].strip() for row in rows), "an option without help"
         for parameter in command.params:
-            if not parameter.hidden and parameter.opts[0].startswith("-"):
-                assert f"`{parameter.opts[0]}`" in section, (name, parameter.opts)
-        assert "|  |" not in section.replace("|  |\n", ""), f"an option of {name} has no help"
+            assert parameter.hidden or parameter.opts[0] in section or parameter.metavar in section
 
 
 def test_the_reference_has_every_error_with_its_exit_code(made: Any) -> None:
@@ -177,6 +180,17 @@ def test_every_public_name_is_in_the_reference() -> None:
 
     told = re.findall(r"auto(?:function|class):: dcafy\.(\w+)$", TEXTS["docs/reference/api.md"], flags=re.MULTILINE)
     assert sorted(told) == sorted({*dcafy.__all__} - {*errors.__all__, "__version__"})
+
+
+def test_every_choice_is_told_on_a_page() -> None:
+    """A schema, topology or attention that a page does not name has been added without a word."""
+    from dcafy.choices import CHOICES
+
+    written = "".join(text for name, text in TEXTS.items() if name.startswith("docs/"))
+    missing = [
+        choice for choices in CHOICES.values() for choice in choices if not re.search(rf'[`"]{choice}["`]', written)
+    ]
+    assert missing == []
 
 
 def test_the_table_of_networks_is_what_is_found_in_them(made: Any) -> None:

@@ -529,7 +529,105 @@ def test_a_root_with_other_outputs_in_training() -> None:
     connected(trained_like(Deep(SE(), SE()), IMAGES))
 
 
-# 9. Forwards that are not the class's own --------------------------------------------------------
+# 9. What a forward leaves for others to look at --------------------------------------------------
+
+
+def kept_map(unit: Any, x: Tensor) -> Tensor:
+    unit.seen = unit.excite(x.mean((2, 3)))
+    return x * unit.seen[:, :, None, None]
+
+
+def kept_copy(unit: Any, x: Tensor) -> Tensor:
+    pooled = x.mean((2, 3))
+    scale = unit.excite(pooled)
+    unit.seen, unit.pooled = scale.detach().clone(), pooled
+    return x * scale[:, :, None, None]
+
+
+def kept_in_eval(unit: Any, x: Tensor) -> Tensor:
+    scale = unit.excite(x.mean((2, 3)))
+    if not unit.training:
+        unit.seen = scale.detach()
+    return x * scale[:, :, None, None]
+
+
+def averaged(unit: Any, x: Tensor) -> Tensor:
+    scale = unit.excite(x.mean((2, 3)))
+    if unit.seen is not None:
+        scale = (scale + unit.seen.mean(0)) / 2
+    unit.seen = scale.detach()
+    return x * scale[:, :, None, None]
+
+
+def averaged_elsewhere(unit: Any, x: Tensor) -> Tensor:
+    scale = with_last(unit, unit.excite(x.mean((2, 3))))
+    unit.seen = scale.detach()
+    return x * scale[:, :, None, None]
+
+
+def averaged_in_training(unit: Any, x: Tensor) -> Tensor:
+    scale = unit.excite(x.mean((2, 3)))
+    if unit.training and unit.seen is not None:
+        scale = (scale + unit.seen.mean(0)) / 2
+    unit.seen = scale.detach()
+    return x * scale[:, :, None, None]
+
+
+def with_last(unit: Any, scale: Tensor) -> Tensor:
+    return scale if getattr(unit, "seen", None) is None else (scale + unit.seen.mean(0)) / 2
+
+
+def counted(unit: Any, x: Tensor) -> Tensor:
+    unit.seen = unit.excite(x.mean((2, 3)))
+    unit.height = x.shape[2]
+    return x * unit.seen[:, :, None, None]
+
+
+def unseen(unit: Any) -> None:
+    unit.seen = None
+
+
+@pytest.mark.parametrize("body", [kept_map, kept_copy, kept_in_eval])
+def test_a_tensor_that_a_block_keeps_is_the_connected_one(body: Body) -> None:
+    model = network(body, unseen)
+    made = connected(model)
+    names = [name for name in ("seen", "pooled") if name in made.units[1].__dict__]
+    for images in (IMAGES, IMAGES[:1]):
+        with torch.no_grad():
+            made(images), model(images)
+        for ours, theirs in zip(made.units, model.units, strict=True):  # type: ignore[call-overload]
+            assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in names)
+    with torch.no_grad():
+        for connection in dcafy.connections(made).values():
+            connection.beta.fill_(0.7)
+        made(IMAGES), model(IMAGES)
+    assert torch.equal(made.units[0].seen, model.units[0].seen)  # type: ignore[index, union-attr]
+    assert not torch.equal(made.units[1].seen, model.units[1].seen)  # type: ignore[index, union-attr]
+    restored = pickle.loads(pickle.dumps(dcafy.revert(made)))
+    assert type(restored.units[1]) is Unit
+
+
+def test_what_a_block_kept_is_read_by_its_caller() -> None:
+    class Sums(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x) + sum(unit.seen.mean() for unit in self.units)
+
+    connected(trained_like(Sums(Unit(kept_copy, unseen), Unit(kept_copy, unseen)), IMAGES))
+
+
+@pytest.mark.parametrize("body", [averaged, averaged_elsewhere, averaged_in_training, counted])
+def test_a_block_that_goes_by_what_it_kept_is_left_alone_with_a_reason(body: Body) -> None:
+    plan = dcafy.inspect(network(body, unseen), example_inputs=IMAGES)
+    assert not plan.links
+    reasons = {item.reason for item in plan.skipped}
+    assert reasons <= {
+        "kept whole: its forward stores what it computes in self.seen",
+        "kept whole: its forward takes another path in training than in eval",
+    }
+    assert reasons
+
+
+# 10. Forwards that are not the class's own --------------------------------------------------------
 
 
 def by_keyword_default(unit: Any) -> None:

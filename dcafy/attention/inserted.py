@@ -22,6 +22,19 @@ def hands_on(model: nn.Module) -> bool:
     return any(ATTENTIONS[module.__dict__[KIND]].along is not None for _, module in inserted(model))
 
 
+def handed_on(model: nn.Module) -> str:
+    """What was put in that hands a state on, in how many modules, and its parameters, in words."""
+    found: dict[str, dict[int, int]] = {}
+    counts: dict[str, int] = {}
+    for _, module in inserted(model):
+        kind = module.__dict__[KIND]
+        if ATTENTIONS[kind].along is not None:
+            counts[kind] = counts.get(kind, 0) + 1
+            found.setdefault(kind, {}).update((id(p), p.numel()) for p in module.parameters())
+    told = (f"{kind} in {counts[kind]} modules, {sum(own.values()):,} parameters" for kind, own in found.items())
+    return "; ".join(told)
+
+
 def inserted_modules(model: nn.Module) -> set[int]:
     """The identities of all modules that inserted attention is made of."""
     return {id(part) for _, module in inserted(model) for part in module.modules()}

@@ -12,6 +12,7 @@ attention: :func:`dcafy.inspect` finds the blocks by dataflow like any others.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from typing import Any, get_args
@@ -21,10 +22,12 @@ from torch import fx, nn
 
 from dcafy.attention.kinds import ATTENTIONS, INSERTED, KIND, Attention, Insertion
 from dcafy.attention.order import order
+from dcafy.attention.starting import started
 from dcafy.attention.units import Chosen, Reads, Unit, units
 from dcafy.draws import OwnDraws
 from dcafy.emit.dca import is_connected
 from dcafy.emit.relay import Calls, join
+from dcafy.emit.wiring import completed
 from dcafy.errors import InputError, UsageError
 from dcafy.graph import usual
 from dcafy.graph.copies import own_copy, shared_copy
@@ -32,7 +35,8 @@ from dcafy.graph.evaluator import device_of
 from dcafy.graph.paths import free_name, joined
 from dcafy.graph.rewritten import Forward, original_class, refusal, rewrite, taken_forward
 from dcafy.graph.rows import rows_of
-from dcafy.plan.options import Init
+from dcafy.plan.options import Init, Linking
+from dcafy.survey import survey
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
 from dcafy.wording import few
@@ -52,7 +56,9 @@ def insert(
 
     ``attention``: ``se``, ``ge`` (θ⁻), ``ge-theta``, ``sk``, ``cbam``, ``bam``, ``gc``, ``sge`` or ``eca``; or one that
     hands a state on from unit to unit: ``dia`` (an LSTM cell for each stage) or ``rla`` (a recurrent map, which the
-    units' first convolutions and the classifier see besides); ``docs/family.md`` has them.
+    units' first convolutions and the classifier see besides); or ``mrla``, whose units are blocks that hear one another
+    by nature along each stage: the result is connected then, as by :func:`dcafy.convert`, and that connects what else
+    there is where it inserts this one itself (``attention="mrla"``). ``docs/family.md`` has them.
     ``reduction``: channels over the width of the attention's bottleneck, where it has one; ``None`` leaves that of
     ``gc`` out (one 1x1 convolution in its place: the simplified non-local block).
     ``where``: ``auto`` finds residual and bottleneck units by their structure and puts attention at the end of
@@ -73,6 +79,32 @@ def insert(
     >>> torch.equal(with_se(x), model(x)), len(dcafy.inspect(with_se).blocks)
     (True, 8)
     """
+    host = put(model, attention, reduction=reduction, where=where, init=init, example_inputs=example_inputs, copy=copy)
+    return _by_nature(host, example_inputs) if ATTENTIONS[attention].by_nature else host
+
+
+def _by_nature(host: nn.Module, example_inputs: Any) -> nn.Module:
+    """``host`` with its units connected that hear one another by nature, where there are several in a stage."""
+    seen = survey(host, example_inputs)
+    chains = (
+        chain if seen.plan.block(chain.blocks[0]).nature else dataclasses.replace(chain, links=())
+        for chain in seen.plan.chains
+    )
+    plan = dataclasses.replace(seen.plan, chains=tuple(chains)).with_links(lambda link: completed(link, Linking()))
+    return started(host, seen, plan, Linking()) if plan.links else host
+
+
+def put(
+    model: nn.Module,
+    attention: str,
+    *,
+    reduction: int | None = 16,
+    where: str = "auto",
+    init: Init = "identity",
+    example_inputs: Any = None,
+    copy: bool = True,
+) -> nn.Module:
+    """What :func:`insert` gives, before blocks are connected."""
     _check(attention, reduction, init)
     require_module(model)
     if is_connected(model):
@@ -130,7 +162,7 @@ def _along(
     assert kind.along is not None
     with OwnDraws(), torch.device(device_of(model)):
         made, calls = kind.along(chosen.units, order(model, chosen), reduction, init)
-    if not made:
+    if not any(any(calls[path].hears) for path in made):
         raise InputError(
             f"No two units of {type(model).__name__} follow on one another, so that there is nobody to hand a state on "
             f"to: there are {few([unit.path for unit in chosen.units])}. Choose more of them with where=, or use "

@@ -40,6 +40,7 @@ class Attention:
     ``reads``               where in a unit its parts go; by default it stands at the end of the main branch
     ``of_unit``             what builds it where it goes by more of the unit than its channels
     ``along``               what builds it for all units at once, where it hands a state on from unit to unit
+    ``by_nature``           whether its units are blocks that hear one another by nature (``dcafy.find.natures``)
     """
 
     build: Build | None = None
@@ -49,6 +50,7 @@ class Attention:
     reads: Callable[[Unit, nn.Module], Reads] = lambda unit, module: {"": (unit.end,)}
     of_unit: OfUnit | None = None
     along: Along | None = None
+    by_nature: bool = False
 
 
 def _of(module: str, name: str) -> Callable[..., Any]:
@@ -92,6 +94,7 @@ ATTENTIONS: dict[str, Attention] = {
     "gc": Attention(_reduced("gc", "GC"), silent=("bottleneck.expand",), without_bottleneck=True),
     "sge": Attention(_plain("sge", "SGE"), silent=("norm",)),
     "eca": Attention(_plain("eca", "ECA"), silent=("conv",)),
+    "mrla": Attention(_plain("mrla", "MRLA"), silent=("norm",), reads=_called("mrla", "reads"), by_nature=True),
     "dia": Attention(silent=("cell.expand",), along=_called("dia", "along")),
     "rla": Attention(reads=_called("rla", "reads"), along=_called("rla", "along")),
 }

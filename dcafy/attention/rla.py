@@ -96,8 +96,8 @@ class Head(nn.Module):
 
 
 def _normed(norm: nn.BatchNorm2d, h: Tensor) -> Tensor:
-    """One value of each channel says nothing of others, so that it goes by what is known of them."""
-    if norm.training and isinstance(h, Tensor) and h.numel() == h.shape[1]:
+    """One value of each channel says nothing of others, so that it goes by what is known of them, in training, too."""
+    if isinstance(h, Tensor) and h.numel() == h.shape[1]:
         return F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     normed: Tensor = norm(h)
     return normed

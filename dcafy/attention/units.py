@@ -61,6 +61,7 @@ class Unit:
     ``kernel``     the convolution that selective kernels give a second branch to, if there is one
     ``first``      the first convolution of the main branch, if there is one
     ``calls``      how often it is called in the recording that it was found in
+    ``output``     what it returns, where that is a map
     """
 
     path: str
@@ -69,6 +70,7 @@ class Unit:
     kernel: Kernel | None
     first: fx.Node | None = None
     calls: int = 1
+    output: fx.Node | None = None
 
     @property
     def channels(self) -> int:
@@ -201,7 +203,9 @@ class _Search:
         end = shape.before_drops(last)
         if not shape.is_map(end):
             return None
-        return Unit(path, recording, end, shape.kernel(end), shape.first(end))
+        output = shape.output()
+        output = output if output is not None and shape.is_map(output) else None
+        return Unit(path, recording, end, shape.kernel(end), shape.first(end), output=output)
 
     def _recorded(self, path: str, call: Observed) -> Recording:
         recordable = Recordable(self.model.get_submodule(path), call, self.evaluator)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcafy.attention.insertion import insert
+from dcafy.attention.insertion import put
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import is_connection
@@ -115,7 +115,7 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
     with OwnDraws():
         try:
             for insertion in how.insertions:
-                model = insert(model, **dataclasses.asdict(insertion), example_inputs=example, copy=False)
+                model = put(model, **dataclasses.asdict(insertion), example_inputs=example, copy=False)
         except TracingError:
             if not on_meta:
                 raise

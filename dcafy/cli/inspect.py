@@ -14,6 +14,7 @@ from dcafy import errors
 from dcafy.cli.app import command
 from dcafy.cli.configured import with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
+from dcafy.plan.options import Inserting
 from dcafy.sources.options import FileOptions
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @with_options
 def inspect_command(
     model: Model,
+    inserting: Inserting,
     file: FileOptions,
     nodes: Annotated[bool, typer.Option("--nodes", help="Also list every node of each block with its role.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
@@ -38,7 +40,8 @@ def inspect_command(
     chosen, example = settings_given(settings), example_input(input_size)
     # What the user's code prints while it is imported must not end up in the document.
     with contextlib.redirect_stdout(sys.stderr):
-        plan, network = _found(model, example, settings=chosen, **dataclasses.asdict(file))
+        plan, network = _found(model, example, inserting, settings=chosen, **dataclasses.asdict(file))
+        from dcafy.attention.inserted import hands_on
     if as_json:
         print(json.dumps({**plan_document(plan), **_state_document(network)}, indent=2))
     else:
@@ -50,7 +53,7 @@ def inspect_command(
         print(written(plan, nodes=nodes, terminal=terminal), end="")
         print(shown(of_network(network), terminal=terminal), end="")
     sys.stdout.flush()
-    if not plan.blocks:
+    if not (plan.blocks or inserting.attention or hands_on(network)):
         raise errors.NoAttentionError(
             f"{model!r} has no attention blocks, so there is nothing to connect. Attention can be added first: "
             "dcafy convert MODEL --attention se -o DIR, or dcafy.convert(model, attention='se') in Python, or modules "
@@ -58,7 +61,7 @@ def inspect_command(
         )
 
 
-def _found(spec: str, example: torch.Tensor | None, **how: Any) -> tuple[Plan, nn.Module]:
+def _found(spec: str, example: torch.Tensor | None, inserting: Inserting, **how: Any) -> tuple[Plan, nn.Module]:
     """The plan for the model that ``spec`` names, under that name, and the model; of a connected one its own plan."""
     from dcafy.conversion import appraise
     from dcafy.emit.dca import recipes
@@ -69,12 +72,12 @@ def _found(spec: str, example: torch.Tensor | None, **how: Any) -> tuple[Plan, n
     if own is not None:
         return dataclasses.replace(own.plan, model=spec), model
     try:
-        plan = appraise(model, example_inputs=example)
+        plan = appraise(model, example_inputs=example, inserting=inserting)
     except (errors.TracingError, errors.InputError):
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
         # Where the course of the forward depends on values, as in detectors, it takes values to look.
-        plan = appraise(open_model(spec, **how).model, example_inputs=example)
+        plan = appraise(open_model(spec, **how).model, example_inputs=example, inserting=inserting)
     return dataclasses.replace(plan, model=spec), model
 
 

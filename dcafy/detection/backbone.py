@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dcafy.attention.insertion import insert
+from dcafy.attention.insertion import put
 from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.conversion import convert, inspect
@@ -48,7 +48,7 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     inserted: tuple[Insertion, ...] = getattr(classifier, INSERTED, ())
     for done in inserted:
         where = place.ours + ("*" if done.where == "auto" else done.where.removeprefix(place.theirs))
-        made = insert(made, **{**dataclasses.asdict(done), "where": where}, copy=False)
+        made = put(made, **{**dataclasses.asdict(done), "where": where}, copy=False)
     recipe = next((recipe for _, recipe in recipes(classifier)), None)
     if recipe is not None:
         made = convert(made, plan=_moved(recipe.plan, inspect(made), place), copy=False, verify=False)

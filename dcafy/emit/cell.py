@@ -1,4 +1,4 @@
-"""A small LSTM cell that goes from unit to unit, or from block to block, of a stage (1905.10671, section 3)."""
+"""A small LSTM cell that goes from unit to unit, or from block to block, of a stage (arXiv 1905.10671, section 3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class LightCell(nn.Module):
-    """h and c after one more step, from a context and the state before (1905.10671, eqs. 4 to 9).
+    """h and c after one more step, from a context x and the state before (the paper's modified LSTM).
 
     ::
 
@@ -24,26 +24,43 @@ class LightCell(nn.Module):
     """
 
     def __init__(
-        self, channels: int, reduction: int, *, remembers: bool = True, silent: bool = True, **place: Any
+        self,
+        channels: int,
+        reduction: int,
+        *,
+        remembers: bool = True,
+        silent: bool = True,
+        **place: Any,
     ) -> None:
         super().__init__()
-        hidden, inputs = max(channels // reduction, min(_LEAST, channels)), 1 + remembers
         self.channels = channels
-        self.reduce = nn.ModuleList(nn.Linear(channels, hidden, **place) for _ in range(inputs))
-        self.expand = nn.ModuleList(nn.Linear(hidden, 4 * channels, **place) for _ in range(inputs))
+        self.hidden = max(channels // reduction, min(_LEAST, channels))
+        self.reduce = nn.ModuleList()
+        self.expand = nn.ModuleList()
+        for _ in range(1 + remembers):
+            self._add(True, place)
         if silent:
             for parameter in self.expand.parameters():
                 nn.init.zeros_(parameter)
             for layer in self.reduce[1:]:
                 _revived(layer)
 
+    def _add(self, bias: bool, place: dict[str, Any]) -> None:
+        self.reduce.append(nn.Linear(self.channels, self.hidden, bias, **place))
+        self.expand.append(nn.Linear(self.hidden, 4 * self.channels, bias, **place))
+
+    def remember(self, **place: Any) -> None:
+        """Has the cell read the state before from now on, with layers without a bias: zeros are as no state."""
+        if len(self.reduce) == 1:
+            self._add(False, place)
+
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """The next state; a state is h and c, side by side: ``[N, 2C]``; ``x``: ``[N, C]``."""
-        h, c = state.chunk(2, 1)
+        """The next state; a state is h and c, side by side: ``[N, ..., 2C]``; ``x``: ``[N, ..., C]``."""
+        h, c = state.chunk(2, -1)
         read = zip(self.reduce, self.expand, (x, h), strict=False)
-        i, f, g, o = sum(expand(F.relu(reduce(value))) for reduce, expand, value in read).chunk(4, 1)
+        i, f, g, o = sum(expand(F.relu(reduce(value))) for reduce, expand, value in read).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.cat((torch.sigmoid(o) * torch.sigmoid(c), c), 1)
+        return torch.cat((torch.sigmoid(o) * torch.sigmoid(c), c), -1)
 
 
 _LEAST = 4

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from dcafy.emit.dca import Connections, Recipe
 from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
 from dcafy.emit.mixing import Shared
+from dcafy.emit.relay import Call, Calls, join
 from dcafy.emit.root import open_runs
 from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, own_contexts, wires
@@ -32,7 +33,7 @@ from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import above, below, joined
 from dcafy.graph.rewritten import Forward, forward_of, hold, original_class, rewrite, taken_forward
-from dcafy.graph.rows import Rows, rows_of
+from dcafy.graph.rows import rows_of
 from dcafy.graph.source import require_writable
 from dcafy.graph.usual import reads, template
 from dcafy.link.message import Message
@@ -107,6 +108,24 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     for number, ((path, local), rewritten) in enumerate(hosts.items()):
         rewritten.rewrite(modules[joined(path, local)], wire, number)
     open_runs(model, recipe, wire, example, whole=whole, below=below)
+    _hand_on(model, network, links, [wiring for one in hosts.values() for wiring in one.wires])
+
+
+def _hand_on(model: nn.Module, network: Network, links: tuple[Link, ...], made: list[tuple[str, Wiring]]) -> None:
+    """Has connections that hand a state on hear that of the block that they hear, each for the same output."""
+    relays: dict[str, Any] = {}
+    place: dict[tuple[str, int], Call] = {}
+    for name, wiring in made:
+        if hasattr(wiring.module, "relay"):
+            relays[f"{name}|{wiring.suffix}"] = wiring.module.relay
+            place |= {(name, i): (f"{name}|{wiring.suffix}", turn) for turn, i in enumerate(wiring.contexts)}
+    source = {link.target: link.source for link in links}  # the last one, where several are heard
+    calls: dict[str, list[Call | None]] = {path: [] for path in relays}
+    for (name, i), (path, _) in place.items():
+        calls[path].append(place.get((source[name], min(i, len(network[source[name]].contexts) - 1))))
+    repeats = {path for (name, _), (path, _) in place.items() if network.region(name).path in network.repeats}
+    if relays:
+        join(model, relays, {path: Calls(tuple(heard), path in repeats) for path, heard in calls.items()})
 
 
 Numbers = tuple[int, "int | None"] | None
@@ -227,14 +246,16 @@ class _Host:
         else:
             folded = self.region.sites.folded(self.path)
             ports = _Edits(self, folded, places).ports()
-            training = self._rows_in_training(places)
+            training = self._in_training(places)
+            stores = _return_stores([folded] if training is None else [folded, training])
             call = self.region.sites.calls(self.path)[0]
-            usual = reads(module, original_class(module))
+            usual = reads(module, original_class(module), stores)
             if call is not None:
                 named = tuple((key, template(value)) for key, value in call.kwargs.items())
                 usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
             usual = dataclasses.replace(usual, modes=self._modes())
-            forward = Forward(rows_of(folded.graph), usual, training=training)
+            rows = None if training is None else rows_of(training.graph)
+            forward = Forward(rows_of(folded.graph), usual, training=rows, stores=bool(stores))
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
         dca.train(module.training)
         hold(module, "dca", dca)
@@ -253,7 +274,7 @@ class _Host:
             asked |= training.region.recording.mode_read.get("", frozenset())
         return tuple(sorted(asked - {""}))
 
-    def _rows_in_training(self, places: dict[int, str]) -> Rows | None:
+    def _in_training(self, places: dict[int, str]) -> Folded | None:
         """The connected graph of the module in training, where it decides by its mode; with the same ports."""
         training = self.region.trainings.get(self.path)
         if training is None:
@@ -285,7 +306,7 @@ class _Host:
                 host.hears.append(dataclasses.replace(hears, target=name, site=site))
         folded = training.region.sites.folded("")
         _Edits(host, folded, places).ports()
-        return rows_of(folded.graph)
+        return folded
 
     def _dca(self) -> tuple[nn.Module, tuple[tuple[str, str], ...], dict[int, str]]:
         """``dca``, the address of each connection by name, and the place of each wire's module."""
@@ -308,6 +329,15 @@ class _Host:
                 parent = parent.get_submodule(part)
             parent.add_module(last, wiring.module)
         return dca, tuple(addresses), places
+
+
+def _return_stores(graphs: list[Folded]) -> set[str]:
+    """The attributes that a module stores tensors in, in either mode; its graphs return those as well, if any."""
+    stores = {name for folded in graphs for name in folded.stores}
+    for folded in graphs if stores else ():
+        output = folded.graph.output_node()
+        output.args = ((output.args[0], dict(folded.stores)),)
+    return stores
 
 
 class _Edits:

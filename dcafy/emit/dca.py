@@ -192,7 +192,7 @@ def connections(model: nn.Module) -> ConnectionsByName:
     links = [link for _, recipe in recipes(model) for link in recipe.plan.links]
     order = {link.target: i for _, recipe in recipes(model) for i, link in enumerate(recipe.plan.links)}
     ordered = sorted(found.items(), key=lambda item: order.get(item[0].partition("<-")[0].partition("[")[0], 0))
-    heard = {name: link_of(name, links).source for name, _ in ordered}
+    heard = {name: link_of(name, links).source for name, _ in ordered if links}  # a part of a model has no recipe
     blocks = (block.name for _, recipe in recipes(model) for block in recipe.plan.blocks)
     return ConnectionsByName(dict(ordered), heard, blocks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +87,9 @@ def add_wire(root: Any, wire: Wire) -> None:
     root.__dict__[WIRES] = (*wires_of(root), wire)
 
 
-def take_wire(root: Any, wire: Wire) -> None:
-    """Undoes :func:`add_wire`."""
-    left = tuple(one for one in wires_of(root) if one is not wire)
+def keep_wires(root: Any, kept: Collection[Wire]) -> None:
+    """The calls of ``root`` open runs of these of its wires only."""
+    left = tuple(wire for wire in wires_of(root) if wire in kept)
     root.__dict__.pop(WIRES, None)
     if left:
         root.__dict__[WIRES] = left

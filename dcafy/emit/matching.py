@@ -182,6 +182,14 @@ class _Channel:
         """A number for each group, in a shape to be multiplied with what has the shape of G."""
         return _shaped(weights.unsqueeze(2).expand(-1, -1, connection.group).flatten(1), G.shape)
 
+    def places(self, connection: Any, value: Tensor) -> Tensor:
+        """What has the shape of G as ``[N, C, *size]``, over its root mean square; ``size`` is empty for vectors."""
+        return _even(value.flatten(1), 1)
+
+    def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
+        """The way back from :meth:`places`, in the shape and dtype of G."""
+        return _typed(_shaped(value, G.shape), G)
+
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         """``match(T̃)`` of a connection, in the shape and dtype of G."""
         message = T_prev
@@ -238,6 +246,13 @@ class _Spatial(_Channel):
     def spread(self, connection: Any, weights: Tensor, G: Tensor) -> Tensor:
         return _channels_back(weights.unsqueeze(1), connection.target_axis)
 
+    def places(self, connection: Any, value: Tensor) -> Tensor:
+        maps = _channels_first(value, connection.target_axis)
+        return _even(maps, tuple(range(1, maps.ndim)))
+
+    def from_places(self, connection: Any, value: Tensor, G: Tensor) -> Tensor:
+        return _typed(_channels_back(value, connection.target_axis), G)
+
     def matched(self, connection: Any, G: Tensor, T_prev: Tensor, G_prev: Tensor | None) -> Tensor:
         target = _channels_first(G, connection.target_axis)
         message = _channels_first(T_prev, connection.map_axis)
@@ -247,9 +262,9 @@ class _Spatial(_Channel):
             message = message.mean(1, keepdim=True)
         for layer in connection.match if isinstance(connection.match, nn.Sequential) else ():
             if isinstance(layer, EachPlace):
-                message = to_size(message, target.shape[2:], connection.grows)
+                message = _to_size(message, target.shape[2:], connection.grows)
             message = layer(message)
-        message = _centred(connection, to_size(message, target.shape[2:], connection.grows))
+        message = _centred(connection, _to_size(message, target.shape[2:], connection.grows))
         return _typed(_channels_back(message, connection.target_axis), G)
 
 
@@ -301,7 +316,7 @@ def _channels_back(value: Tensor, axis: int | None) -> Tensor:
     return value if axis == 1 else value.movedim(1, axis)
 
 
-def to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
+def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
     """Average pooling that also handles sizes that do not divide; interpolation where the map has to grow.
 
     ``grows``: whether it has to in the example, for a trace, which knows no sizes; either keeps a map of that size.
@@ -320,6 +335,9 @@ def to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
     return F.interpolate(value, size=size, mode=mode, align_corners=False)
 
+
+to_size = _to_size
+"""For what goes along units, which is no message."""
 
 MATCHES: dict[str, _Channel] = {"channel": _Channel(), "spatial": _Spatial()}
 """Dimension -> how it brings a message to the size of G; ``options``: which of a link's settings say by what."""

@@ -22,6 +22,9 @@ hears one only and nothing is mixed; or an ``nn.Module`` like :class:`JoinedConn
 modules that several blocks share (one cell for each stage, say) are kept there under a key of the topology's own. Each
 of those blocks registers the module; it is counted and saved once.
 
+A mixing that hands a state on from block to block (``dcafy.emit.hub``) has the end of the wire for that under ``relay``
+(:class:`dcafy.emit.relay.Relay`); blocks hear the state of the last one that they hear.
+
 Names of connections, costs, folders, ``inspect``, ``usage``, the command and the report follow. Links keep the name of
 the topology as their ``mixing``, so that a plan or a folder says all of it.
 """
@@ -37,7 +40,7 @@ from torch import nn
 
 from dcafy.emit.connection import Connection, JoinedConnection
 from dcafy.find.layout import Extent
-from dcafy.plan.blocks import AttentionBlock
+from dcafy.plan.blocks import AttentionBlock, Link
 
 Shared = dict[Any, nn.Module]
 """What the blocks of one conversion share, by keys of a topology's own."""
@@ -50,12 +53,14 @@ class Mixed:
     ``target``  the block that hears
     ``extent``  channels of its G, and its size for spatial attention
     ``place``   device and dtype of new layers
+    ``links``   what is heard, in the order of the parts, with all settings
     ``shared``  what other blocks of this conversion share with it
     """
 
     target: AttentionBlock
     extent: Extent
     place: dict[str, Any]
+    links: tuple[Link, ...]
     shared: Shared
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from dcafy.emit.dca import Connections, Example, Recipe, dca_of
-from dcafy.emit.ends import WIRES, Wire, add_wire, take_wire, wires_of
+from dcafy.emit.dca import Connections, Example, Recipe, dca_of, ends_of
+from dcafy.emit.ends import WIRES, Wire, add_wire, keep_wires, wires_of
 from dcafy.emit.whole import written
 from dcafy.emit.wire import Opened
 from dcafy.graph.rewritten import Forward, forward_of, hold, refusal, rewrite
@@ -141,9 +141,10 @@ def _close(model: nn.Module, args: Any, output: Any) -> None:
     run.__exit__()
 
 
-def close_runs(model: nn.Module, wire: Wire) -> None:
-    """Undoes :func:`open_runs`, but for the class."""
-    take_wire(model, wire)
+def close_runs(model: nn.Module) -> None:
+    """Undoes :func:`open_runs`, but for the class; what still has ends in ``model`` goes on."""
+    there = {ends.wire for ends in map(ends_of, model.modules()) if ends is not None}
+    keep_wires(model, there)
     if wires_of(model):
         return
     for hooks, own in ((model._forward_pre_hooks, _open), (model._forward_hooks, _close)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
 from dcafy.emit.connection import Connection, JoinedConnection, OwnContext
 from dcafy.emit.matching import MATCHES, known
@@ -14,6 +16,8 @@ from dcafy.emit.mixing import Mixed, Shared, mixing_named
 from dcafy.emit.schemas import SCHEMAS
 from dcafy.errors import PlanError, UsageError
 from dcafy.find.layout import widest
+from dcafy.graph.counting import multiply_adds
+from dcafy.graph.nodes import node_value
 from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.network import Network
 from dcafy.link.topology import TOPOLOGIES, heard_of, mixing_of, shaped
@@ -68,7 +72,7 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
         name = f"{target.name}[{contexts[0]}]" if branched else target.name
         matches: dict[Any, nn.Module] = {}
         parts = [_connection(network, link, place, matches, contexts[0], first=link is links[0]) for link in links]
-        module = mix(parts, Mixed(target.block, extents(target)[contexts[0]], place, made))
+        module = mix(parts, Mixed(target.block, extents(target)[contexts[0]], place, links, made))
         names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
         found.append(Wiring(module, contexts, suffix, {name: ""} if module is parts[0] else names))
     return tuple(found)
@@ -101,6 +105,37 @@ def _parameter_count(network: Network, links: tuple[Link, ...], alone: tuple[Alo
     made = [wire.module for group in groups for wire in wires(network, tuple(group), place, shared)]
     made += [wire.module for one in alone for wire in own_contexts(network, one, place)]
     return sum({id(p): p.numel() for module in made for p in module.parameters()}.values())
+
+
+def _multiply_adds(network: Network, links: tuple[Link, ...]) -> int:
+    """What the connections of these links compute for one image of the example."""
+    total, shared = 0, Shared()
+    for target, group in hearing(links).items():
+        contexts = [node_value(context)[:1] for context in network[target].contexts]
+        for wiring in wires(network, tuple(group), {"device": "meta"}, shared):
+            for i in wiring.contexts:
+                given = [value for link in group for value in _heard_values(network, link, i)]
+                G = torch.empty_like(contexts[i], device="meta", dtype=torch.float32)
+                total += multiply_adds(functools.partial(wiring.module, G, *given))
+    return total
+
+
+def _heard_values(network: Network, link: Link, output: int) -> tuple[Tensor, Tensor | None]:
+    """T and G of what is heard, without data, as the wire brings them."""
+    source, message = network[link.source], message_for(network, link)
+    nearest = source.contexts[min(output, len(source.contexts) - 1)]
+
+    def like(node: fx.Node) -> Tensor:
+        return torch.empty_like(node_value(node)[:1], device="meta", dtype=torch.float32)
+
+    if message.kind == "branches":
+        return like(message.maps[output]), like(source.contexts[output])
+    if message.kind == "fused":  # the extraction once more, of another width perhaps
+        channels, size = message.heard_by(output)[0]
+        return torch.empty((1, channels, *(size or ())), device="meta"), None
+    if message.kind == "context" or link.source == link.target:
+        return like(nearest), None
+    return like(source.map), like(nearest) if message.kind == "product" else None
 
 
 def message_for(network: Network, link: Link) -> Message:
@@ -183,4 +218,5 @@ def costs(plan: Plan, network: Network, options: Linking) -> tuple[Cost, ...]:
 def cost(topology: str, plan: Plan, network: Network, options: Linking) -> Cost:
     """What this plan's links add to the model; ``topology`` is what it is called."""
     complete = tuple(completed(link, options) for link in plan.links)
-    return Cost(topology, len(complete), _parameter_count(network, complete, plan.alone))
+    parameters = _parameter_count(network, complete, plan.alone)
+    return Cost(topology, len(complete), parameters, _multiply_adds(network, complete))

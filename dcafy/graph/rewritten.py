@@ -59,6 +59,7 @@ class Forward:
     ``training`` the graph in training, where it is another one
     ``own``      the user's own forward, where the module had one that is not its class's
     ``below``    what the class was generated from before, if it was: attention was put in, then it was connected
+    ``stores``   the graph returns, beside the output, what goes into attributes of the module, by name
     """
 
     rows: Rows | None = None
@@ -70,20 +71,22 @@ class Forward:
     own: Callable[..., Any] | None = None
     training: Rows | None = None
     below: Forward | None = None
+    stores: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return self
 
     def __reduce__(self) -> Any:
         rows, training = (None if one is None else portable(one) for one in (self.rows, self.training))
-        rest = self.usual, self.behind, self.around, self.mixins, self.needs, self.own, training, self.below
-        return _forward_from, (rows, *rest)
+        rest = self.usual, self.behind, self.around, self.mixins, self.needs, self.own
+        return _forward_from, (rows, *rest, training, self.below, self.stores)
 
 
 def _forward_from(rows: Any, *rest: Any) -> Forward:
     forward = Forward(None if rows is None else found(rows), *rest[:6])
-    training, below = (*rest[6:], None, None)[:2]  # what was pickled before has none
-    return replace(forward, training=None if training is None else found(training), below=below)
+    later: tuple[Any, ...] = rest[6:]
+    training, below, stores = later + (None, None, False)[len(later) :]  # what was pickled before lacks them
+    return replace(forward, training=None if training is None else found(training), below=below, stores=stores)
 
 
 def rewrite(module: nn.Module, forward: Forward) -> None:
@@ -137,7 +140,7 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     spoken = tuple(tuple(sorted((name, id(value)) for name, value in code.globals.items())) for code in codes)
     below = None if forward.below is None else rewritten_class(kind, forward.below)
     runs = below if forward.below is not None and forward.below.rows is not None else None
-    rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own, below
+    rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own, below, forward.stores
     key = kind, tuple(code.src for code in codes), spoken, repr(forward.usual), rest
     made = _CLASSES.get(key)
     if made is None:
@@ -225,7 +228,8 @@ def _forward(kind: type[nn.Module], forward: Forward, codes: list[Any]) -> Calla
     }
     written = [_compiled(code.src, "forward", dict(code.globals)) for code in codes]
     if written:
-        scope["written"] = written[0] if len(written) == 1 else _by_mode(*written)
+        one = written[0] if len(written) == 1 else _by_mode(*written)
+        scope["written"] = _storing(one) if forward.stores else one
     made = _compiled(_TEMPLATE.format(body=body), "forward", scope)
     return functools.update_wrapper(made, original)
 
@@ -235,6 +239,18 @@ def _by_mode(evaluating: Callable[..., Any], training: Callable[..., Any]) -> Ca
         return (training if self.training else evaluating)(self, *args, **kwargs)
 
     return written
+
+
+def _storing(written: Callable[..., Any]) -> Callable[..., Any]:
+    """``written``, and what it says goes into attributes, as in the user's own forward."""
+
+    def stored(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output, values = written(self, *args, **kwargs)
+        for name, value in values.items():
+            setattr(self, name, value)
+        return output
+
+    return stored
 
 
 def _compiled(source: str, name: str, scope: dict[str, Any]) -> Callable[..., Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import enum
 import inspect
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +114,12 @@ def template(arguments: Any) -> Any:
     return mapped(arguments, change)
 
 
-def reads(module: nn.Module, kind: type[nn.Module]) -> Usual:
-    """The plain values and the submodules of ``module`` that ``kind``, its class, or a forward of its own speaks of."""
-    names = _names(kind, module.__dict__.get("forward"))
+def reads(module: nn.Module, kind: type[nn.Module], stores: Iterable[str] = ()) -> Usual:
+    """The plain values and the submodules of ``module`` that ``kind``, its class, or a forward of its own speaks of.
+
+    ``stores``: attributes that its forward only writes.
+    """
+    names = _names(kind, module.__dict__.get("forward")) - {*stores}
     own = module.__dict__
     attributes: list[tuple[str, Any]] = []
     for name in sorted(names & own.keys() - _BOOKKEEPING - {"forward"}):
@@ -139,6 +145,27 @@ def _is_plain_of_class(kind: type, name: str) -> bool:
     return isinstance(inspect.getattr_static(kind, name, ...), (*_PLAIN, tuple, list))
 
 
+def loaded(module: nn.Module, kind: type[nn.Module]) -> set[str]:
+    """The attributes that its forward, and whatever function that reaches, may ask for, of whatever."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    pending: list[Any] = [module.__dict__.get("forward"), inspect.getattr_static(kind, "forward", None)]
+    while pending:
+        function = _plain_function(pending.pop())
+        if function is None or id(function) in seen:
+            continue
+        seen.add(id(function))
+        scopes = [module.__dict__, function.__globals__, *(vars(base) for base in kind.__mro__)]
+        scopes += [vars(value) for value in function.__globals__.values() if isinstance(value, types.ModuleType)]
+        pending += closed_over(function)
+        for code in _codes(function):
+            steps = list(dis.get_instructions(code))
+            names.update(step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD"))
+            names.update(const for const in code.co_consts if isinstance(const, str))  # getattr(self, "name")
+            pending += [scope[name] for name in code.co_names for scope in scopes if name in scope]
+    return names
+
+
 def _names(kind: Any, own: Any = None) -> frozenset[str]:
     """Every name that the forward looks up, and what it calls of its own class.
 
@@ -147,21 +174,31 @@ def _names(kind: Any, own: Any = None) -> frozenset[str]:
     names: set[str] = set()
     pending = [own, inspect.getattr_static(kind, "forward", None)]
     while pending:
-        new = _names_of(pending.pop()) - names
+        function = _plain_function(pending.pop())
+        new = {name for code in _codes(function) for name in code.co_names} - names
         names |= new
         pending += [inspect.getattr_static(kind, name, None) for name in new]
     return frozenset(names)
 
 
-def _names_of(value: Any) -> set[str]:
-    """The names that a function looks up, and those of the functions inside it."""
-    value = getattr(value, "__func__", getattr(value, "fget", value))
+def _plain_function(value: Any) -> types.FunctionType | None:
+    """The user's function in a method, property, partial or wrapper, if there is one."""
+    value = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
     value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
     of_user = isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith("torch.")
-    names: set[str] = set()
-    pending = [value.__code__] if of_user else []
-    while pending:
-        code = pending.pop()
-        names.update(code.co_names)
-        pending += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return names
+    return value if of_user else None
+
+
+def _codes(function: types.FunctionType | None) -> list[types.CodeType]:
+    """The code of a function, and of the functions inside it."""
+    codes = [] if function is None else [function.__code__]
+    for code in codes:
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return codes
+
+
+def closed_over(function: Any) -> Iterator[Any]:
+    """What the cells of a function's closure hold; some hold nothing yet."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents

@@ -69,14 +69,30 @@ def _own(block: B, earlier: Blocks[B], planned: Blocks[B]) -> Blocks[B]:
     return (block,)
 
 
+def _hub(block: Any, earlier: Blocks[Any], planned: Blocks[Any]) -> Blocks[Any]:
+    """The nearest one of its own width, whose cell has read all before that (``dcafy.emit.hub``)."""
+    return tuple(other for other in earlier if other.channels == block.channels)[-1:]
+
+
 TOPOLOGIES: dict[str, Topology] = {
     "chain": Topology(_chain),
     "dense": Topology(_dense),
     "tree": Topology(_tree),
     "own": Topology(_own, every=True),
     "depth": Topology(_dense, mixing="depth"),
+    "hub": Topology(_hub, mixing="hub", of="context"),
 }
 """Name -> the topology."""
+
+
+def _along(block: AttentionBlock, earlier: Blocks[AttentionBlock], planned: Blocks[Any]) -> Blocks[Any]:
+    """The nearest one of its stage: of as many channels, in maps of the same size."""
+    stage = [one for one in earlier if (one.channels, one.size) == (block.channels, block.size)]
+    return planned or tuple(stage[-1:])
+
+
+BY_NATURE: dict[str, Topology] = {"along": Topology(_along, mixing="along")}
+"""Name -> the topology of blocks that are connected by nature, whatever is asked for: they hear those of their own."""
 
 
 def links_in(
@@ -88,18 +104,21 @@ def links_in(
     block hears something), from blocks that stand in it; links that it has are its own, and new ones have the settings
     of their target's. ``dimension``: of the blocks that hear.
     """
-    row = TOPOLOGIES[topology]
-    mixing = topology if row.mixing else None
     links, skipped = [], []
     planned = hearing(plan.links) if plan else {}
     kept = {name for chain in plan.chains for name in chain.blocks} if plan else set(network.order)
     for target in network.order:
-        earlier, given = network.nearest(target), {link.source: link for link in planned.get(target, ())}
-        asked = row.every and target in kept and dimension in ("all", network[target].block.dimension)
+        block = network[target].block
+        name = block.nature or topology
+        row = BY_NATURE[name] if block.nature else TOPOLOGIES[name]
+        mixing = name if row.mixing else None
+        earlier = tuple(one for one in network.nearest(target) if network[one].block.nature == block.nature)
+        given = {link.source: link for link in planned.get(target, ())}
+        asked = row.every and target in kept and dimension in ("all", block.dimension)
         if plan is not None and not given and not asked:
             continue
         blocks = ([network[name].block for name in names] for names in ([n for n in earlier if n in kept], given))
-        for source in (one.name for one in row.hears(network[target].block, *map(tuple, blocks))):
+        for source in (one.name for one in row.hears(block, *map(tuple, blocks))):
             if source in given:
                 own = given[source]
                 links.append(dataclasses.replace(own, mixing=own.mixing or mixing))
@@ -108,7 +127,8 @@ def links_in(
             if reason is not None:
                 skipped.append(Skipped(target, f"cannot hear {source}: {reason}"))
                 continue
-            settings = next(iter(given.values()), Link(source, target))
+            new = Link(source, target, schema="direct", message="plain") if block.nature else Link(source, target)
+            settings = next(iter(given.values()), new)
             links.append(dataclasses.replace(settings, source=source, mixing=settings.mixing or mixing))
     return links, skipped
 
@@ -120,13 +140,13 @@ def heard_of(link: Link) -> Of:
 
 def mixing_of(link: Link) -> Topology:
     """The topology that says how a link is mixed with the others into its target."""
-    mixed = [name for name, row in TOPOLOGIES.items() if row.mixing]
+    mixed = {name: row for name, row in (TOPOLOGIES | BY_NATURE).items() if row.mixing}
     if link.mixing not in mixed:
         raise PlanError(
             f"The plan's link from {link.source!r} to {link.target!r} has mixing={shown(link.mixing)}, which is not "
             f"known. Use one of: {', '.join(mixed) or 'none'}, or leave it out."
         )
-    return TOPOLOGIES[str(link.mixing)]
+    return mixed[link.mixing]
 
 
 def grouped(blocks: Iterable[AttentionBlock], links: Collection[Link], home: Mapping[str, int]) -> tuple[Chain, ...]:
@@ -164,7 +184,11 @@ def shaped(plan: Plan, network: Network, *, dimension: str = "all", topology: st
 
 def _only(plan: Plan, dimension: str) -> Plan:
     """The plan without the links of other dimensions; their blocks are listed as skipped."""
-    others = [chain for chain in plan.chains if dimension not in ("all", chain.dimension) and chain.links]
+    others = [
+        chain
+        for chain in plan.chains
+        if dimension not in ("all", chain.dimension) and chain.links and not plan.block(chain.blocks[0]).nature
+    ]
     skipped = tuple(
         Skipped(link.target, f"not connected: dimension={dimension!r} was asked for")
         for chain in others

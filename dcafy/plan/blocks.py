@@ -35,6 +35,7 @@ class AttentionBlock(Brief):
     ``gate``           what bounds the map T: a name in :data:`dcafy.plan.gates.GATES`
     ``fusion_kind``    how T meets X
     ``extraction``, ``transformation``, ``fusion``   names of the deep graph's nodes in each role
+    ``nature``         how it is connected by nature, whatever topology is asked for (inserted mrla); else ``None``
     """
 
     name: str
@@ -46,6 +47,7 @@ class AttentionBlock(Brief):
     extraction: tuple[str, ...]
     transformation: tuple[str, ...]
     fusion: tuple[str, ...]
+    nature: str | None = field(default=None, metadata=LATER)
 
     @property
     def bounded(self) -> bool:
@@ -110,11 +112,16 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a topology adds to a model, with the options that :func:`dcafy.convert` has by default."""
+    """What a topology adds to a model, with the options that :func:`dcafy.convert` has by default.
+
+    Or what attention adds that was put in: then ``topology`` says which, and ``connections`` is how many units have it.
+    ``multiply_adds``: of convolutions and matrix products, for one image of the example.
+    """
 
     topology: str
     connections: int
     parameters: int
+    multiply_adds: int | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)

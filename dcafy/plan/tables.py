@@ -47,11 +47,24 @@ def plan_sheets(plan: Contents) -> Iterator[Sheet]:
         columns = (Column("name", "name"), Column("reason", "text"))
         yield Sheet(columns, tuple((row.name, row.reason) for row in plan.skipped), "skipped: seen and left alone")
     if plan.costs:
-        costs = tuple((cost.topology, str(cost.connections), f"{cost.parameters:,}") for cost in plan.costs)
+        costs = tuple(
+            (
+                one.topology,
+                str(one.connections),
+                f"{one.parameters:,}",
+                "" if one.multiply_adds is None else f"{one.multiply_adds:,}",
+            )
+            for one in plan.costs
+        )
         yield Sheet(_COSTS, costs, "what each topology would add, with convert's defaults")
 
 
-_COSTS = (Column("topology"), Column("connections", "number"), Column("parameters", "number"))
+_COSTS = (
+    Column("topology"),
+    Column("connections", "number"),
+    Column("parameters", "number"),
+    Column("multiply-adds", "number"),
+)
 
 
 def headline(plan: Contents) -> str:

@@ -7,9 +7,19 @@
 ``text``        findings -> a terminal
 """
 
-from dcafy.report.epochs import EpochLog, read_epochs
+from dcafy.report.epochs import EpochLog, RunLog, read_epochs, read_run
 from dcafy.report.findings import Findings
 from dcafy.report.making import make_report, prepared_for, run_in
 from dcafy.report.text import print_findings
 
-__all__ = ["EpochLog", "Findings", "make_report", "prepared_for", "print_findings", "read_epochs", "run_in"]
+__all__ = [
+    "EpochLog",
+    "Findings",
+    "RunLog",
+    "make_report",
+    "prepared_for",
+    "print_findings",
+    "read_epochs",
+    "read_run",
+    "run_in",
+]

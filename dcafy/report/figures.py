@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIDES = ("#E69F00", "#009E73")
-"""Okabe and Ito's orange for the original and green for the connected network; one is filled, one is drawn."""
+"""Okabe and Ito's orange for the other network and green for the connected one; one is filled, one is drawn."""
+
+ARMS = ("#E69F00", "#56B4E9", "#CC79A7")
+"""Theirs for networks that were trained besides the connected one."""
 
 MARKERS = dict(zip(COLOURS, "oDs", strict=False))
 
@@ -87,7 +90,7 @@ def _inline(svg: str, label: str) -> str:
 
 
 def histogram_plot(blocks: Sequence[AttentionValues | None], low: float, high: float, top: float, *, label: str) -> str:
-    """The histogram of one block, the original's filled and the connected network's drawn; the same axes for all."""
+    """The histogram of one block on these axes, the other network's filled and the connected one's drawn."""
     with _axes(2.5, 1.45, label) as (axes, drawn):
         for block, colour, filled in zip(blocks, SIDES, (True, False), strict=False):
             if block is not None:
@@ -130,6 +133,29 @@ def epoch_plot(epochs: Sequence[int], series: Mapping[str, Sequence[float]], *, 
     return drawn[0]
 
 
+def curve_plot(
+    arms: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]], *, label: str, named: str, fraction: bool
+) -> str:
+    """One measure over epochs: a line for each training of each network; ``fraction``: as an accuracy is one."""
+    with _axes(4.4, 2.3, label) as (axes, drawn):
+        others = itertools.islice(itertools.cycle(ARMS), len(arms) - 1)
+        for (title, trainings), colour in zip(arms.items(), (*others, SIDES[1]), strict=True):
+            for number, (epochs, values) in enumerate(trainings):
+                mark = "." if len(epochs) < 30 else None
+                shown = title if number == 0 else None
+                axes.plot(epochs, values, color=colour, lw=1.4, marker=mark, label=shown, alpha=0.85)
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(named)
+        if fraction:
+            axes.yaxis.set_major_formatter(_percent)
+        if len(arms) > 1:
+            axes.legend(ncols=2)
+    return drawn[0]
+
+
 def _label(axes: Axes, across: str, up: str) -> None:
     """Axes of shares over whole numbers."""
     from matplotlib.ticker import MaxNLocator
@@ -142,10 +168,13 @@ def _label(axes: Axes, across: str, up: str) -> None:
 
 
 @functools.cache
-def heat_colours() -> Any:
-    """256 colours from nothing to much, ``[256, 3]`` of 0 to 255: matplotlib's inferno, even to colour-blind eyes."""
+def heat_colours(name: str = "inferno") -> Any:
+    """256 colours ``[256, 3]`` of 0 to 255, which colour-blind eyes tell apart: a colour map of matplotlib's.
+
+    ``inferno`` goes from nothing to much, ``RdBu_r`` from less (blue) to more (red).
+    """
     with needing("The report", "report"):
         import matplotlib
     import numpy as np
 
-    return (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round()
+    return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +24,15 @@ from dcafy.checkpoint.description import versions_of
 from dcafy.converted import revert
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
+from dcafy.images.about import Trained, about, known
 from dcafy.plan.blocks import Contribution
 from dcafy.plan.drawing import Lane, lanes_by_name
 from dcafy.plan.plan import Plan
-from dcafy.report.epochs import EpochLog
+from dcafy.report.epochs import RunLog
 from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
+from dcafy.runs.evidence import Difference, paired_difference
+from dcafy.runs.timing import forward_times
 from dcafy.version import __version__
 from dcafy.zoos.specs import has_random_weights
 
@@ -35,34 +40,79 @@ BATCH = 8
 MOST_CAMS = 8
 """How many images are shown with their Grad-CAM maps."""
 
-ORIGINAL, CONNECTED = "original", "connected"
+ORIGINAL, OFF, CONNECTED = "original", "connections off", "connected"
+"""What the sides are called: another network, the same one without its connections, and with them."""
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What is looked at.
 
-    ``against``  the other network; the reverted one where absent
+    ``against``  the other network, and ``versus`` what it is called; the same one without connections where absent
     ``target``   the class for Grad-CAM; the predicted ones where absent
-    ``epochs``   the log of the fine-tuning
-    ``data``     labelled images on which connections are cut, whose classes are named
+    ``run``      the log of the fine-tuning
+    ``data``     labelled images on which networks are measured and connections are cut, whose classes are named
     ``looks``    whether Grad-CAM is computed
     """
 
     title: str
     against: nn.Module | None = None
+    versus: str = ORIGINAL
     target: int | None = None
-    epochs: EpochLog | None = None
+    run: RunLog = field(default_factory=RunLog)
     data: Labelled | None = None
     looks: bool = True
     command: str = ""
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two networks: its attention values, its Grad-CAM maps, its size and cost, the names of its classes.
+class Score:
+    """Of ``images`` labelled ones ``right`` were recognised; ``low`` to ``high`` is the 95% interval (Wilson, 1927)."""
 
-    ``random``: whether nothing was loaded into the network that a zoo built, so that nothing here tells of training.
+    right: int
+    images: int
+
+    @property
+    def value(self) -> float:
+        """The accuracy, a fraction."""
+        return self.right / self.images
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self._end(-1)
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self._end(1)
+
+    def _end(self, sign: int) -> float:
+        z, n, p = 1.959964, self.images, self.value
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return min(max((p + z * z / (2 * n) + sign * half) / (1 + z * z / n), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The class that a network sees in an image, by number, and its softmax probability."""
+
+    number: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two networks.
+
+    ``values``       its attention values
+    ``cams``         its Grad-CAM maps of the images that are shown
+    ``complexity``   its size and cost; ``seconds``: what two images take
+    ``classes``      the names of its classes
+    ``predictions``  what it sees in each image; empty for what is no classifier
+    ``score``        how many of the labelled images it recognises
+    ``outputs``      how many classes it tells apart; 0 for what is no classifier
+    ``random``       whether nothing was loaded into the network that a zoo built: nothing here tells of training
     """
 
     title: str
@@ -70,11 +120,16 @@ class Side:
     cams: GradCam | None
     complexity: Complexity
     classes: tuple[str, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    score: Score | None = None
+    seconds: float = 0.0
+    outputs: int = 0
     random: bool = False
 
     def named(self, number: int) -> str:
-        """A class by its number, and by its name where that is known."""
-        return f"class {number}" + (f", {self.classes[number]}" if number < len(self.classes) else "")
+        """A class by its number, and by its name where it has another."""
+        name = self.classes[number] if number < len(self.classes) else str(number)
+        return f"class {number}" + ("" if name == str(number) else f", {name}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +143,13 @@ class Drift:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that a report tells; ``sides`` has the original before the connected network."""
+    """Everything that a report tells; ``sides`` has the other network before the connected one.
+
+    ``chosen``   the images that are shown: changed predictions first, then wrong ones
+    ``gain``     the difference of the sides' accuracies on the labelled images
+    ``data``     what these are, and how many
+    ``trained``  what the network's folder says it was trained on
+    """
 
     title: str
     command: str
@@ -98,57 +159,116 @@ class Findings:
     shares: Mapping[str, float]
     sides: tuple[Side, ...]
     pictures: Pictures
+    chosen: tuple[int, ...]
     no_cams: str
     drift: Drift | None
-    epochs: EpochLog | None
+    gain: Difference | None
+    run: RunLog
     usage: Usage | None
+    data: str
+    trained: Trained | None
     versions: Mapping[str, str]
+
+    @property
+    def connected(self) -> Side:
+        """The network that the report is about."""
+        return self.sides[-1]
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A network, what it is called, its tapped copy, and its outputs for the pictures."""
+
+    title: str
+    network: nn.Module
+    copy: Tapped
+    scores: Any
+
+    @property
+    def outputs(self) -> int:
+        """How many classes it tells apart; 0 for what is no classifier."""
+        return self.scores.shape[1] if isinstance(self.scores, Tensor) and self.scores.ndim == 2 else 0
 
 
 def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable[[str], None]) -> Findings:
     """What there is to report of ``model``; ``told`` is called with what is being done, step by step."""
     connected = is_connected(model)
     other = wanted.against if wanted.against is not None or not connected else revert(model)
-    told("finding attention")
-    copy = tapped(model, _given(model, pictures)[:2])
-    titled = [(CONNECTED if connected else wanted.title, model, copy)]
+    own_title = wanted.title if wanted.title != wanted.versus else f"{wanted.title}, looked at"
+    titled = {CONNECTED if connected else own_title: model}
     if other is not None:
-        titled.insert(0, (ORIGINAL, other, tapped(other, _given(other, pictures)[:2])))
+        titled = {OFF if wanted.against is None else wanted.versus: other, **titled}
+    told("finding attention")
+    copies = {title: tapped(network, _like(network, pictures.tensor[:2])) for title, network in titled.items()}
     told("predictions")
-    scores = [_outputs(tap.model, _given(network, pictures)) for _, network, tap in titled]
-    reason = _no_cams(wanted, copy, scores[-1])
-    sides = []
-    for (title, network, tap), output in zip(titled, scores, strict=True):
-        given = _given(network, pictures)
-        told(f"attention values, {title}")
-        values = values_of(tap, given, batch_size=BATCH)
-        told(f"Grad-CAM, {title}")
-        target, stages = _target(wanted, output, scores[-1]), _names(copy, tap)
-        cams = None if reason or not stages else cams_of(tap, given[:MOST_CAMS], target=target, stages=stages)
-        cost, classes = complexity(network, given[:1]), _classes(wanted, output)
-        sides.append(Side(title, values, cams, cost, classes, has_random_weights(network)))
+    looked = [
+        _Looked(title, titled[title], copy, _outputs(copy.model, _like(titled[title], pictures.tensor)))
+        for title, copy in copies.items()
+    ]
+    own = looked[-1]
+    if len(looked) == 2:
+        _require_finite(*looked)
+    predicted = [_predictions(one) for one in looked]
+    chosen = _chosen(pictures, predicted)
+    reason = _no_cams(wanted, own)
+    seconds = {title: statistics.median(taken) for title, taken in forward_times(titled, _two(model, pictures)).items()}
+    sides, rights = [], []
+    for one, predictions in zip(looked, predicted, strict=True):
+        given = _like(one.network, pictures.tensor)
+        told(f"attention values, {one.title}")
+        values = values_of(one.copy, given, batch_size=BATCH)
+        told(f"Grad-CAM, {one.title}")
+        target, stages = _target(wanted, one, own, chosen), _names(own.copy, one.copy)
+        cams = None if reason or not stages else cams_of(one.copy, given[list(chosen)], target=target, stages=stages)
+        told(f"accuracy, {one.title}")
+        rights.append(_right(one, wanted.data))
+        sides.append(
+            Side(
+                one.title,
+                values,
+                cams,
+                complexity(one.network, given[:1]),
+                _classes(model, wanted, one),
+                predictions,
+                None if rights[-1] is None else Score(sum(rights[-1]), len(rights[-1])),
+                seconds[one.title],
+                one.outputs,
+                has_random_weights(one.network),
+            )
+        )
     told("connections")
-    shares = message_shares(model, torch.split(_given(model, pictures), BATCH)) if connected else {}
+    shares = message_shares(model, torch.split(_like(model, pictures.tensor), BATCH)) if connected else {}
     told("cutting connections" if wanted.data is not None else "numbers")
     return Findings(
         title=wanted.title,
         command=wanted.command,
-        plan=_plan(model, copy, wanted.title, connected=connected),
-        lanes=_lanes(copy),
+        plan=_plan(model, own.copy, wanted.title, connected=connected),
+        lanes=_lanes(own.copy),
         contributions=contributions(model) if connected else (),
         shares=shares,
         sides=tuple(sides),
         pictures=pictures,
+        chosen=chosen,
         no_cams=reason,
-        drift=_drift(*scores) if len(scores) == 2 else None,
-        epochs=wanted.epochs,
-        usage=usage(model, wanted.data.batches) if connected and wanted.data is not None else None,
+        drift=_drift(*(one.scores for one in looked)) if len(looked) == 2 else None,
+        gain=_gain(rights),
+        run=wanted.run,
+        usage=_usage(model, wanted, connected=connected),
+        data="" if wanted.data is None else wanted.data.spec,
+        trained=getattr(known(model), "trained", None),
         versions={
             "dcafy": __version__,
             "python": platform.python_version(),
             **versions_of("torch", "torchvision", "timm", "captum", "matplotlib"),
         },
     )
+
+
+def _usage(model: nn.Module, wanted: Wanted, *, connected: bool) -> Usage | None:
+    """What the network makes of its connections on the labelled images; else what its run says of it."""
+    if not connected or wanted.data is None:
+        return wanted.run.usage if connected else None
+    return usage(model, [(_like(model, images), labels) for images, labels in wanted.data.batches()])
 
 
 def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Plan:
@@ -159,20 +279,23 @@ def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Pla
 
 def _lanes(copy: Tapped) -> tuple[Lane, ...]:
     """One lane for each stage, with the size of its maps on these images."""
-    lanes = []
-    for stage in copy.stages:
-        shape = copy.sizes.get(stage.name, ())
-        size = f" · {'×'.join(map(str, shape[2:]))}" if shape else ""
-        lanes.append(Lane(f"{stage.name}{size}", stage.blocks))
+    lanes = [
+        Lane(stage.name, stage.blocks, tuple(copy.sizes.get(stage.name, ())[2:]), stage.channels)
+        for stage in copy.stages
+    ]
     placed = {name for lane in lanes for name in lane.blocks}
     left = tuple(block.name for block in copy.plan.blocks if block.name not in placed)
     return (*lanes, Lane("after the last stage", left)) if placed and left else tuple(lanes) or lanes_by_name(copy.plan)
 
 
-def _given(model: nn.Module, pictures: Pictures) -> Tensor:
+def _like(model: nn.Module, images: Tensor) -> Tensor:
     """The images where the model is, in the precision that it computes with."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), pictures.tensor)
-    return pictures.tensor.to(first.device, first.dtype)
+    first = next((p for p in model.parameters() if p.is_floating_point()), images)
+    return images.to(first.device, first.dtype)
+
+
+def _two(model: nn.Module, pictures: Pictures) -> Tensor:
+    return _like(model, pictures.tensor[:2])
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Any:
@@ -182,28 +305,62 @@ def _outputs(model: nn.Module, images: Tensor) -> Any:
     return torch.cat(parts).float().cpu() if all(isinstance(part, Tensor) for part in parts) else parts
 
 
-def _no_cams(wanted: Wanted, copy: Tapped, scores: Any) -> str:
+def _predictions(looked: _Looked) -> tuple[Prediction, ...]:
+    if not looked.outputs:
+        return ()
+    most = looked.scores.softmax(1).max(1)
+    return tuple(map(Prediction, most.indices.tolist(), most.values.tolist()))
+
+
+def _chosen(pictures: Pictures, predicted: Sequence[Sequence[Prediction]]) -> tuple[int, ...]:
+    """The images to show: those of which the networks see different things, then wrong ones, then the first."""
+
+    def rank(image: int) -> int:
+        seen = [predictions[image].number for predictions in predicted if predictions]
+        truth = pictures.truth[image] if pictures.truth else None
+        return 0 if len(set(seen)) > 1 else 1 if seen and truth is not None and seen[-1] != truth else 2
+
+    return tuple(sorted(range(len(pictures)), key=rank)[:MOST_CAMS])
+
+
+def _right(looked: _Looked, data: Labelled | None) -> list[bool] | None:
+    """Of each labelled image whether it is recognised; ``None`` where the network does not tell such classes apart."""
+    if data is None or looked.outputs <= int(data.labels.max()):
+        return None
+    scores = _outputs(looked.copy.model, _like(looked.network, data.images))
+    found: list[bool] = (scores.argmax(1) == data.labels).tolist()
+    return found
+
+
+def _gain(rights: Sequence[list[bool] | None]) -> Difference | None:
+    """The connected network's accuracy minus the other's, paired over the images."""
+    if len(rights) < 2 or rights[0] is None or rights[1] is None:
+        return None
+    return paired_difference(list(map(float, rights[1])), list(map(float, rights[0])))
+
+
+def _no_cams(wanted: Wanted, looked: _Looked) -> str:
     """Why there is no Grad-CAM; empty where there is."""
     if not wanted.looks:
         return "it was not asked for"
-    if not copy.points:
+    if not looked.copy.points:
         return "the network has no attention, so that there are no stages to look behind"
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
+    if not looked.outputs:
         return "the network is no classifier: its outputs are not scores of shape [N, classes]"
     return ""
 
 
-def _target(wanted: Wanted, scores: Any, chosen: Tensor) -> int | Tensor | None:
+def _target(wanted: Wanted, looked: _Looked, own: _Looked, chosen: Sequence[int]) -> int | Tensor | None:
     """The class that is asked for; else what the connected network predicts, where both know the same classes."""
     if wanted.target is not None:
         return wanted.target
-    return chosen.argmax(dim=1)[:MOST_CAMS] if isinstance(scores, Tensor) and scores.shape == chosen.shape else None
+    return own.scores[list(chosen)].argmax(dim=1) if looked.outputs == own.outputs else None
 
 
-def _classes(wanted: Wanted, scores: Any) -> tuple[str, ...]:
-    """The names of the classes that the network tells apart, where the labelled images are of as many."""
-    names = wanted.data.classes if wanted.data is not None else ()
-    return names if isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] == len(names) else ()
+def _classes(model: nn.Module, wanted: Wanted, looked: _Looked) -> tuple[str, ...]:
+    """The names of the classes that the network tells apart, where as many are known."""
+    names = wanted.data.classes if wanted.data is not None else about(model).classes
+    return tuple(names) if looked.outputs == len(names) else ()
 
 
 def _names(copy: Tapped, other: Tapped) -> tuple[str, ...]:
@@ -214,12 +371,16 @@ def _names(copy: Tapped, other: Tapped) -> tuple[str, ...]:
     return tuple(name for name in copy.points if name in modules)
 
 
+def _require_finite(*looked: _Looked) -> None:
+    for one in looked:
+        if isinstance(one.scores, Tensor) and not torch.isfinite(one.scores).all():
+            raise InputError("A network's outputs are not finite. Look at its weights, and at the images.")
+
+
 def _drift(original: Any, connected: Any) -> Drift | None:
     if not isinstance(original, Tensor) or not isinstance(connected, Tensor) or original.shape != connected.shape:
         return None
     agreeing = None
     if original.ndim == 2:
         agreeing = float((original.argmax(1) == connected.argmax(1)).float().mean())
-    if not torch.isfinite(original).all() or not torch.isfinite(connected).all():
-        raise InputError("A network's outputs are not finite. Look at its weights, and at the images.")
     return Drift(torch.equal(original, connected), float((original - connected).abs().max()), agreeing)

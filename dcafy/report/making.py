@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from dcafy.analysis.values import check_images
 from dcafy.disk import replaced
 from dcafy.emit.dca import recipes
-from dcafy.images.about import known, preparation_of
+from dcafy.errors import UsageError
+from dcafy.images.about import about, known, preparation_of
 from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation, preparation, with_resize
-from dcafy.report.epochs import EpochLog
-from dcafy.report.findings import Findings, Wanted, look
+from dcafy.report.epochs import EpochLog, RunLog
+from dcafy.report.findings import ORIGINAL, Findings, Wanted, look
 from dcafy.report.labelled import labelled
 from dcafy.report.page import page
-from dcafy.report.pictures import as_pictures, read_pictures
+from dcafy.report.pictures import as_pictures, labelled_pictures, read_pictures
 from dcafy.runs.request import REQUEST, Request, read_request
 from dcafy.trace.inputs import from_data
 from dcafy.wording import needing
@@ -31,15 +32,16 @@ MOST = 64
 
 def make_report(
     model: nn.Module,
-    images: Path | Tensor,
+    images: Path | Tensor | None = None,
     output: Path | None = None,
     *,
     title: str = "",
     against: nn.Module | None = None,
+    versus: str = ORIGINAL,
     target: int | None = None,
     how: Preparation | None = None,
     most: int = MOST,
-    epochs: EpochLog | None = None,
+    epochs: EpochLog | RunLog | None = None,
     data: str | None = None,
     options: DataOptions | None = None,
     command: str = "",
@@ -48,13 +50,14 @@ def make_report(
 ) -> Findings:
     """What there is to report of ``model`` on ``images``, written to ``output`` as one HTML file where that is given.
 
-    ``images``: a folder, or ``[N, C, H, W]`` prepared as the model wants them. ``against``: the network to compare
-    with; a connected model is compared with itself without connections where it is absent. ``target``: the class for
-    Grad-CAM; the predicted ones where absent. ``how``: how images are made ready; the way of the model's weights
-    where absent. ``most``: images that are looked at. ``epochs``: :func:`dcafy.report.epochs.read_epochs` of a run.
-    ``data``: labelled images on which each connection is cut, a spec as for ``dcafy finetune --data``; ``options``
-    say which of them are held out. ``follow_links``: look also at images outside of the folder, to which links in it
-    lead. ``told`` is called with what is being done, step by step.
+    ``images``: a folder, or ``[N, C, H, W]`` prepared as the model wants them; those of ``data`` where absent.
+    ``against``: the network to compare with, and ``versus`` what it is called; a connected model is compared with
+    itself without connections where it is absent. ``target``: the class for Grad-CAM; the predicted ones where absent.
+    ``how``: how images are made ready; the way of the model's weights where absent. ``most``: images that are looked
+    at. ``epochs``: :func:`dcafy.report.read_run` or :func:`dcafy.report.read_epochs` of a run. ``data``: labelled
+    images on which networks are measured and each connection is cut, a spec as for ``dcafy finetune --data``;
+    ``options`` say which of them are held out. ``follow_links``: look also at images outside of the folder, to which
+    links in it lead. ``told`` is called with what is being done, step by step.
 
     Raises ``UsageError`` for images that are none and for an output that cannot be written, before anything is
     computed; after any error ``output`` is as it was.
@@ -64,7 +67,7 @@ def make_report(
     >>> connected = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
     >>> found = make_report(connected, torch.rand(2, 3, 64, 64))
     >>> [side.title for side in found.sides], found.drift.identical
-    (['original', 'connected'], True)
+    (['connections off', 'connected'], True)
     """
     how = how or prepared_for(model)
     with contextlib.ExitStack() as stack:
@@ -75,14 +78,21 @@ def make_report(
                     importlib.import_module(name)
             write = stack.enter_context(replaced(output))
         told("images")
+        classes = about(model).classes
+        labels = None if data is None else labelled(data, how, options or DataOptions(), known=classes)
         if isinstance(images, Tensor):
             check_images(images)
             pictures = as_pictures(images[:most], how)
+        elif images is not None:
+            named = classes if labels is None else labels.classes
+            pictures = read_pictures(images, how, most=most, follow_links=follow_links, classes=named)
+        elif labels is not None:
+            pictures = labelled_pictures(labels, how, most)
         else:
-            pictures = read_pictures(images, how, most=most, follow_links=follow_links)
-        labels = None if data is None else labelled(data, how, options or DataOptions())
-        named, looks = title or type(model).__name__, write is not None
-        wanted = Wanted(named, against, target, epochs, labels, looks, command)
+            raise UsageError("There are no images to look at. Name a folder of images, or labelled ones as data.")
+        run = epochs if isinstance(epochs, RunLog) else RunLog(epochs)
+        titled, looks = title or type(model).__name__, write is not None
+        wanted = Wanted(titled, against, versus, target, run, labels, looks, command)
         found = look(model, pictures, wanted, told=told)
         if write is not None:
             told("page")

@@ -5,58 +5,24 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
-from dcafy.analysis.listening import KINDS, Effect, in_loss, in_points
-from dcafy.analysis.values import AttentionValues, common_axes
+from dcafy.amounts import fixed, percent
+from dcafy.analysis.listening import KINDS, Effect
 from dcafy.plan.blocks import hearing
-from dcafy.plan.drawing import draw
+from dcafy.plan.drawing import Stroke, draw
+from dcafy.report.answer import answers, difference_in_words, effect_kind, with_error, worth
 from dcafy.report.downloads import Download, download
-from dcafy.report.figures import SIDES, epoch_plot, histogram_plot, share_plot
-from dcafy.report.findings import MOST_CAMS, Findings
-from dcafy.report.thumbnails import data_uri, overlaid, small
+from dcafy.report.figures import SIDES
+from dcafy.report.findings import Findings
+from dcafy.report.looks import looks
+from dcafy.report.plots import block_id, curves, histograms, shares
+from dcafy.report.words import FIRST, WORDS
+from dcafy.runs.compare import LOSSES
 from dcafy.wording import counted, needing, printable
 from dcafy.zoos.specs import RANDOM
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure of the page: ``svg``, what it is of, lines of text under it, and its data."""
-
-    title: str
-    svg: str
-    notes: tuple[str, ...] = ()
-    data: Download | None = None
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A picture of the page, what stands above it, and its alternative text."""
-
-    uri: str
-    alt: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One image, and where the networks look: ``rows`` of (network, its thumbnails)."""
-
-    name: str
-    picture: Thumbnail
-    rows: tuple[tuple[str, tuple[Thumbnail, ...]], ...]
-    data: Download
-
-    @property
-    def columns(self) -> int:
-        """How many pictures stand side by side."""
-        return 1 + max(len(thumbnails) for _, thumbnails in self.rows)
 
 
 def page(findings: Findings) -> str:
@@ -64,22 +30,32 @@ def page(findings: Findings) -> str:
     with needing("The report", "report"):
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
-    parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js")}
+    parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js", "words.svg")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=_percent, drawn=Markup, printable=printable, counted=counted)
-    environment.filters.update(loss=in_loss, points=in_points)
-    drawing = draw(findings.plan, lanes=findings.lanes, contributions=findings.contributions, shares=findings.shares)
+    environment.filters.update(percent=percent, drawn=Markup, printable=printable, counted=counted, fixed=fixed)
+    environment.filters.update(
+        effect=with_error, difference=difference_in_words, anchor=lambda name: block_id(findings, name)
+    )
+    made = tuple(histograms(findings))
     context: dict[str, Any] = {
         "style": Markup(parts["page.css"]),
         "script": Markup(parts["page.js"]),
         "script_hash": base64.b64encode(hashlib.sha256(parts["page.js"].encode()).digest()).decode(),
         "found": findings,
         "random_weights": RANDOM,
-        "chains": Plot("Chains", drawing.svg, data=_chain_data(findings)),
-        "histograms": tuple(_histograms(findings)),
-        "seen": tuple(_cams(findings)),
-        "maps": tuple(_spatial_maps(findings)),
-        "shares": tuple(_shares(findings)),
+        "answers": answers(findings),
+        "pictures": _pictures(findings, {plot.id for plot in made}),
+        "chain_data": _chain_data(findings),
+        "words": WORDS,
+        "first_words": FIRST,
+        "words_picture": Markup(parts["words.svg"]),
+        "histograms": made,
+        "rows_of": _rows_of(findings),
+        "headline": _headline(findings),
+        "looks": looks(findings),
+        "shares": tuple(shares(findings)),
+        "curves": tuple(curves(findings.run)),
+        "losses": LOSSES,
         "connection_data": _connection_data(findings),
         "usage_data": _usage_data(findings),
         "colours": dict(zip((side.title for side in findings.sides), SIDES, strict=False)),
@@ -91,8 +67,55 @@ def _part(name: str) -> str:
     return resources.files("dcafy.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{value * 100:.{digits}f} %"
+# -- the network -----------------------------------------------------------------------------------------
+
+
+def _pictures(findings: Findings, drawn: set[str]) -> dict[str, str]:
+    """The network across and downwards; a click on a block leads to its histogram, where one is ``drawn``."""
+    ids = {block.name: block_id(findings, block.name) for block in findings.plan.blocks}
+    to_connections = {row.name: f"#connection-{place}" for place, row in enumerate(findings.contributions, 1)}
+    shape = "×".join(map(str, findings.pictures.tensor.shape[1:]))
+    outputs = findings.connected.outputs
+    ends = f"image {shape}", (f"{outputs} classes" if outputs else "output")
+    return {
+        kind: draw(
+            findings.plan,
+            lanes=findings.lanes,
+            contributions=findings.contributions,
+            shares=findings.shares,
+            strokes=_strokes(findings),
+            across=across,
+            ends=ends,
+            to_blocks={name: f"#{id_}" for name, id_ in ids.items() if id_ in drawn},
+            to_connections=to_connections,
+        ).svg
+        for kind, across in (("across", True), ("down", False))
+    }
+
+
+def _rows_of(findings: Findings) -> dict[str, list[int]]:
+    """The address of a block -> the rows of the connections through which it hears."""
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(findings.contributions, 1):
+        found.setdefault(block_id(findings, row.target), []).append(place)
+    return found
+
+
+def _headline(findings: Findings) -> str:
+    """The metric that stands for the others in a comparison: the accuracy, or the first that is no loss."""
+    compared = findings.run.comparison
+    names = [] if compared is None else [name for side in compared.arms.values() for name in side.metrics[0]]
+    return next((name for name in ("top1", *names) if name in names and name not in (*LOSSES, "images")), "")
+
+
+def _strokes(findings: Findings) -> Mapping[str, Stroke]:
+    """How each connection is drawn: what cutting it does, and what of it varies; empty where that was not measured."""
+    rows = () if findings.usage is None else findings.usage.connections
+    told = (f"cut: the loss changes by {with_error(row.cut)}; {percent(row.varying)} varies" for row in rows)
+    return {
+        row.name: Stroke(effect_kind(row.cut), strength, row.varying, words)
+        for row, strength, words in zip(rows, worth([row.cut for row in rows]), told, strict=True)
+    }
 
 
 def _chain_data(findings: Findings) -> Download:
@@ -106,134 +129,7 @@ def _chain_data(findings: Findings) -> Download:
     return download("chains", ("block", "stage", "dimension", "channels", "size", "gate", "hears"), rows)
 
 
-# -- attention values ------------------------------------------------------------------------------------
-
-
-def _histograms(findings: Findings) -> Iterator[Plot]:
-    """One small plot for each block; those that a gate bounds have one set of axes, the others another."""
-    for bounded in (True, False):
-        sides = [{block.name: block for block in side.values if block.bounded is bounded} for side in findings.sides]
-        names = list(dict.fromkeys(name for side in sides for name in side))
-        if not names:
-            continue
-        axes = common_axes(tuple(block for side in sides for block in side.values()))
-        for name in names:
-            yield _histogram(findings, name, [side.get(name) for side in sides], axes)
-
-
-def _histogram(
-    findings: Findings, name: str, blocks: list[AttentionValues | None], axes: tuple[float, float, float]
-) -> Plot:
-    titled = [(side.title, block) for side, block in zip(findings.sides, blocks, strict=True) if block is not None]
-    notes = tuple(
-        f"{title}: spread {block.spread:.3f}, {_percent(block.near_half)} near 0.5" for title, block in titled
-    )
-    shown = printable(name)
-    made = [(title, block.histogram(axes[0], axes[1], bins=40)) for title, block in titled]
-    rows = [
-        (made[0][1].edges[i], made[0][1].edges[i + 1], *(histogram.shares[i] for _, histogram in made))
-        for i in range(40)
-    ]
-    label = f"Histogram of the attention values of {shown}. {'; '.join(notes)}."
-    svg = histogram_plot(blocks, *axes, label=label)
-    columns = ("from", "to", *(f"share of {title}" for title, _ in made))
-    return Plot(shown, svg, notes, download(f"attention-values-{name}", columns, rows))
-
-
-# -- where it looks --------------------------------------------------------------------------------------
-
-
-def _cams(findings: Findings) -> Iterator[Seen]:
-    looking = [(side, side.cams) for side in findings.sides if side.cams is not None]
-    for i, name in enumerate(findings.pictures.names[:MOST_CAMS] if looking else ()):
-        picture = findings.pictures.shown[i]
-        rows = []
-        data: list[tuple[tuple[object, ...], Tensor]] = []
-        for side, cams in looking:
-            target = int(cams.targets[i])
-            thumbnails = []
-            for stage in cams.stages:
-                alt = f"{side.title}, {printable(stage.name)}: where it looks for {side.named(target)} in {name}"
-                uri = data_uri(overlaid(picture, stage.maps[i]))
-                thumbnails.append(Thumbnail(uri, alt, printable(stage.name)))
-                data.append(((side.title, stage.name, target), stage.maps[i]))
-            rows.append((f"{side.title}, {side.named(target)}", tuple(thumbnails)))
-        file = _map_data(f"grad-cam-{i + 1}-{name}", ("network", "stage", "class"), data)
-        yield Seen(name, _whole(picture, name), tuple(rows), file)
-
-
-def _whole(picture: Image.Image, name: str) -> Thumbnail:
-    return Thumbnail(data_uri(small(picture)), name, "the image")
-
-
-def _map_data(name: str, kind: Sequence[str], maps: Sequence[tuple[tuple[object, ...], Tensor]]) -> Download:
-    """Maps as CSV: one line for each row of each map, after what it is a map of."""
-    widest = max(map_.shape[1] for _, map_ in maps)
-    columns = (*kind, "row", *(f"column {x}" for x in range(widest)))
-    rows = (
-        (*what, y, *(f"{value:.3g}" for value in row)) for what, map_ in maps for y, row in enumerate(map_.tolist())
-    )
-    return download(name, columns, rows)
-
-
-def _spatial_maps(findings: Findings) -> Iterator[Seen]:
-    """The attention maps of spatial blocks, of each stage's last one."""
-    last = []
-    for lane in findings.lanes:
-        spatial = [name for name in lane.blocks if findings.plan.block(name).size is not None]
-        last += spatial[-1:]
-    known = [(side, {block.name: block for block in side.values}) for side in findings.sides]
-    chosen = [name for name in last if any(name in values for _, values in known)]
-    for i, name in enumerate(findings.pictures.names[:MOST_CAMS] if chosen else ()):
-        picture = findings.pictures.shown[i]
-        rows = []
-        data: list[tuple[tuple[object, ...], Tensor]] = []
-        for side, values in known:
-            drawn = []
-            for block in (values[name] for name in chosen if name in values):
-                map_ = _as_map(block.values[i])
-                high = 1.0 if block.bounded else float(block.values.max())
-                alt = f"{side.title}: attention map of {printable(block.name)} on {name}"
-                uri = data_uri(overlaid(picture, map_, high=high))
-                drawn.append(Thumbnail(uri, alt, printable(block.name)))
-                data.append(((side.title, block.name), map_))
-            if drawn:
-                rows.append((side.title, tuple(drawn)))
-        file = _map_data(f"attention-maps-{i + 1}-{name}", ("network", "block"), data)
-        yield Seen(name, _whole(picture, name), tuple(rows), file)
-
-
-def _as_map(values: Tensor) -> Tensor:
-    """One image's spatial attention as ``[h, w]``: the mean over whatever else there is."""
-    while values.ndim > 2:
-        values = values.mean(0)
-    return values
-
-
 # -- connections -----------------------------------------------------------------------------------------
-
-
-def _shares(findings: Findings) -> Iterator[Plot]:
-    rows = findings.contributions
-    ratios = {row.name: row.ratio for row in rows}
-    for named, by_name in (("contribution ratio", ratios), ("message share", findings.shares)):
-        data = [(place, row.name, row.dimension, by_name.get(row.name, 0.0)) for place, row in enumerate(rows, 1)]
-        series: dict[str, list[tuple[int, float]]] = {}
-        for place, _, dimension, value in data:
-            series.setdefault(dimension, []).append((place, value))
-        if series:
-            label = f"The {named} of {len(rows)} connections, in the order of the data."
-            file = download(named, ("place", "connection", "dimension", named), data)
-            yield Plot(named.capitalize(), share_plot(series, label=label, named=named), (), file)
-    log = findings.epochs
-    if log is not None:
-        named, lines = "contribution ratio", log.contribution
-        title = f"{named.capitalize()} over epochs"
-        label = f"The {named} of {len(lines)} connections over {len(log.epochs)} epochs."
-        table: Iterable[tuple[object, ...]] = zip(log.epochs, *lines.values(), strict=True)
-        file = download(title, ("epoch", *lines), table)
-        notes = ("One line for each connection, the first dark, the last bright.",)
-        yield Plot(title, epoch_plot(log.epochs, lines, label=label, named=named), notes, file)
 
 
 def _connection_data(findings: Findings) -> Download:

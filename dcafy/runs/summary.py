@@ -12,6 +12,7 @@ from torch import nn
 
 from dcafy.amounts import fixed, metric, percent, points
 from dcafy.analysis.listening import usage_tables
+from dcafy.attention.inserted import handed_on, hands_on
 from dcafy.checkpoint.folder import MARKER
 from dcafy.emit.dca import connections, is_connected
 from dcafy.images.about import About, known
@@ -80,11 +81,14 @@ def _signed(value: float) -> str:
 
 
 def of_network(network: nn.Module) -> list[RenderableType]:
-    """That a network is connected, with α and β; what it was trained on, how good it is, what it tells apart.
+    """That a network is connected, with α and β, or hands a state on; what it was trained on, how good it is, what it
+    tells apart.
 
-    Nothing for a network that is not connected and comes from no folder.
+    Nothing for a network where nothing is connected and that comes from no folder.
     """
     parts: list[RenderableType] = []
+    if hands_on(network):
+        parts.append(f"{handed_on(network)}: it hands a state on from each to the next")
     if is_connected(network):
         parts.append(connections(network).sheet("It is connected, with these α and β"))
     found = known(network)

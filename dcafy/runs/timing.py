@@ -1,7 +1,8 @@
-"""How long a training step takes, of several networks, in turns: so that what else the machine does hits all alike."""
+"""How long networks take, in turns, so that what else the machine does hits all alike: a training step, an image."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dcafy.graph.modes import evaluating
 
 
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -43,6 +46,23 @@ def step_times(
                 seconds = _step(copies[name], optimizers[name], lambda model: loss(model, images, labels))
                 if number >= warmup:
                     taken[name].append(seconds)
+    return taken
+
+
+@torch.no_grad()
+def forward_times(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 5) -> dict[str, list[float]]:
+    """Name -> seconds that ``images`` take in eval mode, in each of ``rounds``, the networks in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        for number in range(rounds + 1):  # the first is to get warm
+            for name, model in list(models.items())[:: 1 if number % 2 else -1]:
+                _wait(model)
+                start = time.perf_counter()
+                model(images)
+                _wait(model)
+                taken[name] += [time.perf_counter() - start] if number else []
     return taken
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from dcafy.errors import InputError
 from dcafy.graph.paths import joined
 from dcafy.graph.source import ALLOWED, is_plain
-from dcafy.trace.effects import is_filled
+from dcafy.graph.usual import closed_over
 from dcafy.trace.recorder import REWRITE, is_layer
 from dcafy.wording import quoted
 
@@ -145,7 +145,7 @@ def _keeps_hold_of_a_part(value: Any, tensors: set[int]) -> bool:
 def _held_by_function(item: Any) -> list[tuple[Any, bool]]:
     """What is in a function's closure, defaults and attributes, or behind what ``functools`` made of it."""
     function = getattr(item, "__func__", item)
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if is_filled(cell)]
+    cells = list(closed_over(function))
     held = [*cells, *(getattr(function, "__defaults__", None) or ())]
     held += (getattr(function, "__kwdefaults__", None) or {}).values()
     if isinstance(function, FunctionType) or hasattr(function, "cache_info"):

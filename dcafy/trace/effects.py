@@ -12,7 +12,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -208,12 +208,3 @@ def watched_globals(modules: Iterable[nn.Module], tell: Callable[[str, str], obj
 def forward_globals(module: nn.Module) -> dict[str, Any]:
     """The global names of a module's forward."""
     return getattr(inspect.unwrap(module.forward), "__globals__", {})
-
-
-def is_filled(cell: CellType) -> bool:
-    """Whether a closure's cell holds anything yet."""
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

@@ -38,11 +38,15 @@ class CannotEnter(Exception):
 
 @dataclass(frozen=True)
 class Folded:
-    """``graph``: the shallow graph; ``image``: deep node -> its node there; ``inside``: shallow node -> deep nodes."""
+    """``graph``: the shallow graph; ``image``: deep node -> its node there; ``inside``: shallow node -> deep nodes.
+
+    ``stores``: attribute of the module -> the node that makes what its forward stores there.
+    """
 
     graph: fx.Graph
     image: dict[fx.Node, fx.Node]
     inside: dict[fx.Node, tuple[fx.Node, ...]]
+    stores: dict[str, fx.Node]
 
 
 def fold(recording: Recording, visible: Iterable[fx.Node] = ()) -> Folded:
@@ -61,14 +65,14 @@ def fold_call(recording: Recording, call: Call | None, *, by_mode: bool = False)
     :class:`CannotEnter` where the forward cannot be written down on its own.
     """
     made = _Fold(recording, frozenset()) if call is None else _Slice(recording, call)
-    made.by_mode = by_mode
-    return made.run(inside=True)
+    made.by_mode, made.alone = by_mode, True
+    return made.run()
 
 
 class _Fold:
     path = ""
     call: Call | None = None
-    by_mode = False
+    by_mode = alone = False
 
     def __init__(self, recording: Recording, visible: frozenset[fx.Node]) -> None:
         self.recording = recording
@@ -79,10 +83,15 @@ class _Fold:
         self.image: dict[fx.Node, fx.Node] = {}
         self.inside: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
-    def run(self, inside: bool = False) -> Folded:
-        """The folded graph; ``inside``: raises where a module inside would have to be entered."""
+    @property
+    def stores(self) -> dict[str, fx.Node]:
+        """What a module that is folded on its own stores as attributes."""
+        return self.recording.stores.get(self.path, {}) if self.alone else {}
+
+    def run(self) -> Folded:
+        """The folded graph; one module's own raises where a module inside would have to be entered."""
         folds, entered = self._plan()
-        if inside and entered:
+        if self.alone and entered:
             raise CannotEnter({entered[0]: "what it computes is used outside of it, past what it returns"})
         held: dict[fx.Node, list[Decision]] = {}
         for decision in self.recording.held:
@@ -108,7 +117,10 @@ class _Fold:
                 check.meta[OWNER] = node.meta.get(OWNER, "")
         self._end()
         _drop_unused_queries(self.graph, self.image)
-        return Folded(self.graph, self.image, self.inside)
+        if not self.image.keys() >= {*self.stores.values()}:
+            raise CannotEnter({self.path: self.recording.unwritten[self.path]})
+        stores = {name: self.image[node] for name, node in self.stores.items()}
+        return Folded(self.graph, self.image, self.inside, stores)
 
     def _nodes(self) -> Iterable[fx.Node]:
         return self.recording.graph.nodes
@@ -147,7 +159,7 @@ class _Fold:
         """Why a module may not be entered, if there is a reason."""
         if path in self.recording.mode_read and not (self.by_mode and path == self.path):
             yield path, "its forward takes another path in training than in eval"
-        elif path in self.recording.unwritten:
+        elif path in self.recording.unwritten and not (self.alone and path == self.path and self.stores):
             yield path, self.recording.unwritten[path]
 
     def _can_fold(self, call: Call) -> bool:

@@ -60,6 +60,7 @@ def _modules(tracer: ValueTracer) -> Iterator[Patch]:
     def attribute(module: nn.Module, name: str) -> Any:
         if name == "training":  # which no module has of its own while it is recorded
             return tracer.mode_of(module)
+        tracer.asked_for.add(name)
         return tracer.getattr(name, get(module, name), {})
 
     yield nn.Module, "__getattr__", attribute

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import OWNER, PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
 from dcafy.graph.paths import above, below, joined, within
-from dcafy.graph.rewritten import is_rewritten
+from dcafy.graph.rewritten import is_rewritten, original_class
+from dcafy.graph.usual import loaded
 from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace.effects import (
     BOOKKEEPING,
@@ -123,7 +124,7 @@ class Recorder(ValueTracer):
                 for around in (path, *above(path)):
                     self._inner.setdefault(around, {})[id(module)] = module
         self._observing: str | None = None
-        self._changing: dict[str, tuple[nn.Module, str, Any, Any]] = {}
+        self._changing: dict[str, tuple[nn.Module, list[str], Any, Any]] = {}
         self.calls: list[Call] = []
         self.kept_whole: dict[str, str] = {}
         self.observed: dict[str, Observed] = {}
@@ -150,6 +151,7 @@ class Recorder(ValueTracer):
                 for path, why in self.refused:
                     self.unwritten.setdefault(path, f"it goes on after an error that only its recording raises: {why}")
                 stored = _stored(modules)
+                stores = self._stores(stored)
                 self._tell_changes(stored)
             finally:
                 swap.put_back()
@@ -166,6 +168,7 @@ class Recorder(ValueTracer):
             self._modes_asked(),
             self.kept_whole,
             {**stored, **self.unwritten},
+            stores,
             self.observed,
             tuple(dict.fromkeys(self.settled)),
             model,
@@ -264,11 +267,45 @@ class Recorder(ValueTracer):
         """Remembers a module whose forward has changed what it keeps in Python."""
         names = changed(before, python_state(module))
         if names:
-            self._changing[path] = module, names[0], values_of(args), values_of(kwargs)
+            self._changing[path] = module, names, values_of(args), values_of(kwargs)
+
+    def _stores(self, stored: Iterable[str]) -> dict[str, dict[str, fx.Node]]:
+        """The modules that store tensors as attributes, for whoever looks at them, and leave nothing else behind."""
+        found: dict[str, dict[str, fx.Node]] = {}
+        for path in stored:
+            own = self.modules[path].__dict__
+            names = self._changing[path][1] if path in self._changing else []
+            tensors = {n: own[n].node for n in names if type(own.get(n)) is ValueProxy and _is_tensor(own[n])}
+            once = not path or sum(call.path == path for call in self.calls) == 1
+            nothing_else = once and path not in self.unwritten and tensors.keys() == set(names)
+            buffers = any(holds_proxy(value) for value in self.modules[path]._buffers.values())
+            if names and nothing_else and not buffers and not self._goes_by(path, tensors.keys()):
+                found[path] = tensors
+        return found
+
+    def _goes_by(self, path: str, names: Set[str]) -> bool:
+        """Whether a forward asks for an attribute before it has set it: it goes by what the last call left there."""
+        module, _, args, kwargs = self._changing[path]
+        if not loaded(module, original_class(module)) & names:
+            return False
+        kept = Kept(self._inner[path].values())
+        for inner in self._inner[path].values():
+            inner.__dict__["training"] = self.mode
+        for name in names:
+            del module.__dict__[name]
+        self.asked_for.clear()
+        try:
+            with self.run(), torch.no_grad():
+                module.forward(*args, **kwargs)
+        except Exception:  # any forward may raise anything; what cannot be run again counts as one that asks
+            return True
+        finally:
+            kept.put_back()
+        return not names.isdisjoint(self.asked_for) or any(hasattr(type(module), name) for name in names)
 
     def _tell_changes(self, stored: dict[str, str]) -> None:
         """Says which modules change at every call: what was computed once and kept is the same ever after."""
-        for path, (module, name, args, kwargs) in self._changing.items():
+        for path, (module, names, args, kwargs) in self._changing.items():
             if path in stored:
                 continue
             before = python_state(module)
@@ -278,7 +315,7 @@ class Recorder(ValueTracer):
                     module.forward(*args, **kwargs)
                     if not changed(before, python_state(module)):
                         continue
-            self.unwritten.setdefault(path, f"its forward changes self.{name}")
+            self.unwritten.setdefault(path, f"its forward changes self.{names[0]}")
 
     def on_wire(self, function: Callable[..., Any], dca: nn.Module, number: int, *values: Any) -> Any:
         """What a connected module's code does at an end of the wire, as a node: its connections are kept."""
@@ -503,6 +540,10 @@ class Recorder(ValueTracer):
         """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
+
+
+def _is_tensor(proxy: ValueProxy) -> bool:
+    return isinstance(proxy.value, torch.Tensor)
 
 
 def _written_there(returned: Any) -> Any:

@@ -63,6 +63,7 @@ class Recording:
     ``mode_read``   modules whose control flow asks for a mode -> whose, seen from them ("": their own); as in eval
     ``kept_whole``  module path -> why its forward was not recorded
     ``unwritten``   module path -> what its forward does besides, which no graph has: stored values, autocast, no_grad
+    ``stores``      of these, those whose forward stores tensors as attributes and does nothing else: name -> node
     ``observed``    inside modules kept whole: path -> the inputs of the submodule's first call
     ``settled``     what the forward decided by
     ``held``        those of them that the sizes of the input might answer otherwise; the graph checks them when it runs
@@ -75,6 +76,7 @@ class Recording:
     mode_read: dict[str, frozenset[str]]
     kept_whole: dict[str, str]
     unwritten: dict[str, str]
+    stores: dict[str, dict[str, fx.Node]]
     observed: dict[str, Observed]
     settled: tuple[Decision, ...]
     model: nn.Module

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dcafy.graph.usual import closed_over
 from dcafy.threads import Patch
-from dcafy.trace.effects import forward_globals, is_filled
+from dcafy.trace.effects import forward_globals
 from dcafy.trace.proxy import ValueProxy
 from dcafy.trace.tracer import ValueTracer
 
@@ -65,7 +66,7 @@ def _functions(modules: Iterable[nn.Module]) -> Iterator[FunctionType]:
             seen.add(function)
             if not f"{function.__globals__.get('__name__')}.".startswith(("torch.", "dcafy.")):
                 yield function
-                pending += [cell.cell_contents for cell in function.__closure__ or () if is_filled(cell)]
+                pending += closed_over(function)
                 pending.append(getattr(function, "__wrapped__", None))
 
 

@@ -42,6 +42,7 @@ class ValueTracer(Answering):
     ``running``    real code runs on values, and nothing is recorded; ``on_data``: on values with data
     ``refused``    paths of modules whose forwards were stopped by an error of the recording's own, and the error
     ``settled``    what forwards decided by
+    ``asked_for``  names that were asked of a module that has no value of its own for them, but parts and parameters
     ``unwritten``  module path -> what its forward does besides, which no graph has
     """
 
@@ -58,6 +59,7 @@ class ValueTracer(Answering):
         self.refused: list[tuple[str, str]] = []
         self.mode_read: set[tuple[str, str]] = set()
         self.settled: list[Decision] = []
+        self.asked_for: set[str] = set()
         self.unwritten: dict[str, str] = {}
         self._attributes: dict[str, ValueProxy] = {}
         self._tensors: dict[int, str] = {}

@@ -252,14 +252,15 @@ def test_converts_and_lives(name: str) -> None:
     converted = dcafy.convert(model, example_inputs=images())
     output = converted(images()).detach()
     assert torch.equal(output, model(images()))
-    links = {"cbam": 6, "bam": 6, "sk": 6}.get(name, 3)
+    links = {"cbam": 6, "bam": 6, "sk": 6, "mrla": 2}.get(name, 3)
     connections = dcafy.connections(converted)
     assert len(connections) == links
     for key, connection in connections.items():
         with torch.no_grad():
-            connection.beta.fill_(0.5)
+            start = connection.beta.item()
+            connection.beta.fill_(0.9)
             assert not torch.equal(converted(images()), output), f"the beta of {key} does nothing"
-            connection.beta.zero_()
+            connection.beta.fill_(start)
     converted.train()(images(4)).square().mean().backward()
     assert all(p.grad is not None for k, p in converted.named_parameters() if "dca" in k.split("."))
 

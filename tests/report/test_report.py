@@ -24,15 +24,24 @@ from torch import nn
 
 import dcafy
 from dcafy.analysis import attention_values, contributions
+from dcafy.analysis.listening import ConnectionUsage, Effect, Usage
 from dcafy.analysis.usage import message_shares
+from dcafy.checkpoint.saving import store
 from dcafy.disk import replaced
-from dcafy.errors import SourceError, UsageError
+from dcafy.errors import CheckpointError, SourceError, UsageError
+from dcafy.images.about import About, Trained, put_about
 from dcafy.images.preparation import Preparation
-from dcafy.report import EpochLog, make_report, prepared_for, read_epochs
+from dcafy.report import EpochLog, RunLog, make_report, prepared_for, read_epochs, read_run
+from dcafy.report.answer import verdict
 from dcafy.report.downloads import download
+from dcafy.report.findings import Score
+from dcafy.report.looks import looks
 from dcafy.report.page import page as written_page
 from dcafy.report.pictures import read_pictures
 from dcafy.report.text import sparkline
+from dcafy.runs.compare import Comparison, Contender, Pair
+from dcafy.runs.evidence import Difference
+from dcafy.sources import open_model
 
 SMALL = "torchvision:mobilenet_v3_small"
 Run = Callable[..., tuple[int, str, str]]
@@ -111,8 +120,11 @@ def page(folder: Path, connected: Path, tmp_path_factory: pytest.TempPathFactory
     return Page(output)
 
 
+SECTIONS = ["answer", "network", "words", "values", "where", "connections", "numbers"]
+
+
 def test_page_has_every_section(page: Page) -> None:
-    assert page.sections == ["chains", "values", "where", "connections", "numbers"]
+    assert page.sections == SECTIONS
     assert "9 attention blocks, 8 connections,\n3 images" in page.text
     assert f"torch {torch.__version__.partition('+')[0]}" in page.text
     assert "dcafy x" in page.text
@@ -124,11 +136,11 @@ def test_page_needs_nothing_but_itself(page: Page) -> None:
 
 
 def test_every_figure_has_a_text_and_its_data(page: Page, folder: Path, connected: Path) -> None:
-    # the drawing, a histogram for each of nine blocks, contribution ratio and message share
-    assert len(page.drawings) == 1 + 9 + 2
+    # the network in two directions, the words, a histogram for each of nine blocks, contribution and message share
+    assert len(page.drawings) == 2 + 1 + 9 + 2
     assert all(page.drawings)
-    # of each of three images: two networks, the image itself and four stages
-    assert len(page.images) == 3 * 2 * (1 + 4)
+    # of each of three images: itself, and four stages of two networks and of their difference
+    assert len(page.images) == 3 * (1 + 3 * 4)
     assert all(page.images)
     assert len(page.files) == 1 + 9 + 3 + 2 + 1
     model = dcafy.load(connected).eval()
@@ -138,19 +150,22 @@ def test_every_figure_has_a_text_and_its_data(page: Page, folder: Path, connecte
     ]  # fmt: skip
     images = read_pictures(folder, prepared_for(model, image_size=64), most=9).tensor
     for number in set(model(images).argmax(1).tolist()):  # both networks are asked about what the connected one sees
-        assert page.text.count(f"original, class {number}\n") == page.text.count(f"connected, class {number}\n") > 0
+        both = [page.text.count(f"{side}, class {number}\n") for side in ("connections off", "connected")]
+        assert both[0] == both[1] > 0
     shares = message_shares(model, [images])
     for row, known in zip(rows[1:], contributions(model), strict=True):
         assert row[0] == known.name
         assert [float(value) for value in row[4:8]] == pytest.approx(
             [known.alpha, known.beta, known.ratio, shares[known.name]], rel=1e-4
         )
-    for side, network in (("original", dcafy.revert(model)), ("connected", model)):
+    for side, network in (("connections off", dcafy.revert(model)), ("connected", model)):
         for block in attention_values(network, images):
             table = page.files[f"attention-values-{block.name}.csv"]
             column = [float(row[table[0].index(f"share of {side}")]) for row in table[1:]]
-            assert column == pytest.approx(block.histogram().shares, rel=1e-4)
-            assert f"{side}: spread {block.spread:.3f}, {100 * block.near_half:.1f} % near 0.5" in page.text
+            low, high = float(table[1][0]), float(table[-1][1])
+            assert column == pytest.approx(block.histogram(low, high).shares, rel=1e-4)
+            assert sum(column) == pytest.approx(1, rel=1e-3)  # nothing lies outside of an axis that was drawn closer
+            assert f"{side}: spread {block.spread:.3f}, {100 * block.near_half:.1f}% near 0.5" in page.text
 
 
 def named(value: Any, before: str, after: str) -> Any:
@@ -186,7 +201,7 @@ def test_names_are_text(tmp_path: Path) -> None:
     output.write_text(written_page(named(looked, "inner", "<script>alert(2)</script>")), encoding="utf-8")
     found = Page(output)
     assert found.scripts == 1
-    assert found.sections == ["chains", "values", "where", "connections", "numbers"]
+    assert found.sections == SECTIONS
     assert any(hostile in text for text in found.images)
     assert "onerror" not in re.sub(r'"[^"]*"', "", re.sub(r">[^<]*<", "><", output.read_text(encoding="utf-8")))
     assert "$x_{broken}$<b>.png" in found.text
@@ -208,7 +223,7 @@ def test_spatial_maps_are_shown(tmp_path: Path, folder: Path) -> None:
     found = Page(output)
     maps = [text for text in found.images if "attention map of" in text]
     assert len(maps) == 3 * 2 * 4  # images, networks, stages
-    assert "original: attention map of layer1.1.cbam.spatial on 0.png" in maps
+    assert "connections off: attention map of layer1.1.cbam.spatial on 0.png" in maps
     assert "attention-maps-1-0.png.csv" in found.files
 
 
@@ -270,9 +285,9 @@ def test_command_writes_a_page(command: Run, tmp_path: Path, folder: Path, conne
     output = tmp_path / "report.html"
     code, out, err = command(connected, "--images", folder, "-o", output, "--image-size", 64, "--target", 7)
     assert (code, "Traceback" in err) == (0, False)
-    assert re.fullmatch(r".*report\.html: 9 attention blocks, 8 connections, 3 images, 0\.\d MB\.\n", out)
+    assert re.fullmatch(r".*report\.html: 9 attention blocks, 8 connections, 3 images, \d\.\d MB\.\n", out)
     found = Page(output)
-    assert found.text.count("original, class 7") == found.text.count("connected, class 7") == 3
+    assert found.text.count("connections off, class 7\n") == found.text.count("connected, class 7\n") == 3
     assert f"dcafy report {connected}" in found.text
     assert "Drift: the outputs on these images differ by up to" in found.text
     assert list(tmp_path.iterdir()) == [output]
@@ -354,7 +369,7 @@ def test_classes_are_named(tmp_path: Path, folder: Path) -> None:
     assert found.usage is not None
     assert found.usage.images == 2
     page = Page(output)
-    assert page.text.count("connected, class 0, <b>dog") == 3
+    assert page.text.count("connected, class 0, <b>dog\n") == 3
     assert "What the network makes of each connection" in page.text
     assert "changed-connections.csv" in page.files
 
@@ -398,6 +413,154 @@ def test_damaged_log_is_told(tmp_path: Path, line: str) -> None:
 
 def test_no_log_is_none(tmp_path: Path) -> None:
     assert read_epochs(tmp_path) is None
+    assert read_run(tmp_path) == RunLog()
+
+
+# -- what stands first -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison as ``dcafy finetune --compare`` leaves it: two networks of two classes, trained apart."""
+    root = tmp_path_factory.mktemp("compared") / "run"
+    torch.manual_seed(1)
+    plain = open_model(SMALL, settings={"num_classes": 2}).model
+    model = dcafy.convert(plain, verify=False)
+    with torch.no_grad():
+        for connection in dcafy.connections(model).values():
+            connection.beta.fill_(0.5)
+        plain.get_parameter("classifier.3.bias").add_(torch.tensor([9.0, 0.0]))  # it sees the first class only
+        model.get_parameter("classifier.3.bias").add_(torch.tensor([0.0, 9.0]))
+    trained = Trained("imagefolder:nowhere", 2, {"loss": 0.5, "top1": 0.75, "images": 4})
+    for network, place in ((model, root), (plain, root / "seeds" / "0-original"), (model, root / "seeds/0-connected")):
+        put_about(network, About(classes=("cat", "dog"), trained=trained))
+        store(network.eval(), place)
+    rows = [
+        {"event": "epoch", "epoch": epoch, "loss": 1 / epoch, "metrics": {"loss": 0.6, "top1": 0.25 * epoch}}
+        for epoch in (1, 2)
+    ]
+    for arm in ("original", "connected"):
+        lines = "".join(json.dumps({**row, "connections": {}}) + "\n" for row in rows)
+        (root / "seeds" / f"0-{arm}" / "log.jsonl").write_text(lines)
+    (root / "compare.json").write_text(json.dumps(COMPARISON.to_dict()))
+    return root
+
+
+SIZES = {"parameters": 100, "gflops": 0.1, "step_seconds": 0.02}
+COMPARISON = Comparison(
+    (0,),
+    {
+        "original": Contender(({"loss": 0.6, "top1": 0.5, "images": 4},), **SIZES),  # type: ignore[arg-type]
+        "connected": Contender(({"loss": 0.5, "top1": 0.75, "images": 4},), **SIZES),  # type: ignore[arg-type]
+    },
+    (Pair("connected", "original", {"top1": Difference(0.25, None, None, 1, 4)}),),
+    (None,),
+)
+
+
+def test_comparison_shows_the_real_original(
+    command: Run, tmp_path: Path, compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            picture(i).save(tmp_path / "data" / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(compared, "--images", "data", "-o", "r.html", "--image-size", 64)
+    assert code == 0, err
+    page = Page(tmp_path / "r.html")
+    assert page.sections == [SECTIONS[0], "training", *SECTIONS[1:]]
+    assert "connections off" not in page.text
+    assert "weights: random" not in page.text
+    assert "50.0% → 75.0%" in page.text
+    assert "+25.00 points: one seed says nothing about chance" in page.text
+    assert "A training step took 20 ms → 20 ms (+0.0%)" in page.text
+    # each network sees one class, whatever it is shown: all images are changed, and what is wrong is said
+    assert page.text.count("original: class 0, cat, ") == page.text.count("connected: class 1, dog, ") == 8
+    assert page.text.count("truth: class 0, cat") == page.text.count("truth: class 1, dog") == 4
+    labels = [label for label in page.drawings if "over the epochs of 2 trainings" in label]
+    assert [label.partition(" over")[0] for label in labels] == [
+        "Training loss", "Validation loss", "Validation accuracy",
+    ]  # fmt: skip
+    rows = page.files["validation-accuracy-over-epochs.csv"]
+    assert rows[1] == ["original", "1", "1", "0.25"]
+    # what the folder names is opened only where nothing else is named, and here it is not there
+    code, _, err = command(compared, "-o", "r.html")
+    assert code == 2
+    assert "nowhere" in one_line(err)
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"seeds": [0], "pairs": [], "usage": []}'])
+def test_damaged_comparison_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "compare.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"compare\.json' is no comparison"):
+        read_run(tmp_path)
+
+
+def test_histograms_zoom_where_all_is_near_a_half(tmp_path: Path, folder: Path) -> None:
+    model = torchvision.models.mobilenet_v3_small()
+    make_report(model, folder, tmp_path / "r.html", how=prepared_for(model, image_size=64), most=1)
+    page = Page(tmp_path / "r.html")
+    assert "zoomed: the axis is" in page.text  # nobody has moved its values away from 0.5
+    assert "difference" not in "".join(page.images)
+
+
+def test_nothing_to_look_at_is_told(command: Run, connected: Path) -> None:
+    code, _, err = command(connected, "-o", "r.html")
+    assert code == 2
+    assert "--images FOLDER, or labelled ones, --data DATA" in one_line(err)
+
+
+NOTHING = Effect(0.0, 0.0, 0.0, 0.0)
+
+
+def used(cut: Effect, mean: Effect = NOTHING, shuffled: Effect = NOTHING, beta: float = 0.1) -> Usage:
+    row = ConnectionUsage("x", "channel", 1.0, beta, 0.1, 0.1, 0.5, 0.1, cut, shuffled, mean)
+    return Usage(100, 0.5, 0.8, (row,), cut, shuffled, mean)
+
+
+COSTS, CHANCE = Effect(0.1, 0.01, -0.02, 0.005), Effect(0.1, 0.09, -0.02, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("usage", "word", "sentences"),
+    [
+        (used(COSTS, COSTS, COSTS), "yes", ("rises by 0.1000", "with the average one it rises", "another image's, by")),
+        (used(COSTS, COSTS), "yes", ("another image's, only by what chance can do",)),
+        (used(COSTS), "yes", ("mostly a constant", "1 of 1 connection cost")),
+        (used(CHANCE), "it cannot be told", ("which chance can do", "0 of 1 connection cost")),
+        (used(Effect(0.0001, 0.0001, 0.0, 0.0)), "no", ("stays what it is",)),
+        (used(Effect(-0.1, 0.01, 0.01, 0.0)), "they do harm", ("falls by 0.1000",)),
+        (used(Effect(0.1, None, 0.0, None)), "it cannot be told", ("changes by +0.1000 on 100 images",)),
+        (used(NOTHING, beta=0.0), "no", ("Every β is 0",)),
+    ],
+)
+def test_whether_connections_are_used(usage: Usage, word: str, sentences: tuple[str, ...]) -> None:
+    found, told = verdict(usage)
+    assert found == word
+    for sentence in sentences:
+        assert sentence in " ".join(told)
+
+
+def test_intervals_by_hand() -> None:
+    # Wilson (1927) for 8 of 10
+    score = Score(8, 10)
+    assert (score.low, score.high) == pytest.approx((0.490, 0.943), abs=1e-3)
+    assert (Score(0, 5).low, Score(5, 5).high) == (0.0, 1.0)
+
+
+def test_pictures_are_as_large_as_a_page_can_have_them(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torchvision.models.mobilenet_v3_small()
+    found = make_report(model, folder, tmp_path / "r.html", how=prepared_for(model, image_size=64), most=1)
+    large = looks(found)
+    monkeypatch.setattr("dcafy.report.looks.MOST_PICTURES", 20_000)
+    monkeypatch.setattr("dcafy.report.looks.MOST_DATA", 100)
+    small = looks(found)
+    assert len(small.cams[0].picture.uri) < 20_000 < sum(len(shown.uri) for shown in large.cams[0].rows[0].thumbnails)
+    assert large.cams[0].data is not None
+    assert small.cams[0].data is None
 
 
 # -- images ----------------------------------------------------------------------------------------------

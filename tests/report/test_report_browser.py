@@ -25,7 +25,10 @@ pytestmark = [
 ]
 
 SECTIONS = {
-    "chains": "Chains",
+    "answer": "In short",
+    "training": "Training",
+    "network": "The network",
+    "words": "The words",
     "values": "Attention values",
     "where": "Where it looks",
     "connections": "Connections",
@@ -51,7 +54,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     over = dict.fromkeys(dcafy.connections(model), (0.1, 0.2))
     output = root / "report.html"
     how = prepared_for(model, image_size=64)
-    make_report(model, images, output, title="<i>title", how=how, epochs=EpochLog((1, 2), over))
+    curves = {"training loss": (2.0, 1.0), "loss": (2.0, 1.5), "top1": (0.1, 0.2)}
+    make_report(model, images, output, title="<i>title", how=how, epochs=EpochLog((1, 2), over, curves))
     return output
 
 
@@ -101,8 +105,18 @@ def test_page_is_whole_quiet_and_fits(browser: Any, report: Path, size: str, sch
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]["width"]
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert page.locator("section#values figure svg").count() == 16
-    for text in page.locator("svg text").all()[:20]:
+    for text in page.locator("svg text:visible").all()[:20]:
         assert text.bounding_box()["height"] > 8  # legible
+    # one of the two directions of the network, which is as wide as there is room for
+    shown = [page.locator(f"figure.{kind} svg").is_visible() for kind in ("across", "down")]
+    assert shown == [size == "desk", size == "phone"]
+    # a number stands on one line
+    numbers = page.evaluate(
+        "[...document.querySelectorAll('td.number')].map(cell => { const all = document.createRange();"
+        "all.selectNodeContents(cell); return new Set([...all.getClientRects()].map(r => r.top)).size })"
+    )
+    assert len(numbers) > 50
+    assert set(numbers) == {1}
     drawing = "getComputedStyle(document.querySelector('figure > svg')).color"
     ink, paper = page.evaluate(f"[{drawing}, getComputedStyle(document.body).backgroundColor]")
     assert (brightness(ink) > brightness(paper)) is (scheme == "dark")
@@ -117,23 +131,86 @@ def test_hover_focus_and_tap_tell_what_it_is(browser: Any, report: Path) -> None
     visit = Visit(browser, report, viewport=SIZES["desk"])
     tip = visit.page.locator("#tip")
     assert not tip.is_visible()
-    arc = visit.page.locator(".arc").last
+    arc = visit.page.locator(".arc:visible").last
     arc.hover()
     assert tip.inner_text().startswith(arc.get_attribute("data-tip").partition("\n")[0])
     assert "β 0.5, contribution 33.3%, message share" in tip.inner_text()
     visit.page.mouse.move(0, 0)
     assert not tip.is_visible()
-    visit.page.locator(".block").first.focus()
+    visit.page.locator(".block:visible").first.focus()
     assert "channel attention, 64 channels" in tip.inner_text()
     visit.page.keyboard.press("Escape")
     assert not tip.is_visible()
     visit.page.close()
     visit = Visit(browser, report, viewport=SIZES["phone"], has_touch=True)
-    visit.page.locator(".block").nth(1).tap()
+    visit.page.locator(".block:visible").nth(1).tap()
     box = visit.page.locator("#tip").bounding_box()
     assert box is not None
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 375
+    assert visit.page.locator(".panel:target").count() == 0  # the first tap tells, the second one goes there
+    visit.page.locator(".block:visible").nth(1).tap()
+    assert visit.page.locator(".panel:target").count() == 1
+    visit.page.close()
+
+
+def test_words_are_explained_where_they_stand(browser: Any, report: Path) -> None:
+    visit = Visit(browser, report, viewport=SIZES["phone"], has_touch=True)
+    word = visit.page.locator("#connections a.term", has_text="message share")
+    word.tap()
+    assert visit.page.locator("#tip").inner_text().startswith("message share: ‖β·T̃‖")
+    assert "#word" not in visit.page.url
+    visit.page.close()
+
+
+def test_tables_sort(browser: Any, report: Path) -> None:
+    visit = Visit(browser, report, viewport=SIZES["desk"])
+    table = visit.page.locator("#connections table").first
+    before = table.locator("tbody tr td:first-child").all_inner_texts()
+    share = table.locator("th button", has_text="message share")
+    for order in (1, -1):
+        share.click()
+        shares = [float(text.rstrip("%")) for text in table.locator("tbody tr td:nth-child(6)").all_inner_texts()]
+        assert shares == sorted(shares)[::order]
+        assert len(set(shares)) > 3
+    assert sorted(table.locator("tbody tr td:first-child").all_inner_texts()) == sorted(before)
+    name = table.locator("th button", has_text="connection")
+    name.click()
+    assert table.locator("tbody tr td:first-child").all_inner_texts() == sorted(before)
+    assert visit.said == []
+    visit.page.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_click_on_a_block_leads_to_its_values_and_its_row(browser: Any, report: Path, size: str) -> None:
+    visit = Visit(browser, report, viewport=SIZES[size])
+    block = visit.page.locator(".block:visible").nth(3)
+    name = block.get_attribute("data-tip").partition("\n")[0]
+    block.locator("circle").click()
+    panel = visit.page.locator(".panel:target")
+    assert panel.locator("b").inner_text() == name
+    assert visit.page.locator("tr.chosen td:first-child").inner_text().startswith(name)
+    panel.locator("a.to-row").click()
+    assert visit.page.locator("tr:target td:first-child").inner_text().startswith(name)
+    visit.page.close()
+
+
+def test_maps_are_switched_and_shown_in_full(browser: Any, report: Path) -> None:
+    visit = Visit(browser, report, viewport=SIZES["desk"], java_script_enabled=False)
+    for kind in ("on", "off", "difference"):
+        visit.page.locator(f"label[for=show-{kind}]").click()
+        shown = {
+            other: visit.page.locator(f".cams .{other}").first.is_visible() for other in ("on", "off", "difference")
+        }
+        assert shown == {other: other == kind for other in shown}
+    small = visit.page.locator(".cams .difference img").first
+    before = small.bounding_box()["width"]
+    small.click()
+    assert small.bounding_box()["width"] > 3 * before
+    small.click()
+    assert small.bounding_box()["width"] == before
+    assert visit.page.locator("th button").count() == 0  # nothing to sort with
+    assert visit.page.locator("a.term").first.get_attribute("title") is not None
     visit.page.close()
 
 

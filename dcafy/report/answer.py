@@ -1,0 +1,253 @@
+"""The answers that stand first in a report, in words: how good, are the connections used, at what cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dcafy.amounts import fixed, percent, points
+from dcafy.analysis.listening import MIXED, NEGLIGIBLE, Effect, Usage
+from dcafy.report.findings import Findings, Score
+from dcafy.runs.compare import Comparison
+from dcafy.runs.evidence import Difference
+from dcafy.wording import counted
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question of the reader: the answer in a few words, and what it rests on."""
+
+    question: str
+    short: str
+    because: tuple[str, ...]
+
+
+def answers(found: Findings) -> tuple[Answer, ...]:
+    """How good it is, whether the connections are used, and what they cost."""
+    return _accuracy(found), _used(found), _cost(found)
+
+
+# --- how good -----------------------------------------------------------------------------------------
+
+
+def _accuracy(found: Findings) -> Answer:
+    question = "How good is it, before and after?"
+    compared = found.run.comparison
+    if compared is not None and compared.pairs and all("top1" in row for row in _metrics(compared)):
+        return _of_comparison(question, compared)
+    own = found.connected.score
+    if own is not None:
+        return _of_scores(question, found, own)
+    if found.trained is not None and "top1" in found.trained.metrics:
+        metrics = found.trained.metrics
+        images = int(metrics.get("images", 0))
+        told = (f"After {counted(found.trained.epochs, 'epoch')} on its validation images, as its folder says.",)
+        score = Score(round(metrics["top1"] * images), images) if images else None
+        shown = percent(metrics["top1"]) if score is None else _score(score)
+        return Answer(question, shown, (*told, "What it was before is not known: name labelled images with --data."))
+    return Answer(question, "not measured", ("It takes labelled images: dcafy report MODEL --data DATA.",))
+
+
+def _metrics(compared: Comparison) -> list[dict[str, float]]:
+    return [row for side in compared.arms.values() for row in side.metrics]
+
+
+def _of_comparison(question: str, compared: Comparison) -> Answer:
+    pair = compared.pairs[0]
+    means = [statistics.fmean(row["top1"] for row in compared.arms[arm].metrics) for arm in (pair.other, pair.one)]
+    seeds = counted(len(compared.seeds), "seed")
+    because = [f"Top-1 accuracy on the validation images, {pair.other} → {pair.one}, mean over {seeds}."]
+    if "top1" in pair.differences:
+        because.append(difference_in_words(pair.differences["top1"]))
+    return Answer(question, f"{percent(means[0])} → {percent(means[1])}", tuple(because))
+
+
+def _of_scores(question: str, found: Findings, own: Score) -> Answer:
+    on = f"{counted(own.images, 'labelled image')} of {found.data}"
+    other = found.sides[0].score if len(found.sides) == 2 else None
+    if other is None:
+        return Answer(question, _score(own), (f"Top-1 accuracy on {on}.",))
+    titles = f"{found.sides[0].title} → {found.connected.title}"
+    because = [f"Top-1 accuracy on {on}, {titles}: {_score(other)} → {_score(own)}."]
+    because += [] if found.gain is None else [_over_images(found.gain)]
+    return Answer(question, f"{percent(other.value)} → {percent(own.value)}", tuple(because))
+
+
+def _score(score: Score) -> str:
+    return f"{percent(score.value)} (95%: {percent(score.low)} to {percent(score.high)})"
+
+
+def _interval(difference: Difference) -> str:
+    if difference.low is None or difference.high is None:
+        return ""
+    return f", 95% interval {points(difference.low)} to {points(difference.high)}"
+
+
+def difference_in_words(difference: Difference) -> str:
+    """A difference of accuracies with its interval and verdict."""
+    return f"{points(difference.mean)} points{_interval(difference)}: {difference.verdict}."
+
+
+def _over_images(gain: Difference) -> str:
+    """A difference on images that both networks have seen, which says nothing of other trainings."""
+    if gain.low is None or gain.high is None:
+        return "Both are right on the very same images." if not gain.mean else f"{points(gain.mean)} points."
+    verdict = "no difference that these images could show" if gain.low <= 0 <= gain.high else (
+        "better on these images" if gain.mean > 0 else "worse on these images"
+    )  # fmt: skip
+    return f"{points(gain.mean)} points{_interval(gain)} over the images: {verdict}."
+
+
+# --- are they used ------------------------------------------------------------------------------------
+
+_SURE = 1.959964
+
+
+def _used(found: Findings) -> Answer:
+    question = "Are the connections used?"
+    if not found.contributions:
+        return Answer(question, "there are none", ("This network is not connected: dcafy convert MODEL -o DIR.",))
+    if found.usage is None:
+        largest = max(found.shares.values(), default=0.0)
+        said = (
+            "Every β is 0, as right after the conversion: nothing is heard yet."
+            if not largest
+            else f"Messages make up to {percent(largest)} of what a block takes in; that does not say whether "
+            "anything depends on them."
+        )
+        return Answer(question, "not measured", (said, "It takes labelled images: dcafy report MODEL --data DATA."))
+    word, sentences = verdict(found.usage)
+    return Answer(question, word, sentences if found.data else (*sentences, "So it was at the end of its training."))
+
+
+def verdict(usage: Usage) -> tuple[str, tuple[str, ...]]:
+    """Whether a network uses its connections: in a word, and in sentences with standard errors.
+
+    What counts is what cutting all of them at once does to the loss; then whether it is lost with the average message
+    (else they are a bias) and with another image's (else they say nothing of this very image).
+    """
+    cut = usage.cut
+    on = f"on {counted(usage.images, 'image')}"
+    if all(row.beta == 0 for row in usage.connections):
+        return "no", ("Every β is 0, as right after the conversion: nothing is heard yet.",)
+    if _is_sure(cut) and cut.loss < -NEGLIGIBLE:
+        word, first = "they do harm", f"Without them the loss falls by {_loss(cut, -1)} (from {usage.loss:.4f}) {on}"
+    elif cut.is_negligible:
+        word, first = "no", f"Without them the loss stays what it is ({_change(cut)}) {on}"
+    elif _is_sure(cut):
+        word, first = "yes", f"Without them the loss rises by {_loss(cut)} (from {usage.loss:.4f}) {on}"
+    else:
+        word, first = "it cannot be told", f"Without them the loss changes by {_change(cut)} {on}, which chance can do"
+    sentences = [f"{first}, and the accuracy changes by {_points(cut)} points."]
+    if word == "yes":
+        sentences += _content(usage)
+    sentences += _each(usage)
+    if usage.shuffled is not None and usage.alike > MIXED:
+        sentences.append(
+            f"{usage.alike:.0%} of the images heard one of their own class when messages were shuffled, so what is "
+            "said of the very image may be worth more than this shows."
+        )
+    return word, tuple(sentences)
+
+
+def _content(usage: Usage) -> list[str]:
+    """What of the use is a bias, what differs between images, and what is of the very image."""
+    mean, shuffled = usage.mean, usage.shuffled
+    if not (_is_sure(mean) and mean.loss > 0):
+        told = f"The average message does as well ({_change(mean)}): what they add is mostly a constant"
+        return [f"{told}, the same for every image."]
+    told = f"It matters that messages differ between images: with the average one it rises by {_loss(mean)}"
+    if shuffled is None:
+        return [f"{told}."]
+    own = _is_sure(shuffled) and shuffled.loss > 0
+    after = f"by {_loss(shuffled)}" if own else f"only by what chance can do ({_change(shuffled)})"
+    return [f"{told}; with another image's, {after}."]
+
+
+def _each(usage: Usage) -> list[str]:
+    """How many matter one by one."""
+    alone = [row for row in usage.connections if _is_sure(row.cut) and row.cut.loss > NEGLIGIBLE]
+    of = counted(len(usage.connections), "connection")
+    told = [f"Cut one at a time, {len(alone)} of {of} cost a loss that is clear of chance (at 95% each)."]
+    if usage.unheard:
+        told.append(f"Nobody listens to {len(usage.unheard)} of them: they can be dropped.")
+    return told
+
+
+def effect_kind(effect: Effect) -> Literal["costs", "chance", "helps"]:
+    """What cutting does, as the picture of the network colours it: a name in ``dcafy.plan.drawing.EFFECTS``."""
+    if not _is_sure(effect):
+        return "chance"
+    return "costs" if effect.loss > 0 else "helps"
+
+
+def _is_sure(effect: Effect) -> bool:
+    """Whether the loss changes by more than chance would have it change in 95 of 100 cases."""
+    return effect.loss_error is not None and effect.loss != 0 and abs(effect.loss) > _SURE * effect.loss_error
+
+
+def _loss(effect: Effect, sign: int = 1) -> str:
+    error = "" if effect.loss_error is None else f" ± {effect.loss_error:.4f}"
+    return f"{sign * effect.loss:.4f}{error}"
+
+
+def _change(effect: Effect) -> str:
+    error = "" if effect.loss_error is None else f" ± {effect.loss_error:.4f}"
+    return f"{fixed(effect.loss, sign=True)}{error}"
+
+
+def _points(effect: Effect) -> str:
+    error = "" if effect.accuracy_error is None else f" ± {100 * effect.accuracy_error:.2f}"
+    return f"{points(effect.accuracy)}{error}"
+
+
+# --- at what cost -------------------------------------------------------------------------------------
+
+
+def _cost(found: Findings) -> Answer:
+    question = "What do they cost?"
+    own = found.connected
+    if len(found.sides) < 2:
+        short = f"{own.complexity.parameters:,} parameters"
+        return Answer(question, short, (f"{own.complexity.gflops:.4g} GFLOPs an image.",))
+    other = found.sides[0]
+    more = own.complexity.parameters - other.complexity.parameters
+    because = [f"{other.complexity.parameters:,} → {own.complexity.parameters:,} parameters"
+               f"{_relative(own.complexity.parameters, other.complexity.parameters)}."]  # fmt: skip
+    because.append(f"{other.complexity.gflops:.4g} → {own.complexity.gflops:.4g} GFLOPs an image.")
+    compared = found.run.comparison
+    if compared is not None and compared.pairs:
+        pair = compared.pairs[0]
+        steps = [compared.arms[arm].step_seconds for arm in (pair.other, pair.one)]
+        because.append(f"A training step took {_milliseconds(steps[0])} → {_milliseconds(steps[1])}"
+                       f"{_relative(steps[1], steps[0])}.")  # fmt: skip
+    images = counted(min(len(found.pictures), 2), "image")
+    because.append(f"{images[0].upper()}{images[1:]} took {_milliseconds(other.seconds)} → {_milliseconds(own.seconds)}"
+                   f"{_relative(own.seconds, other.seconds)} just now.")  # fmt: skip
+    return Answer(question, f"{more:+,} parameters", tuple(because))
+
+
+def _relative(now: float, before: float) -> str:
+    return f" ({fixed(100 * (now / before - 1), 1, sign=True)}%)" if before else ""
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+# --- numbers ------------------------------------------------------------------------------------------
+
+
+def with_error(effect: Effect | None, *, of_accuracy: bool = False) -> str:
+    """A change of the loss, or of the accuracy in points, with its standard error; ``-`` where there is none."""
+    if effect is None:
+        return "-"
+    return _points(effect) if of_accuracy else _change(effect)
+
+
+def worth(effects: Sequence[Effect]) -> list[float]:
+    """The size of each effect on the loss beside the largest one, 0 to 1."""
+    most = max((abs(effect.loss) for effect in effects), default=0.0)
+    return [abs(effect.loss) / most if most else 0.0 for effect in effects]
