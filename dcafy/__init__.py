@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dcafy.analysis.overview import summary
     from dcafy.analysis.usage import usage
     from dcafy.attention.insertion import insert
-    from dcafy.checkpoint import load, save
+    from dcafy.checkpoint import load, push_to_hub, save
     from dcafy.conversion import convert, inspect
     from dcafy.converted import drop, freeze_base, parameter_groups, revert
     from dcafy.emit.connection import Connection
@@ -81,6 +81,7 @@ _HOME = {
     "inspect": "conversion",
     "load": "checkpoint",
     "parameter_groups": "converted",
+    "push_to_hub": "checkpoint",
     "revert": "converted",
     "run": "emit.wire",
     "save": "checkpoint",
@@ -119,6 +120,7 @@ __all__ = [
     "inspect",
     "load",
     "parameter_groups",
+    "push_to_hub",
     "revert",
     "run",
     "save",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import sys
 import textwrap
 import traceback
@@ -43,13 +44,14 @@ def counted(number: int, noun: str) -> str:
 
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """`` Did you mean 'x'?`` for the known name most like ``name``; empty where none is.
+    """`` Did you mean 'x'?`` for the known name most like ``name``, in whatever case; empty where none is.
 
-    >>> nearest("adamv", ("adamw", "sgd"))
-    " Did you mean 'adamw'?"
+    >>> nearest("adamv", ("adamw", "sgd")), nearest("SE", ("se", "ge"))
+    (" Did you mean 'adamw'?", " Did you mean 'se'?")
     """
-    found = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    cases = {word.lower(): word for word in reversed(known)}
+    found = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.lower(), list(cases), n=1)
+    return f" Did you mean {cases.get(found[0].lower(), found[0])!r}?" if found else ""
 
 
 def warn(message: str) -> None:
@@ -82,6 +84,22 @@ def needing(what: str, extra: str, libraries: str = "") -> Iterator[None]:
             raise
         needed = libraries or f"{error.name}, which is not installed"
         raise UsageError(f"{what} needs {needed}: pip install 'dcafy[{extra}]'{'.' if libraries else ''}") from error
+
+
+EXTRAS = {
+    "train": ("accelerate",),
+    "detection": ("accelerate", "torchmetrics", "pycocotools"),
+    "report": ("matplotlib", "jinja2", "markupsafe", "captum"),
+}
+"""What whole commands need -> the modules that the extra brings."""
+
+
+def require_extra(what: str, extra: str) -> None:
+    """Nothing where all that ``extra`` brings is installed, which is not imported; else ``UsageError`` at once."""
+    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UsageError(f"{what} needs {', '.join(missing)}, which {verb} not installed: pip install 'dcafy[{extra}]'")
 
 
 def one_line(error: BaseException) -> str:

@@ -62,7 +62,7 @@ _WORD = re.compile(r"\w{0,64}", re.ASCII)
 """A text that is taken from a folder: a zoo looks such words up in its own tables; it is no path and no module."""
 
 
-def _is_given(name: str, value: Any, depth: int = 4) -> bool:
+def may_be_given(name: str, value: Any, depth: int = 4) -> bool:
     """Whether a folder may give a builder this argument."""
     if not name.isidentifier() or name.startswith("_") or _LOADING.search(name):
         return False
@@ -81,7 +81,7 @@ def _is_data(value: Any, depth: int) -> bool:
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None
     if isinstance(value, dict):
-        named = all(isinstance(key, str) and _is_given(key, item, depth - 1) for key, item in value.items())
+        named = all(isinstance(key, str) and may_be_given(key, item, depth - 1) for key, item in value.items())
         return depth > 0 and len(value) <= 64 and named
     inside = isinstance(value, tuple | list) and len(value) <= 256
     return inside and depth > 0 and all(_is_data(item, depth - 1) for item in value)
@@ -125,7 +125,7 @@ def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
 
 def _blueprint(how: Built) -> specs.Blueprint:
     for name, value in how.arguments.items():
-        if not _is_given(name, value):
+        if not may_be_given(name, value):
             raise UsageError(
                 f"{printable(name)} with the value {printable(repr(value)[:60])} is not given to a builder."
             )
@@ -282,7 +282,7 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
             return {key: as_read(item) for key, item in value.items()}
         return tuple(map(as_read, value)) if isinstance(value, list | tuple) else value
 
-    return {name: as_read(value) for name, value in arguments.items() if _is_given(name, as_read(value))}
+    return {name: as_read(value) for name, value in arguments.items() if may_be_given(name, as_read(value))}
 
 
 def _torchvision_names(home: str, size: int) -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from dcafy.choices import CHOICES
 from dcafy.cli.help import completing
-from dcafy.plan.options import check
+from dcafy.plan.options import check, meant
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -48,9 +48,10 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
     made = []
     for item in dataclasses.fields(configuration):
         choices = item.metadata["choices"] or CHOICES.get(item.name, ())
-        short = item.metadata["short"]
+        others = item.metadata["names"]
         option = typer.Option(
-            *((f"--{item.name.replace('_', '-')}", short) if short else ()),
+            *((f"--{item.name.replace('_', '-')}", *others) if others else ()),
+            callback=_in_any_case(choices) if choices else None,
             help=item.metadata["help"] + _told(item),
             metavar=item.metadata["metavar"] or ("|".join(choices) if choices else None),
             show_default=False,
@@ -63,6 +64,15 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
             )
         )
     return made
+
+
+def _in_any_case(choices: Collection[str]) -> Callable[[str | None], str | None]:
+    """Value -> the choice that is meant, in whatever case it was written; others are told by who checks them."""
+
+    def as_known(value: str | None) -> str | None:
+        return meant(value, choices)  # type: ignore[no-any-return]
+
+    return as_known
 
 
 def _told(item: dataclasses.Field[Any]) -> str:

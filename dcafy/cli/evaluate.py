@@ -71,7 +71,7 @@ def evaluate_command(
                 )
             data = trained.data
         if data is None:
-            raise errors.UsageError("--data names no images. Write --data imagefolder:PATH, or --data digits to try.")
+            raise errors.UsageError("--data names no images. Write --data FOLDER, or --data digits to try.")
         network = ready_for_use(network, model, options)
         found = _measured(network, model, data, options)
         other = None

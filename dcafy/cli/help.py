@@ -21,10 +21,11 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "follow_links", "most",
     ),
     "Recipes and comparisons": ("task", "recipe", "compare", "against", "seeds", "plain", "backbone"),
-    "The run": ("output", "resume", "overwrite", "keep", "checkpoint_steps", "json_log", "seed", "workers", "cpu"),
+    "The run": ("output", "resume", "overwrite", "keep", "config", "dry_run", "checkpoint_steps",
+                "json_log", "track", "seed", "workers", "cpu"),
     "Optimization": (
         "epochs", "batch_size", "accumulate", "optimizer", "lr", "connection_lr", "scale_lr", "weight_decay", "decayed",
-        "momentum", "nesterov", "clip_norm", "ema", "precision", "freeze_base", "freeze_base_epochs",
+        "momentum", "nesterov", "clip_norm", "ema", "balance", "precision", "freeze_base", "freeze_base_epochs",
     ),
     "Schedule": ("schedule", "step_epochs", "milestones", "warmup_epochs", "warmup_steps", "warmup_from"),
     "Augmentation": ("augment", "crop_scale", "crop_ratio", "label_smoothing", "mixup", "cutmix"),

@@ -17,15 +17,13 @@ from dcafy.wording import quoted
 if TYPE_CHECKING:
     import torch
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="torchvision:NAME[@WEIGHTS], timm:NAME[.TAG][@DEFAULT], package.module:factory (imports and runs that "
-        "code), a file (.safetensors, .pt, .pth, ...), or a folder written by dcafy.save.",
-        show_default=False,
-    ),
-]
+MODEL = (
+    "torchvision:NAME[@WEIGHTS], timm:NAME[.TAG][@DEFAULT], package.module:factory (imports and runs that code), a "
+    "file (.safetensors, .pt, .pth, ...), or a folder written by dcafy.save."
+)
+"""What names a network."""
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

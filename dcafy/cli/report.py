@@ -19,7 +19,7 @@ from dcafy.cli.options import Model, Settings, settings_given
 from dcafy.errors import UsageError
 from dcafy.plan.options import check, setting
 from dcafy.sources.options import FileOptions
-from dcafy.wording import counted, printable
+from dcafy.wording import counted, printable, require_extra
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,8 +45,10 @@ class ReportOptions:
         "The network to compare with. [default: the original of a comparison, else MODEL without its connections]",
         metavar="ORIGINAL",
     )
-    target: int | None = setting(
-        None, "The class whose evidence is shown. [default: the predicted one]", metavar="CLASS"
+    target: str | None = setting(
+        None,
+        "The class whose evidence is shown, by its name or its number. [default: the predicted one]",
+        metavar="CLASS",
     )
     data: str | None = setting(
         None,
@@ -75,6 +77,8 @@ class ReportOptions:
 def report_command(model: Model, options: ReportOptions, file: FileOptions, settings: Settings = None) -> None:
     """Show what the attention of a network does on your images: one page, to look at and to send to somebody."""
     given = settings_given(settings)
+    if options.page is not None:
+        require_extra("The page of dcafy report", "report")
     with contextlib.redirect_stdout(sys.stderr), _progress() as told:
         findings = _made(model, options, file, given, told)
     if options.text:
@@ -95,7 +99,7 @@ def _made(
     """Opens what the command names, and makes the report of it."""
     told("opening the network")
     from dcafy.report import make_report, prepared_for, read_run
-    from dcafy.runs.using import tell_random
+    from dcafy.runs.using import class_of, tell_random
     from dcafy.sources import open_model
 
     # --arch, --prefix and --ignore-head are about weights in a file, be they MODEL's or ORIGINAL's.
@@ -123,7 +127,7 @@ def _made(
         title=model,
         against=None if original is None else original.model,
         versus=versus,
-        target=options.target,
+        target=None if options.target is None else class_of(source.model, options.target),
         how=prepared_for(source.model, (source.architecture if model in files else "") or model, options.image_size),
         most=options.most,
         epochs=run,

@@ -48,6 +48,12 @@ class Trained(Brief):
         return self.data.partition(":")[0] in ("imagefolder", "coco", "digits", "fashion-mnist")
 
 
+def _agreeing(value: Any, where: str) -> Any:
+    if value is not None and len(value.mean) != len(value.std):
+        raise Wrong(f"{where}.std", f"a number for each of {len(value.mean)} channels, as mean has", list(value.std))
+    return value
+
+
 @dataclass(frozen=True, repr=False)
 class About(Brief):
     """What is known of a network besides itself.
@@ -56,12 +62,14 @@ class About(Brief):
     ``classes``      the name of each of its outputs; a detector's first is its background; empty where unknown
     ``preparation``  how pictures are made ready for it; a detector does that itself
     ``trained``      by dcafy, on what, and how good it was
+    ``random``       whether it has the weights that it was made with, so that what it gives says nothing
     """
 
     task: Literal["classification", "detection"] | None = "classification"
     classes: tuple[str, ...] = ()
-    preparation: Preparation | None = None
+    preparation: Annotated[Preparation | None, _agreeing] = None
     trained: Trained | None = None
+    random: bool = False
 
     def name_of(self, number: int) -> str:
         """The name of a class, or its number."""

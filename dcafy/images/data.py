@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import struct
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dcafy.disk import regular
 from dcafy.errors import InputError
@@ -69,6 +70,30 @@ class IndexedImages(Dataset[tuple[Image.Image, int]]):
         if isinstance(image, tuple):  # a torchvision data set: (picture, label)
             image = image[0]
         return image if isinstance(image, Image.Image) else Image.fromarray(image), int(self.labels[place])
+
+
+def known_labels(data: Any) -> list[int] | None:
+    """The class of each sample, from a list that the data set has, so that no picture is decoded; ``None``: unknown."""
+    if isinstance(data, Subset):
+        inner = known_labels(data.dataset)
+        return None if inner is None else [inner[index] for index in data.indices]
+    if isinstance(data, FileImages):
+        return [label for _, label in data.files]
+    if isinstance(data, IndexedImages):
+        return [int(data.labels[index]) for index in data.indices]
+    if hasattr(data, "transform_sample") and hasattr(data, "pictures"):
+        return known_labels(data.pictures)
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        return [int(label) for label in data.tensors[1]]
+    if getattr(data, "target_transform", None) is not None:  # the list is of what the labels are made of
+        return None
+    for name in ("targets", "labels", "_labels", "y"):
+        found = getattr(data, name, None)
+        if found is not None and hasattr(found, "__len__") and len(found) == len(data):
+            with contextlib.suppress(TypeError, ValueError, LookupError):  # a list of something else
+                # QMNIST has the class first, and then who wrote it.
+                return [int(label[0] if getattr(label, "ndim", 0) else label) for label in found]
+    return None
 
 
 def split(labels: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:

@@ -109,6 +109,14 @@ class Spread(Dataset[Any]):
         return self.source[self.places[index]]
 
 
+def _pair(item: Any) -> tuple[Any, Any]:
+    """What a data set gives, as an image with its label; ``InputError`` where it is something else."""
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1]
+    what = f"{len(item)} things" if isinstance(item, tuple | list) else type(item).__name__
+    raise InputError(f"The data set gives {what} for an index, not (image, label).")
+
+
 class Seeded(Dataset[Sample]):
     """A data set of (image, label) whose random transforms depend on seed, epoch and index alone.
 
@@ -136,7 +144,7 @@ class Seeded(Dataset[Sample]):
         for offset in range(len(self.source)):
             with seeded(self.seed, epoch, index + offset):
                 try:
-                    image, label = self.source[(index + offset) % len(self.source)]
+                    image, label = _pair(self.source[(index + offset) % len(self.source)])
                 except UnreadableImage as error:
                     unreadable.append(str(error))
                     continue

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from dcafy.images.data import Data
 
 
-def open_data(spec: str, options: DataOptions) -> Data:
+def open_data(spec: str | os.PathLike[str], options: DataOptions) -> Data:
     """The data of a spec: ``imagefolder:PATH``, ``torchvision:NAME:ROOT``, ``digits`` or ``fashion-mnist[:PATH]``.
+
+    The path of a folder alone is that of a folder of images.
 
     Raises ``UsageError`` for a spec that is not known, ``InputError`` for data that no classifier can be trained on:
     nothing there, a class without images, one class only, no validation images, other classes to validate on.
@@ -33,9 +35,11 @@ def open_data(spec: str, options: DataOptions) -> Data:
     >>> len(data.train), len(data.val), len(data.classes)
     (1347, 450, 10)
     """
+    spec = _in_full(os.fspath(spec))
     kind, _, rest = spec.partition(":")
     if kind not in SOURCES:
-        raise UsageError(f"--data {quoted(spec)} is not known.{nearest(kind, list(SOURCES))} It is {forms()}.")
+        nowhere = f"There is no folder {quoted(spec, 200)}, and it" if os.sep in spec else f"--data {quoted(spec)}"
+        raise UsageError(f"{nowhere} is not known.{nearest(kind, list(SOURCES))} It is {forms()}.")
     data = SOURCES[kind].open(spec, rest, options)
     if data.amiss and options.strict:
         raise InputError(f"{data.amiss[0]}, and --strict was given. Mend it, or remove it.")
@@ -53,6 +57,11 @@ def open_data(spec: str, options: DataOptions) -> Data:
     return data
 
 
+def _in_full(spec: str) -> str:
+    """The spec with its first word, which a folder of images can do without."""
+    return f"imagefolder:{spec}" if spec.partition(":")[0] not in SOURCES and os.path.isdir(spec) else spec
+
+
 # --- folders of pictures --------------------------------------------------------------------------------
 
 
@@ -61,7 +70,7 @@ def _folder(spec: str, path: str, options: DataOptions) -> Data:
 
     if not os.path.isdir(path):
         raise UsageError(
-            f"There is no folder {quoted(path, 200)}. --data imagefolder:PATH names one with a folder for each class."
+            f"There is no folder {quoted(path, 200)}. --data FOLDER names one with a folder for each class."
         )
     root = Path(path)
     within = None if options.follow_links else root
@@ -186,12 +195,10 @@ def _torchvision(spec: str, rest: str, options: DataOptions) -> Data:
 
 def _labels(dataset: Any) -> list[int]:
     """All labels; from the data set's own list where it has one, so that no picture is decoded."""
-    for name in ("targets", "labels", "_labels", "y"):
-        found = getattr(dataset, name, None)
-        if found is not None and len(found) == len(dataset):
-            # QMNIST has the class first, and then who wrote it.
-            return [int(label[0] if getattr(label, "ndim", 0) else label) for label in found]
-    return [int(label) for _, label in dataset]
+    from dcafy.images.data import known_labels
+
+    known = known_labels(dataset)
+    return [int(label) for _, label in dataset] if known is None else known
 
 
 # --- digits and clothes ---------------------------------------------------------------------------------
@@ -276,7 +283,9 @@ def _anchored_root(rest: str) -> str:
 
 
 SOURCES: dict[str, ImageSource] = {
-    "imagefolder": ImageSource("imagefolder:PATH", _folder, " (with train/ and val/, or one folder for each class)"),
+    "imagefolder": ImageSource(
+        "FOLDER or imagefolder:FOLDER", _folder, " (with train/ and val/, or one folder for each class)"
+    ),
     "torchvision": ImageSource(
         "torchvision:NAME:ROOT", _torchvision, " such as torchvision:CIFAR10:data", anchored=_anchored_root
     ),
@@ -294,6 +303,7 @@ def forms(*, explained: bool = False) -> str:
 
 def anchored(spec: str) -> str:
     """The spec with absolute paths, so that it means the same in every folder."""
+    spec = _in_full(spec)
     kind, colon, rest = spec.partition(":")
     if kind in SOURCES:
         return f"{kind}{colon}{SOURCES[kind].anchored(rest)}"

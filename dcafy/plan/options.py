@@ -35,14 +35,25 @@ def setting(
     below: float = math.inf,
     metavar: str | None = None,
     short: str | None = None,
+    also: tuple[str, ...] = (),
 ) -> Any:
-    """A field with a default, the help that the command shows, the values that it may have, and a short name.
+    """A field with a default, the help that the command shows, the values that it may have, and other names.
 
     A number with bounds is at least ``least`` (or more than ``above``) and below ``below``.
     """
     bounds = None if least is above is None else (least, above, below)
-    metadata = {"help": text, "choices": choices, "metavar": metavar, "short": short, "bounds": bounds}
+    names = (*((short,) if short else ()), *also)
+    metadata = {"help": text, "choices": choices, "metavar": metavar, "names": names, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def meant(value: Any, choices: Collection[str]) -> Any:
+    """The choice that a text means, in whatever case it was written; other values are told by :func:`check`.
+
+    >>> meant("SE", ("se", "ge")), meant("sse", ("se", "ge"))
+    ('se', 'sse')
+    """
+    return next((c for c in choices if isinstance(value, str) and c.lower() == value.lower()), value)
 
 
 def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = None, *, dashes: bool = True) -> None:
@@ -59,7 +70,8 @@ def check(configuration: Any, tables: Mapping[str, Collection[str]] | None = Non
         if choices and not may_be_none and not (isinstance(value, str) and value in choices):
             asked = f"{option} {shown(value)}" if dashes else f"{option}={shown(value)}"
             known = list(choices)
-            raise UsageError(f"{asked} is not known.{nearest(shown(value), known)} Use one of: {', '.join(known)}.")
+            like = nearest(value[:100] if isinstance(value, str) else shown(value), known)
+            raise UsageError(f"{asked} is not known.{like} Use one of: {', '.join(known)}.")
         if meta["bounds"] and not may_be_none:
             _check_bounds(option, value, *meta["bounds"], whole=str(item.type).startswith("int"))
 

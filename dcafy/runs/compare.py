@@ -86,12 +86,35 @@ def _with_verdicts(pair: Pair) -> dict[str, dict[str, Any]]:
     }
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Which training of a comparison it is: the ``number``-th, from 1, ``of`` all."""
+
+    number: int
+    of: int
+    seed: int
+    arm: str
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in that of the comparison."""
+        return f"{self.seed}-{self.arm}"
+
+    @property
+    def title(self) -> str:
+        """The seed and the arm."""
+        return f"seed {self.seed}, {self.arm}"
+
+    def __str__(self) -> str:
+        return f"run {self.number} of {self.of} ({self.title})"
+
+
 def compare(
     request: Request,
     directory: Path,
     *,
     file: FileOptions | None = None,
-    listener_for: Callable[[str], tuple[Listener, ...]] = lambda title: (),
+    listener_for: Callable[[Turn], tuple[Listener, ...]] = lambda turn: (),
     is_main: bool = True,
 ) -> Comparison:
     """Trains every arm ``request.seeds`` times; writes ``compare.json`` and the last arm's first model.
@@ -107,26 +130,25 @@ def _compared(
     request: Request,
     directory: Path,
     file: FileOptions | None,
-    listener_for: Callable[[str], tuple[Listener, ...]],
+    listener_for: Callable[[Turn], tuple[Listener, ...]],
     is_main: bool,
 ) -> Comparison:
     seeds = tuple(range(request.training.seed, request.training.seed + request.seeds))
     arms = request.arms or ("original", "connected")
     histories: dict[str, list[History]] = {arm: [] for arm in arms}
     first: dict[str, Subject] = {}
-    for seed in seeds:
-        for arm in arms:
-            on = subject(request, seed=seed, arm=arm, file=file)
-            place = _own_folder(directory, f"{seed}-{arm}")
-            listeners = listener_for(f"seed {seed}, {arm}")
-            try:
-                history = train(request, on, place, seed=seed, resume=True, listeners=listeners)
-            except Interrupted as error:  # it is the comparison that can be gone on with
-                raise stopped(error.signal, directory) from error
-            histories[arm].append(history)
-            first.setdefault(arm, on)
-            if is_main:
-                finish(on, place)
+    for number, (seed, arm) in enumerate(itertools.product(seeds, arms), start=1):
+        turn = Turn(number, len(seeds) * len(arms), seed, arm)
+        on = subject(request, seed=seed, arm=arm, file=file)
+        place, listeners = _own_folder(directory, turn.folder), listener_for(turn)
+        try:
+            history = train(request, on, place, seed=seed, resume=True, listeners=listeners)
+        except Interrupted as error:  # it is the comparison that can be gone on with
+            raise stopped(error.signal, directory) from error
+        histories[arm].append(history)
+        first.setdefault(arm, on)
+        if is_main:
+            finish(on, place)
     metrics = {arm: [dict(history.metrics) for history in runs] for arm, runs in histories.items()}
     ordered = sorted(
         itertools.combinations(arms, 2), key=lambda pair: -arms.index(pair[0]) - len(arms) * arms.index(pair[1])

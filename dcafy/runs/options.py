@@ -14,7 +14,7 @@ from dcafy.images.sources import forms
 from dcafy.plan.options import Conversion, check, setting
 from dcafy.runs.paper import RECIPES, explained
 from dcafy.training.options import TrainingConfig
-from dcafy.wording import nearest
+from dcafy.wording import nearest, quoted
 
 TASKS: dict[str, dict[str, Any]] = {
     "classification": {},
@@ -28,6 +28,10 @@ ARMS = ("plain", "attention", "original", "connected")
 
 KEPT = ("last", "best", "both")
 """Which epoch's model the folder of a run gives; with ``best`` and ``both`` the best one is in ``best`` inside it."""
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
+"""Trackers of Accelerate's, each with the name of the package that it needs."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class RunOptions:
         choices=tuple(RECIPES),
     )
     output: Path | None = setting(None, "The folder of the run.", metavar="DIR", short="-o")
+    config: Path | None = setting(
+        None,
+        "A file of options, YAML or JSON; the finetune.json of another run is one. The command line beats it.",
+        metavar="FILE",
+    )
     backbone: Path | None = setting(
         None,
         "The folder of a dcafy finetune run whose network lies under the detector, with its attention and connections; "
@@ -60,7 +69,12 @@ class RunOptions:
         metavar="RUN",
     )
     resume: bool = setting(
-        False, "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over."
+        False,
+        "Go on with the run in a folder, which MODEL or -o names; without a checkpoint in it, start over. With more "
+        "--epochs a run that has ended is trained further.",
+    )
+    overwrite: bool = setting(
+        False, "Replace the run or the model in the folder, once the new run has ended well. [default: refuse]"
     )
     plain: bool = setting(False, "Train the network as it is, without connections.")
     compare: str | None = setting(
@@ -77,6 +91,17 @@ class RunOptions:
         "and the best in the folder best inside.",
         choices=KEPT,
     )
+    dry_run: bool = setting(
+        False,
+        "Send one batch through all of it, validation included, and tell the memory and the time that the run takes; "
+        "nothing is written.",
+    )
+    track: str | None = setting(
+        None,
+        f"Also track the run with these, by Accelerate: {', '.join(TRACKERS)}. Files lie in the folder tracked of the "
+        "run. With --resume it has to be said again.",
+        metavar="TRACKERS",
+    )
     json_log: Path | None = setting(
         None, "Also write every step and epoch here, one JSON object a line.", metavar="FILE"
     )
@@ -85,7 +110,18 @@ class RunOptions:
         check(self)
         if self.plain and self.compare:
             raise UsageError("--plain trains one network, and --compare several. Leave one of them out.")
-        self.arms  # noqa: B018 (says what is wrong with them)
+        self.arms, self.trackers  # noqa: B018 (say what is wrong with them)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What the run is tracked with."""
+        asked = [name.lower() for name in (self.track or "").replace(",", " ").split()]
+        for name in asked:
+            if name not in TRACKERS:
+                raise UsageError(
+                    f"--track {quoted(name)} is not known.{nearest(name, TRACKERS)} Use any of: {', '.join(TRACKERS)}."
+                )
+        return tuple(dict.fromkeys(asked))
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -104,7 +140,7 @@ class RunOptions:
 class UseOptions:
     """How a trained network is run on images."""
 
-    batch_size: int = setting(32, "Images in a batch.", least=1)
+    batch_size: int = setting(32, "Images in a batch.", least=1, also=("--bs",))
     workers: int = setting(0, "Processes that read images.", least=0)
     cpu: bool = setting(False, "Run on the CPU even where there is a GPU.")
     image_size: int | None = setting(

@@ -89,22 +89,6 @@ class Request:
         return dataclasses.replace(self, model=model, data=anchored(self.data), backbone=backbone)
 
 
-def require_empty(directory: Path) -> None:
-    """Nothing where a run may begin: a new or empty folder; ``CheckpointError`` where it holds other things."""
-    try:
-        others = sorted(entry.name for entry in directory.iterdir()) if os.path.exists(directory) else []
-    except OSError as error:
-        raise CheckpointError(
-            f"{quoted(str(directory), 200)} cannot be a folder for a run: {error.strerror}."
-        ) from error
-    others = [name for name in others if not name.startswith(".")]
-    if others:
-        raise CheckpointError(
-            f"{quoted(str(directory), 200)} holds other things ({printable(', '.join(others[:3]))}). Name a new or "
-            "empty folder."
-        )
-
-
 def write_request(directory: Path, request: Request) -> None:
     """Puts the request into the folder of its run."""
     text = json.dumps(FORMAT.stamped(written(request)), indent=2) + "\n"
@@ -128,14 +112,18 @@ def read_request(directory: Path) -> Request:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{shown} is damaged ({refused(error)[:100]}). Start the run anew.") from error
     try:
-        entries = FORMAT.opened(data if isinstance(data, dict) else {})
+        return request_in(data)
     except OtherVersion as other:
         raise CheckpointError(f"{shown} was not written by this version of dcafy finetune.") from other
-    try:
-        missing = {item.name for item in dataclasses.fields(Request)} - entries.keys()
-        if missing:
-            raise UsageError(f"it does not say its {sorted(missing)[0]}")
-        request: Request = read(Request, entries)
     except (Wrong, Unknown, UsageError) as error:
         raise CheckpointError(f"{shown} is damaged: {printable(str(error)[:200])}. Start the run anew.") from error
+
+
+def request_in(data: Any) -> Request:
+    """The request that JSON says; raises ``OtherVersion``, ``Wrong``, ``Unknown`` or ``UsageError``."""
+    entries = FORMAT.opened(data if isinstance(data, dict) else {})
+    missing = {item.name for item in dataclasses.fields(Request)} - entries.keys()
+    if missing:
+        raise UsageError(f"it does not say its {sorted(missing)[0]}")
+    request: Request = read(Request, entries)
     return request

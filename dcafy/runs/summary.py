@@ -14,6 +14,7 @@ from dcafy.amounts import fixed, metric, percent, points
 from dcafy.analysis.listening import usage_tables
 from dcafy.attention.inserted import handed_on, hands_on
 from dcafy.checkpoint.folder import MARKER
+from dcafy.detection.resampling import RESAMPLES
 from dcafy.emit.dca import connections, is_connected
 from dcafy.images.about import About, known
 from dcafy.runs.compare import LOSSES, Comparison, measured
@@ -158,10 +159,11 @@ def of_difference(
 ) -> list[RenderableType]:
     """The metrics of the other network, and each difference with its interval over the images."""
     lines = [f"{against}: {metrics_in_words(other.metrics)}"]
+    over = f" over the images ({RESAMPLES:,} draws of them)" if found.seen else " over the images"
     for name, difference in differences.items():
         low, high = difference.low, difference.high
         nothing = low is not None and high is not None and low <= 0 <= high
-        told = _told(name, difference, " over the images")
+        told = _told(name, difference, over)
         more = ": no difference that the images could show" if nothing else ""
         lines.append(f"{name}, MODEL minus ORIGINAL: {told}{more}")
     return ["\n".join(lines)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, about
 from dcafy.runs.options import UseOptions
-from dcafy.wording import printable
+from dcafy.wording import few, nearest, printable, quoted
 from dcafy.zoos.specs import RANDOM, has_random_weights
 
 log = logging.getLogger("dcafy")
@@ -59,6 +60,23 @@ def require_task(model: nn.Module, spec: str) -> About:
             "or a detector."
         )
     return found
+
+
+def class_of(model: nn.Module, named: str) -> int:
+    """The number of the class with that name, else that number; ``UsageError`` where there is none."""
+    names = about(model).classes
+    spellings: tuple[Callable[[str], str], ...] = (str, str.casefold)
+    for spelt in spellings:
+        found = [number for number, name in enumerate(names) if spelt(name) == spelt(named)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            which = few(list(map(str, found)))
+            raise UsageError(f"--target {quoted(named)} is the name of the classes {which}. Choose one by its number.")
+    if named.isdecimal() and len(named) < 10:
+        return int(named)
+    known = f"It knows {few([quoted(name, 30) for name in names], 8)}." if names else "It has no names: give a number."
+    raise UsageError(f"--target {quoted(named)} is no class of the network.{nearest(named, names)} {known}")
 
 
 def fitting_names(found: About, outputs: int, spec: str) -> tuple[str, ...]:

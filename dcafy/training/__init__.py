@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dcafy.training.history import ConnectionState, Epoch, History
     from dcafy.training.loop import finetune
     from dcafy.training.options import TrainingConfig
+    from dcafy.training.telling import Listener
 
 _HOME = {
     "ConnectionState": "history",
@@ -24,6 +25,7 @@ _HOME = {
     "DataOptions": "dcafy.images.options",
     "Epoch": "history",
     "History": "history",
+    "Listener": "telling",
     "TrainingConfig": "options",
     "finetune": "loop",
     "open_data": "dcafy.images.sources",
@@ -35,6 +37,7 @@ __all__ = [
     "DataOptions",
     "Epoch",
     "History",
+    "Listener",
     "TrainingConfig",
     "finetune",
     "open_data",

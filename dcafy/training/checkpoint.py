@@ -20,7 +20,7 @@ from torch import Tensor
 from dcafy.checkpoint.tensors import apart, facts, fingerprint
 from dcafy.disk import regular, replace_file
 from dcafy.errors import CheckpointError
-from dcafy.records import Format, OtherVersion
+from dcafy.records import Format, OtherVersion, read
 from dcafy.wording import quoted, short
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -78,6 +78,43 @@ def _sha256(tensors: Mapping[str, Tensor], plain: Any) -> str:
     return hashlib.sha256(f"{of_tensors} {json.dumps(plain, sort_keys=True)}".encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How far a training has come: whole epochs, steps, and the learning rate of the base at the last one."""
+
+    epoch: int
+    step: int
+    rate: float
+
+
+_DAMAGED = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OverflowError)
+"""What reading the header of a file raises that is no checkpoint, or is none any more."""
+
+
+def standing_in(path: Path) -> Reached | None:
+    """How far the training of the checkpoint at ``path`` has come; ``None`` where there is none. Reads no tensor.
+
+    Raises ``CheckpointError`` for what is no checkpoint; whether it is whole shows when it is read.
+    """
+    if not os.path.lexists(path):
+        return None
+    shown = quoted(str(path), 200)
+    try:
+        regular(path).close()
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("dcafy", "null"))
+        if header["kind"] != _KIND:
+            raise ValueError("it is no checkpoint of a dcafy run")
+        progress = header["facts"]["progress"]
+        known = {name: progress.get(name, 0) for name in ("epoch", "step", "rate")}
+        reached: Reached = read(Reached, known, "progress")
+    except (OSError, MemoryError, RuntimeError, *_DAMAGED) as error:
+        raise CheckpointError(
+            f"{shown} cannot be read ({short(str(error), 160)}). Copy it again, or remove it."
+        ) from error
+    return reached
+
+
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at ``path``, ``None`` where there is none; ``CheckpointError`` where it is damaged or foreign."""
     if not os.path.lexists(path):
@@ -90,7 +127,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, MemoryError, RuntimeError) as error:  # a RecursionError, too: of the header
         raise CheckpointError(f"{shown} could not be read ({short(str(error), 160)}).") from error
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
             f"{shown} is damaged ({short(str(error), 160)}). Copy it again, or remove it: then --resume starts over."
         ) from error

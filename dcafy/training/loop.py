@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,26 +13,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from dcafy.analysis.listening import Usage
 from dcafy.analysis.usage import usage
+from dcafy.draws import OwnDraws
 from dcafy.emit.dca import connections, is_connected
-from dcafy.errors import InputError, TrainingError, UsageError
+from dcafy.errors import TrainingError, UsageError
 from dcafy.graph.modes import evaluating
-from dcafy.images.order import Batches, Seeded, Spread, derived_seed
+from dcafy.images.order import Batches, derived_seed
 from dcafy.trace.accepted import require_module
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from dcafy.training.feeding import Fed, check_split, fed
 from dcafy.training.folder import alone_in
 from dcafy.training.freezing import frozen_base
 from dcafy.training.history import ConnectionState, Epoch, History
+from dcafy.training.notebook import usual_listener
 from dcafy.training.optimization import optimizer_for, scheduler_for
 from dcafy.training.options import TrainingConfig
 from dcafy.training.parallel import is_main_process
 from dcafy.training.signals import Interruption, stopped
 from dcafy.training.state import Progress, Standing, captured, draws_kept, restored, seed_draws, unlike_numbers
-from dcafy.training.tasks import Classification, Task
-from dcafy.training.telling import Listener, Silent
+from dcafy.training.tasks import Batch, Classification, Task
+from dcafy.training.telling import Listener, Silent, Watched
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
 from dcafy.wording import needing, one_line
 
@@ -54,14 +56,17 @@ def finetune(
 ) -> History:
     """What a training of ``model``, in place, has measured; the model is in eval mode afterwards.
 
-    ``train`` and ``val``: data sets of (image tensor ``[C, H, W]``, class number), with a length and an index each.
-    Under one ``config.seed`` the order of the images, their random transforms and dropout are the same again, whatever
-    the number of ``workers``; afterwards torch's generators, Python's and numpy's are where they were. ``model`` may be
-    converted or not; its connections learn at a rate of their own.
+    ``train`` and ``val``: data sets of (image tensor ``[C, H, W]``, class number), with a length and an index each, or
+    DataLoaders over such: then the batches are those of its sampler, made by its ``collate_fn`` with its workers, and
+    ``config.batch_size`` and ``config.workers`` say nothing. Under one ``config.seed`` the order of the images, their
+    random transforms and dropout are the same again, whatever the number of workers; afterwards torch's generators,
+    Python's and numpy's are where they were. ``model`` may be converted or not; its connections learn at a rate of
+    their own.
 
     ``task``: what is trained for; classification where absent. ``directory``: where a checkpoint is kept, from which
-    ``resume`` goes on; without one it starts over. ``new_layers``: modules that are trained also where the base is
-    frozen. ``listener``: is told what happens.
+    ``resume`` goes on; without one it starts over. Where that run has ended and ``config.epochs`` are more than it had,
+    it is trained further: the rates from there on are those of a run of that many epochs. ``new_layers``: modules that
+    are trained also where the base is frozen. ``listener``: is told what happens; in a notebook the default is a bar.
 
     Raises ``UsageError`` (where another process trains in ``directory``, too) and ``InputError`` before the first step,
     ``TrainingError`` where the loss is no number, ``CheckpointError`` for a checkpoint that cannot be read or written,
@@ -77,17 +82,11 @@ def finetune(
     """
     config = config or TrainingConfig()
     require_module(model)
-    for name, part in (("train", train), ("val", val)):
-        if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
-            raise InputError(
-                f"{name} is a {type(part).__name__}; finetune takes data sets of (image, label) with a length and an "
-                "index, and makes the batches itself. Of a DataLoader pass its .dataset."
-            )
-        if not len(part):
-            raise InputError(f"{name} has no images.")
+    task = task or Classification(config)
+    images = fed("train", train, config, task), fed("val", val, config, task)
     place = None if directory is None else Path(directory)
     with nullcontext() if place is None or not is_main_process() else alone_in(place):
-        run = _Run(model, train, val, config, task or Classification(config), new_layers, listener or Silent())
+        run = Training(model, *images, config, task, new_layers, listener or usual_listener())
         try:
             with draws_kept(run.accelerator.device):
                 return run.train(place, resume)
@@ -122,22 +121,17 @@ def accelerator_for(config: TrainingConfig) -> Accelerator:
         raise UsageError(
             f"--precision {config.precision} cannot be had on the {accelerator.device.type}. Choose bf16, or no."
         )
-    if config.batch_size % accelerator.num_processes:
-        raise UsageError(
-            f"--batch-size {config.batch_size} cannot be split between {accelerator.num_processes} processes. Choose a "
-            "multiple."
-        )
     return accelerator
 
 
-class _Run:
+class Training:
     """One training: what it works with, and where it stands."""
 
     def __init__(
         self,
         model: nn.Module,
-        train: Any,
-        val: Any,
+        train: Fed,
+        val: Fed,
         config: TrainingConfig,
         task: Task,
         new_layers: tuple[str, ...],
@@ -145,15 +139,24 @@ class _Run:
     ) -> None:
         self.config, self.task, self.model = config, task, model
         self.accelerator = accelerator_for(config)
+        for name, part in (("train", train), ("val", val)):
+            check_split(name, part, self.accelerator.num_processes)
         self.listener = listener if self.accelerator.is_main_process else Silent()
         self.connected = is_connected(model)
         model.to(self.accelerator.device)
-        data = Seeded(train, seed=derived_seed(config.seed, 1), transform=getattr(train, "transform_sample", None))
-        task.check(model, data[(0, 0)])
-        self.order = Batches(len(data), config.batch_size, seed=config.seed, shuffle=True)
-        self.train_loader = self.accelerator.prepare_data_loader(self._loader(data, self.order, training=True))
-        self.prepare_shown = getattr(val, "transform_sample", None)
-        self.val, self.val_loader = val, self.accelerator.prepare_data_loader(self._shown_loader(val))
+        data = train.samples(seed=derived_seed(config.seed, 1), training=True)
+        task.check(model, train.first(data))
+        if config.balance:
+            task.balance(train.labels())
+        self.order = train.order(seed=config.seed, training=True)
+        cuda = self.accelerator.device.type == "cuda"
+        self.train_loader = self.accelerator.prepare_data_loader(
+            train.loader(data, self.order, training=True, cuda=cuda)
+        )
+        shown = val.loader(
+            val.samples(seed=0, training=False), val.order(seed=0, training=False), training=False, cuda=cuda
+        )
+        self.val, self.val_loader = val, self.accelerator.prepare_data_loader(shown)
         self.optimizer = optimizer_for(model, config)
         steps = -(-self.order.in_all // config.accumulate)
         self.schedule = scheduler_for(self.optimizer, config, steps)
@@ -169,22 +172,6 @@ class _Run:
         self.by_image: Mapping[str, Tensor] | None = None
         self.skipped: dict[str, None] = {}
 
-    def _shown_loader(self, val: Any) -> DataLoader[Any]:
-        """Batches of validation images, in their own order: all of them, before they are split between processes."""
-        shown = Seeded(val, seed=0, transform=self.prepare_shown, counts_stand_ins=False)
-        return self._loader(shown, Batches(len(shown), self.config.batch_size, seed=0, shuffle=False), training=False)
-
-    def _loader(self, data: Seeded, order: Batches, *, training: bool) -> DataLoader[Any]:
-        return DataLoader(
-            data,
-            batch_sampler=order,
-            collate_fn=functools.partial(self.task.collate, training=training),
-            num_workers=self.config.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # its own: the global one is dropout's
-            multiprocessing_context="spawn" if self.config.workers and self.accelerator.device.type == "cuda" else None,
-        )
-
     # -- the whole --------------------------------------------------------------------------------------
 
     def train(self, directory: Path | None, resume: bool) -> History:
@@ -196,7 +183,7 @@ class _Run:
                 self._resume(self.file)
             self.listener.begins(self.config, self.total_steps, self.progress.step, tuple(self.epochs))
             while self.progress.epoch < self.config.epochs:
-                with self._phase() as wrapped:
+                with self.phase() as wrapped:
                     if wrapped is not None:
                         self._epoch(wrapped)
                 self._end_epoch()
@@ -204,13 +191,14 @@ class _Run:
             _take(self.model, self.average.module)
         self.model.eval()
         if self.by_image is None:  # a run that had ended before
-            self._evaluate(self.model)
-        history = History(tuple(self.epochs), self._usage(), tuple(self.skipped), self.by_image or {})
+            self.evaluate(self.model)
+        used = self.usage(self.config.usage_images)
+        history = History(tuple(self.epochs), used, tuple(self.skipped), self.by_image or {})
         self.listener.ends(history)
         return history
 
     @contextmanager
-    def _phase(self) -> Iterator[Replicated | Sharded | None]:
+    def phase(self) -> Iterator[Replicated | Sharded | None]:
         """What is trained, with the base frozen where this epoch asks for it; ``None`` where nothing is.
 
         Wrapped anew for each epoch: DDP looks only once at which parameters are trained.
@@ -235,23 +223,28 @@ class _Run:
     # -- one epoch --------------------------------------------------------------------------------------
 
     def _epoch(self, wrapped: Replicated | Sharded) -> None:
-        model, optimizer = wrapped.model, wrapped.optimizer
         self.order.epoch, self.order.start = self.progress.epoch, self.progress.batch
         for batch in self.train_loader:
             self._skip(batch.unreadable)
             start = time.perf_counter()
-            with self.accelerator.accumulate(model):
-                loss, right = self.task.loss(model, batch)
-                self.progress.add(loss.detach(), right, len(batch.indices))
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.config.clip_norm:
-                    self.accelerator.clip_grad_norm_(model.parameters(), self.config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            self.progress.batch += 1
+            loss = self.batch_done(wrapped, batch)
             if self.accelerator.sync_gradients:
                 self._stepped(loss, wrapped)
             self.progress.seconds += time.perf_counter() - start
+
+    def batch_done(self, wrapped: Replicated | Sharded, batch: Batch) -> Tensor:
+        """The loss of a batch, whose gradient has been added, and after the last batch of a step also taken."""
+        model, optimizer = wrapped.model, wrapped.optimizer
+        with self.accelerator.accumulate(model):
+            loss, right = self.task.loss(model, batch)
+            self.progress.add(loss.detach(), right, len(batch.indices))
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients and self.config.clip_norm:
+                self.accelerator.clip_grad_norm_(model.parameters(), self.config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.progress.batch += 1
+        return loss
 
     def _stepped(self, loss: Tensor, wrapped: Replicated | Sharded) -> None:
         """After a step of the optimizer."""
@@ -298,7 +291,7 @@ class _Run:
             raise stopped(int(signal), None if self.file is None else self.file.parent)
 
     def _end_epoch(self) -> None:
-        metrics = self._evaluate(self._shown())
+        metrics = self.evaluate(self._shown())
         if not math.isfinite(metrics.get("loss", 0.0)):
             self.progress.broken = True  # which the look round at the end of the epoch tells, before it saves
         self._share_skipped()
@@ -328,13 +321,14 @@ class _Run:
         return self.model if self.average is None else self.average.module
 
     @torch.no_grad()
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The metrics of ``model`` on the validation images."""
+    def evaluate(self, model: nn.Module, most: int | None = None) -> dict[str, float]:
+        """The metrics of ``model`` on the validation images; ``most``: on so many batches of them only."""
         meter = self.task.meter()
-        with evaluating(model), torch.random.fork_rng(devices=[]):
-            for batch in self.val_loader:
+        with evaluating(model), OwnDraws():
+            for done, batch in enumerate(itertools.islice(self.val_loader, most), start=1):
                 self._skip(batch.unreadable)
                 meter.update(model, batch)
+                self.listener.advanced("validation", done, len(self.val_loader))
         metrics = meter.result(self.accelerator)
         self.by_image = meter.by_image
         return metrics
@@ -352,14 +346,15 @@ class _Run:
 
             self._skip(gather_object(list(self.skipped)))
 
-    def _usage(self) -> Usage | None:
+    def usage(self, most: int) -> Usage | None:
         """What the network makes of its connections, on images that every process goes through by itself."""
-        wanted = self.config.usage_images
-        if not (self.connected and wanted and isinstance(self.task, Classification)):
+        if not (self.connected and most and isinstance(self.task, Classification)):
             return None
-        # Mixed: data sets are often sorted by class, and messages are shuffled within a batch.
-        spread = self._shown_loader(Spread(self.val, wanted, mixed=True))
-        return usage(self.model, [(batch.inputs, batch.labels) for batch in spread])
+        shown = self.val.samples(seed=0, training=False, spread=most)
+        order = Batches(len(shown), self.val.batch_size, seed=0, shuffle=False)
+        cuda = self.accelerator.device.type == "cuda"
+        batches = [(batch.inputs, batch.labels) for batch in self.val.loader(shown, order, training=False, cuda=cuda)]
+        return usage(self.model, Watched(batches, len(connections(self.model)), self.listener))
 
     # -- checkpoints ------------------------------------------------------------------------------------
 

@@ -65,8 +65,8 @@ def optimizer_for(model: nn.Module, config: TrainingConfig) -> torch.optim.Optim
     return _OPTIMIZERS[config.optimizer](groups, config)
 
 
-def scheduler_for(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> LambdaLR:
-    """The schedule of every group's rate; ``steps``: those of one epoch."""
+def part_of_rate(config: TrainingConfig, steps: int) -> Callable[[float], float]:
+    """Step -> the part of every group's rate that the schedule leaves at it; ``steps``: those of one epoch."""
     milestones = config.falls_at if config.schedule == "multistep" else ()
     total, warmup = steps * config.epochs, config.warmup_steps or config.warmup_epochs * steps
     falls: dict[str, Callable[[float], float]] = {
@@ -78,9 +78,20 @@ def scheduler_for(optimizer: torch.optim.Optimizer, config: TrainingConfig, step
     fall = falls[config.schedule]
     start = config.warmup_from
 
-    def rise(step: int) -> float:
+    def rise(step: float) -> float:
         return (
             min(start + (1 - start) * step / warmup, 1.0) if start and warmup else min((step + 1) / (warmup + 1), 1.0)
         )
 
-    return LambdaLR(optimizer, lambda step: rise(step) * fall(step))
+    return lambda step: rise(step) * fall(step)
+
+
+def scheduler_for(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> LambdaLR:
+    """The schedule of every group's rate; ``steps``: those of one epoch."""
+    return LambdaLR(optimizer, part_of_rate(config, steps))
+
+
+def rates_at(schedule: LambdaLR) -> list[float]:
+    """Every group's rate at the step where the schedule stands, whatever it was under another schedule."""
+    pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    return [float(base * part(schedule.last_epoch)) for base, part in pairs]

@@ -23,10 +23,15 @@ class TrainingConfig:
     """How a network is trained: the optimizer, its schedule, the budget, what is kept."""
 
     epochs: int = setting(10, "How often the training images are gone through.", least=1)
-    batch_size: int = setting(32, "Images in a batch, over all processes together.", least=1)
+    batch_size: int = setting(32, "Images in a batch, over all processes together.", least=1, also=("--bs",))
     accumulate: int = setting(1, "Batches for one step of the optimizer.", least=1)
     optimizer: str = setting("adamw", "adamw, or sgd with momentum (the paper's).", choices=("adamw", "sgd"))
-    lr: float | None = setting(None, "Learning rate of the base. [default: 0.0005 with adamw, 0.01 with sgd]", least=0)
+    lr: float | None = setting(
+        None,
+        "Learning rate of the base. [default: 0.0005 with adamw, 0.01 with sgd]",
+        least=0,
+        also=("--learning-rate",),
+    )
     connection_lr: float | None = setting(
         None,
         "Learning rate of the connections. [default: 10 times --lr, but at most 0.005 with adamw, 0.1 with sgd, and at "
@@ -35,7 +40,10 @@ class TrainingConfig:
     )
     scale_lr: float | None = setting(None, "Learning rate of α and β. [default: that of the connections]", least=0)
     weight_decay: float | None = setting(
-        None, "Weight decay; see --decayed for of what. [default: 0.01 with adamw, 0.0001 with sgd]", least=0
+        None,
+        "Weight decay; see --decayed for of what. [default: 0.01 with adamw, 0.0001 with sgd]",
+        least=0,
+        also=("--wd",),
     )
     decayed: str = setting(
         "weights",
@@ -64,6 +72,11 @@ class TrainingConfig:
     mixup: float = setting(0.0, "Strength (alpha) of mixup; 0 is none.", least=0)
     cutmix: float = setting(
         0.0, "Strength (alpha) of CutMix; 0 is none. With both, each batch gets one of them.", least=0
+    )
+    balance: bool = setting(
+        False,
+        "Weigh each class in the loss by how rare it is (all images over classes times images of the class), so that "
+        "rare ones count as much as common ones.",
     )
     ema: float = setting(
         0.0, "Decay of an average of the weights, such as 0.999, which is then evaluated and kept.", least=0, below=1
@@ -108,6 +121,11 @@ class TrainingConfig:
         if not found or not all(0 < earlier < later for earlier, later in itertools.pairwise((*found, math.inf))):
             raise UsageError(f"--milestones {self.milestones!r} should be epochs that rise, such as 18,22.")
         return found
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with one another."""
+        return bool(self.mixup or self.cutmix)
 
     @property
     def base_rate(self) -> float:

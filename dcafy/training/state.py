@@ -31,6 +31,7 @@ from dcafy.training.fitting import (
     python_state,
 )
 from dcafy.training.history import Epoch
+from dcafy.training.optimization import rates_at
 from dcafy.training.options import TIMES, TrainingConfig
 from dcafy.wording import printable, short
 
@@ -145,8 +146,11 @@ def captured(now: Standing) -> Checkpoint:
 def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
     """Puts the training where ``checkpoint`` (read from ``file``) stands; ``CheckpointError`` where it is another's."""
     shown, facts = repr(printable(str(file))), checkpoint.facts
-    run = facts.get("run")
-    differs = [name for name, value in _identity(now).items() if not isinstance(run, dict) or run.get(name) != value]
+    differs, further = _differing(_identity(now), facts), _fewer_epochs(now, facts)
+    if differs and further is not None and not _differing(_identity(further), facts):
+        differs = []
+    else:
+        further = None
     if differs:
         raise CheckpointError(
             f"{shown} is of another run: its {printable(', '.join(differs))} differ. Go on with the options, the data "
@@ -172,7 +176,9 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
             now.average.load_state_dict(_part(checkpoint, "average"), strict=True)
         now.optimizer.load_state_dict({**now.optimizer.state_dict(), "state": kept})
         now.schedule.load_state_dict({**now.schedule.state_dict(), **facts["schedule"]})
-        for group, rate in zip(now.optimizer.param_groups, facts["schedule"]["_last_lr"], strict=True):
+        rates = facts["schedule"]["_last_lr"] if further is None else rates_at(now.schedule)
+        now.schedule._last_lr = list(rates)
+        for group, rate in zip(now.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if now.accelerator.scaler is not None:
             now.accelerator.scaler.load_state_dict(facts["scaler"])
@@ -187,7 +193,23 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
         ) from error
 
 
-_LATER = frozenset({"scale_lr", "decayed", "nesterov", "milestones", "warmup_steps", "warmup_from"})
+def _differing(ours: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What of our identity a checkpoint has otherwise, or has not."""
+    theirs = facts.get("run")
+    return [name for name, value in ours.items() if not isinstance(theirs, dict) or theirs.get(name) != value]
+
+
+def _fewer_epochs(now: Standing, facts: Mapping[str, Any]) -> Standing | None:
+    """This training with as many epochs as the checkpoint has behind it, where those are fewer: it had ended there."""
+    progress = facts.get("progress")
+    done = progress.get("epoch") if isinstance(progress, dict) else None
+    if type(done) is not int or not 0 < done < now.config.epochs:
+        return None
+    # Milestones that lie behind its end are no error of that run's: they were looked at as it began.
+    return dataclasses.replace(now, config=dataclasses.replace(now.config, epochs=done))
+
+
+_LATER = frozenset({"scale_lr", "decayed", "nesterov", "milestones", "warmup_steps", "warmup_from", "balance"})
 """Options that the first runs did not have: at their defaults they are left out, so that those can be gone on with."""
 
 

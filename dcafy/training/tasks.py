@@ -56,11 +56,23 @@ class Task(Protocol):
     def collate(self, samples: Sequence[Sample], *, training: bool) -> Batch:
         """The samples as a batch."""
 
+    def batched(self, inputs: Any, labels: Any, samples: Sequence[Sample], *, training: bool) -> Batch:
+        """The batch that a DataLoader of the user's has made of the samples."""
+
+    def balance(self, labels: Sequence[int]) -> None:
+        """Weighs the classes in the loss by how rare they are among the labels of the training images."""
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The loss, and how many images were classified rightly, where that means anything."""
 
     def meter(self) -> Meter:
         """A new meter."""
+
+
+def _of_samples(samples: Sequence[Sample]) -> tuple[Tensor, tuple[str, ...]]:
+    """The indices of the samples, and what could not be read."""
+    indices = torch.tensor([sample.key[1] for sample in samples])
+    return indices, tuple(name for sample in samples for name in sample.unreadable)
 
 
 def _class_number(label: Any) -> int:
@@ -78,6 +90,7 @@ class Classification:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
         self.classes = 0
+        self.weights: Tensor | None = None
 
     def check(self, model: nn.Module, sample: Sample) -> None:
         image = sample.image
@@ -97,6 +110,30 @@ class Classification:
             )
         inputs = torch.stack([sample.image for sample in samples])
         labels: Tensor = torch.tensor([_class_number(sample.label) for sample in samples])
+        return self._ready(inputs, labels, samples, training)
+
+    def batched(self, inputs: Any, labels: Any, samples: Sequence[Sample], *, training: bool) -> Batch:
+        for name, value in (("images", inputs), ("labels", labels)):
+            if not isinstance(value, Tensor) or len(value) != len(samples):
+                what = f"{len(value)} of them" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise InputError(
+                    f"The DataLoader makes {what} where a tensor with {len(samples)} {name} should be. Give it a "
+                    "collate_fn that makes one of every sample."
+                )
+        if labels.is_floating_point():  # mixed already
+            if not training or labels.ndim != 2 or labels.shape[1] != self.classes or self.config.mixes:
+                raise InputError(
+                    f"The DataLoader gives labels of {str(labels.dtype).removeprefix('torch.')}, {list(labels.shape)}. "
+                    "They should be class numbers; weights of all classes, [N, classes], do in training without "
+                    "--mixup and --cutmix."
+                )
+            return Batch(inputs, labels, *_of_samples(samples))
+        if labels.ndim != 1:
+            raise InputError(f"The DataLoader gives labels of shape {list(labels.shape)}, not one class number each.")
+        standing_in = torch.tensor([sample.label == -1 for sample in samples])
+        return self._ready(inputs, labels.long().masked_fill(standing_in, -1), samples, training)
+
+    def _ready(self, inputs: Tensor, labels: Tensor, samples: Sequence[Sample], training: bool) -> Batch:
         if training and labels.min() < 0:
             raise InputError(f"A label is {int(labels.min())}. Classes are counted from 0.")
         if labels.max() >= self.classes:
@@ -104,10 +141,15 @@ class Classification:
                 f"A label is {int(labels.max())}, but the network has {self.classes} classes, counted from 0. Give "
                 "it a classifier for all of them."
             )
-        if training and (self.config.mixup or self.config.cutmix) and len(samples) > 1:
+        if training and self.config.mixes and len(samples) > 1:
             inputs, labels = self._mixed(inputs, labels, samples[0])
-        indices = torch.tensor([sample.key[1] for sample in samples])
-        return Batch(inputs, labels, indices, tuple(name for sample in samples for name in sample.unreadable))
+        return Batch(inputs, labels, *_of_samples(samples))
+
+    def balance(self, labels: Sequence[int]) -> None:
+        counts = torch.bincount(torch.tensor(labels), minlength=self.classes).double()
+        # Over all training images their mean is 1, so that rates mean what they do without.
+        shares = len(labels) / (counts * int((counts > 0).sum()))
+        self.weights = torch.where(counts > 0, shares, 0.0).float()
 
     def _mixed(self, inputs: Tensor, labels: Tensor, first: Sample) -> tuple[Tensor, Tensor]:
         from torchvision.transforms import v2
@@ -126,7 +168,13 @@ class Classification:
                 f"In training the network gives {type(outputs).__name__}, not one tensor of class scores. Build it "
                 "without auxiliary classifiers, for instance with --set aux_logits=false."
             )
-        loss = F.cross_entropy(outputs.float(), batch.labels, label_smoothing=self.config.label_smoothing)
+        scores, smoothing = outputs.float(), self.config.label_smoothing
+        if self.weights is None:
+            loss = F.cross_entropy(scores, batch.labels, label_smoothing=smoothing)
+        else:  # the mean over the images, not over their weights: however a batch is split, it is the same
+            weights = self.weights.to(scores.device)
+            each = F.cross_entropy(scores, batch.labels, weights, reduction="none", label_smoothing=smoothing)
+            loss = each.mean()
         best = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
         return loss, (outputs.argmax(1) == best).sum()
 

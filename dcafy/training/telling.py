@@ -1,17 +1,16 @@
-"""What a run tells while it goes on: bars on a terminal, plain lines elsewhere, JSON lines in files."""
+"""What a run tells while it goes on: who is told, plain lines, and JSON lines in files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from dcafy.amounts import fixed, metric, percent
@@ -26,7 +25,15 @@ LOG = "log.jsonl"
 
 
 class Listener:
-    """What may be done at each event of a run; here nothing."""
+    """What may be done at each event of a run; here nothing. Pass one of your own to ``finetune(listener=...)``.
+
+    Only the main process tells. What a method raises ends the training, which keeps its last checkpoint.
+
+    >>> class Worst(Listener):
+    ...     loss = 0.0
+    ...     def epoch_ended(self, epoch):
+    ...         self.loss = max(self.loss, epoch.metrics["loss"])
+    """
 
     def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
         """A run of ``steps`` steps begins, or goes on after ``done`` of them."""
@@ -40,6 +47,9 @@ class Listener:
 
     def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
         """A step is done: its loss, the epoch's loss and accuracy so far, the base's learning rate."""
+
+    def advanced(self, what: str, done: int, of: int) -> None:
+        """``what`` (``validation``, or ``usage`` of the connections) is done with so much ``of`` all."""
 
     def measured(self, model: nn.Module, epoch: Epoch) -> None:
         """An epoch is done, and ``model`` is what was measured in it; it is not saved yet."""
@@ -77,7 +87,7 @@ class Several(Listener):
         self.listeners = tuple(listeners)
 
     begins, resumed, measured = _each("begins"), _each("resumed"), _each("measured")
-    epoch_ended = _each("epoch_ended")
+    advanced, epoch_ended = _each("advanced"), _each("epoch_ended")
     skipped, ends, closes = _each("skipped"), _each("ends"), _each("closes")
 
     def wants(self, step: int) -> bool:
@@ -100,19 +110,52 @@ def in_words(epoch: Epoch, of: int) -> str:
     return f"epoch {epoch.epoch}/{of}: loss {fixed(epoch.loss)}{trained}; validation {metrics_in_words(epoch.metrics)}"
 
 
-class Lines(Listener):
-    """One plain line for each epoch."""
+class Pace:
+    """How fast a run goes, and when it will have ended: by the steps since it began, or went on."""
 
-    def __init__(self, out: IO[str] | None = None, title: str = "") -> None:
-        self.out, self.title = out or sys.stderr, f"{title}: " if title else ""
-        self.epochs = 0
+    def __init__(self, config: TrainingConfig, steps: int, done: int) -> None:
+        self.batch, self.steps, self.first = config.batch_size * config.accumulate, steps, done
+        self.since = time.monotonic()
+
+    def images_per_second(self, step: int) -> float:
+        """Images of training a second."""
+        return (step - self.first) * self.batch / max(time.monotonic() - self.since, 1e-9)
+
+    def seconds_left(self, step: int) -> float:
+        """Seconds until the last step, if all goes on as it has."""
+        return (time.monotonic() - self.since) / max(step - self.first, 1) * (self.steps - step)
+
+
+def lasting(seconds: float) -> str:
+    """How long that is, in the two largest units.
+
+    >>> lasting(0.42), lasting(83), lasting(7500)
+    ('0.4 s', '1 min 23 s', '2 h 5 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Lines(Listener):
+    """One plain line for each epoch; within them one after the first step, then one ``every`` so many seconds."""
+
+    def __init__(self, out: IO[str] | None = None, title: str = "", *, every: float = 10.0) -> None:
+        self.out, self.title, self.every = out or sys.stderr, f"{title}: " if title else "", every
+        self.epochs = self.steps = 0
+        self.told = -math.inf
         self.found: tuple[int, int] | None = None
 
     def _say(self, text: str) -> None:
         print(f"{self.title}{printable(text)}", file=self.out, flush=True)
 
     def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
-        self.epochs = config.epochs
+        self.epochs, self.steps, self.pace = config.epochs, steps, Pace(config, steps, done)
         if self.found is not None and self.found[0] >= config.epochs:
             self._say(f"finished already: all {config.epochs} epochs are done, and the model is saved again")
         elif self.found is not None:
@@ -121,6 +164,18 @@ class Lines(Listener):
     def resumed(self, epoch: int, step: int) -> None:
         self.found = epoch, step
 
+    def wants(self, step: int) -> bool:
+        return time.monotonic() - self.told >= self.every
+
+    def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
+        self.told = time.monotonic()
+        each = self.steps // self.epochs
+        epoch = (step - 1) // each
+        self._say(
+            f"epoch {epoch + 1}/{self.epochs}, step {step - epoch * each}/{each}: {so_far(means)}, lr {lr:.2g}, "
+            f"{self.pace.images_per_second(step):.0f} images/s, {lasting(self.pace.seconds_left(step))} left"
+        )
+
     def epoch_ended(self, epoch: Epoch) -> None:
         self._say(in_words(epoch, self.epochs))
 
@@ -128,50 +183,35 @@ class Lines(Listener):
         self._say(f"skipped, cannot be read: {name}")
 
 
-class Bars(Lines):
-    """A bar for the epochs and one for the steps, with rate, loss, accuracy and the time that is left."""
+def so_far(means: tuple[float, float | None]) -> str:
+    """Loss and accuracy of an epoch as far as it has come."""
+    return f"loss {fixed(means[0])}" + ("" if means[1] is None else f", accuracy {percent(means[1])}")
 
-    def __init__(self, console: Console, title: str = "") -> None:
-        super().__init__(title=title)
-        self.console = console
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self.told = 0.0
 
-    def _say(self, text: str) -> None:
-        self.bars.console.print(f"{self.title}{printable(text)}", markup=False, highlight=False)
+class Watched(Sequence[Any]):
+    """Batches that tell how far :func:`dcafy.usage` has come with them: it goes through them twice and more.
 
-    def begins(self, config: TrainingConfig, steps: int, done: int, epochs: Sequence[Epoch]) -> None:
-        super().begins(config, steps, done, epochs)
-        self.batch = config.batch_size * config.accumulate
-        self.first, self.since = done, time.monotonic()
-        self.epoch_bar: TaskID = self.bars.add_task("epochs", total=config.epochs, completed=len(epochs), said="")
-        self.step_bar: TaskID = self.bars.add_task("steps", total=steps, completed=done, said="")
-        self.bars.start()
+    The first time each is run as it is; then also with every one of the ``connections``, and all of them, changed in
+    three ways.
+    """
 
-    def wants(self, step: int) -> bool:
-        return time.monotonic() - self.told > 0.2
+    def __init__(self, batches: Sequence[Any], connections: int, listener: Listener) -> None:
+        self.batches, self.listener = batches, listener
+        self.later = 3 * (connections + 1) + 1
+        self.done, self.of = 0, len(batches) * (1 + self.later)
 
-    def stepped(self, step: int, loss: float, means: tuple[float, float | None], lr: float) -> None:
-        self.told = time.monotonic()
-        rate = (step - self.first) * self.batch / max(self.told - self.since, 1e-9)
-        accuracy = "" if means[1] is None else f" accuracy {percent(means[1])}"
-        said = f"{rate:.0f} images/s, loss {means[0]:.4f}{accuracy}, lr {lr:.2g}"
-        self.bars.update(self.step_bar, completed=step, said=said)
+    def __len__(self) -> int:
+        return len(self.batches)
 
-    def epoch_ended(self, epoch: Epoch) -> None:
-        super().epoch_ended(epoch)
-        self.bars.update(self.epoch_bar, completed=epoch.epoch)
-        self.bars.update(self.step_bar, completed=epoch.steps)
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[index]
 
-    def closes(self) -> None:
-        self.bars.stop()
+    def __iter__(self) -> Iterator[Any]:
+        runs = self.later if self.done else 1
+        for batch in self.batches:
+            yield batch
+            self.done = min(self.done + runs, self.of)
+            self.listener.advanced("usage", self.done, self.of)
 
 
 class JsonLines(Listener):
@@ -226,9 +266,3 @@ class JsonLines(Listener):
     def ends(self, history: History) -> None:
         found = None if history.usage is None else dataclasses.asdict(history.usage)
         self._write({"event": "end", "usage": found, "skipped": list(history.skipped)})
-
-
-def for_stderr(title: str = "") -> Lines:
-    """Bars where stderr is a terminal, else plain lines."""
-    console = Console(stderr=True)
-    return Bars(console, title) if console.is_terminal else Lines(title=title)

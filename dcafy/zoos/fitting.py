@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from dcafy.draws import OwnDraws
 from dcafy.errors import SourceError, UsageError
 from dcafy.wording import few, short
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
@@ -262,7 +263,7 @@ def architectures_that_fit(state: Mapping[str, torch.Tensor]) -> tuple[list[Gues
     log.info("comparing keys and shapes with %d architectures", len(candidates))
     found: list[Guess] = []
     near: list[Guess] = []
-    with torch.random.fork_rng(devices=[]), quiet(), _progress(len(candidates)) as advance:
+    with OwnDraws(), quiet(), _progress(len(candidates)) as advance:
         for prefix, name in candidates:
             advance()
             fits = _fits(Blueprint(prefix, name), shapes)

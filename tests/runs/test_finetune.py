@@ -24,9 +24,12 @@ from two_processes import DIGITS as QUICK
 from two_processes import FACTORY, FACTORY_CODE
 
 import dcafy
-from dcafy.cli.finetune import _known
+from dcafy.plan.options import Conversion
+from dcafy.runs.asking import Asked, request_of
 from dcafy.runs.compare import compare
+from dcafy.runs.options import RunOptions
 from dcafy.runs.request import Request, write_request
+from dcafy.sources.options import FileOptions
 from dcafy.training import DataOptions, TrainingConfig
 from dcafy.training.telling import Listener
 
@@ -124,6 +127,10 @@ def test_a_folder_does_not_choose_the_code_that_is_run(command: Run, tmp_path: P
     code, _, err = command("run", "--resume")
     assert code == 2
     assert "is built by code: os:getcwd" in err
+    (tmp_path / "run/finetune.json").write_text(json.dumps({**request, "model": "hf://somebody/network"}))
+    code, _, err = command("run", "--resume")
+    assert (code, "comes from the Hub: hf://somebody/network" in err) == (2, True)
+    (tmp_path / "run/finetune.json").write_text(json.dumps(request))
     code, _, err = command(FACTORY, "-o", "run", "--resume")
     assert code == 2
 
@@ -136,10 +143,11 @@ def test_a_folder_does_not_choose_what_is_read_elsewhere_or_fetched(command: Run
     code, _, err = command("run", "--resume")
     assert code == 2
     assert "Say that it may: --follow-links" in err
-    asked = _known(tmp_path / "run", "", {"follow_links": True})
-    assert (asked.images.follow_links, asked.images.download) == (True, False)
-    asked = _known(tmp_path / "run", "", {"follow_links": True, "download": True})
-    assert asked.images.download
+    run = RunOptions(resume=True, output=tmp_path / "run")
+    options = {}, run, TrainingConfig(), DataOptions(), Conversion(), FileOptions()
+    known = request_of(Asked("", *options, {"follow_links": True}, {}))
+    assert (known.images.follow_links, known.images.download) == (True, False)
+    assert request_of(Asked("", *options, {"follow_links": True, "download": True}, {})).images.download
 
 
 @pytest.mark.parametrize(

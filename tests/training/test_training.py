@@ -611,7 +611,7 @@ class Unlabelled(Stripes):
     ("arguments", "error", "says"),
     [
         ((TRAIN, []), InputError, "val has no images"),
-        ((DataLoader(TRAIN), VAL), InputError, r"\.dataset"),
+        ((DataLoader(TRAIN, batch_size=None), VAL), InputError, "train is a DataLoader from whose middle"),
         ((Unlabelled(), VAL), InputError, "A label is 9, but the network has 4 classes"),
         (([("words", 1)], VAL), InputError, "gives str"),
     ],
@@ -724,7 +724,7 @@ def test_two_processes_that_cannot_train(monkeypatch, kind, plugin, says):
 
     monkeypatch.setattr("accelerate.Accelerator", Two)
     with pytest.raises(UsageError, match=says):
-        accelerator_for(config(batch_size=7))
+        finetune(connected(), TRAIN, VAL, config(batch_size=7))
 
 
 def test_the_model_stays_a_plain_module():

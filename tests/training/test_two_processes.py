@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -80,6 +81,12 @@ def test_they_do_what_one_does_with_the_same_batches(
     ended: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    two_processes.in_given_batches()
+    alone, alone_metrics = torch.load("rank0.pt", weights_only=True)
+    (first, metrics), _ = ended.of("in_given_batches")
+    assert metrics["images"] == alone_metrics["images"] == 21
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
     two_processes.in_batches()
     alone, alone_metrics = torch.load("rank0.pt", weights_only=True)
     (first, metrics), (second, _) = ended.of("in_batches")
@@ -115,8 +122,14 @@ def test_when_one_fails_the_other_does_not_wait(ended: Ended) -> None:
 def test_the_command(ended: Ended) -> None:
     folder = ended.folder / "the_command"
     printed = [(folder / f"first{rank}.txt").read_text() for rank in range(2)]
-    assert "".join(printed).count("validation after 1 epochs") == 1
+    assert "".join(printed).count("validation after 1 epoch:") == 1
     assert (folder / "run/dcafy.json").exists()
+    assert "".join((folder / f"further{rank}.txt").read_text() for rank in range(2)).count("after 2 epochs") == 1
+    tried = [(folder / f"tried{rank}.txt").read_text() for rank in range(2)]
+    assert "".join(tried).count("one batch went through training") == 1
+    request = json.loads((folder / "run/finetune.json").read_text())["training"]
+    assert (request["epochs"], request["balance"]) == (1, True)
+    assert not list((folder / "run").glob(".replaced*"))
     # A scenario begins once the one before has ended well: here, the same run that went on.
     assert all((folder / f"resumed{rank}.txt").exists() for rank in range(2))
     assert (ended.folder / "in_batches/rank0.pt").exists(), ended.err
@@ -137,9 +150,11 @@ def test_a_detector(ended: Ended, tmp_path: Path) -> None:
 def test_distributed_data_parallel(ended: Ended) -> None:
     """Two gloo processes, ``find_unused_parameters=False``: it trains, and both end with the same weights."""
     first, second = ended.of("distributed_data_parallel")
-    start = dict(two_processes.connected_network().named_parameters())
+    networks = two_processes.networks_in_parallel()
+    start = {f"{which}.{name}": p for which, model in networks.items() for name, p in model.named_parameters()}
     assert list(first) == list(start)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     moved_names = [name for name, value in first.items() if not torch.equal(value, start[name])]
-    assert {name for name in start if "dca" in name.split(".")} <= set(moved_names)
+    own = {"dca", "rla", "dia"}
+    assert {name for name in start if own & set(name.split(".")[1:])} <= set(moved_names)
