@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
@@ -68,8 +69,18 @@ def _panel(formatter: Any, title: str, rows: Iterable[Row]) -> None:
         if aside and len(name) <= names:
             formatter.write(f"  {name:{names}}  {lines.pop(0) if lines else ''}".rstrip() + "\n")
         else:
-            formatter.write(f"  {name}\n")
+            formatter.write("".join(f"  {line}\n" for line in _at_choices(name, formatter.width - 2)))
         formatter.write("".join(f"{' ' * at}{line}\n" for line in lines))
+
+
+def _at_choices(name: str, width: int) -> list[str]:
+    """An option with its choices, on several lines where it is wider than this."""
+    lines = [""]
+    for part in re.split(r"(?<=\|)", name):
+        if len(lines[-1] + part) > width and lines[-1]:
+            lines.append(" " * 6)
+        lines[-1] += part
+    return lines
 
 
 def _heading(formatter: Any, title: str) -> None:
