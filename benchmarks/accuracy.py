@@ -228,6 +228,7 @@ class Arm:
     ``options``   of the conversion; ``None`` for a network that is not converted
     ``prepare``   what changes each connection after that
     ``attention`` whether the network has any
+    ``inserted``  what is put in besides, that hands a state on from unit to unit, as an exact no-op
     ``order``     added to the seed of the order of the images
     ``rates``     rates of the matching layers, and of α and β, over that of the base
     """
@@ -236,6 +237,7 @@ class Arm:
     options: dict[str, Any] | None = None
     prepare: Prepare | None = None
     attention: bool = True
+    inserted: str | None = None
     order: int = 0
     rates: tuple[float, float] = (10.0, 10.0)
 
@@ -333,6 +335,14 @@ OPTIONS = {
 }
 """What else was tried, in one setting."""
 
+FAMILY = {
+    "hub": Arm("each block hears an LSTM cell that has read all before it in its stage", {"topology": "hub"}),
+    "rla": Arm("a recurrent map along the units, beside their attention", inserted="rla"),
+    "rla alone": Arm("a recurrent map along the units, and no attention", attention=False, inserted="rla"),
+    "dia": Arm("an LSTM cell for each stage in the place of its attention", attention=False, inserted="dia"),
+}
+"""Other published ways to connect attention across depth (``docs/family.md``), in one setting."""
+
 FEW = {name: {**MAIN, **CONTROLS}[name] for name in ("vanilla", "no attention", "connected", "centred", "own message")}
 
 
@@ -391,6 +401,7 @@ SETTINGS = {
             arms={name: arm for name, arm in {**MAIN, **CONTROLS}.items() if arm.attention},
         ),
         Setting("switch, options", f"{SWITCH}; {NARROW}", switch, Narrow, arms={"vanilla": MAIN["vanilla"], **OPTIONS}),
+        Setting("cued, family", f"{CUED}; residual units", cued, local, arms={**MAIN, **CONTROLS, **FAMILY}),
         *(
             Setting(f"cued {name}", f"{CUED}; residual units, {name.upper()}", cued, local, name)
             for name in ("eca", "cbam", "gc")
@@ -490,7 +501,7 @@ class Study:
         arm, began = setting.arms[name], time.process_time()
         network = self.start(setting, seed, attention=arm.attention)
         base = sum(p.numel() for p in network.parameters())
-        if arm.options is not None:
+        if arm.options is not None or arm.inserted is not None:
             torch.manual_seed(7000 + seed)
             x, _ = self.batch(setting, "train", 2, torch.Generator().manual_seed(0))
             network = _converted(network, x, arm)
@@ -538,6 +549,8 @@ class Study:
 
 
 def _converted(network: nn.Module, example: Tensor, arm: Arm) -> nn.Module:
+    if arm.inserted is not None:
+        return dcafy.insert(network, arm.inserted, reduction=8, example_inputs=example)
     converted: nn.Module = dcafy.convert(network, example_inputs=example, verify=False, **(arm.options or {}))
     if arm.prepare is not None:
         for connection in dcafy.connections(converted).values():

@@ -46,6 +46,9 @@ from dcafy.training import DataOptions, TrainingConfig, finetune
 
 UNTRAINED: dict[str, Any] = {"weights": None, "weights_backbone": None}
 ATTENTIONS = ("se", "gc", "cbam")
+BY_NATURE = ("rla",)
+"""What is connected by the insertion itself: beside the network as it is."""
+
 COSTS = "costs.md"
 
 
@@ -114,9 +117,12 @@ def costs() -> list[str]:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, kind in KINDS.items():
-        for attention in (None,) if kind.own else ATTENTIONS:
-            vanilla = kind.build() if attention is None else dcafy.insert(kind.build(), attention, init="paper")
-            connected = dcafy.convert(vanilla, verify=False)
+        for attention in (None,) if kind.own else (*ATTENTIONS, *BY_NATURE):
+            vanilla = (
+                kind.build() if attention not in ATTENTIONS else dcafy.insert(kind.build(), attention, init="paper")
+            )
+            by_nature = attention in BY_NATURE
+            connected = dcafy.insert(vanilla, attention) if by_nature else dcafy.convert(vanilla, verify=False)
             one, other = cost(vanilla, kind), cost(connected, kind)
             rows.append(
                 f"| {name} | {attention.upper() if attention else 'its own SE'} "
@@ -142,12 +148,17 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def small_retinanet(attention: str, seed: int) -> nn.Module:
-    """An untrained RetinaNet for images of 64 pixels: three stages of two residual units with attention, and an FPN."""
+    """An untrained RetinaNet for images of 64 pixels: three stages of two residual units, and an FPN.
+
+    Its units have the attention, but for one that is connected by nature.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         layers = {"stem": stem, "layer1": _stage(16, 16, 2), "layer2": _stage(16, 32, 2), "layer3": _stage(32, 64, 2)}
-        body = dcafy.insert(nn.Sequential(OrderedDict(layers)), attention, reduction=4, init="paper")
+        body: nn.Module = nn.Sequential(OrderedDict(layers))
+        if attention in ATTENTIONS:
+            body = dcafy.insert(body, attention, reduction=4, init="paper")
         returned = {"layer1": "0", "layer2": "1", "layer3": "2"}
         backbone = BackboneWithFPN(body, returned, [16, 32, 64], 32)
         sizes = ((6.0, 8.0, 10.0), (13.0, 16.0, 20.0), (25.0, 32.0, 40.0), (50.0, 64.0, 80.0))
@@ -181,7 +192,7 @@ def one_run(work: Path, attention: str, seed: int, *, connected: bool, config: T
     if connected:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = dcafy.convert(model)
+            model = dcafy.insert(model, attention) if attention in BY_NATURE else dcafy.convert(model)
     config = dataclasses.replace(config, seed=seed)
     start = time.perf_counter()
     history = finetune(
@@ -191,7 +202,7 @@ def one_run(work: Path, attention: str, seed: int, *, connected: bool, config: T
     result = {"attention": attention, "seed": seed, "connected": connected, "metrics": dict(history.metrics),
               "loss": history.epochs[-1].loss, "seconds": time.perf_counter() - start,
               "configuration": dataclasses.asdict(config)}  # fmt: skip
-    if connected:
+    if connected and attention in ATTENTIONS:
         last = history.epochs[-1].connections
         images = [[Boxes()(*data.val[index])[0]] for index in range(16)]
         result["shares"] = message_shares(model, images)
@@ -284,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("costs", "compare", "report"))
     parser.add_argument("--work", type=Path, default=Path("detection-runs"), help="where runs are kept")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--attention", choices=ATTENTIONS, nargs="+", default=["se"])
+    parser.add_argument("--attention", choices=(*ATTENTIONS, *BY_NATURE), nargs="+", default=["se"])
     options = parser.parse_args(arguments)
     if options.what == "costs":
         options.work.mkdir(parents=True, exist_ok=True)

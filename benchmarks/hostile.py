@@ -40,6 +40,7 @@ from dcafy.cli import main
 from dcafy.cli.finetune import _known
 from dcafy.detection import open_coco
 from dcafy.errors import DcafyError
+from dcafy.images.about import About, Trained, put_about
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Seeded
 from dcafy.images.preparation import Preparation, Prepared
@@ -50,6 +51,7 @@ from dcafy.report.pictures import read_pictures
 from dcafy.report.thumbnails import data_uri, small
 from dcafy.runs.request import Request, write_request
 from dcafy.sources import open_model
+from dcafy.sources.listing import specs_that_match
 from dcafy.training import TrainingConfig, finetune
 from dcafy.training.checkpoint import _sha256
 from dcafy.training.telling import Listener
@@ -236,7 +238,7 @@ class Seeds:
             "safetensors": save({key: value.contiguous() for key, value in state.items()}, {"format": "pt"}),
         }
         connected = dcafy.convert(network(), **INPUTS)
-        folders = {name: root / name for name in ("whole", "connections", "named", "inserted")}
+        folders = {name: root / name for name in ("whole", "connections", "named", "inserted", "used")}
         dcafy.save(connected, folders["whole"])
         dcafy.save(connected, folders["connections"], base=False)
         small_network = models.mobilenet_v3_small(num_classes=2)
@@ -245,6 +247,15 @@ class Seeds:
         resnet = timm.create_model("test_resnet", num_classes=2)
         inserted = dcafy.convert(resnet, attention="se", example_inputs=shown, verify=False)
         dcafy.save(inserted, folders["inserted"])
+        used = dcafy.convert(timm.create_model("test_efficientnet", num_classes=2), example_inputs=shown, verify=False)
+        how = Preparation((32, 32), 36, (0.5,) * 3, (0.5,) * 3)
+        learned = Trained(f"imagefolder:{root / 'labelled'}", 3, {"loss": 0.5, "top1": 0.75})
+        put_about(used, About("classification", ("a", "b"), how, learned))
+        dcafy.save(used, folders["used"])
+        for name in "ab":
+            (root / "labelled" / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(root / "labelled" / name / f"{number}.png")
         documents = {name: json.loads((folder / "dcafy.json").read_bytes()) for name, folder in folders.items()}
         run = root / "run"
         write_request(run, Request("torchvision:mobilenet_v3_small", "digits"))
@@ -906,6 +917,16 @@ _SPECS = [
     *("torchvision:resnet18@X", "torchvision:resnet18@__class__", "timm:local-dir:/etc", "TORCHVISION:resnet18", ""),
     *(" ", "\x1b[31m", "\u202e", "x" * 5000, "../..", "/", "/etc/passwd", "/dev/null", "/dev/zero", ".", "..", "~"),
     *("http://x/y.pt", "file:///etc/passwd", "weights.pt", "a.b.c:d.e.f", "1:2", "__main__:x", "os.path:join", "a\nb"),
+    *(
+        "hf://",
+        "hf://me",
+        "hf://../x",
+        "hf://me/x@../..",
+        "hf://me/x\n",
+        "hf-hub:me/x",
+        "timm/../x",
+        "hf://" + "x" * 5000,
+    ),
     *("torch:nn.Linear", "torch.nn:Module", "given:make.x", "given:__class__", "given:", "a\x00b", "x/" * 2500),
 ]
 _SETS = [
@@ -944,6 +965,12 @@ ARGUMENTS = st.one_of(
               st.sampled_from(["--schema", "--where", "--init"]), st.sampled_from(_NUMBERS) | TEXT),
     st.tuples(st.just("report"), st.just("given:network"), st.just("--images"), st.sampled_from(_FOLDERS) | TEXT,
               st.just("-o"), st.sampled_from(_FOLDERS) | TEXT),
+    st.tuples(st.just("predict"), SPEC, st.sampled_from(_FOLDERS) | TEXT),
+    st.tuples(st.just("predict"), st.just("given:network"), st.sampled_from(_FOLDERS) | TEXT, st.just("/nowhere")),
+    st.tuples(st.just("evaluate"), st.just("given:network"), st.just("--data"), st.sampled_from(_DATA) | TEXT),
+    st.tuples(st.just("export"), st.just("given:network"), st.just("-o"), st.sampled_from(_FOLDERS) | TEXT,
+              st.just("--images"), st.sampled_from(_FOLDERS) | TEXT),
+    st.tuples(st.just("list"), TEXT.filter(lambda text: "*" not in text and not text.startswith("-"))),
     st.tuples(st.just("finetune"), st.just("given:network"), st.just("--data"), st.sampled_from(_DATA) | TEXT,
               st.just("-o"), st.just("run")),
     st.tuples(st.just("finetune"), st.sampled_from(_FOLDERS) | TEXT, st.just("--resume")),
@@ -976,6 +1003,81 @@ def arguments(seeds: Seeds, place: Path, plan: Any) -> None:
         raise DcafyError(errors[-1] if errors else "the usage")
 
 
+# --- a trained network in use -------------------------------------------------------------------------------
+
+_ASKED: dict[str, list[str]] = {
+    "--top": _NUMBERS, "--threshold": _NUMBERS, "--batch-size": _NUMBERS, "--image-size": [*_NUMBERS, "9999999"],
+    "--part": ["val", "train", "all", "x", ""], "--val-fraction": _NUMBERS, "--data": _DATA, "--against": _SPECS,
+    "--cut": [""], "--csv": [""], "--json": [""], "--fixed": [""], "--images": _FOLDERS, "--output": _FOLDERS,
+    "--text": [""], "--target": _NUMBERS, "--most": _NUMBERS, "--arch": _SPECS, "--prefix": _NUMBERS,
+    "--set": _SETS, "--attention": ["se", "x", "", "\x1b[31m", "(", "a" * 5000],
+}  # fmt: skip
+"""Option -> what may stand behind it; an option that a command does not have is a mistake, too."""
+
+USES = st.tuples(
+    st.sampled_from(["predict"] * 3 + ["evaluate"] * 3 + ["report"] * 2 + ["inspect", "export", "list"]),
+    st.one_of(
+        st.tuples(st.just("about"), CHANGES),
+        st.tuples(st.just("document"), CHANGES),
+        st.tuples(st.just("tensors"), st.lists(st.tuples(PLACE, PLACE), min_size=1, max_size=2)),
+        st.tuples(st.just("pictures"), PICTURES),
+        st.tuples(st.just("pictures"), PICTURES),
+        st.tuples(st.just("options"), st.lists(st.tuples(st.sampled_from([*_ASKED]), PLACE), min_size=1, max_size=2)),
+        st.tuples(st.just("options"), st.lists(st.tuples(st.sampled_from([*_ASKED]), PLACE), min_size=1, max_size=2)),
+        st.tuples(st.just("names"), SPEC),
+    ),
+)
+
+
+def use(seeds: Seeds, place: Path, plan: Any) -> None:
+    """A command that uses a trained folder: on a stranger's folder, on odd pictures, with odd options and names."""
+    command, (kind, rest) = plan
+    folder, images = place / "used", place / "if"
+    shutil.copytree(seeds.folders["used"], folder)
+    for name in "ab":
+        (images / name).mkdir(parents=True)
+        for number in range(2):
+            (images / name / f"good{number}.png").write_bytes(seeds.images["PNG"])
+    document, options, named = seeds.documents["used"], list[str](), str(folder)
+    if kind == "about":
+        document = {**document, "about": changed(document["about"], rest)}
+    elif kind == "document":
+        document = changed(document, rest)
+    elif kind == "pictures":
+        for how, which, other, edits in rest:
+            path = images / "ab"[other % 2] / NAMES[(other // 2) % len(NAMES)]
+            with contextlib.suppress(OSError, ValueError):  # names that this disk cannot have
+                _odd_picture(seeds, path, how, which, other, edits)
+    elif kind == "options":
+        for option, which in rest:
+            given = _ASKED[option][which % len(_ASKED[option])]
+            options += [option] if _ASKED[option] == [""] else [f"{option}={given}"]
+    elif kind == "names":
+        named = rest
+    (folder / "dcafy.json").write_bytes(written(document))
+    if kind == "tensors":
+        _consistent(folder, folder / "model.safetensors", document, rest)
+    if command == "list":
+        named = kind if kind != "names" else rest
+        with contextlib.suppress(DcafyError):
+            named = specs_that_match(named)[0]  # of a glob that matches many, one
+    commands = {
+        "predict": ("predict", named, str(images), "--cpu"),
+        "evaluate": (
+            "evaluate",
+            named,
+            "--cpu",
+            "--val-fraction=0.5",
+            *(() if kind == "about" else ("--data", f"imagefolder:{images}")),
+        ),
+        "report": ("report", named, "--images", str(images), "--text"),
+        "inspect": ("inspect", named),
+        "export": ("export", named, "-o", str(place / "x.pt2"), "--images", str(images), "--fixed"),
+        "list": ("list", named),
+    }
+    arguments(seeds, place, (*commands[command], *options))
+
+
 # --- all of them --------------------------------------------------------------------------------------------
 
 
@@ -999,5 +1101,11 @@ PARTS = {
     "runs": Part(RUN_FILES, run_files, 14, (("request", []), ("log", []), ("facts", []), ("state", []))),
     "coco": Part(COCO, coco, 20, (("document", []), ("bytes", []))),
     "pictures": Part(PICTURES, pictures, 14, ([],)),
+    "uses": Part(
+        USES,
+        use,
+        12,
+        tuple((command, ("pictures", [])) for command in ("predict", "evaluate", "report", "inspect", "export")),
+    ),
     "arguments": Part(ARGUMENTS, arguments, 10, (("inspect", "given:network", "--input-size", "3x10x10"),)),
 }

@@ -3,9 +3,11 @@
     python benchmarks/kills.py --kills 100 --seed 1
     python benchmarks/kills.py --kills 10 --seed 1 --ways bf16 compare
     python benchmarks/kills.py --kills 100 --seed 1 --ways save
+    python benchmarks/kills.py --kills 20 --seed 1 --ways convert export
 
 Everything is imported once. Each attempt is a fork that runs the very command (``dcafy finetune``, then with
-``--resume``) until it is killed or done. ``--kills`` counts those in training, over all ways, and those in ``save``.
+``--resume``) until it is killed or done. ``--kills`` counts those in training, over all ways, and those in each of
+``save``, ``convert -o`` and ``export -o``, over what is there: it is then old or new, whole, and so is a folder's card.
 What is compared: the model, the checkpoint, the request, the log without its seconds, ``compare.json`` without times,
 and the names of the files. The last line has the totals as JSON; the exit code is 1 where anything differs.
 """
@@ -201,29 +203,101 @@ def saved(kills: int, chosen: random.Random, place: Path) -> tuple[int, list[str
     for seed in range(2):
         torch.manual_seed(seed)
         model = dcafy.convert(Small(extra=2_000_000), example_inputs=torch.zeros(2, 3, 8, 8))
-        versions.append((model, {key: value.clone() for key, value in model.state_dict().items()}))
-    folder, log, now, killed, tries = place / "saved", place / "log", 0, 0, 0
-    faults: list[str] = []
-    for model, _ in reversed(versions):
+        with torch.no_grad():
+            next(iter(dcafy.connections(model).values())).beta.fill_(0.25 + seed)  # their cards differ
+        versions.append(model)
+    folder = place / "saved"
+    return replaced(
+        [functools.partial(dcafy.save, model, folder) for model in versions], functools.partial(_saved, folder), kills,
+        chosen, place,
+    )  # fmt: skip
+
+
+def _saved(folder: Path) -> Any:
+    """What is in a folder, and what its card says; a folder without one is as good."""
+    found = dcafy.load(folder, model=Small(extra=2_000_000)).state_dict()
+    return {key: value.reshape(-1)[:50].tolist() for key, value in found.items()}, _card(folder)
+
+
+def _card(folder: Path) -> str:
+    card = folder / "README.md"
+    return card.read_text() if card.exists() else ""
+
+
+def converted(kills: int, chosen: random.Random, place: Path) -> tuple[int, list[str]]:
+    """As :func:`saved`, of ``dcafy convert -o FOLDER --overwrite``."""
+    folder = place / "converted"
+    acts = [
+        functools.partial(_command, "convert", "kills:small", "-o", str(folder), "--overwrite", "--no-verify",
+                          "--input-size", "3x8x8", "--schema", schema)
+        for schema in ("direct", "weighted")
+    ]  # fmt: skip
+    return replaced(acts, functools.partial(_converted, folder), kills, chosen, place)
+
+
+def _converted(folder: Path) -> Any:
+    dcafy.load(folder, model=small())
+    return json.loads((folder / "dcafy.json").read_text())["options"]["schema"], _card(folder)
+
+
+def exported(kills: int, chosen: random.Random, place: Path) -> tuple[int, list[str]]:
+    """As :func:`saved`, of ``dcafy export -o FILE --overwrite``."""
+    paint(place / "images")
+    file = place / "network.pt2"
+    acts = [
+        functools.partial(_command, "export", "kills:small", "--set", f"num_classes={classes}", "-o", str(file),
+                          "--overwrite", "--fixed", "--image-size", "16", "--images", str(place / "images"))
+        for classes in (3, 5)
+    ]  # fmt: skip
+    return replaced(acts, functools.partial(_exported, file), kills, chosen, place)
+
+
+def _exported(file: Path) -> Any:
+    with file.open("rb") as stream:
+        return torch.export.load(stream).module()(torch.zeros(2, 3, 16, 16)).shape[1], ""
+
+
+def _command(*arguments: str) -> None:
+    from dcafy.cli import app
+
+    app(prog_name="dcafy", args=list(arguments))
+
+
+def replaced(
+    acts: list[Callable[[], None]], look: Callable[[], Any], kills: int, chosen: random.Random, place: Path
+) -> tuple[int, list[str]]:
+    """How often one of two acts was killed as it took the other's place, and what was then neither old nor new."""
+    log, killed, tries, faults = place / "log", 0, 0, list[str]()
+    whole, taken = [], 0.0
+    for act in acts:
         start = time.monotonic()
-        dcafy.save(model, folder)
+        if ended(forked(act, log), 600) != 0:
+            return 0, [f"it ended: {log.read_text()[-300:]}"]
         taken = time.monotonic() - start
-    while killed < kills:
+        whole.append(look())
+    now = 1
+    while killed < kills and tries < 20 * kills:
         tries += 1
-        child = forked(functools.partial(dcafy.save, versions[1 - now][0], folder), log)
-        if ended(child, chosen.uniform(0.0005, 1.3 * taken)) is None:
+        if ended(forked(acts[1 - now], log), chosen.uniform(0.0005, 1.1 * taken)) is None:
             killed += 1
         try:
-            found = dcafy.load(folder, model=Small(extra=2_000_000)).state_dict()
-        except dcafy.DcafyError as error:
-            return killed, [*faults, f"after {tries}: {error}"]
-        same = [i for i, (_, state) in enumerate(versions) if all(torch.equal(found[key], state[key]) for key in state)]
+            found, card = look()
+        except Exception as error:
+            return killed, [*faults, f"after {tries}: {type(error).__name__}: {error}"]
+        same = [number for number, (content, _) in enumerate(whole) if content == found]
         if not same:
             faults.append(f"after {tries}: neither old nor new")
+        elif card not in ("", whole[same[0]][1]):
+            faults.append(f"after {tries}: the card of another model")
         now = same[0] if same else now
-    dcafy.save(versions[0][0], folder)
-    rest = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    if ended(forked(acts[0], log), 600) != 0:
+        faults.append(f"at the end: {log.read_text()[-300:]}")
+    rest = [str(path.relative_to(place)) for path in place.rglob(".*")]
     return killed, [*faults, *(f"{name} is left over" for name in rest)]
+
+
+OVER = {"save": saved, "convert": converted, "export": exported}
+"""What takes the place of what is there -> how that is killed."""
 
 
 def main() -> int:
@@ -231,19 +305,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "save"], default=[*WAYS, "save"])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *OVER], default=[*WAYS, *OVER])
     asked = parser.parse_args()
     torch.set_num_threads(1)
     sys.modules["kills"] = sys.modules["__main__"]  # the command imports it by that name
     for name in ("accelerate", "torchvision.transforms.v2", "dcafy.cli", "dcafy.runs.compare"):
         importlib.import_module(name)  # once, for all forks
-    totals: dict[str, Any] = {"seed": asked.seed, "kills in training": 0, "kills in save": 0, "differences": 0}
-    ways = [way for way in asked.ways if way != "save"]
+    totals: dict[str, Any] = {"seed": asked.seed, "kills in training": 0, "differences": 0}
+    ways = [way for way in asked.ways if way not in OVER]
     for number, way in enumerate(ways):
         kills = asked.kills // len(ways) + (number < asked.kills % len(ways))
         totals["kills in training"] += _told(way, kills, asked.seed, trained_to_the_end_of(way), totals)
-    if "save" in asked.ways:
-        totals["kills in save"] += _told("save", asked.kills, asked.seed, saved, totals)
+    for way, act in OVER.items():
+        if way in asked.ways:
+            totals[f"kills in {way}"] = _told(way, asked.kills, asked.seed, act, totals)
     print(json.dumps(totals))
     return 1 if totals["differences"] else 0
 
@@ -265,7 +340,7 @@ def _told(
     while made < kills:
         place = Path(tempfile.mkdtemp(prefix="kills-"))
         start = time.monotonic()
-        killed, faults = run(kills - made if name == "save" else min(8, kills - made), chosen, place)
+        killed, faults = run(kills - made if name in OVER else min(8, kills - made), chosen, place)
         made += killed
         totals["differences"] += len(faults)
         print(f"{name}: {killed} kills, {time.monotonic() - start:.0f} s, differs: {faults or 'nothing'}", flush=True)

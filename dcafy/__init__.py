@@ -26,9 +26,10 @@ from dcafy.version import __version__
 
 TYPE_CHECKING = False  # and not from typing: ``python -m dcafy`` has the working folder on its path until __main__ runs
 if TYPE_CHECKING:
+    from dcafy.analysis.overview import summary
     from dcafy.analysis.usage import usage
     from dcafy.attention.insertion import insert
-    from dcafy.checkpoint import load, save
+    from dcafy.checkpoint import load, push_to_hub, save
     from dcafy.conversion import convert, inspect
     from dcafy.converted import drop, freeze_base, parameter_groups, revert
     from dcafy.emit.connection import Connection
@@ -80,9 +81,11 @@ _HOME = {
     "inspect": "conversion",
     "load": "checkpoint",
     "parameter_groups": "converted",
+    "push_to_hub": "checkpoint",
     "revert": "converted",
     "run": "emit.wire",
     "save": "checkpoint",
+    "summary": "analysis.overview",
     "transforms": "images.about",
     "usage": "analysis.usage",
 }
@@ -117,9 +120,11 @@ __all__ = [
     "inspect",
     "load",
     "parameter_groups",
+    "push_to_hub",
     "revert",
     "run",
     "save",
+    "summary",
     "transforms",
     "usage",
 ]

@@ -23,6 +23,11 @@ def percent(share: float) -> str:
     return f"{fixed(100 * share, 1)}%"
 
 
+def metric(name: str, value: float) -> str:
+    """What was measured: a loss as it is, accuracies and precisions in percent."""
+    return fixed(value) if name == "loss" else percent(value)
+
+
 def points(change: float) -> str:
     """A change of a share, in percentage points and with its sign.
 

@@ -61,8 +61,9 @@ def appraise(model: nn.Module, *, example_inputs: Any = None, inserting: Inserti
     """
     given, model = model, with_attention(model, inserting or Inserting(), example_inputs=example_inputs)
     known = survey(model, example_inputs)
+    others = costs(known.plan, known.network, Conversion()) if known.plan.blocks else ()
     own = () if model is given else (_cost_of_attention(given, model, known.inputs),)
-    return dataclasses.replace(known.plan, costs=(*own, *costs(known.plan, known.network, Conversion())))
+    return dataclasses.replace(known.plan, costs=(*own, *others))
 
 
 def _cost_of_attention(given: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> Cost:

@@ -7,8 +7,8 @@ escaped, and there is no script in it.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
@@ -82,6 +82,10 @@ class Shown:
         """What is printed of it; tables are also what a notebook shows."""
         raise NotImplementedError
 
+    def _body(self) -> Iterable[RenderableType]:
+        """What a notebook shows below the headline."""
+        return self._parts()
+
     def _picture(self) -> str:
         """HTML of what is drawn of it."""
         return ""
@@ -106,7 +110,7 @@ class Shown:
         yield from self._parts()
 
     def _repr_html_(self) -> str:
-        tables = "".join(part.html() for part in self._parts() if isinstance(part, Sheet))
+        tables = "".join(map(_as_html, self._body()))
         head = f"<p><b>{type(self).__name__}</b>: {escape(printable(self._headline()))}</p>"
         picture = self._picture()
         drawn = f"<div>{picture}</div>" if picture else ""
@@ -114,11 +118,17 @@ class Shown:
         return f'<div class="dcafy">{head}<div style="{side}">{drawn}<div>{tables}</div></div></div>'
 
 
-def printed(parts: Iterable[RenderableType]) -> str:
-    """What ``print`` writes: as wide as the terminal, and elsewhere as wide as it takes."""
-    if not sys.stdout.isatty():
-        return unfolded(list(parts))
-    return plain(parts, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
+def _as_html(part: RenderableType) -> str:
+    if isinstance(part, Sheet):
+        return part.html()
+    return f'<p style="white-space:pre-wrap;max-width:60em">{escape(str(part))}</p>'
+
+
+def printed(parts: Iterable[RenderableType], otherwise: int | None = None) -> str:
+    """What ``print`` writes: as wide as the terminal, and elsewhere ``otherwise``, or as wide as it takes."""
+    if sys.stdout.isatty():
+        return plain(parts, shutil.get_terminal_size().columns)
+    return unfolded(list(parts)) if otherwise is None else plain(parts, otherwise)
 
 
 def natural_size(svg: str) -> str:

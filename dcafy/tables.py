@@ -3,7 +3,7 @@
 A table that is too wide for its place gives up, in this order and no more than it must, what is told elsewhere::
 
     1. the rows' names, where other columns repeat them     hears features.4.block.2   ->  hears 2
-    2. what all its names begin with                        features.4.block.2         ->  4.block.2
+    2. what all its names begin or end with                 features.4.block.2         ->  4.block.2
     3. the middles of long names                            4.block.2                  ->  4.b…k.2
     4. to be one table: it becomes several, one under another, each with the rows' numbers or names
 
@@ -98,7 +98,7 @@ class Sheet:
     def fitted(self, width: int) -> Iterator[Table]:
         """The table, or the tables, that have room in so many columns of text."""
         grid = self._whole()
-        for smaller in (_Grid.by_number, _Grid.without_beginnings):
+        for smaller in (_Grid.by_number, _Grid.without_the_same):
             if grid.needed > width:
                 grid = smaller(grid)
         whole = grid.shortened(width)
@@ -197,19 +197,27 @@ class _Grid:
         """With the numbers of rows in the place of their names, where other columns repeat them."""
         return self._mapped(["row"], self.numbers)
 
-    def without_beginnings(self) -> _Grid:
-        """With names that lack the components with which all of them begin; the heading says which."""
+    def without_the_same(self) -> _Grid:
+        """With names that lack the components with which all of them begin or end; the heading has these."""
         kinds: tuple[Kind, ...] = ("name", "row")
         chosen = [n for n, column in enumerate(self.columns) if column.kind in kinds]
         shown = dict.fromkeys(line for row in self.cells for n in chosen for line in row[n])
-        names = [name for name in shown if "." in name or self.numbers.get(name, "").isdecimal()]
-        paths = zip(*(name.split(".")[:-1] for name in names), strict=False)
-        start = ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, paths))
-        if not start or len(names) < 2:
+        paths = [
+            name.split(".") for name in shown if "." in name or self.numbers.get(name, "").isdecimal()
+        ]  # and not "-"
+        start = _shared([path[:-1] for path in paths])
+        end = _shared([path[: len(start) : -1] for path in paths])[::-1]
+        if len(paths) < 2 or not (start or end):
             return self
-        grid = self._mapped(kinds, {name: name.removeprefix(f"{start}.") for name in names})
+        lacking = {".".join(path): ".".join(path[len(start) : len(path) - len(end)]) for path in paths}
+        grid = self._mapped(kinds, lacking)
         first = next(n for n in chosen if self.columns[n].kind == "name")
-        told = dataclasses.replace(self.columns[first], title=f"{self.columns[first].title} in {start}")
+        words = [
+            self.columns[first].title,
+            *(["in", ".".join(start)] if start else []),
+            *([f"….{'.'.join(end)}"] if end else []),
+        ]
+        told = dataclasses.replace(self.columns[first], title=" ".join(words))
         return dataclasses.replace(grid, columns=[*grid.columns[:first], told, *grid.columns[first + 1 :]])
 
     def shortened(self, width: int) -> _Grid:
@@ -220,9 +228,10 @@ class _Grid:
             if column.kind in ("name", "row") and over > 0:
                 most = max(self.least(n), self.width(n) - over)
                 over -= self.width(n) - most
+                short = _told_apart(dict.fromkeys(line for row in self.cells for line in row[n]), most)
                 for row in rows:
                     if row is not None:
-                        row[n] = [_short(line, most) for line in row[n]]
+                        row[n] = [short[line] for line in row[n]]
         return dataclasses.replace(self, rows=rows)
 
     def parts(self, width: int) -> Iterator[_Grid]:
@@ -263,11 +272,30 @@ class _Grid:
         return table
 
 
-def _short(text: str, most: int) -> str:
-    """``text`` with its middle left out where it is longer than ``most``."""
+def _shared(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The components with which all paths begin."""
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return [parts[0] for parts in same]
+
+
+def _told_apart(names: Iterable[str], most: int) -> dict[str, str]:
+    """Names -> what is left of each where it is longer than ``most``: cut where they stay different, if any."""
+    known = list(names)
+    half = (most - 1) // 2
+    cuts = sorted(range(most), key=lambda tail: abs(tail - half))
+    found = ({name: _short(name, most, tail) for name in known} for tail in [*cuts, half])
+    for short in found:
+        if len(set(short.values())) == len(known):
+            break
+    return short
+
+
+def _short(text: str, most: int, tail: int | None = None) -> str:
+    """``text`` with its middle left out where it is longer than ``most``; ``tail``: how much of its end stays."""
     if cell_len(text) <= most:
         return text
-    return f"{text[: most - 1 - (most - 1) // 2]}…{text[len(text) - (most - 1) // 2 :]}"
+    tail = (most - 1) // 2 if tail is None else tail
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def aside(name: str, told: str, names: int, *, terminal: bool) -> str:
@@ -319,6 +347,7 @@ def plain(renderables: Iterable[RenderableType], width: int) -> str:
         width=width,
         color_system=None,
         force_terminal=False,
+        force_jupyter=False,  # which would show a cell of its own besides
         highlight=False,
         legacy_windows=False,
         markup=False,
@@ -331,7 +360,7 @@ def plain(renderables: Iterable[RenderableType], width: int) -> str:
 
 def _natural_width(renderable: RenderableType) -> int:
     """Columns that it takes if nothing is to be folded."""
-    console = Console(width=10_000, color_system=None, force_terminal=False, legacy_windows=False)
+    console = Console(width=10_000, color_system=None, force_terminal=False, force_jupyter=False, legacy_windows=False)
     return Measurement.get(console, console.options, _unmarked(renderable)).maximum
 
 

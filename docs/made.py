@@ -217,7 +217,7 @@ def networks() -> Iterator[str]:
     yield "## Without attention of their own\n"
     yield (
         "`--attention se` (or another kind) puts attention into those that have residual units: "
-        "[](../howto/add_attention.md).\n"
+        "[Add attention](../howto/add_attention.md).\n"
     )
     others = [html.escape(name) for name, row in found["networks"].items() if not row["attention"]]
     yield f"<details><summary>{len(others):,} networks</summary><p>"

@@ -110,7 +110,7 @@ def test_a_save_takes_nothing_out_of_another_folder(what: str, connected: torch.
     dcafy.load(strangers, with_attention(SELinear))  # and it is not read from there
     dcafy.save(connected, strangers)
     assert (mine / "model.safetensors").read_text() == "the user's own weights"
-    assert sorted(os.listdir(strangers)) == ["dcafy.json", "model.safetensors"]
+    assert sorted(os.listdir(strangers)) == ["README.md", "dcafy.json", "model.safetensors"]
     dcafy.load(strangers, with_attention(SELinear))
 
 
@@ -148,11 +148,11 @@ def test_permissions_survive(connected: torch.nn.Module, tmp_path: Path) -> None
     dcafy.save(connected, saved, base=False)
     assert set(modes(saved).values()) == {0o640}
     dcafy.save(connected, saved)  # another file, which takes the place of the first
-    assert modes(saved) == {"dcafy.json": 0o640, "model.safetensors": 0o640}
+    assert modes(saved) == {"README.md": 0o640, "dcafy.json": 0o640, "model.safetensors": 0o640}
     for mode in (0o600, 0o444):
         (saved / "model.safetensors").chmod(mode)
         dcafy.save(connected, saved)
-        assert modes(saved) == {"dcafy.json": 0o640, "model.safetensors": mode}
+        assert modes(saved) == {"README.md": 0o640, "dcafy.json": 0o640, "model.safetensors": mode}
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o664, 0o440])

@@ -76,6 +76,8 @@ def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("path", PROSE, ids=of)
 def test_links_lead_somewhere(path: Path) -> None:
     assert pages.dead_links(path) == []
+    # Sphinx would write the title of the page there; where the repository is shown, nothing would stand there.
+    assert "[](" not in pages.prose(path.read_text(encoding="utf-8"))
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import dcafy
 
 LAYERS = (
     # ground
-    ("version", "text", "amounts", "tables", "display", "errors", "fronts", "wording", "threads", "draws"),
+    ("version", "text", "amounts", "tables", "display", "plots", "errors", "fronts", "wording", "threads", "draws"),
     ("records", "disk"),
     ("zoos",),
     # words and material

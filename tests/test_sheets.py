@@ -47,7 +47,7 @@ def test_where_there_is_room_names_are_whole_and_where_there_is_less_numbers_sta
     rows = [line.split() for line in narrow.splitlines() if re.match(r" *\d ", line)]
     assert {row[0] for row in rows} == set("123456")
     # Under what all of them begin with stands what tells them apart.
-    assert {"in", "backbone.body"} <= set(narrow.split())
+    assert {"in", "backbone.body", "….se_module"} <= set(narrow.split())
     assert len(re.findall("^all ", narrow, re.MULTILINE)) >= 2  # in each part
     shown_names = {row[1] for row in rows if row[1].startswith("layer")}
     assert len(shown_names) == len(NAMES)
@@ -59,8 +59,20 @@ def test_numbers_are_those_of_the_rows():
     assert [(row[0], row[-1]) for row in rows] == [("1", "-"), *((str(n), str(n - 1)) for n in range(2, 7))]
 
 
+@pytest.mark.parametrize("width", range(24, 60))
+def test_names_that_are_shortened_stay_told_apart(width):
+    names = [
+        f"{start}.{n}.attention" for start in ("a_very_long_beginning", "another_long_beginning") for n in range(3)
+    ]
+    rows = tuple((name, name[-12:], "1234567890") for name in names)
+    sheet = Sheet((Column("name", "name"), Column("hears", "row"), Column("x", "number")), rows)
+    for part in plain([sheet], width).strip().split("\n\n"):  # a narrow table is several
+        lines = [line for line in part.splitlines() if line.startswith("a")]
+        assert len({line.split()[0] for line in lines}) == len(names)
+
+
 def test_what_has_no_beginning_in_common_keeps_its_names():
-    rows = (("alpha.branch.one", "1"), ("beta.branch.one", "2"))
+    rows = (("alpha.branch.one", "1"), ("beta.branch.two", "2"))
     text = plain([Sheet((Column("name", "name"), Column("what", "number")), rows)], 20)
     assert text.split()[:2] == ["name", "what"]
     assert {line[:5] for line in text.splitlines()} >= {"alpha", "beta."}

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torchvision
 from detection_data import trained_detector
 from networks import CBAM, with_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torchvision.models.resnet import BasicBlock
 from trained import images, trained, with_betas
 from training_data import Stripes
 from training_data import connected as connected_classifier
@@ -207,18 +209,39 @@ def connected_network() -> torch.fx.GraphModule:
     return with_betas(dcafy.convert(model, example_inputs=images(4, seed=2)), 0.3)
 
 
+def networks_in_parallel() -> dict[str, torch.nn.Module]:
+    """It, and networks in which a state goes from unit to unit, or from block to block."""
+    x, plain = images(4, 32, seed=2), trained(residual_units, images(8, 32, seed=1))
+    with_hub = trained(lambda: with_attention(CBAM, (16, 16, 16)), images(4, seed=1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {
+            "connected": connected_network(),
+            "hub": with_betas(dcafy.convert(with_hub, topology="hub", example_inputs=images(4, seed=2)), 0.3),
+            "rla": dcafy.insert(plain, "rla", init="paper", example_inputs=x),
+            "dia": dcafy.insert(plain, "dia", init="paper", reduction=4, example_inputs=x),
+        }
+
+
+def residual_units() -> torch.nn.Module:
+    return torchvision.models.ResNet(BasicBlock, [2, 1, 1, 1], num_classes=5, width_per_group=64)
+
+
 def distributed_data_parallel() -> None:
     """Three steps of each process on its own images."""
-    model = connected_network().train()
+    networks = networks_in_parallel()
     dist.init_process_group("gloo")
-    parallel = DistributedDataParallel(model, find_unused_parameters=False)
-    optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
-    for step in range(3):
-        optimizer.zero_grad()
-        parallel(images(4, seed=100 + 2 * step + rank())).square().mean().backward()
-        assert all(parameter.grad is not None for parameter in parallel.parameters())
-        optimizer.step()
-    torch.save({name: p.detach() for name, p in parallel.module.named_parameters()}, f"rank{rank()}.pt")
+    ended = {}
+    for which, model in networks.items():
+        parallel = DistributedDataParallel(model.train(), find_unused_parameters=False)
+        optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
+        for step in range(3):
+            optimizer.zero_grad()
+            parallel(images(4, seed=100 + 2 * step + rank())).square().mean().backward()
+            assert all(parameter.grad is not None for parameter in parallel.parameters())
+            optimizer.step()
+        ended |= {f"{which}.{name}": p.detach() for name, p in parallel.module.named_parameters()}
+    torch.save(ended, f"rank{rank()}.pt")
 
 
 SCENARIOS: tuple[Callable[[], None], ...] = (

@@ -2,32 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from dcafy import plots
+from dcafy.amounts import fixed
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.values import check_images
+from dcafy.display import Shown
 from dcafy.errors import InputError, NoAttentionError, UsageError
-from dcafy.wording import needing
+from dcafy.tables import Column, Sheet
+from dcafy.wording import counted, needing, printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SEEN = 8
+"""How many images a notebook shows."""
 
 
-@dataclass(frozen=True)
-class StageMaps:
+@dataclass(frozen=True, repr=False)
+class StageMaps(Shown):
     """One stage: ``name`` of the module it ends with, and its Grad-CAM ``maps``, ``[N, h, w]``, none negative."""
 
     name: str
     maps: Tensor
 
+    def _headline(self) -> str:
+        return f"{self.name}, maps {list(self.maps.shape)}"
 
-@dataclass(frozen=True)
-class GradCam:
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"stage": self.name, "image": number, "mean": float(one.mean()), "largest": float(one.max())}
+            for number, one in enumerate(self.maps)
+        ]
+
+    def _parts(self) -> Iterator[Sheet]:
+        rows = ((str(row["image"]), fixed(row["mean"]), fixed(row["largest"])) for row in self._records())
+        titles = ("image", "mean", "largest")
+        yield Sheet(tuple(Column(title, "number") for title in titles), tuple(rows), self.name)
+
+
+@dataclass(frozen=True, repr=False)
+class GradCam(Shown):
     """``targets``: the class that was looked for in each image, ``[N]``; ``stages``: the maps of each stage."""
 
     targets: Tensor
     stages: tuple[StageMaps, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The maps as JSON-ready data: lists of rows for each image, by stage."""
+        return {"targets": self.targets.tolist(), "stages": {one.name: one.maps.tolist() for one in self.stages}}
+
+    def plot(self, images: Tensor | None = None) -> list[Axes]:
+        """The maps, a row for each image and a column for each stage (matplotlib).
+
+        ``images``: ``[N, C, H, W]``, those that the maps are of, which then lie under them, each shown from its darkest
+        to its brightest value.
+        """
+        made = plots.grid(len(self.targets), len(self.stages), width=2.0, height=2.1)
+        for number, target in enumerate(self.targets.tolist()):
+            for place, stage in enumerate(self.stages):
+                ax, heat = made[number * len(self.stages) + place], stage.maps[number].detach().cpu()
+                title = f"{stage.name}, class {target}"
+                if images is None:
+                    plots.picture(ax, heat.numpy(), title=title)
+                else:
+                    plots.picture(ax, _visible(images[number]), title=title, heat=heat.numpy())
+        return made
+
+    def _headline(self) -> str:
+        sizes = ", ".join(f"{one.name} {'x'.join(map(str, one.maps.shape[1:]))}" for one in self.stages)
+        return f"Grad-CAM of {counted(len(self.targets), 'image')}, {counted(len(self.stages), 'stage')}: {sizes}"
+
+    def _records(self) -> list[dict[str, Any]]:
+        targets = self.targets.tolist()
+        return [{**row, "target": targets[row["image"]]} for stage in self.stages for row in stage._records()]
+
+    def _parts(self) -> Iterator[Sheet]:
+        rows = ((stage.name, "x".join(map(str, stage.maps.shape[1:]))) for stage in self.stages)
+        yield Sheet((Column("stage", "name"), Column("size")), tuple(rows), "stages")
+
+    def _body(self) -> Iterator[Sheet]:
+        yield from ()  # of the stages the headline tells all
+
+    def _picture(self) -> str:
+        head = "".join(f"<th>{escape(printable(stage.name))}</th>" for stage in self.stages)
+        rows = []
+        for number, target in enumerate(self.targets.tolist()[:SEEN]):
+            cells = "".join(f"<td>{_heat(stage.maps[number])}</td>" for stage in self.stages)
+            rows.append(f"<tr><td>image {number}, class {target}</td>{cells}</tr>")
+        left = len(self.targets) - SEEN
+        more = f"<p>... {counted(left, 'image')} more</p>" if left > 0 else ""
+        return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
+
+
+def _heat(heat: Tensor) -> str:
+    """A map as a small picture, from nothing (black) to its most (white)."""
+    made = Image.fromarray((_visible(heat[None])[..., 0] * 255).astype("uint8"))
+    file = io.BytesIO()
+    made.resize((96, 96), Image.Resampling.BILINEAR).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" width="96" height="96" alt="">'
+
+
+def _visible(image: Tensor) -> Any:
+    """An image ``[C, H, W]`` as an array ``[H, W, C]`` from 0 to 1; of other than 3 channels the mean."""
+    shown = image.detach().float().cpu()
+    shown = shown if len(shown) == 3 else shown.mean(0, keepdim=True)
+    low, high = shown.min(), shown.max()
+    return ((shown - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0).numpy()
 
 
 def grad_cam(

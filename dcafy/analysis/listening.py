@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import RenderableType
 from rich.text import Text
 
+from dcafy import plots
 from dcafy.amounts import fixed, percent, points
-from dcafy.tables import NONE, Cell, Column, Sheet, unfolded
+from dcafy.display import Shown
+from dcafy.tables import NONE, Cell, Column, Sheet
 from dcafy.wording import counted, printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("cut", "shuffled", "mean")
 """The ways in which what a connection hears is changed."""
@@ -84,8 +91,8 @@ class ConnectionUsage(_Cut):
     mean: Effect
 
 
-@dataclass(frozen=True)
-class Usage(_Cut):
+@dataclass(frozen=True, repr=False)
+class Usage(Shown, _Cut):
     """Every connection in the order of the data, and the network with all of them changed at once.
 
     ``loss`` (mean cross-entropy) and ``accuracy`` (a fraction) are those of the network as it is, on ``images`` images.
@@ -111,11 +118,41 @@ class Usage(_Cut):
         rows = [(row.name, row.cut, row.shuffled, row.mean) for row in self.connections]
         return [*rows, (all_, self.cut, self.shuffled, self.mean)]
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def to_dict(self) -> dict[str, Any]:
+        """The usage as JSON-ready data."""
+        return dataclasses.asdict(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The change of the loss when each connection is cut, shuffled or averaged, with 95% intervals (matplotlib)."""
+        chosen = plots.axes(ax, height=1.2 + 0.3 * len(self.connections))
+        series = {}
+        for kind in KINDS:
+            effects = [getattr(row, kind) for row in self.connections]
+            if None not in effects:
+                errors = [1.96 * (one.loss_error or 0.0) for one in effects]
+                series[f"if {kind}"] = [one.loss for one in effects], errors
+        return plots.points(chosen, [row.name for row in self.connections], series, x="change of the loss")
+
+    def _parts(self) -> Iterator[RenderableType]:
         yield from usage_tables(self)
 
-    def __str__(self) -> str:
-        return unfolded(list(usage_tables(self)))
+    def _headline(self) -> str:
+        unheard = f", nobody listens to {len(self.unheard)} of them" if self.unheard else ""
+        return (
+            f"{counted(len(self.connections), 'connection')} on {counted(self.images, 'image')}: without them the loss "
+            f"changes by {in_loss(self.cut)}, top1 by {in_points(self.cut)} points{unheard}"
+        )
+
+    def _records(self) -> list[dict[str, Any]]:
+        records = []
+        for row in self.connections:
+            plain = {item.name: getattr(row, item.name) for item in dataclasses.fields(row) if item.name not in KINDS}
+            for kind in KINDS:
+                effect = getattr(row, kind)
+                told = {} if effect is None else dataclasses.asdict(effect)
+                plain |= {f"{kind}_{name}": value for name, value in told.items()}
+            records.append(plain)
+        return records
 
 
 # --- in a table ---------------------------------------------------------------------------------------

@@ -23,13 +23,18 @@ MOST_SHRINKING = 2
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: ``name`` of the module it ends with, ``size`` and ``channels`` of its map, ``blocks`` in it."""
+    """One stage: ``name`` of the module it ends with, ``size`` and ``channels`` of its map, ``blocks`` in it.
+
+    ``maps``: of each block the shape of its X without the batch. Most are of the stage's size; a block in front of a
+    stride, or on the way down of a network that goes up again, is not.
+    """
 
     name: str
     size: tuple[int, ...]
     channels: int
     blocks: tuple[str, ...]
     node: fx.Node = field(repr=False, compare=False)
+    maps: tuple[tuple[int, ...], ...] = ()
 
 
 def stages(region: Region) -> tuple[Stage, ...]:
@@ -47,7 +52,8 @@ def stages(region: Region) -> tuple[Stage, ...]:
         left = [block for block in left if block not in inside]
         if inside or made:
             name = joined(region.path, path)
-            made.append(Stage(name, size, node_value(node).shape[1], tuple(b.name for b in inside), node))
+            maps = tuple(tuple(node_value(block.fusions[0]).shape[1:]) for block in inside)
+            made.append(Stage(name, size, node_value(node).shape[1], tuple(b.name for b in inside), node, maps))
     return tuple(made)
 
 

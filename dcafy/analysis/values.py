@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dcafy import plots
+from dcafy.amounts import fixed, percent
 from dcafy.analysis.tapped import Tapped, tapped
+from dcafy.display import Brief, Shown
 from dcafy.errors import InputError
 from dcafy.plan.options import Dimension
+from dcafy.tables import Column, Sheet
+from dcafy.wording import counted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NEAR = 0.05
 """How far from 0.5 an attention value may be to be near it."""
 
 
-@dataclass(frozen=True)
-class Histogram:
+@dataclass(frozen=True, repr=False)
+class Histogram(Brief):
     """``shares`` of the values in bins of equal width; bin i lies between ``edges[i]`` and ``edges[i + 1]``."""
 
     edges: tuple[float, ...]
     shares: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class AttentionValues:
+@dataclass(frozen=True, repr=False)
+class AttentionValues(Shown):
     """The attention values of one block.
 
     ``name``       the block's name
@@ -61,8 +72,75 @@ class AttentionValues:
         edges = [low + (high - low) * i / bins for i in range(bins + 1)]
         return Histogram(tuple(edges), tuple((counts / max(values.numel(), 1)).tolist()))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The block as JSON-ready data, with the values of each image as lists in the shape of T."""
+        plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {**plain, "values": self.values.tolist()}
 
-def attention_values(model: nn.Module, images: Tensor, *, batch_size: int = 8) -> tuple[AttentionValues, ...]:
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The histogram of the values, from 0 to 1 or as far as they lie (matplotlib)."""
+        low, high, _ = common_axes((self,))
+        made = self.histogram(low, high)
+        return plots.histogram(plots.axes(ax, width=4.0, height=2.4), made.shares, made.edges, title=self.name)
+
+    def _row(self) -> dict[str, Any]:
+        shape = tuple(self.values.shape)
+        about = {"block": self.name, "dimension": self.dimension, "bounded": self.bounded, "shape": shape}
+        return {**about, "mean": self.mean, "spread": self.spread, "near_half": self.near_half}
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [self._row()]
+
+    def _headline(self) -> str:
+        told = f"mean {fixed(self.mean, 3)}, spread {fixed(self.spread, 3)}, {percent(self.near_half)} near 0.5"
+        return f"{self.name}, {self.dimension} attention {list(self.values.shape)}: {told}"
+
+    def _parts(self) -> Iterator[Sheet]:
+        yield _sheet((self,))
+
+
+class ValuesOfBlocks(Shown, tuple[AttentionValues, ...]):
+    """The attention values of several blocks, in the order data meets them: a tuple that shows itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Block -> its values, as JSON-ready data."""
+        return {one.name: one.to_dict() for one in self}
+
+    def plot(self) -> list[Axes]:
+        """A histogram for each block, all on the same axes (matplotlib)."""
+        low, high, top = common_axes(self)
+        across = min(4, max(len(self), 1))
+        made = plots.grid(-(-len(self) // across), across, width=2.6, height=1.9)
+        for ax in made[len(self) :]:
+            ax.set_axis_off()
+        for ax, block in zip(made, self, strict=False):
+            found = block.histogram(low, high)
+            plots.histogram(ax, found.shares, found.edges, title=block.name).set(ylim=(0, 1.05 * top))
+        return made[: len(self)]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [one._row() for one in self]
+
+    def _headline(self) -> str:
+        images = len(self[0].values) if self else 0
+        return f"the attention values of {counted(len(self), 'block')} on {counted(images, 'image')}"
+
+    def _parts(self) -> Iterator[Sheet]:
+        yield _sheet(self)
+
+
+def _sheet(blocks: tuple[AttentionValues, ...]) -> Sheet:
+    rows = tuple(
+        (one.name, one.dimension, "x".join(map(str, one.values.shape)), fixed(one.mean, 3), fixed(one.spread, 3),
+         percent(one.near_half))
+        for one in blocks
+    )  # fmt: skip
+    titles = ("mean", "spread", "near 0.5")
+    columns = (Column("block", "name"), Column("dimension"), Column("shape"), *(Column(t, "number") for t in titles))
+    return Sheet(columns, rows, "attention values", {one.name: number for number, one in enumerate(blocks, start=1)})
+
+
+def attention_values(model: nn.Module, images: Tensor, *, batch_size: int = 8) -> ValuesOfBlocks:
     """The attention values T of every block of ``model`` on ``images``, in the order data meets the blocks.
 
     ``images``: ``[N, C, H, W]``, prepared as the model wants them. The model runs in eval mode, on a copy; it may be
@@ -80,7 +158,7 @@ def attention_values(model: nn.Module, images: Tensor, *, batch_size: int = 8) -
     return values_of(tapped(model, images[:2]), images, batch_size=batch_size)
 
 
-def values_of(copy: Tapped, images: Tensor, *, batch_size: int = 8) -> tuple[AttentionValues, ...]:
+def values_of(copy: Tapped, images: Tensor, *, batch_size: int = 8) -> ValuesOfBlocks:
     """:func:`attention_values` of a tapped copy."""
     seen: dict[str, list[Tensor]] = {name: [] for name in copy.maps}
     with torch.no_grad():
@@ -91,7 +169,9 @@ def values_of(copy: Tapped, images: Tensor, *, batch_size: int = 8) -> tuple[Att
                     seen[name].append(tap.seen.cpu())
                     tap.seen = None
     blocks = [(copy.plan.block(name), torch.cat(parts)) for name, parts in seen.items() if parts]
-    return tuple(AttentionValues(block.name, block.dimension, block.bounded, values) for block, values in blocks)
+    return ValuesOfBlocks(
+        AttentionValues(block.name, block.dimension, block.bounded, values) for block, values in blocks
+    )
 
 
 def common_axes(values: tuple[AttentionValues, ...], bins: int = 40) -> tuple[float, float, float]:

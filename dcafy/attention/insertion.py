@@ -162,7 +162,7 @@ def _along(
     assert kind.along is not None
     with OwnDraws(), torch.device(device_of(model)):
         made, calls = kind.along(chosen.units, order(model, chosen), reduction, init)
-    if not any(any(calls[path].hears) for path in made):
+    if not made:
         raise InputError(
             f"No two units of {type(model).__name__} follow on one another, so that there is nobody to hand a state on "
             f"to: there are {few([unit.path for unit in chosen.units])}. Choose more of them with where=, or use "

@@ -7,12 +7,15 @@
 ``state``         what a state dict does not hold: modes, frozen parameters
 ``architecture``  which ``torchvision:`` or ``timm:`` name builds the same network
 ``folder``        the files on the disk, replaced all at once
+``card``          README.md: what was measured, for people
+``hub``           :func:`push_to_hub`, and folders at ``hf://user/name``
 
 A folder from a stranger is data. Nothing in it is unpickled, imported or called; the only names that it
 can choose are those that torchvision and timm register, and they are built without their weights.
 """
 
+from dcafy.checkpoint.hub import push_to_hub
 from dcafy.checkpoint.loading import load
 from dcafy.checkpoint.saving import save
 
-__all__ = ["load", "save"]
+__all__ = ["load", "push_to_hub", "save"]

@@ -42,7 +42,14 @@ def _about_nothing(data: dict[str, Any]) -> dict[str, Any]:
     return {"about": None, **data}
 
 
-FORMAT = Format("format_version", 3, {1: _keyed_by_block, 2: _about_nothing, 3: _with_insertions})
+def _as_now(data: dict[str, Any]) -> dict[str, Any]:
+    """Folders of version 3 from before one could insert attention, or was told of random weights, say nothing of it."""
+    about = data.get("about")
+    data = {**data, "about": {"random": False, **about}} if isinstance(about, dict) else data
+    return _with_insertions(data)
+
+
+FORMAT = Format("format_version", 3, {1: _keyed_by_block, 2: _about_nothing, 3: _as_now})
 """The version of ``dcafy.json``, and the way from older ones."""
 
 FILES = {True: "model.safetensors", False: "connections.safetensors"}

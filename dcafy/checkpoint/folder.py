@@ -7,6 +7,7 @@ fingerprint, under which :meth:`Folder.read` finds them also where the last move
 
     out/dcafy.json               old   old   NEW   NEW
     out/model.safetensors        old   old   old   NEW
+    out/README.md                old   old    -    NEW
     out/.dcafy-<fingerprint>/          NEW   NEW
                                          |     |
                                what counts   what tidies up
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dcafy.checkpoint.card import CARD, is_ours
 from dcafy.checkpoint.description import FILES, Description, described, read
 from dcafy.checkpoint.tensors import facts, fingerprint
 from dcafy.disk import content, flush, is_file_itself, permitted_as
@@ -46,12 +48,13 @@ _LARGEST = 2**24
 class Folder:
     """A folder that :func:`dcafy.save` wrote, or is going to write."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], named: str | None = None) -> None:
         self.path = Path(path)
+        self.named = str(path) if named is None else named
         self.marker = self.path / MARKER
 
     def __str__(self) -> str:
-        return quoted(str(self.path), 200)
+        return quoted(self.named, 200)
 
     # -- writing -----------------------------------------------------------------------------------------
 
@@ -69,31 +72,39 @@ class Folder:
                 f"{printable(str(self.path / 'connected'))!r}."
             )
 
-    def replace(self, description: Description, tensors: dict[str, Tensor]) -> None:
-        """Makes this the content of the folder; whatever goes wrong, a model that was in it is still whole."""
+    def replace(self, description: Description, tensors: dict[str, Tensor], card: str) -> None:
+        """Makes this the content of the folder; whatever goes wrong, a model that was in it is still whole.
+
+        ``card``: takes the place of a card that dcafy wrote. No card ever tells of another model than the one beside
+        it: the old one goes before the new model counts.
+        """
         self.require_replaceable()
         with self._unless_refused("written"):
             self.path.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 self._tidy_up()
                 try:
-                    staged = self._stage(description, tensors)
+                    staged = self._stage(description, tensors, card)
+                    if is_ours(self.path / CARD):
+                        (self.path / CARD).unlink(missing_ok=True)
                     os.replace(staged / MARKER, self.marker)
                     flush(self.path)
                 finally:
                     self._tidy_up()
 
-    def _stage(self, description: Description, tensors: dict[str, Tensor]) -> Path:
+    def _stage(self, description: Description, tensors: dict[str, Tensor], card: str) -> Path:
         """The folder with the new files, safely on the disk; it has its name from when it is complete."""
         unfinished = self.path / f"{_STAGED}new-{secrets.token_hex(8)}"
         unfinished.mkdir()
         marker, file = unfinished / MARKER, unfinished / description.weights.file
         old = self.path / file.name
-        with permitted_as(self.marker, marker):
-            marker.write_text(described(description), encoding="utf-8")
+        shown = unfinished / CARD
+        for path, text in ((marker, described(description)), (shown, card)):
+            with permitted_as(self.marker, path):
+                path.write_text(text, encoding="utf-8")
         with permitted_as(old if is_file_itself(old) else self.marker, file):
             save_file(tensors, file, metadata={"format": "pt"})
-        for path in (marker, file, unfinished):
+        for path in (marker, file, shown, unfinished):
             flush(path)
         staged = self._staging(description.weights.sha256)
         os.replace(unfinished, staged)
@@ -116,6 +127,9 @@ class Folder:
             staged = self._staged(sha256, file)
             if staged is not None:
                 os.replace(staged, self.path / file)
+            card = self._staged(sha256, CARD)
+            if card is not None and is_ours(self.path / CARD):
+                os.replace(card, self.path / CARD)
             for other in set(FILES.values()) - {file}:
                 (self.path / other).unlink(missing_ok=True)
         for leftover in self.path.glob(f"{_STAGED}*"):
@@ -155,13 +169,17 @@ class Folder:
         """What the folder says and holds; ``CheckpointError`` where it is damaged or was not written by dcafy."""
         while True:
             stamp, text = self._stamp(), self._text()
-            description = read(text, str(self.marker))
+            description = read(text, os.path.join(self.named, MARKER))
             try:
                 return description, self._tensors(description)
             except CheckpointError:
                 # Others may have saved between the two reads, and the last of them the very model that was here.
                 if self._stamp() == stamp:
                     raise
+
+    def _shown(self, path: Path) -> str:
+        """What messages call a file in the folder."""
+        return quoted(os.path.join(self.named, path.name), 200)
 
     def _stamp(self) -> tuple[int, int] | None:
         """What every save changes: which file the marker is."""
@@ -179,7 +197,9 @@ class Folder:
         try:
             return content(self.marker, _LARGEST)
         except OSError as error:
-            raise CheckpointError(f"{quoted(str(self.marker), 200)} could not be read: {refused(error)}.") from error
+            raise CheckpointError(
+                f"{quoted(self._shown(self.marker), 200)} could not be read: {refused(error)}."
+            ) from error
 
     def _tensors(self, description: Description) -> dict[str, Tensor]:
         weights = description.weights
@@ -196,11 +216,11 @@ class Folder:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{quoted(str(path), 200)} is damaged or truncated ({refused(error)}). Copy the folder again."
+                f"{self._shown(path)} is damaged or truncated ({refused(error)}). Copy the folder again."
             ) from error
         if fingerprint({key: facts(value) for key, value in tensors.items()}) != sha256:
             raise CheckpointError(
-                f"{quoted(str(path), 200)} holds other tensors than {MARKER} describes: one of the two was damaged or "
+                f"{self._shown(path)} holds other tensors than {MARKER} describes: one of the two was damaged or "
                 "replaced. Copy the folder again, or save the model again."
             )
         return tensors

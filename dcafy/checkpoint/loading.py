@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dcafy.checkpoint.architecture import built
 from dcafy.checkpoint.description import Description, Facts, installed_versions
 from dcafy.checkpoint.folder import Folder
+from dcafy.checkpoint.hub import fetched, is_address
 from dcafy.checkpoint.keys import Keys
 from dcafy.checkpoint.state import restore
 from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connection, put
@@ -25,11 +26,13 @@ from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import from_data, in_dtype_of
 from dcafy.wording import printable
 from dcafy.zoos.fitting import difference
-from dcafy.zoos.specs import has_weights_now
+from dcafy.zoos.specs import has_random_weights_now, has_weights_now
 
 
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The model that :func:`dcafy.save` or a command wrote to ``directory``: it computes the same, bit for bit.
+
+    ``directory``: a folder, or ``hf://user/name[@revision]`` on the Hugging Face Hub (which needs the extra ``hub``).
 
     Modes and frozen parameters are as they were saved. The network is converted again with the saved plan, then
     given the saved tensors. It is ``model`` where that is given (a new model comes back, and ``model`` is left
@@ -51,7 +54,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     """
     if model is not None:
         _require_unconnected(model)
-    folder = Folder(directory)
+    spec = os.fspath(directory)
+    folder = fetched(spec) if is_address(spec) else Folder(directory)
     description, tensors = folder.read()
     try:
         return _loaded(description, tensors, model)
@@ -103,6 +107,8 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
     has_weights_now(converted)
     if description.about is not None:
         put_about(converted, description.about)
+        if description.about.random:
+            has_random_weights_now(converted)
     return converted
 
 

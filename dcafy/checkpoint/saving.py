@@ -10,6 +10,7 @@ from torch import nn
 
 from dcafy.attention.inserted import hands_on
 from dcafy.checkpoint.architecture import recognised
+from dcafy.checkpoint.card import card, measured
 from dcafy.checkpoint.description import FILES, Built, Description, Weights, installed_versions
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import state_of
@@ -20,11 +21,11 @@ from dcafy.images.about import About, about, known
 from dcafy.images.preparation import preparation
 from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import as_data
-from dcafy.zoos.specs import blueprint_of
+from dcafy.zoos.specs import blueprint_of, has_random_weights
 
 
 def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True) -> None:
-    """A folder from which :func:`dcafy.load` gives ``dca`` back: ``dcafy.json`` and ``model.safetensors``.
+    """A folder from which :func:`dcafy.load` gives ``dca`` back: ``dcafy.json``, ``model.safetensors``, ``README.md``.
 
     ``base=False``: only the connections, in ``connections.safetensors``, beside a fingerprint of the base
     weights that they belong to. A network that torchvision or timm builds is noted by its name. Nothing is pickled.
@@ -87,18 +88,20 @@ def store(model: nn.Module, directory: str | os.PathLike[str], *, base: bool = T
         state=state_of(model),
         plan=None if recipe is None else recipe.plan,
     )
-    folder.replace(description, packed.tensors)
+    folder.replace(description, packed.tensors, card(description, measured(model, description.about)))
 
 
 def _about(model: nn.Module, built: Built | None) -> About | None:
     """What is known of the network; of one that a zoo builds, what the zoo knows."""
     found = known(model)
-    if found is not None or built is None:
-        return found
-    found = about(model)
-    if found.preparation is None or blueprint_of(model) is not None:
-        return found
-    return dataclasses.replace(found, preparation=preparation(model, built.name))
+    if found is None and built is None:
+        return None
+    if found is None:
+        assert built is not None
+        found = about(model)
+        if found.preparation is not None and blueprint_of(model) is None:
+            found = dataclasses.replace(found, preparation=preparation(model, built.name))
+    return dataclasses.replace(found, random=has_random_weights(model))
 
 
 def _recipe(model: nn.Module) -> Recipe:

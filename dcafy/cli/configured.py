@@ -49,11 +49,13 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
     for item in dataclasses.fields(configuration):
         choices = item.metadata["choices"] or CHOICES.get(item.name, ())
         others = item.metadata["names"]
+        one_of = "|".join(choices)
+        fits = len(one_of) <= _WIDEST
         option = typer.Option(
             *((f"--{item.name.replace('_', '-')}", *others) if others else ()),
             callback=_in_any_case(choices) if choices else None,
-            help=item.metadata["help"] + _told(item),
-            metavar=item.metadata["metavar"] or ("|".join(choices) if choices else None),
+            help=item.metadata["help"] + ("" if fits else f" One of {', '.join(choices)}.") + _told(item),
+            metavar=item.metadata["metavar"] or (one_of if fits else "NAME") or None,
             show_default=False,
             autocompletion=completing(choices),
         )
@@ -64,6 +66,10 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
             )
         )
     return made
+
+
+_WIDEST = 40
+"""Of the choices of an option that stand behind its name: they are one word, which no narrow terminal can break."""
 
 
 def _in_any_case(choices: Collection[str]) -> Callable[[str | None], str | None]:

@@ -21,7 +21,7 @@ def export_command(
     file: FileOptions,
     settings: Settings = None,
 ) -> None:
-    """Write a classifier as ONNX or as a program of torch.export, compared with the network on real pictures."""
+    """Write a network as ONNX or as a program of torch.export, compared with it on real pictures."""
     given = settings_given(settings)
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.export.writing import export

@@ -76,6 +76,7 @@ def finetune_command(
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as alone:
         from dcafy.runs.asking import Asked, request_of
         from dcafy.runs.configured import completed
+        from dcafy.runs.request import REQUEST
         from dcafy.training.folder import alone_in
         from dcafy.training.parallel import is_main_process
         from dcafy.training.tracking import require_trackers
@@ -83,7 +84,9 @@ def finetune_command(
         options = model, settings_given(settings), run, training, images, conversion, file
         asked = completed(Asked(*options, given, said=given)).in_its_folder()
         output = asked.run.output
-        if output is not None and is_main_process() and os.path.isdir(output) and not run.dry_run:
+        begins = asked.run.data is not None and bool(asked.model)  # else a folder without a run is none to lock
+        locked = output is not None and os.path.isdir(output) and (begins or os.path.exists(output / REQUEST))
+        if output is not None and is_main_process() and locked and not run.dry_run:
             alone.enter_context(alone_in(output))
         request = request_of(asked)
         _require_place(asked, request)

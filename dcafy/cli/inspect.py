@@ -71,13 +71,14 @@ def _found(spec: str, example: torch.Tensor | None, inserting: Inserting, **how:
     own = dict(recipes(model)).get("")
     if own is not None:
         return dataclasses.replace(own.plan, model=spec), model
+    asked = {} if inserting.attention is None else {"inserting": inserting}
     try:
-        plan = appraise(model, example_inputs=example, inserting=inserting)
+        plan = appraise(model, example_inputs=example, **asked)
     except (errors.TracingError, errors.InputError):
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
         # Where the course of the forward depends on values, as in detectors, it takes values to look.
-        plan = appraise(open_model(spec, **how).model, example_inputs=example, inserting=inserting)
+        plan = appraise(open_model(spec, **how).model, example_inputs=example, **asked)
     return dataclasses.replace(plan, model=spec), model
 
 

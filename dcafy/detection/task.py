@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dcafy.draws import OwnDraws
 from dcafy.errors import InputError, UsageError
 from dcafy.graph.modes import evaluating
 from dcafy.images.order import Sample
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 _NAMES = {"AP": "map", "AP50": "map_50", "AP75": "map_75", "APS": "map_small", "APM": "map_medium", "APL": "map_large"}
 """The columns of the paper's Table 3 -> torchmetrics' names."""
+
+IOUS: list[float] = np.linspace(0.5, 0.95, 10).tolist()
+RECALLS: list[float] = np.linspace(0, 1, 101).tolist()
+"""Where COCO measures: overlaps from which a box counts, and recalls at which the precision is read off."""
 
 _UNUSED = ("mixup", "cutmix", "label_smoothing", "balance")
 
@@ -67,7 +73,7 @@ class Detection:
         image, target = sample.image, sample.label
         if not isinstance(image, Tensor) or image.ndim != 3 or not isinstance(target, dict) or "boxes" not in target:
             raise InputError("The data set gives no image tensor [C, H, W] with a target that has boxes and labels.")
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), torch.no_grad(), OwnDraws():
             try:
                 found = model([image.to(next(model.parameters()).device)])
             except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -114,8 +120,11 @@ class AveragePrecision:
         with needing("Measuring detectors", "detection", "torchmetrics and pycocotools"):
             from torchmetrics.detection import MeanAveragePrecision
 
-            # The processes gather images themselves: some have one twice, to make their batches even.
-            self.metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
+            # The processes gather images themselves: some have one twice, to make their batches even. The thresholds
+            # are COCO's own: torchmetrics has them in float32, where a recall of 3/5 is less than 0.6.
+            self.metric = MeanAveragePrecision(
+                iou_thresholds=IOUS, rec_thresholds=RECALLS, backend="pycocotools", sync_on_compute=False
+            )
         self.metric.warn_on_many_detections = False  # detectors give more; COCO counts the best 100
         self.by_image: Mapping[str, Tensor] = {}  # no precision is a mean over images
         self.seen: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []

@@ -19,8 +19,8 @@ class LightCell(nn.Module):
 
     Two linear layers through ``channels // reduction`` stand in the place of one of full size, and σ in that of the
     second tanh. ``remembers``: whether there ever is a state before; without one its layers would never learn.
-    ``silent``: the last layers are zero, so that c' is 0 and h' is 1/4, whatever is heard; the layers before them are
-    such that none of what reads this h is cut off by its ReLU.
+    ``silent``: the last layers are zero, so that c' is 0 and h' is 1/4, whatever is heard. At that h no ReLU that reads
+    it cuts off.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LightCell(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.hidden = max(channels // reduction, min(_LEAST, channels))
+        self.hidden = max(channels // reduction, _LEAST)
         self.reduce = nn.ModuleList()
         self.expand = nn.ModuleList()
         for _ in range(1 + remembers):
@@ -42,11 +42,11 @@ class LightCell(nn.Module):
         if silent:
             for parameter in self.expand.parameters():
                 nn.init.zeros_(parameter)
-            for layer in self.reduce[1:]:
-                _revived(layer)
 
     def _add(self, bias: bool, place: dict[str, Any]) -> None:
         self.reduce.append(nn.Linear(self.channels, self.hidden, bias, **place))
+        if len(self.reduce) > 1:
+            _revived(*self.reduce[-1].parameters())
         self.expand.append(nn.Linear(self.hidden, 4 * self.channels, bias, **place))
 
     def remember(self, **place: Any) -> None:
@@ -68,9 +68,9 @@ _LEAST = 4
 
 
 @torch.no_grad()
-def _revived(layer: nn.Module) -> None:
-    """Turns round what the layer makes of an h that is 1/4 where that is negative; its draws are as likely so."""
-    weight, bias = layer.parameters()
-    sign = torch.where(weight.sum(1) / 4 + bias < 0, -1.0, 1.0)
+def _revived(weight: Tensor, *bias: Tensor) -> None:
+    """Turns round what a layer makes of an h that is 1/4 where that is negative; its draws are as likely so."""
+    sign = torch.where(weight.sum(1) / 4 + sum(bias) < 0, -1.0, 1.0)
     weight.mul_(sign[:, None])
-    bias.mul_(sign)
+    for one in bias:
+        one.mul_(sign)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dcafy import plots
 from dcafy.amounts import fixed, percent
-from dcafy.display import Shown
+from dcafy.display import Brief, Shown
 from dcafy.emit.connection import Connection
 from dcafy.emit.ends import Ends
 from dcafy.errors import InputError
@@ -20,9 +21,12 @@ from dcafy.plan.plan import Plan
 from dcafy.tables import NONE, Column, Sheet
 from dcafy.wording import counted
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True)
-class Recipe:
+
+@dataclass(frozen=True, repr=False)
+class Recipe(Brief):
     """How a model was converted: enough to do it again.
 
     ``plan``      what was connected, with every link's settings filled in
@@ -100,12 +104,12 @@ def recipes(model: nn.Module) -> Iterator[tuple[str, Recipe]]:
 class ConnectionsByName(Shown, dict[str, Connection]):
     """The dictionary that :func:`connections` gives, which shows whom each hears, with α and β as they are now.
 
-    ``hears``: name -> the block that is heard.
+    ``hears``: name -> the block that is heard. ``blocks``: all blocks that were found, in the order data meets them.
     """
 
-    def __init__(self, found: Mapping[str, Connection], hears: Mapping[str, str]) -> None:
+    def __init__(self, found: Mapping[str, Connection], hears: Mapping[str, str], blocks: Iterable[str] = ()) -> None:
         super().__init__(found)
-        self.hears = dict(hears)
+        self.hears, self.blocks = dict(hears), tuple(blocks)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Name -> what is heard, α, β, the contribution ratio and the number of parameters, as JSON-ready data."""
@@ -127,17 +131,14 @@ class ConnectionsByName(Shown, dict[str, Connection]):
 
     def sheet(self, title: str = "") -> Sheet:
         """Whom each hears, α, β, and the contribution ratio (paper 4.5)."""
-        rows = []
-        for row in self._records():
-            amounts = [
-                NONE if row[name] is None else written(row[name])
-                for name, written in (("alpha", fixed), ("beta", _signed), ("contribution", percent))
-            ]
-            # A block that hears several has a name for each, which says whom.
-            hears = NONE if "<-" in row["block"] else row["hears"] or NONE
-            rows.append((row["block"], hears, *amounts, f"{row['parameters']:,}"))
-        numbers = {name: number for number, name in enumerate(self, start=1)}
-        return Sheet(_CONNECTIONS, tuple(rows), title, numbers)
+        return connection_sheet([tuple(row.values()) for row in self._records()], self.blocks, title)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The contribution ratio of each connection (paper Fig. 5; matplotlib)."""
+        shares = [one.contribution() for one in self.values()]
+        return plots.points(
+            plots.axes(ax, height=1.2 + 0.3 * len(self)), list(self), {"ratio": (shares, None)}, x="|β| / (|α| + |β|)"
+        )
 
     def _parts(self) -> Iterator[Sheet]:
         yield self.sheet("connections")
@@ -150,15 +151,30 @@ class ConnectionsByName(Shown, dict[str, Connection]):
         )
 
 
+def connection_sheet(rows: Iterable[tuple[Any, ...]], blocks: Sequence[str], title: str = "") -> Sheet:
+    """A table of connections: the name of each, whom it hears, α, β, the contribution ratio, its parameters.
+
+    ``blocks``: of the plan, whose numbers it has.
+    """
+    numbers: dict[str, object] = {name: number for number, name in enumerate(blocks, start=1)}
+    made: list[tuple[str, ...]] = []
+    for name, source, *amounts, parameters in rows:
+        alpha, beta, ratio = (
+            NONE if value is None else write(value) for value, write in zip(amounts, _AMOUNTS, strict=True)
+        )
+        # A block that hears several has a name for each, which says whom.
+        made.append((name, NONE if "<-" in name else source or NONE, alpha, beta, ratio, f"{parameters:,}"))
+    numbers |= {row[0]: numbers.get(target_of(row[0]), "") for row in made}
+    return Sheet(_CONNECTIONS, tuple(made), title, numbers)
+
+
+_AMOUNTS: tuple[Callable[[float], str], ...] = (fixed, functools.partial(fixed, sign=True), percent)
+
 _CONNECTIONS = (
     Column("receiving block", "name"),
     Column("hears", "row"),
     *(Column(title, "number") for title in ("α", "β", "contribution", "parameters")),
 )
-
-
-def _signed(value: float) -> str:
-    return fixed(value, sign=True)
 
 
 def connections(model: nn.Module) -> ConnectionsByName:
@@ -177,7 +193,8 @@ def connections(model: nn.Module) -> ConnectionsByName:
     order = {link.target: i for _, recipe in recipes(model) for i, link in enumerate(recipe.plan.links)}
     ordered = sorted(found.items(), key=lambda item: order.get(item[0].partition("<-")[0].partition("[")[0], 0))
     heard = {name: link_of(name, links).source for name, _ in ordered if links}  # a part of a model has no recipe
-    return ConnectionsByName(dict(ordered), heard)
+    blocks = (block.name for _, recipe in recipes(model) for block in recipe.plan.blocks)
+    return ConnectionsByName(dict(ordered), heard, blocks)
 
 
 def own_contexts(model: nn.Module) -> dict[str, Any]:
@@ -197,9 +214,13 @@ def _hears_nobody(connection: Any) -> bool:
 
 def link_of(name: str, links: Iterable[Link]) -> Link:
     """The link that the connection of that name is of; a block with one map per branch has several for each."""
-    target, _, source = name.partition("<-")
-    target = re.sub(r"\[\d+\]$", "", target)
+    source, target = name.partition("<-")[2], target_of(name)
     return next(link for link in links if link.target == target and source in ("", link.source))
+
+
+def target_of(name: str) -> str:
+    """The block that hears through the connection of that name."""
+    return re.sub(r"\[\d+\]$", "", name.partition("<-")[0])
 
 
 def connection_at(dca: Any, address: str) -> Any:

@@ -1,6 +1,7 @@
 """A network as a file that runs without dcafy: ONNX, or a program of ``torch.export``.
 
 ``writing``   the file, with what is known of the network in it, checked before it is there
+``detectors`` that of a detector
 ``examples``  real pictures to check it on
 ``options``   what is asked for, as frozen data
 """

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dcafy.detection.coco import open_coco
 from dcafy.errors import DcafyError, UsageError
 from dcafy.images.about import About, Transforms
 from dcafy.images.options import DataOptions
@@ -74,10 +75,10 @@ def _read(files: Sequence[str], make: Transforms) -> list[Tensor]:
 
 def _trained_on(what: About, make: Transforms) -> tuple[list[Tensor], str]:
     """Validation images of the data that the network was trained on, where it is still there."""
-    if what.trained is None or not what.trained.opened_unasked or what.task != "classification":
+    if what.trained is None or not what.trained.opened_unasked:
         return [], ""
     try:
-        data = open_data(what.trained.data, DataOptions())
+        data = (open_data if what.task == "classification" else open_coco)(what.trained.data, DataOptions())
     except (DcafyError, OSError) as error:
         log.info("%s cannot be opened here to check on: %s", printable(what.trained.data), printable(str(error)))
         return [], ""

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from dcafy.plan.options import check, setting
 
+TOLERANCE = 1e-5
+"""How far outputs of the file may differ from the network's, of the largest output."""
+
 
 @dataclass(frozen=True)
 class ExportOptions:

@@ -19,17 +19,15 @@ from dcafy.disk import replace_file
 from dcafy.emit.dca import is_connected
 from dcafy.emit.whole import flat
 from dcafy.errors import InputError, TracingError, UsageError, VerificationError
+from dcafy.export import detectors
 from dcafy.export.examples import examples
-from dcafy.export.options import ExportOptions
+from dcafy.export.options import TOLERANCE, ExportOptions
 from dcafy.images.about import About, about, preparation_of
 from dcafy.records import written
 from dcafy.version import __version__
 from dcafy.wording import needing, one_line, quoted
 
 log = logging.getLogger("dcafy")
-
-TOLERANCE = 1e-5
-"""How far outputs may differ, of the largest output."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,32 @@ class Kind:
     reads: Callable[[Path], Callable[[Tensor], Tensor]]
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What can be written (with its metadata), and how far the file is then from the network; on which pictures."""
+
+    write: Callable[[Path, dict[str, str]], None]
+    apart: Callable[[Path], float]
+    open_batch: bool
+    open_size: bool
+    images: int
+    pictures: str
+
+
 def export(model: nn.Module, options: ExportOptions, *, spec: str = "the model") -> Exported:
     """``model`` as ONNX or as a program of ``torch.export``, in the file that the options name.
 
-    Batch, height and width are open where the network lets them be. Preprocessing and classes are in the file's
-    metadata, under ``dcafy``. The file is read back by onnxruntime or torch, and compared with the network on real
-    pictures; it is only there if they agree to 1e-5 of the largest output. ``model`` is left as it is.
+    Batch, height and width are open where the network lets them be; a detector's file takes one picture ``[3, H, W]``.
+    Preprocessing and classes are in the file's metadata, under ``dcafy``. The file is read back by onnxruntime or
+    torch, and compared with the network on real pictures; it is only there if they agree to 1e-5 of the largest output.
+    ``model`` is left as it is.
 
     Raises ``UsageError`` for a name that says no kind and for a file that is there, ``InputError`` for a network that
-    is no classifier or cannot be exported, ``VerificationError`` where the outputs differ, ``CheckpointError`` where
-    the disk refuses.
+    gives neither scores nor boxes or cannot be exported, ``VerificationError`` where the outputs differ,
+    ``CheckpointError`` where the disk refuses.
     """
     output = options.output
-    kind = KINDS.get(output.suffix.lower()) if output is not None else None
-    if output is None or kind is None:
+    if output is None or _suffix(options) not in KINDS:
         given = "-o names no file." if output is None else f"-o {quoted(str(output), 200)} says no kind of file."
         raise UsageError(f"{given} Write -o NAME.onnx, or -o NAME.pt2 for a program of torch.export.")
     if output.is_dir():
@@ -76,12 +86,30 @@ def export(model: nn.Module, options: ExportOptions, *, spec: str = "the model")
     if os.path.lexists(output) and not options.overwrite:
         raise UsageError(f"{quoted(str(output), 200)} is there already. Name another file, or add --overwrite.")
     found = about(model)
-    if found.task != "classification":
-        raise InputError(
-            f"{spec!r} is no classifier: what it gives is no one tensor, and only such networks are exported so far."
-        )
-    found = About(found.task, found.classes, preparation_of(model, spec, options.image_size), found.trained)
+    if found.task is None:
+        raise InputError(f"{spec!r} gives neither scores of classes nor boxes, and only such networks are exported.")
+    if found.task == "classification":
+        found = About(found.task, found.classes, preparation_of(model, spec, options.image_size), found.trained)
     network = copy.deepcopy(model).eval().cpu().float()
+    ready = (_classifier if found.task == "classification" else _detector)(network, found, options, spec)
+    metadata = {"dcafy": json.dumps(_metadata(found, spec), allow_nan=False)}
+    measured: list[float] = []
+
+    def write(beside: Path) -> None:
+        ready.write(beside, metadata)
+        measured.append(ready.apart(beside))
+        if not measured[0] <= TOLERANCE:
+            raise VerificationError(
+                f"{quoted(str(output), 200)} was not written: it computes something else than the network, by "
+                f"{measured[0]:.1e} of the largest output, and {TOLERANCE:g} is allowed. Try the other kind of file "
+                "(.onnx, .pt2), or --fixed."
+            )
+
+    replace_file(output, write, then="Make room, or name another file.")
+    return Exported(output, ready.open_batch, ready.open_size, measured[0], ready.images, ready.pictures)
+
+
+def _classifier(network: nn.Module, found: About, options: ExportOptions, spec: str) -> _Ready:
     pictures, source = examples(found, options.images)
     images = torch.stack(pictures)
     with torch.no_grad():
@@ -94,16 +122,31 @@ def export(model: nn.Module, options: ExportOptions, *, spec: str = "the model")
             ) from error
     if not isinstance(expected, Tensor):
         raise InputError(f"{spec!r} gives {type(expected).__name__}, not one tensor, so it cannot be exported.")
+    kind = KINDS[_suffix(options)]
     program, open_batch, open_size = _program(_plain(network), network, images, fixed=options.fixed, spec=spec)
-    metadata = {"dcafy": json.dumps(_metadata(found, spec), allow_nan=False)}
-    measured: list[float] = []
+    return _Ready(
+        lambda path, metadata: kind.write(program, path, metadata),
+        lambda path: _apart(kind.reads(path), network, images, open_batch, open_size),
+        open_batch, open_size, len(images), source,
+    )  # fmt: skip
 
-    def write(beside: Path) -> None:
-        kind.write(program, beside, metadata)
-        measured.append(_compared(kind.reads(beside), network, images, open_batch, open_size, str(output)))
 
-    replace_file(output, write, then="Make room, or name another file.")
-    return Exported(output, open_batch, open_size, measured[0], len(images), source)
+def _detector(network: nn.Module, found: About, options: ExportOptions, spec: str) -> _Ready:
+    if options.image_size is not None:
+        raise UsageError("--image-size is for classifiers; a detector resizes its images itself. Leave it out.")
+    detectors.require_onnx(_suffix(options), spec)
+    pictures, source = examples(found, options.images)
+    pictures = detectors.telling_first(network, pictures, spec)
+    content, open_size = detectors.recorded(network, pictures, spec, fixed=options.fixed)
+    return _Ready(
+        lambda path, metadata: detectors.with_metadata(content, metadata, path),
+        lambda path: detectors.compared(path, network, pictures, spec, open_size=open_size),
+        False, open_size, len(pictures), source,
+    )  # fmt: skip
+
+
+def _suffix(options: ExportOptions) -> str:
+    return "" if options.output is None else options.output.suffix.lower()
 
 
 def _plain(network: nn.Module) -> nn.Module:
@@ -224,10 +267,8 @@ KINDS = {".onnx": Kind(_write_onnx, _read_onnx), ".pt2": Kind(_write_program, _r
 
 
 @torch.no_grad()
-def _compared(
-    run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, batch: bool, size: bool, file: str
-) -> float:
-    """The largest difference over the largest output; ``VerificationError`` where that is too much."""
+def _apart(run: Callable[[Tensor], Tensor], network: nn.Module, images: Tensor, batch: bool, size: bool) -> float:
+    """The largest difference over the largest output, of several numbers of pictures and sizes where they are open."""
     whole = torch.cat([images] * 2)[: max(len(images), 2)]
     shown = [whole, *([whole[:1]] if batch else ()), *(_others(whole) if size else ())]
     worst = 0.0
@@ -237,12 +278,6 @@ def _compared(
         except (RuntimeError, AssertionError, ValueError):
             continue  # the network itself does not take that size
         worst = max(worst, _relative(run(given), expected))
-    if not worst <= TOLERANCE:
-        raise VerificationError(
-            f"{quoted(file, 200)} was not written: it computes something else than the network, by {worst:.1e} of the "
-            f"largest output on shape {list(whole.shape)}, and {TOLERANCE:g} is allowed. Try the other kind of file "
-            "(.onnx, .pt2), or --fixed."
-        )
     return worst
 
 

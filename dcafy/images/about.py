@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from torch import nn
 
+from dcafy.display import Brief
 from dcafy.graph.rewritten import original_class
 from dcafy.images.pictures import opened
 from dcafy.images.preparation import Preparation, Prepared, preparation
@@ -29,8 +30,8 @@ def _fraction(value: Any, where: str) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, repr=False)
+class Trained(Brief):
     """What a network was trained on, and what was then measured on the validation images (accuracies are fractions).
 
     ``val_fraction``: the part of the images that was held out, where the data has no part of its own to validate on.
@@ -47,20 +48,28 @@ class Trained:
         return self.data.partition(":")[0] in ("imagefolder", "coco", "digits", "fashion-mnist")
 
 
-@dataclass(frozen=True)
-class About:
+def _agreeing(value: Any, where: str) -> Any:
+    if value is not None and len(value.mean) != len(value.std):
+        raise Wrong(f"{where}.std", f"a number for each of {len(value.mean)} channels, as mean has", list(value.std))
+    return value
+
+
+@dataclass(frozen=True, repr=False)
+class About(Brief):
     """What is known of a network besides itself.
 
     ``task``         what it gives: scores of classes, or boxes; ``None`` for something else
     ``classes``      the name of each of its outputs; a detector's first is its background; empty where unknown
     ``preparation``  how pictures are made ready for it; a detector does that itself
     ``trained``      by dcafy, on what, and how good it was
+    ``random``       whether it has the weights that it was made with, so that what it gives says nothing
     """
 
     task: Literal["classification", "detection"] | None = "classification"
     classes: tuple[str, ...] = ()
-    preparation: Preparation | None = None
+    preparation: Annotated[Preparation | None, _agreeing] = None
     trained: Trained | None = None
+    random: bool = False
 
     def name_of(self, number: int) -> str:
         """The name of a class, or its number."""

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from dcafy.emit.dca import recipes
 from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
+from dcafy.images.order import UnreadableImage
 from dcafy.images.pictures import MODES, with_channels
+from dcafy.images.pictures import MOST_PIXELS as LARGEST
 from dcafy.records import ReadBy, Wrong, within
 from dcafy.trace.inputs import guesses
+from dcafy.wording import short
 from dcafy.zoos.specs import blueprint_of
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -26,7 +29,10 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Sides = int | tuple[int, int]
 """A length in pixels, or (height, width)."""
 
-_SIDE = within(1, 2**15)
+_SIDE = within(1, 2**12)
+
+MOST_PIXELS = 2**22
+"""Pixels of what a network sees, 2048 x 2048: what a folder says is believed up to there, for memory is made for it."""
 
 
 def _sides(value: Any, where: str) -> Any:
@@ -39,8 +45,8 @@ def _sides(value: Any, where: str) -> Any:
 
 def _size(value: Any, where: str) -> Any:
     sides = _sides(value, where)
-    if isinstance(sides, int):
-        raise Wrong(where, "a height and a width in pixels", value)
+    if isinstance(sides, int) or math.prod(sides) > MOST_PIXELS:
+        raise Wrong(where, f"a height and a width in pixels, {MOST_PIXELS:,} in all", value)
     return sides
 
 
@@ -83,7 +89,11 @@ class Preparation:
         return len(self.mean)
 
     def resized(self, side: int) -> Preparation:
-        """The same for images of ``side`` pixels, with the resize in proportion."""
+        """The same for images of ``side`` pixels, with the resize in proportion; ``UsageError`` for too many."""
+        if side**2 > MOST_PIXELS:
+            raise UsageError(
+                f"--image-size {short(str(side))} is more than {math.isqrt(MOST_PIXELS):,} pixels. Name fewer."
+            )
         ratio = side / min(self.size)
         sides = (self.resize,) if isinstance(self.resize, int) else self.resize
         scaled: tuple[int, ...] = tuple(max(round(of * ratio), 1) for of in sides)
@@ -212,10 +222,19 @@ def _centre(image: Any, how: Preparation) -> Any:
     from torchvision.transforms.v2 import functional as F
 
     if isinstance(how.resize, int):
+        _require_room(image, how.resize / min(image.size))
         resized: Any = F.resize(image, [how.resize], _mode(how))
     else:
         resized = _in_proportion(image, how, min)
     return F.center_crop(resized, list(how.size))
+
+
+def _require_room(image: Any, times: float) -> None:
+    """Nothing where the picture may be made so many times as large; ``UnreadableImage`` where that is too large."""
+    if times**2 * image.width * image.height > LARGEST:
+        raise UnreadableImage(
+            f"it has {image.width} x {image.height} pixels, and as large as the network wants it more than {LARGEST:,}"
+        )
 
 
 def _squash(image: Any, how: Preparation) -> Any:
@@ -239,6 +258,7 @@ def _in_proportion(image: Any, how: Preparation, ratio: Callable[[float, float],
 
     height, width = _pair(how.resize)
     times = ratio(image.height / height, image.width / width)
+    _require_room(image, 1 / times)
     return F.resize(image, [round(image.height / times), round(image.width / times)], _mode(how))
 
 

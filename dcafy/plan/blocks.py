@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from dcafy.display import Brief
 from dcafy.errors import PlanError
 from dcafy.plan.gates import GATES
 from dcafy.plan.options import Dimension, Overrides
@@ -22,8 +23,8 @@ Of = Literal["message", "context"]
 """What of a block is heard: T̃, or its G."""
 
 
-@dataclass(frozen=True)
-class AttentionBlock:
+@dataclass(frozen=True, repr=False)
+class AttentionBlock(Brief):
     """One attention block: extraction, transformation and fusion, by name.
 
     ``name``           dotted path of the innermost module that holds extraction and transformation,
@@ -60,8 +61,8 @@ class _Ends:
     target: str
 
 
-@dataclass(frozen=True)
-class Link(Overrides, _Ends):
+@dataclass(frozen=True, repr=False)
+class Link(Brief, Overrides, _Ends):
     """A connection to be made from ``source`` to ``target``, both block names; a block may hear itself, centred.
 
     A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it. ``mixing``: the
@@ -79,8 +80,8 @@ def hearing(links: Iterable[Link]) -> dict[str, list[Link]]:
     return into
 
 
-@dataclass(frozen=True)
-class Chain:
+@dataclass(frozen=True, repr=False)
+class Chain(Brief):
     """Blocks of one dimension in the order data meets them, and the links between them."""
 
     dimension: Dimension
@@ -145,8 +146,8 @@ class Contribution:
     parameters: int
 
 
-@dataclass(frozen=True)
-class Contents:
+@dataclass(frozen=True, repr=False)
+class Contents(Brief):
     """What a plan is made of; see :class:`dcafy.Plan`."""
 
     blocks: tuple[AttentionBlock, ...]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Literal, get_args
 
+from dcafy.display import Brief, natural_size
 from dcafy.plan.blocks import AttentionBlock, Contents, Contribution, Link
 from dcafy.plan.options import Dimension
 from dcafy.plan.tables import link_matches
@@ -50,10 +51,15 @@ THINNEST, THICKEST = 1.5, 9.0
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """``svg``: the drawing as one SVG element, which a notebook shows."""
+class Drawing(Brief):
+    """``svg``: the drawing as one SVG element, which a notebook shows in its natural size."""
 
     svg: str
+
+    __repr__ = Brief.__repr__
+
+    def _repr_html_(self) -> str:
+        return natural_size(self.svg)
 
     def _repr_svg_(self) -> str:
         return self.svg

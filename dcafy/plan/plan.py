@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dcafy.display import Shown, natural_size
 from dcafy.errors import PlanError
 from dcafy.plan.blocks import Chain, Contents, Link, Skipped, hearing
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, read, written
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import RenderableType
 
 FORMAT = Format("schema_version", 1)
 """The version of a plan as JSON."""
 
 
-@dataclass(frozen=True)
-class Plan(Contents):
+@dataclass(frozen=True, repr=False)
+class Plan(Shown, Contents):
     """What was found in a network and what will be connected: immutable, printable, serialisable.
 
     ``blocks``     every attention block, in the order data meets them
@@ -81,15 +82,39 @@ class Plan(Contents):
             raise PlanError(f"This is not a plan written by Plan.to_dict: {error}.") from error
         return plan
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def _headline(self) -> str:
+        from dcafy.plan.tables import headline
+
+        return f"{self.model or 'model'}: {headline(self)}"
+
+    def _parts(self) -> Iterator[RenderableType]:
         from dcafy.plan.tables import plan_tables
 
         yield from plan_tables(self)
+
+    def _body(self) -> Iterator[RenderableType]:
+        from dcafy.plan.tables import plan_sheets
+
+        yield from plan_sheets(self)
+
+    def _picture(self) -> str:
+        from dcafy.plan.drawing import draw
+
+        return natural_size(draw(self).svg) if self.blocks else ""
 
     def _repr_svg_(self) -> str:
         from dcafy.plan.drawing import draw
 
         return draw(self).svg
+
+    def _records(self) -> list[dict[str, Any]]:
+        heard = hearing(self.links)
+        rows = []
+        for block in self.blocks:
+            about = {name: getattr(block, name) for name in ("dimension", "channels", "size", "gate", "fusion_kind")}
+            hears = ", ".join(link.source for link in heard.get(block.name, ()))
+            rows.append({"block": block.name, **about, "hears": hears or None})
+        return rows
 
     def __str__(self) -> str:
         from dcafy.plan.tables import as_text

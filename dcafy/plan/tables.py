@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
+from dcafy.display import printed
 from dcafy.plan.blocks import AttentionBlock, Chain, Contents, Link, hearing
 from dcafy.plan.options import Linking
-from dcafy.tables import NONE, WIDTH, Cell, Column, Sheet, plain, shown
+from dcafy.tables import NONE, WIDTH, Cell, Column, Sheet, shown
 from dcafy.wording import counted, printable
 
 
@@ -86,8 +87,8 @@ def node_table(plan: Contents) -> Sheet:
 
 
 def as_text(plan: Contents, *, nodes: bool = False) -> str:
-    """The plan as plain text of at most 120 columns, without colour."""
-    return plain(_tables(plan, nodes), WIDTH)
+    """The plan as plain text, without colour, as wide as the terminal or else of at most 120 columns."""
+    return printed(_tables(plan, nodes), WIDTH)
 
 
 def written(plan: Contents, *, nodes: bool = False, terminal: bool = False) -> str:
@@ -145,6 +146,6 @@ def _match(plan: Contents, target: AttentionBlock, link: Link) -> str:
     if spatial:
         here, there = ("x".join(map(str, size)) if size else "?" for size in (source.size, target.size))
         parts.append(f"{spatial} {here} to {there}")
-    if link.schema is not None:
+    if link.schema not in (None, Linking().schema):
         parts.append(f"({link.schema})")
     return " ".join(parts) or NONE

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dcafy.amounts import fixed, percent, points
 from dcafy.analysis.listening import MIXED, NEGLIGIBLE, Effect, Usage
 from dcafy.report.findings import Findings, Score
-from dcafy.runs.compare import Comparison
+from dcafy.runs.compare import LOSSES, Comparison
 from dcafy.runs.evidence import Difference
 from dcafy.wording import counted
 
@@ -34,45 +35,57 @@ def answers(found: Findings) -> tuple[Answer, ...]:
 
 def _accuracy(found: Findings) -> Answer:
     question = "How good is it, before and after?"
-    compared = found.run.comparison
-    if compared is not None and compared.pairs and all("top1" in row for row in _metrics(compared)):
-        return _of_comparison(question, compared)
-    own = found.connected.score
+    compared, own = found.run.comparison, found.connected.score
+    scored = [] if own is None else _of_scores(found, own)
+    if compared is not None and compared.pairs:
+        metric = headline(compared.arms[compared.pairs[0].one].metrics[0])
+        if metric:
+            short, because = _of_comparison(compared, metric)
+            return Answer(question, short, (*because, *scored))
     if own is not None:
-        return _of_scores(question, found, own)
-    if found.trained is not None and "top1" in found.trained.metrics:
-        metrics = found.trained.metrics
-        images = int(metrics.get("images", 0))
-        told = (f"After {counted(found.trained.epochs, 'epoch')} on its validation images, as its folder says.",)
-        score = Score(round(metrics["top1"] * images), images) if images else None
-        shown = percent(metrics["top1"]) if score is None else _score(score)
-        return Answer(question, shown, (*told, "What it was before is not known: name labelled images with --data."))
+        other = found.sides[0].score if len(found.sides) == 2 else None
+        short = _score(own) if other is None else f"{percent(other.value)} → {percent(own.value)}"
+        return Answer(question, short, tuple(scored))
+    trained = found.trained
+    metric = "" if trained is None else headline(trained.metrics)
+    if trained is not None and metric:
+        value, images = trained.metrics[metric], trained.metrics.get("images", 0)
+        # A folder may say anything; an interval is for what is a fraction of so many images.
+        counts = metric == "top1" and 0 <= value <= 1 <= images < math.inf
+        shown = _score(Score(round(value * images), int(images))) if counts else percent(value)
+        told = f"{named(metric)} on its validation images after {counted(trained.epochs, 'epoch')}, as its folder says."
+        return Answer(question, shown, (told, "What it was before is not known: name labelled images with --data."))
     return Answer(question, "not measured", ("It takes labelled images: dcafy report MODEL --data DATA.",))
 
 
-def _metrics(compared: Comparison) -> list[dict[str, float]]:
-    return [row for side in compared.arms.values() for row in side.metrics]
+def headline(metrics: Mapping[str, float]) -> str:
+    """The metric that stands for the others: the accuracy, or the first that is no loss; empty where there is none."""
+    return next((name for name in ("top1", *metrics) if name in metrics and name not in (*LOSSES, "images")), "")
 
 
-def _of_comparison(question: str, compared: Comparison) -> Answer:
+def named(metric: str) -> str:
+    """A metric in words."""
+    return "Top-1 accuracy" if metric == "top1" else metric
+
+
+def _of_comparison(compared: Comparison, metric: str) -> tuple[str, tuple[str, ...]]:
     pair = compared.pairs[0]
-    means = [statistics.fmean(row["top1"] for row in compared.arms[arm].metrics) for arm in (pair.other, pair.one)]
+    means = [statistics.fmean(row[metric] for row in compared.arms[arm].metrics) for arm in (pair.other, pair.one)]
     seeds = counted(len(compared.seeds), "seed")
-    because = [f"Top-1 accuracy on the validation images, {pair.other} → {pair.one}, mean over {seeds}."]
-    if "top1" in pair.differences:
-        because.append(difference_in_words(pair.differences["top1"]))
-    return Answer(question, f"{percent(means[0])} → {percent(means[1])}", tuple(because))
+    because = [f"{named(metric)} on the validation images, {pair.other} → {pair.one}, mean over {seeds}."]
+    if metric in pair.differences:
+        because.append(difference_in_words(pair.differences[metric]))
+    return f"{percent(means[0])} → {percent(means[1])}", tuple(because)
 
 
-def _of_scores(question: str, found: Findings, own: Score) -> Answer:
+def _of_scores(found: Findings, own: Score) -> list[str]:
     on = f"{counted(own.images, 'labelled image')} of {found.data}"
     other = found.sides[0].score if len(found.sides) == 2 else None
     if other is None:
-        return Answer(question, _score(own), (f"Top-1 accuracy on {on}.",))
+        return [f"Top-1 accuracy on {on}: {_score(own)}."]
     titles = f"{found.sides[0].title} → {found.connected.title}"
-    because = [f"Top-1 accuracy on {on}, {titles}: {_score(other)} → {_score(own)}."]
-    because += [] if found.gain is None else [_over_images(found.gain)]
-    return Answer(question, f"{percent(other.value)} → {percent(own.value)}", tuple(because))
+    told = [f"These two networks on {on}, {titles}: {_score(other)} → {_score(own)}."]
+    return told if found.gain is None else [*told, _over_images(found.gain)]
 
 
 def _score(score: Score) -> str:
@@ -189,17 +202,17 @@ def _is_sure(effect: Effect) -> bool:
 
 
 def _loss(effect: Effect, sign: int = 1) -> str:
-    error = "" if effect.loss_error is None else f" ± {effect.loss_error:.4f}"
+    error = "" if effect.loss_error is None else f" ± {effect.loss_error:.4f}"
     return f"{sign * effect.loss:.4f}{error}"
 
 
 def _change(effect: Effect) -> str:
-    error = "" if effect.loss_error is None else f" ± {effect.loss_error:.4f}"
+    error = "" if effect.loss_error is None else f" ± {effect.loss_error:.4f}"
     return f"{fixed(effect.loss, sign=True)}{error}"
 
 
 def _points(effect: Effect) -> str:
-    error = "" if effect.accuracy_error is None else f" ± {100 * effect.accuracy_error:.2f}"
+    error = "" if effect.accuracy_error is None else f" ± {100 * effect.accuracy_error:.2f}"
     return f"{points(effect.accuracy)}{error}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from dcafy.analysis.listening import Usage
 from dcafy.disk import content
 from dcafy.errors import SourceError
-from dcafy.records import read, shallow
+from dcafy.records import read, shallow, within
 from dcafy.runs.compare import Comparison
 from dcafy.runs.compared import read_comparison
 from dcafy.training.history import ConnectionState, read_states
@@ -101,13 +100,13 @@ def read_epochs(folder: Path) -> EpochLog | None:
             event = shallow(json.loads(line))
             if event["event"] == "epoch":
                 states = read_states(event["connections"], "connections")
-                rows[read(int, event["epoch"], "epoch")] = states, _measured(event)
+                rows[_EPOCH(event["epoch"], "epoch")] = states, _measured(event)
             elif event["event"] == "end" and event.get("usage") is not None:
                 usage = read(Usage, event["usage"], "usage")
         ordered = [rows[epoch] for epoch in sorted(rows)]
         contribution = _series([{name: state.contribution for name, state in row.items()} for row, _ in ordered])
-        if not all(math.isfinite(share) for shares in contribution.values() for share in shares):
-            raise ValueError("a contribution is infinite")
+        if not all(0 <= share <= 1 for shares in contribution.values() for share in shares):
+            raise ValueError("a contribution is no fraction")
         curves = _series([measured for _, measured in ordered])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
@@ -116,6 +115,8 @@ def read_epochs(folder: Path) -> EpochLog | None:
         ) from error
     return EpochLog(tuple(sorted(rows)), contribution, curves, usage) if rows else None
 
+
+_EPOCH = within(0, 10**9)
 
 TRAINED = "training loss"
 """The name of the curve that is of the training images."""

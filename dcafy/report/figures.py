@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,9 +129,20 @@ def epoch_plot(epochs: Sequence[int], series: Mapping[str, Sequence[float]], *, 
         colours: Callable[[float], Any] = matplotlib.colormaps["viridis"]
         for number, heights in enumerate(series.values()):
             colour = colours(0.9 * number / max(len(series) - 1, 1))
-            axes.plot(epochs, heights, color=colour, lw=1.4, marker="." if len(epochs) < 30 else None)
+            points = _thinned(epochs), _thinned(heights)
+            axes.plot(*points, color=colour, lw=1.4, marker="." if len(epochs) < 30 else None)
         _label(axes, "epoch", named)
     return drawn[0]
+
+
+_HIGHEST = 1e30
+"""From here on a value is no height: a training that diverged leaves a gap."""
+
+
+def _thinned(values: Sequence[float], most: int = 300) -> Sequence[float]:
+    """Up to so many of the values, evenly spread and the last one among them: a line needs no more points."""
+    step = -(-len(values) // most)
+    return values[::-1][:: max(step, 1)][::-1]
 
 
 def curve_plot(
@@ -143,7 +155,8 @@ def curve_plot(
             for number, (epochs, values) in enumerate(trainings):
                 mark = "." if len(epochs) < 30 else None
                 shown = title if number == 0 else None
-                axes.plot(epochs, values, color=colour, lw=1.4, marker=mark, label=shown, alpha=0.85)
+                heights = [value if abs(value) < _HIGHEST else math.nan for value in _thinned(values)]
+                axes.plot(_thinned(epochs), heights, color=colour, lw=1.4, marker=mark, label=shown, alpha=0.85)
         from matplotlib.ticker import MaxNLocator
 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

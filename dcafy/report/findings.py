@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import platform
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from dcafy.analysis.complexity import Complexity, complexity
 from dcafy.analysis.contributions import contributions, recorded_plan
 from dcafy.analysis.gradcam import GradCam, cams_of
 from dcafy.analysis.listening import Usage
+from dcafy.analysis.stages import Stage
 from dcafy.analysis.tapped import Tapped, tapped
 from dcafy.analysis.usage import message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
@@ -24,6 +25,7 @@ from dcafy.checkpoint.description import versions_of
 from dcafy.converted import revert
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
+from dcafy.graph.rewritten import original_class
 from dcafy.images.about import Trained, about, known
 from dcafy.plan.blocks import Contribution
 from dcafy.plan.drawing import Lane, lanes_by_name
@@ -34,7 +36,7 @@ from dcafy.report.pictures import Pictures
 from dcafy.runs.evidence import Difference, paired_difference
 from dcafy.runs.timing import forward_times
 from dcafy.version import __version__
-from dcafy.zoos.specs import has_random_weights
+from dcafy.zoos.specs import blueprint_of, has_random_weights
 
 BATCH = 8
 MOST_CAMS = 8
@@ -107,7 +109,7 @@ class Side:
 
     ``values``       its attention values
     ``cams``         its Grad-CAM maps of the images that are shown
-    ``complexity``   its size and cost; ``seconds``: what two images take
+    ``complexity``   its size and cost; ``seconds``: what two images take at best
     ``classes``      the names of its classes
     ``predictions``  what it sees in each image; empty for what is no classifier
     ``score``        how many of the labelled images it recognises
@@ -147,7 +149,8 @@ class Findings:
 
     ``chosen``   the images that are shown: changed predictions first, then wrong ones
     ``gain``     the difference of the sides' accuracies on the labelled images
-    ``data``     what these are, and how many
+    ``network``  what it is called: its class, and how a zoo calls it where one built it
+    ``data``     what these are
     ``trained``  what the network's folder says it was trained on
     """
 
@@ -165,6 +168,7 @@ class Findings:
     gain: Difference | None
     run: RunLog
     usage: Usage | None
+    network: str
     data: str
     trained: Trained | None
     versions: Mapping[str, str]
@@ -211,7 +215,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
     predicted = [_predictions(one) for one in looked]
     chosen = _chosen(pictures, predicted)
     reason = _no_cams(wanted, own)
-    seconds = {title: statistics.median(taken) for title, taken in forward_times(titled, _two(model, pictures)).items()}
+    seconds = {title: min(taken) for title, taken in forward_times(titled, _two(model, pictures)).items()}
     sides, rights = [], []
     for one, predictions in zip(looked, predicted, strict=True):
         given = _like(one.network, pictures.tensor)
@@ -254,6 +258,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         gain=_gain(rights),
         run=wanted.run,
         usage=_usage(model, wanted, connected=connected),
+        network=_called(model),
         data="" if wanted.data is None else wanted.data.spec,
         trained=getattr(known(model), "trained", None),
         versions={
@@ -262,6 +267,11 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
             **versions_of("torch", "torchvision", "timm", "captum", "matplotlib"),
         },
     )
+
+
+def _called(model: nn.Module) -> str:
+    built, name = blueprint_of(model), original_class(model).__name__
+    return name if built is None else f"{name} ({built.spec})"
 
 
 def _usage(model: nn.Module, wanted: Wanted, *, connected: bool) -> Usage | None:
@@ -278,14 +288,25 @@ def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Pla
 
 
 def _lanes(copy: Tapped) -> tuple[Lane, ...]:
-    """One lane for each stage, with the size of its maps on these images."""
-    lanes = [
-        Lane(stage.name, stage.blocks, tuple(copy.sizes.get(stage.name, ())[2:]), stage.channels)
-        for stage in copy.stages
-    ]
+    """The stages with the size of their maps on these images, split wherever blocks work on another size."""
+    lanes = [lane for stage in copy.stages for lane in _lanes_of(stage)]
     placed = {name for lane in lanes for name in lane.blocks}
     left = tuple(block.name for block in copy.plan.blocks if block.name not in placed)
     return (*lanes, Lane("after the last stage", left)) if placed and left else tuple(lanes) or lanes_by_name(copy.plan)
+
+
+def _lanes_of(stage: Stage) -> Iterator[Lane]:
+    """A stage as a lane, and others for blocks in it that work on another size, in the order of the data."""
+    whole, last = Lane(stage.name, (), stage.size, stage.channels), None
+    for size, run in itertools.groupby(zip(stage.blocks, stage.maps, strict=True), lambda each: each[1][-2:]):
+        blocks, maps = zip(*run, strict=True)
+        if len(maps[0]) < 3 or size == stage.size:
+            last = dataclasses.replace(whole, blocks=blocks)
+        else:
+            last = Lane(blocks[0].rpartition(".")[0] or blocks[0], blocks, size, maps[-1][-3])
+        yield last
+    if last is None or last.title != stage.name:
+        yield whole
 
 
 def _like(model: nn.Module, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dcafy.amounts import fixed, percent
 from dcafy.analysis.listening import KINDS, Effect
 from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import Stroke, draw
-from dcafy.report.answer import answers, difference_in_words, effect_kind, with_error, worth
+from dcafy.report.answer import answers, difference_in_words, effect_kind, headline, with_error, worth
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES
 from dcafy.report.findings import Findings
@@ -32,7 +32,9 @@ def page(findings: Findings) -> str:
         from markupsafe import Markup
     parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js", "words.svg")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, drawn=Markup, printable=printable, counted=counted, fixed=fixed)
+    environment.filters.update(
+        percent=percent, drawn=Markup, printable=printable, counted=counted, fixed=fixed, whole=_whole
+    )
     environment.filters.update(
         effect=with_error, difference=difference_in_words, anchor=lambda name: block_id(findings, name)
     )
@@ -51,7 +53,7 @@ def page(findings: Findings) -> str:
         "words_picture": Markup(parts["words.svg"]),
         "histograms": made,
         "rows_of": _rows_of(findings),
-        "headline": _headline(findings),
+        "headline": _compared_by(findings),
         "looks": looks(findings),
         "shares": tuple(shares(findings)),
         "curves": tuple(curves(findings.run)),
@@ -65,6 +67,11 @@ def page(findings: Findings) -> str:
 
 def _part(name: str) -> str:
     return resources.files("dcafy.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _whole(text: str) -> str:
+    """A text as it can be shown, in which a number and its error stay on one line."""
+    return printable(text).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 # -- the network -----------------------------------------------------------------------------------------
@@ -101,11 +108,10 @@ def _rows_of(findings: Findings) -> dict[str, list[int]]:
     return found
 
 
-def _headline(findings: Findings) -> str:
-    """The metric that stands for the others in a comparison: the accuracy, or the first that is no loss."""
+def _compared_by(findings: Findings) -> str:
+    """The metric that stands for the others in a comparison."""
     compared = findings.run.comparison
-    names = [] if compared is None else [name for side in compared.arms.values() for name in side.metrics[0]]
-    return next((name for name in ("top1", *names) if name in names and name not in (*LOSSES, "images")), "")
+    return "" if compared is None else headline(next(iter(compared.arms.values())).metrics[0])
 
 
 def _strokes(findings: Findings) -> Mapping[str, Stroke]:

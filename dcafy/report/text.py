@@ -1,4 +1,4 @@
-"""Findings in a terminal: chains, attention values as sparklines, connections as bars."""
+"""Findings in a terminal: answers, chains, attention values as sparklines, connections as bars."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dcafy.amounts import fixed, percent
 from dcafy.analysis.listening import usage_tables
 from dcafy.analysis.values import common_axes
 from dcafy.plan.tables import plan_tables
+from dcafy.report.answer import answers
 from dcafy.report.findings import Findings
 from dcafy.tables import Cell, Column, Sheet
 from dcafy.wording import printable
@@ -21,12 +22,15 @@ BINS, BAR = 20, 20
 
 
 def print_findings(findings: Findings, console: Console) -> None:
-    """Prints the chains, the attention values and the connections; names are never read as markup."""
+    """Prints the answers, the chains, the attention values and the connections; names are never read as markup."""
     for row in findings.pictures.skipped:
         console.print(Text(printable(f"left out {row.name}: {row.reason}")))
     for side in findings.sides:
         if side.random:
             console.print(Text(f"{printable(side.title)}: {RANDOM}"))
+    for each in answers(findings):
+        console.print(Text(f"{each.question} {printable(each.short)}", "bold"))
+        console.print(Text(printable("  " + " ".join(each.because))))
     console.print(*plan_tables(findings.plan), sep="")
     if any(side.values for side in findings.sides):
         console.print(_values(findings))

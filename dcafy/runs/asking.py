@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dcafy.checkpoint.architecture import may_be_given
+from dcafy.checkpoint.hub import is_address
 from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion, Inserting
@@ -147,10 +148,11 @@ def _going_on(asked: Asked, output: Path) -> Request:
 
 def _require_said_again(known: Request, output: Path, model: str, given: Mapping[str, Any]) -> None:
     """Nothing where all that a request may not choose by itself stands on the command line as well."""
-    for spec in (known.model, known.arch):
-        if spec is not None and runs_code(spec) and spec not in (model, given.get("arch")):
+    for spec in filter(None, (known.model, known.arch)):
+        how = "is built by code" if runs_code(spec) else "comes from the Hub" if is_address(spec) else ""
+        if how and spec not in (model, given.get("arch")):
             raise UsageError(
-                f"The network of this run is built by code: {spec}. Name it, so that it is run because you say so: "
+                f"The network of this run {how}: {spec}. Name it, so that it is opened because you say so: "
                 + (f"--arch {spec}." if spec == known.arch else f"dcafy finetune {spec} -o {output} --resume")
             )
     for key, value in known.settings.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dcafy.analysis.complexity import complexity
 from dcafy.analysis.listening import Usage
 from dcafy.disk import replace_file
+from dcafy.display import Brief
 from dcafy.errors import CheckpointError, Interrupted
 from dcafy.runs.evidence import Difference, crossed_difference, paired_difference
 from dcafy.runs.recipes import PURPOSES
@@ -38,8 +39,8 @@ LOSSES = ("loss",)
 """Metrics of which less is better; they have no bounds, as fractions have."""
 
 
-@dataclass(frozen=True)
-class Contender:
+@dataclass(frozen=True, repr=False)
+class Contender(Brief):
     """One of the networks: its metrics for each seed, its size, and the median seconds of a training step."""
 
     metrics: tuple[dict[str, float], ...]
@@ -48,8 +49,8 @@ class Contender:
     step_seconds: float
 
 
-@dataclass(frozen=True)
-class Pair:
+@dataclass(frozen=True, repr=False)
+class Pair(Brief):
     """Metric -> the paired difference ``one`` minus ``other``, both names of arms."""
 
     one: str
@@ -57,8 +58,8 @@ class Pair:
     differences: dict[str, Difference]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Brief):
     """All arms by name, the pairs of them (the last one against the one before it is first), and usage by seed."""
 
     seeds: tuple[int, ...]

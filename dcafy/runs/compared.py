@@ -10,9 +10,10 @@ from typing import Any
 from dcafy.analysis.listening import Usage
 from dcafy.disk import content
 from dcafy.errors import CheckpointError
-from dcafy.records import entries, read, shallow
+from dcafy.records import entries, one_of, read, shallow
 from dcafy.runs.compare import COMPARISON, Comparison, Contender, Pair
 from dcafy.runs.evidence import Difference
+from dcafy.runs.options import ARMS
 from dcafy.wording import quoted, refused
 
 _LARGEST = 2**24
@@ -40,12 +41,16 @@ def comparison_of(data: Any) -> Comparison:
     """The comparison that ``to_dict`` described; ``ValueError``, ``KeyError`` or ``TypeError`` for anything else."""
     pairs = tuple(_pair(pair) for pair in data["pairs"])
     arms = {
-        name: Contender(metrics=_metrics(side["metrics"]), **{key: read(kind, side[key], key) for key, kind in _SIZES})
+        _arm(name, ""): Contender(
+            metrics=_metrics(side["metrics"]), **{key: read(kind, side[key], key) for key, kind in _SIZES}
+        )
         for name, side in data.items()
         if name not in _OTHERS
     }
-    if not arms or any(len(side.metrics) != len(data["seeds"]) for side in arms.values()):
+    if not arms or not data["seeds"] or any(len(side.metrics) != len(data["seeds"]) for side in arms.values()):
         raise ValueError("it does not have every network's metrics for every seed")
+    if len({frozenset(row) for side in arms.values() for row in side.metrics}) > 1:
+        raise ValueError("it measures different things of different networks")
     if any(end not in arms for pair in pairs for end in (pair.one, pair.other)):
         raise ValueError("it compares a network that it does not name")
     return Comparison(
@@ -57,6 +62,9 @@ def comparison_of(data: Any) -> Comparison:
 
 
 _SIZES: tuple[tuple[str, type], ...] = (("parameters", int), ("gflops", float), ("step_seconds", float))
+_arm = one_of(ARMS)
+"""Names of networks are those of folders in the run's: one that leads elsewhere is none."""
+
 _OTHERS = ("seeds", "differences", "pairs", "usage")
 """The entries of a comparison that are no network."""
 

@@ -15,7 +15,9 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from dcafy.detection.classes import classes_of, labels_for, names_of_labels
 from dcafy.detection.coco import CocoImages, open_coco
+from dcafy.detection.resampling import Seen, paired_precisions
 from dcafy.detection.task import Boxes, Detection
+from dcafy.display import Brief
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import known, preparation_of
 from dcafy.images.data import Data
@@ -45,14 +47,15 @@ class ClassScore:
     AP: float | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Brief):
     """What was measured.
 
     ``metrics``    loss and accuracies, or COCO's precisions, as training measures them; fractions
     ``classes``    class by class
     ``confusion``  row: the class that it is; column: the class that was seen; images. Empty for a detector
     ``rows``       index of the image -> what was measured of it: its loss and whether it was right
+    ``seen``       index of the image -> the boxes that a detector found in it, and those that there are
     ``skipped``    images that could not be read, with the reasons
     """
 
@@ -61,6 +64,7 @@ class Evaluation:
     confusion: tuple[tuple[int, ...], ...] = ()
     rows: Mapping[int, Mapping[str, float]] = dataclasses.field(default_factory=dict, repr=False)
     skipped: tuple[str, ...] = ()
+    seen: Seen = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as JSON-ready data."""
@@ -130,7 +134,8 @@ def evaluation(
         told(done, len(order))
     metrics = meter.result(_Alone(device))
     if found.task == "detection":
-        return Evaluation(metrics, _precisions(meter.metric, numbers, names), skipped=tuple(skipped))
+        boxes = {index: (found, target) for index, found, target in meter.seen}
+        return Evaluation(metrics, _precisions(meter.metric, numbers, names), skipped=tuple(skipped), seen=boxes)
     every = torch.cat(meter.rows).tolist()
     rows = {int(i): dict(zip(meter.measured, told, strict=False)) for i, yes, *told in every if yes}
     confusion = _confusion(pairs.values(), len(names))
@@ -254,7 +259,8 @@ def _precisions(metric: Any, numbers: Sequence[int], names: Sequence[str]) -> tu
 def paired(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
     """``one`` minus ``other`` on the images that both could read, with a 95% interval over the images.
 
-    Of precisions, which images have only together, the difference alone.
+    Of losses and accuracies it is Student's t of the images' own differences; of precisions, which images have only
+    together, a bootstrap (:mod:`dcafy.detection.resampling`).
     """
     both = sorted(one.rows.keys() & other.rows.keys())
     if both:
@@ -263,8 +269,10 @@ def paired(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
             for name in one.rows[both[0]]
             if name in other.rows[both[0]]
         }
-    shared = [name for name in one.metrics if name in other.metrics and name != "images"]
-    return {name: Difference(one.metrics[name] - other.metrics[name], None, None, 1) for name in shared}
+    return {
+        name: Difference(mean, low, high, 1, images)
+        for name, (mean, low, high, images) in paired_precisions(one.seen, other.seen).items()
+    }
 
 
 def mean_recall(found: Evaluation) -> float | None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dcafy.checkpoint.card import CARD, is_ours
 from dcafy.checkpoint.description import FILES
 from dcafy.checkpoint.folder import MARKER, OF_A_RUN
 from dcafy.errors import CheckpointError, UsageError
@@ -35,7 +36,7 @@ def require_place(directory: Path, *, overwrite: bool = False, uses: Iterable[st
     except OSError as error:
         raise CheckpointError(f"{shown} cannot be a folder for a run: {error.strerror}.") from error
     names = [name for name in names if not name.startswith(".")]
-    others = sorted(set(names) - ours_among(names))
+    others = sorted(set(names) - _ours_among(names, directory))
     if others:
         raise CheckpointError(
             f"{shown} holds other things ({printable(', '.join(others[:3]))}). Name a new or empty folder."
@@ -60,10 +61,14 @@ def require_place(directory: Path, *, overwrite: bool = False, uses: Iterable[st
             )
 
 
-def ours_among(names: Iterable[str]) -> set[str]:
-    """Those of the names in a folder that are of a model or a run, which only its request makes one."""
+def _ours_among(names: Iterable[str], directory: Path) -> set[str]:
+    """Those of the names in a folder that are of a model or a run, which only its request makes one.
+
+    A card that somebody has written on is his.
+    """
     found = set(names)
-    return found & (_OF_A_MODEL | OF_A_RUN if REQUEST in found else _OF_A_MODEL)
+    card = {CARD} if is_ours(directory / CARD) else set()
+    return found & (_OF_A_MODEL | card | (OF_A_RUN if REQUEST in found else frozenset()))
 
 
 def _lies_in(path: str, directory: Path) -> bool:
@@ -120,7 +125,7 @@ def _set_aside(directory: Path) -> Path | None:
 def _own(directory: Path) -> list[Path]:
     """What dcafy has written into the folder, what a save that was killed has left for later included."""
     names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-    found = ours_among(names).union(name for name in names if name.startswith(".dcafy-"))
+    found = _ours_among(names, directory).union(name for name in names if name.startswith(".dcafy-"))
     return [directory / name for name in sorted(found, key=lambda name: name == REQUEST)]  # which says whose they are
 
 

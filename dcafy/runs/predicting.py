@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dcafy.amounts import fixed, percent
+from dcafy.display import Brief
 from dcafy.errors import InputError, UsageError
 from dcafy.images.about import About, Transforms, preparation_of
 from dcafy.images.order import UnreadableImage
@@ -30,8 +31,8 @@ CLASSES, BOXES = 5, 100
 """How many classes and boxes are told of each picture where nothing else is asked for."""
 
 
-@dataclass(frozen=True)
-class Prediction:
+@dataclass(frozen=True, repr=False)
+class Prediction(Brief):
     """One picture: its most probable classes with their probabilities, or its boxes, the surest first.
 
     ``box``: ``(x1, y1, x2, y2)`` in pixels of the picture; ``None`` from a classifier.

@@ -17,17 +17,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from dcafy.attention.inserted import hands_on
 from dcafy.checkpoint import load
 from dcafy.checkpoint.description import FILES
 from dcafy.checkpoint.folder import MARKER, Folder
+from dcafy.checkpoint.hub import is_address
 from dcafy.checkpoint.saving import store
-from dcafy.conversion import convert, with_attention
+from dcafy.conversion import convert, inspect, with_attention
 from dcafy.converted import revert
 from dcafy.detection.backbone import with_backbone
 from dcafy.emit.dca import connections, is_connected
@@ -96,7 +99,21 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
             network = convert(network, example_inputs=ready.example, copy=False, **options)
         elif arm != "plain":
             network = with_attention(network, request.conversion, example_inputs=ready.example, copy=False)
+        _require_difference(request, network, arm, ready.example)
     return Subject(network, data, ready)
+
+
+def _require_difference(request: Request, network: nn.Module, arm: str, example: Any) -> None:
+    """Nothing where the arms of a comparison are networks of their own; else ``UsageError``, before any is trained."""
+    alike = {"attention", "original", "connected"} & set(request.arms or ("original", "connected"))
+    if not request.seeds or "connected" not in alike or len(alike) < 2 or arm not in alike or not hands_on(network):
+        return
+    if not is_connected(network) and not inspect(network, example_inputs=example).blocks:
+        raise UsageError(
+            f"With --attention {request.conversion.attention} there is no block to connect in {request.model!r}, so "
+            f"that {' and '.join(sorted(alike))} are one and the same network. Compare it with the network as it is: "
+            "--compare plain,attention."
+        )
 
 
 def require_arm(request: Request, arm: str) -> None:
@@ -125,10 +142,10 @@ def trained_in(run: Path, arm: str = "connected") -> nn.Module:
         raise CheckpointError(f"{shown} has trained nothing to its end. Go on with it: dcafy finetune {shown} --resume")
     if (run / MARKER).exists():
         return load(run)
-    if any(spec is not None and runs_code(spec) for spec in (asked.model, asked.arch)):
+    if any(runs_code(spec) or is_address(spec) for spec in (asked.model, asked.arch or "")):
         raise UsageError(
-            f"The network in {shown} is built by code, which a folder may not choose. Put it under the detector in "
-            "Python: dcafy.detection.with_backbone(detector, classifier)."
+            f"The network in {shown} is built by code or fetched, which a folder may not choose. Put it under the "
+            "detector in Python: dcafy.detection.with_backbone(detector, classifier)."
         )
     named = asked.model.partition(":")[0] in ZOOS and not os.path.exists(asked.model)
     spec = asked.model.partition("@")[0] if named else asked.model  # its own weights come next

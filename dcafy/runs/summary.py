@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import RenderableType
 from torch import nn
 
-from dcafy.amounts import fixed, percent, points
+from dcafy.amounts import fixed, metric, percent, points
 from dcafy.analysis.listening import usage_tables
 from dcafy.attention.inserted import handed_on, hands_on
 from dcafy.checkpoint.folder import MARKER
+from dcafy.detection.resampling import RESAMPLES
 from dcafy.emit.dca import connections, is_connected
 from dcafy.images.about import About, known
 from dcafy.runs.compare import LOSSES, Comparison, measured
@@ -53,22 +54,18 @@ def of_comparison(comparison: Comparison) -> list[RenderableType]:
     names = measured([row for side in comparison.arms.values() for row in side.metrics])
     rows: list[tuple[Cell, ...]] = []
     for arm, side in comparison.arms.items():
-        means = (_metric(name, statistics.fmean(row[name] for row in side.metrics)) for name in names)
+        means = (metric(name, statistics.fmean(row[name] for row in side.metrics)) for name in names)
         rows.append((arm, *means, f"{side.parameters:,}", fixed(side.gflops, 3), fixed(side.step_seconds)))
     columns = (Column("network"), *(Column(name, "number") for name in (*names, "parameters", "GFLOPs", "s/step")))
     parts: list[RenderableType] = [Sheet(columns, tuple(rows), f"seeds {', '.join(map(str, comparison.seeds))}")]
     for pair in comparison.pairs:
-        for metric, one in pair.differences.items():
-            told = _told(metric, one)
-            parts.append(f"{metric}, {pair.one} minus {pair.other}: {told}: {one.verdict}")
+        for name, one in pair.differences.items():
+            told = _told(name, one)
+            parts.append(f"{name}, {pair.one} minus {pair.other}: {told}: {one.verdict}")
     if any(difference.images for pair in comparison.pairs for difference in pair.differences.values()):
         parts.append("95% intervals over seeds and validation images")
     parts += [part for usage in comparison.usage[:1] if usage is not None for part in usage_tables(usage)]
     return parts
-
-
-def _metric(name: str, value: float) -> str:
-    return fixed(value) if name in LOSSES else percent(value)
 
 
 def _told(metric: str, difference: Difference, over: str = "") -> str:
@@ -162,10 +159,11 @@ def of_difference(
 ) -> list[RenderableType]:
     """The metrics of the other network, and each difference with its interval over the images."""
     lines = [f"{against}: {metrics_in_words(other.metrics)}"]
+    over = f" over the images ({RESAMPLES:,} draws of them)" if found.seen else " over the images"
     for name, difference in differences.items():
         low, high = difference.low, difference.high
         nothing = low is not None and high is not None and low <= 0 <= high
-        told = _told(name, difference, " over the images")
+        told = _told(name, difference, over)
         more = ": no difference that the images could show" if nothing else ""
         lines.append(f"{name}, MODEL minus ORIGINAL: {told}{more}")
     return ["\n".join(lines)]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from dcafy.conversion import inspect
+from dcafy.draws import OwnDraws
 from dcafy.errors import DcafyError, UsageError
 from dcafy.graph.rewritten import original_class
 from dcafy.plan.plan import Plan
@@ -86,7 +86,7 @@ def listed(specs: Sequence[str], attention: str | None, advance: Callable[[], No
 
 def _looked_at(spec: str, attention: str | None) -> Listed | None:
     try:
-        with torch.random.fork_rng(devices=[]):
+        with OwnDraws():
             model = parse(spec, {}).build(on_meta=True)
             if attention is not None and not any(_is(module, attention) for module in model.modules()):
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 
 from dcafy.checkpoint.folder import MARKER
+from dcafy.checkpoint.hub import fetched, is_address
 from dcafy.checkpoint.tensors import is_connection
-from dcafy.draws import OwnDraws
+from dcafy.draws import OwnDraws, drawing_apart
 from dcafy.errors import SourceError, UsageError
 from dcafy.plan.options import takes
 from dcafy.sources.contents import network_or_weights
@@ -50,7 +52,7 @@ def open_model(
     on_meta: bool = False,
     **options: Any,
 ) -> Source:
-    """The network that ``spec`` names: an architecture, a factory, a file, or a folder of ``dcafy.save``.
+    """The network that ``spec`` names: an architecture, a factory, a file, a folder of ``dcafy.save``, one on the Hub.
 
     ``settings`` are the arguments with which an architecture or a factory is called. With ``on_meta`` an
     architecture that is named without weights is built on the meta device, quickly and only to look at its shapes.
@@ -70,14 +72,25 @@ def open_model(
         spec = in_our_notation(spec)
     named = spec.partition(":")[0] in ZOOS and ":" in spec
     of_others = how.trust_pickle or any(name is not None and runs_code(name) for name in (spec, how.arch))
-    # Code of others may set torch's seed. Nothing else has to touch the generator that other threads draw from.
-    with torch.random.fork_rng(devices=[]) if of_others else OwnDraws():
+
+    def opened() -> Source | None:
+        if is_address(spec):
+            return _folder(fetched(spec).path, spec, how, chosen)
         if not named and os.path.isdir(spec):
             return _folder(Path(spec), spec, how, chosen)
         if not named and os.path.exists(spec):
             return _file(Path(spec), spec, how, chosen)
         if named or runs_code(spec):
             return _named(spec, how, chosen, on_meta)
+        return None
+
+    if of_others:  # it may set torch's seed
+        found = drawing_apart(opened)
+    else:
+        with OwnDraws():
+            found = opened()
+    if found is not None:
+        return found
     raise _missing(spec)
 
 
@@ -118,7 +131,8 @@ def _folder(path: Path, spec: str, how: FileOptions, settings: dict[str, Any]) -
     from dcafy.checkpoint import load
 
     blueprint = None if how.arch is None else parse(how.arch, settings)
-    return Source(load(path, None if blueprint is None else blueprint.build()), spec)
+    place = spec if is_address(spec) else path
+    return Source(load(place, None if blueprint is None else blueprint.build()), spec)
 
 
 def _file(path: Path, spec: str, how: FileOptions, settings: dict[str, Any]) -> Source:
@@ -160,6 +174,11 @@ def _needs_architecture(spec: str, state: Mapping[str, torch.Tensor]) -> SourceE
 
 def _missing(spec: str) -> SourceError | UsageError:
     """The error for a spec that is neither a name nor anything on the disk."""
+    hub = re.fullmatch(r"hf[-_]hub:([\w.-]+/[\w.-]+(?:@[\w.-]+)?)", spec, re.ASCII)
+    if hub is not None:
+        return UsageError(
+            f"{short(repr(spec), 200)} names no network of timm's. A folder of dcafy's on the Hub is hf://{hub[1]}."
+        )
     if "/" in spec or "\\" in spec or Path(spec).suffix.lower() in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
         return SourceError(f"There is no file or folder {short(repr(spec), 200)} (looked in {str(Path.cwd())!r}).")
     return unknown(spec)

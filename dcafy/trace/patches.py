@@ -50,7 +50,10 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
 
 
 def _modules(tracer: ValueTracer) -> Iterator[Patch]:
-    call, get = nn.Module.__call__, nn.Module.__getattr__
+    # An export that asks for our graph has fx's wrappers there, which speak to its own tracer.
+    own = _symbolic_trace._orig_module_call, _symbolic_trace._orig_module_getattr
+    there = nn.Module.__call__, nn.Module.__getattr__
+    call, get = (mine if _is_of_fx(one) else one for one, mine in zip(there, own, strict=True))
 
     def called(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return tracer.call_module(module, functools.partial(call, module), args, kwargs)
@@ -64,6 +67,11 @@ def _modules(tracer: ValueTracer) -> Iterator[Patch]:
         return tracer.getattr(name, get(module, name), {})
 
     yield nn.Module, "__getattr__", attribute
+
+
+def _is_of_fx(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == _symbolic_trace.__file__
 
 
 def _leaves(tracer: ValueTracer, scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dcafy.analysis.listening import Usage
 from dcafy.analysis.usage import usage
+from dcafy.draws import OwnDraws
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import TrainingError, UsageError
 from dcafy.graph.modes import evaluating
@@ -323,7 +324,7 @@ class Training:
     def evaluate(self, model: nn.Module, most: int | None = None) -> dict[str, float]:
         """The metrics of ``model`` on the validation images; ``most``: on so many batches of them only."""
         meter = self.task.meter()
-        with evaluating(model), torch.random.fork_rng(devices=[]):
+        with evaluating(model), OwnDraws():
             for done, batch in enumerate(itertools.islice(self.val_loader, most), start=1):
                 self._skip(batch.unreadable)
                 meter.update(model, batch)

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from dcafy.amounts import fixed, percent
+from dcafy.amounts import fixed, metric, percent
 from dcafy.disk import replace_file
 from dcafy.errors import CheckpointError
 from dcafy.training.history import Epoch, History
@@ -101,11 +101,7 @@ class Several(Listener):
 
 def metrics_in_words(metrics: Mapping[str, float]) -> str:
     """What was measured: the loss, and accuracies or precisions in percent."""
-    return ", ".join(
-        f"{name} {fixed(value)}" if name == "loss" else f"{name} {percent(value)}"
-        for name, value in metrics.items()
-        if name != "images"
-    )
+    return ", ".join(f"{name} {metric(name, value)}" for name, value in metrics.items() if name != "images")
 
 
 def in_words(epoch: Epoch, of: int) -> str:

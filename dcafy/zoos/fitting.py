@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from dcafy.draws import OwnDraws
 from dcafy.errors import SourceError, UsageError
 from dcafy.wording import few, short
 from dcafy.zoos.packages import ZOOS, build_on_meta, installed_names, quiet
@@ -262,7 +263,7 @@ def architectures_that_fit(state: Mapping[str, torch.Tensor]) -> tuple[list[Gues
     log.info("comparing keys and shapes with %d architectures", len(candidates))
     found: list[Guess] = []
     near: list[Guess] = []
-    with torch.random.fork_rng(devices=[]), quiet(), _progress(len(candidates)) as advance:
+    with OwnDraws(), quiet(), _progress(len(candidates)) as advance:
         for prefix, name in candidates:
             advance()
             fits = _fits(Blueprint(prefix, name), shapes)
@@ -343,11 +344,12 @@ def _built_unless_different(blueprint: Blueprint, shapes: Shapes) -> nn.Module |
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, where that is a terminal."""
+    """A progress bar on stderr, where that is a terminal and dcafy is not asked to log warnings only."""
     from rich.console import Console
     from rich.progress import Progress
 
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    hidden = not sys.stderr.isatty() or logging.getLogger("dcafy").level > logging.INFO
+    bar = Progress(console=Console(stderr=True), transient=True, disable=hidden)
     with bar:
         task = bar.add_task("architectures", total=total)
         yield lambda: bar.advance(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ class Blueprint:
             try:
                 model = build_on_meta(build) if on_meta else build()
                 model.__dict__[_BLUEPRINT] = self
-                model.__dict__[_RANDOM] = self.weights is None
+                if self.weights is None:
+                    has_random_weights_now(model)
                 return model
             except Exception as error:
                 explained = self._explained(error)
@@ -100,7 +102,7 @@ def blueprint_of(model: nn.Module) -> Blueprint | None:
 
 
 _RANDOM = "dcafy_random_weights"
-"""The attribute of a zoo's network that says whether it still has the weights that it was made with."""
+"""The attribute of a zoo's network with some of the weights that it was made with, while nothing else was loaded."""
 
 
 NOTES = frozenset({_BLUEPRINT, _RANDOM})
@@ -112,14 +114,35 @@ RANDOM = "weights: random (add @DEFAULT for trained ones)"
 
 
 def has_random_weights(model: nn.Module) -> bool:
-    """Whether a network that dcafy built by a zoo's name was given no weights since."""
-    return vars(model).get(_RANDOM) is True
+    """Whether a network that dcafy built by a zoo's name still has the weights that it was made with.
+
+    Nothing was loaded into it since, and it was not trained: its first weights are those (to 1%: it may be cast).
+    """
+    made = vars(model).get(_RANDOM)
+    if not isinstance(made, list):
+        return False
+    now = _some_weights(model)
+    return len(now) == len(made) and all(
+        math.isclose(here, there, rel_tol=1e-2, abs_tol=1e-4) for here, there in zip(now, made, strict=True)
+    )
 
 
 def has_weights_now(model: nn.Module) -> None:
     """Notes that a network was given weights."""
     if _RANDOM in vars(model):
-        model.__dict__[_RANDOM] = False
+        model.__dict__[_RANDOM] = None
+
+
+def has_random_weights_now(model: nn.Module) -> None:
+    """Notes that a network has the weights that it was made with, also where a folder brought them."""
+    model.__dict__[_RANDOM] = _some_weights(model)
+
+
+def _some_weights(model: nn.Module) -> list[float]:
+    """Eight of the first layer; none of a network without data."""
+    first = next((p for p in model.parameters() if p.ndim > 1 and p.is_floating_point()), None)
+    some: list[float] = [] if first is None or first.is_meta else first.detach().reshape(-1)[:8].tolist()
+    return some
 
 
 def parse(spec: str, settings: Mapping[str, Any]) -> Blueprint:

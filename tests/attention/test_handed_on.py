@@ -292,6 +292,16 @@ def test_a_run_that_failed_leaves_nothing(result: Any) -> None:
     assert leaves == []
 
 
+def test_a_run_inside_a_run(result: Any) -> None:
+    """A teacher that is asked half-way, a copy, whose units are ends of the same wire."""
+    expected, teacher = evaluate(result, X), copy.deepcopy(result)
+    asked = []
+    handle = result.second[0].register_forward_hook(lambda *_: asked.append(evaluate(teacher, Y)))
+    assert torch.equal(evaluate(result, X), expected)
+    handle.remove()
+    assert torch.equal(asked[0], evaluate(teacher, Y))
+
+
 def gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> list[Tensor]:
     model = copy.deepcopy(model).train()
     run(model).square().sum().backward()
@@ -329,17 +339,23 @@ def test_threads(result: Any) -> None:
 def test_ways_that_fork_and_parts_that_are_called_twice(kind: str) -> None:
     fork = trained(Fork, images(8, 16))
     result = moved(inserted(fork, kind), kind).eval()
+    seen = []
+    handle = result.right.register_forward_hook(lambda module, given, output: seen.append(output.clone()))
     expected = evaluate(result, X)
     with torch.no_grad():
-        result.left[1].get_submodule(kind).relay.heard(X)  # asked out of turn: outside of a run
-        assert torch.equal(result(X), expected)
+        result.left[0].conv1.weight.mul_(2)
+        assert not torch.equal(result(X), expected)
+    handle.remove()
+    assert torch.equal(*seen)  # which hears the unit in front of both ways
     assert torch.equal(evaluate(inserted(fork, kind).eval(), X), evaluate(fork, X))
     twins = trained(Twins, images(8, 16))
     result = moved(inserted(twins, kind), kind).eval()
+    made = []
     with torch.no_grad():
-        one = result.body(X).mean((2, 3))
-        other = result.body(X.flip(3) * 0.5).mean((2, 3))
-        assert torch.equal(result(X), one - other)  # the second pass heard nothing of the first
+        for x in (X, X.flip(3) * 0.5):
+            with dcafy.run(result):
+                made.append(result.body(x).mean((2, 3)))
+        assert torch.equal(result(X), made[0] - made[1])  # the second pass heard nothing of the first
 
 
 # Copies, graphs, compilers -----------------------------------------------------------------------------
@@ -404,14 +420,47 @@ def test_behind_and_before_other_attention_and_connected(model: Network, kind: s
     assert len(wires_of(both)) == 2
 
 
+class Inline(Unit):
+    """Has attention in its very forward: what is put in and what connects go into one module."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.fc = nn.Linear(outputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = y * torch.sigmoid(self.fc(y.mean((2, 3))))[:, :, None, None]
+        return F.relu(y + x)
+
+
+class OfInline(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.units = nn.Conv2d(3, 16, 3, padding=1), nn.Sequential(*(Inline(16, 16) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.units(self.stem(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["eca", *KINDS])
+def test_revert_leaves_in_what_was_put_into_the_host_of_a_block(name: str) -> None:
+    below = moved(inserted(trained(OfInline, images(8, 16)), name), name).eval()
+    connected = dcafy.convert(below, example_inputs=X)
+    assert {"units.1", "units.2"} <= dcafy.connections(connected).keys()
+    for twin in (connected, pickle.loads(pickle.dumps(connected)), dcafy.revert(connected)):
+        assert torch.equal(evaluate(twin, X), evaluate(below, X))
+    assert dcafy.revert(connected).state_dict().keys() == below.state_dict().keys()
+
+
 def test_convert_gives_what_is_connected_by_nature(model: Network, kind: str) -> None:
     result = dcafy.convert(model, attention=kind, attention_reduction=4, example_inputs=X)
     assert torch.equal(evaluate(result.eval(), X), evaluate(model, X))
     assert new(result, kind)
     with pytest.raises(NoAttentionError, match="from unit to unit"):
         dcafy.convert(result, example_inputs=X)
-    with pytest.raises(InputError, match="nobody to hand a state on to"):
-        inserted(Twins(), kind, where="body.1")
+    if kind == "rla":  # a cell by itself attends its unit all the same
+        with pytest.raises(InputError, match="nobody to hand a state on to"):
+            inserted(Twins(), kind, where="body.1")
     only = inserted(model, kind, where="second.*").eval()
     assert {name.split(".")[0] for name in new(only, kind)} <= {"second", "fc"}
     assert torch.equal(evaluate(only, X), evaluate(model, X))

@@ -86,6 +86,8 @@ DAMAGES: dict[str, tuple[tuple[Any, ...], str]] = {
     "no channels": (("about", "preparation", "mean", []), "a number for each channel"),
     "words": (("about", "preparation", "mean", ["x"] * 3), "a number for each channel"),
     "no deviation": (("about", "preparation", "std", [0, 1, 1]), "a deviation above 0"),
+    "other channels": (("about", "preparation", "std", [1, 1, 1, 1]), "a number for each of 3 channels"),
+    "a size beyond memory": (("about", "preparation", "size", [4096, 4096]), "about.preparation.size"),
     "interpolation": (("about", "preparation", "interpolation", "x"), "about.preparation.interpolation"),
     "crop": (("about", "preparation", "crop", "x"), "about.preparation.crop"),
     "metrics": (("about", "trained", "metrics", {"loss": "x"}), "about.trained.metrics.loss"),

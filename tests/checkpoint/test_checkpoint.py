@@ -105,7 +105,7 @@ def test_round_trip(attention: Callable[[int], nn.Module], base: bool, tmp_path:
     dca = connected(model)
     dcafy.save(dca, tmp_path, base=base)
     assert sorted(os.listdir(tmp_path)) == sorted(
-        ["dcafy.json", "model.safetensors" if base else "connections.safetensors"]
+        ["README.md", "dcafy.json", "model.safetensors" if base else "connections.safetensors"]
     )
     given = networks.with_attention(attention) if base else before
     facts = snapshot(given)
@@ -274,7 +274,7 @@ def test_saved_again(tmp_path: Path) -> None:
         dcafy.save(plain, tmp_path / "one")
     anew = connected(plain, channel_match="fc1")
     dcafy.save(anew, tmp_path / "one", base=False)
-    assert sorted(os.listdir(tmp_path / "one")) == ["connections.safetensors", "dcafy.json"]
+    assert sorted(os.listdir(tmp_path / "one")) == ["README.md", "connections.safetensors", "dcafy.json"]
     assert_same(anew, dcafy.load(tmp_path / "one", plain))
     assert torch.equal(evaluate(anew, IMAGES), evaluate(dcafy.load(tmp_path / "one", se_model()), IMAGES))
 

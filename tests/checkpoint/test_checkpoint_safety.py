@@ -503,8 +503,10 @@ def test_killed_at_every_change(base: bool, after: bool, saved: dict[bool, Path]
             else:
                 finished = True
         outcomes.append(beta_in(place))
+        card = place / "README.md"
+        assert not card.exists() or f"{outcomes[-1]:+.4f}" in card.read_text(), "the card of another model"
         dcafy.save(newer, place)
-        assert sorted(os.listdir(place)) == ["dcafy.json", "model.safetensors"]
+        assert sorted(os.listdir(place)) == ["README.md", "dcafy.json", "model.safetensors"]
         assert beta_in(place) == 0.125
         if finished:
             break
@@ -532,7 +534,7 @@ def test_the_first_save_killed(after: bool, tmp_path: Path) -> None:
         else:
             refused(place, None)
         dcafy.save(with_beta(0.125), place)
-        assert sorted(os.listdir(place)) == ["dcafy.json", "model.safetensors"]
+        assert sorted(os.listdir(place)) == ["README.md", "dcafy.json", "model.safetensors"]
         assert beta_in(place) == 0.125
 
 
@@ -551,7 +553,7 @@ def test_a_save_that_fails_leaves_no_trace(error: BaseException, folder: Path, m
     with pytest.raises(expected) as raised:
         dcafy.save(with_beta(0.25), folder)
     assert expected is KeyboardInterrupt or "could not be written: No space left" in str(raised.value)
-    assert sorted(os.listdir(folder)) == ["dcafy.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "dcafy.json", "model.safetensors"]
     assert beta_in(folder) == 0.5
 
 
@@ -575,7 +577,7 @@ def test_the_same_model_over_itself_killed(folder: Path, monkeypatch: pytest.Mon
     assert beta_in(folder) == 0.5
     monkeypatch.undo()
     dcafy.save(with_beta(0.5), folder)
-    assert sorted(os.listdir(folder)) == ["dcafy.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "dcafy.json", "model.safetensors"]
     assert beta_in(folder) == 0.5
 
 
@@ -629,7 +631,7 @@ def test_killed_process(saved: dict[bool, Path], tmp_path: Path) -> None:
     for number in numbers:
         place = tmp_path / str(number)
         dcafy.save(with_beta(0.125), place)
-        assert sorted(os.listdir(place)) == ["dcafy.json", "model.safetensors"]
+        assert sorted(os.listdir(place)) == ["README.md", "dcafy.json", "model.safetensors"]
         assert beta_in(place) == 0.125
 
 
@@ -678,4 +680,4 @@ def test_many_at_once(tmp_path: Path) -> None:
     assert failures == []
     assert seen <= set(models)
     assert beta_in(place) in models
-    assert sorted(os.listdir(place)) == ["dcafy.json", "model.safetensors"]
+    assert sorted(os.listdir(place)) == ["README.md", "dcafy.json", "model.safetensors"]

@@ -282,7 +282,7 @@ def test_alone_it_shows_its_help(command):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_bug_is_told_with_its_traceback(as_json, command, monkeypatch):
-    def broken(model, *, example_inputs=None):
+    def broken(model, *, example_inputs=None, inserting=None):
         raise KeyError("surprise")
 
     monkeypatch.setattr(dcafy.conversion, "appraise", broken)
@@ -293,7 +293,7 @@ def test_a_bug_is_told_with_its_traceback(as_json, command, monkeypatch):
 
 
 def test_a_process_that_lost_another_leaves_the_explaining_to_it(command, monkeypatch):
-    def lost(model, *, example_inputs=None):
+    def lost(model, *, example_inputs=None, inserting=None):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9876")
 
     monkeypatch.setattr(dcafy.conversion, "appraise", lost)
@@ -453,7 +453,7 @@ def test_input_size(given, shape):
 def test_the_input_size_is_looked_with(command, monkeypatch):
     seen = []
 
-    def look(model, *, example_inputs=None):
+    def look(model, *, example_inputs=None, inserting=None):
         seen.append(example_inputs)
         return Plan((), ())
 
@@ -466,7 +466,7 @@ def test_the_input_size_is_looked_with(command, monkeypatch):
 def test_on_meta_first_and_for_real_where_that_does_not_do(command, monkeypatch):
     seen = []
 
-    def look(model, *, example_inputs=None):
+    def look(model, *, example_inputs=None, inserting=None):
         seen.append(next(model.parameters()).is_meta)
         if seen[-1]:
             raise errors.TracingError("values are needed")

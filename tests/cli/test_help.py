@@ -62,7 +62,7 @@ def test_topics_are_those_of_options_that_there_are():
 
 @pytest.mark.parametrize(
     ("typed", "completed"),
-    [("dcafy fi", ["finetune"]), ("dcafy finetune --topology d", ["dense"]), ("dcafy convert --over", ["--overwrite"])],
+    [("dcafy fi", ["finetune"]), ("dcafy finetune --topology t", ["tree"]), ("dcafy convert --over", ["--overwrite"])],
 )
 def test_a_shell_completes_commands_options_and_values(typed, completed):
     ran = subprocess.run(

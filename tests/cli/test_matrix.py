@@ -125,7 +125,12 @@ def test_whatever_is_written_is_read(writer: str, dcafy_command: Run, tmp_path: 
     measured = json.loads(run("evaluate", folder, *data, "--json", "--cpu", "--part", "all"))
     assert measured["metrics"]["images"] == 15
     assert sum(map(sum, measured["confusion"]["images"])) == 15
+    page = tmp_path / "page.html"
+    text = run("report", folder, "--images", pictures / "dark", "--most", 2, "--text", "-o", page)
+    assert ("connections" in text, page.read_text().count("<html")) == (connected, 1)
     run("export", folder, "-o", tmp_path / "model.pt2", "--images", pictures, "--fixed")
+    card = (folder / "README.md").read_text()
+    assert ("Trained for 1 epoch on imagefolder:" in card, f"{document['about']['task']}" in card) == (trained, True)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before, "only read"
     again = _trained(folder)(dcafy_command, tmp_path / "again", pictures)
     kept = dcafy.about(dcafy.load(again))

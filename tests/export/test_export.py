@@ -14,13 +14,14 @@ import pytest
 import timm
 import torch
 import torchvision
+from detection_data import retinanet, with_statistics
 from PIL import Image
 from torch import Tensor, nn
-from trained import trained_like
+from trained import evaluate, seeded, trained_like
 
 import dcafy
 from dcafy.errors import CheckpointError, InputError, UsageError, VerificationError
-from dcafy.export import ExportOptions, export, writing
+from dcafy.export import ExportOptions, detectors, export, writing
 from dcafy.images.about import About, put_about
 
 Run = Callable[..., tuple[int, str, str]]
@@ -120,6 +121,99 @@ def test_other_networks(suffix: str, network: str, pictures: Path, tmp_path: Pat
     assert made.difference <= 1e-5
 
 
+def sure(model: nn.Module, head: str, *, beta: float = 0.5, scale: float = 1.0, statistics: bool = True) -> nn.Module:
+    """The detector with scores that differ, as trained ones do, and connections that count."""
+    connected = dcafy.convert(with_statistics(model) if statistics else model, verify=False).eval()
+    with seeded(3), torch.no_grad():
+        for name, parameter in connected.named_parameters():
+            if head in name and name.endswith("weight"):
+                parameter.copy_(scale * torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+        for connection in dcafy.connections(connected).values():
+            connection.beta.fill_(beta)
+    return connected
+
+
+def run_detector(path: Path, picture: Tensor) -> dict[str, Tensor]:
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    found = session.run(None, {"image": picture.numpy()})
+    return dict(zip(names, map(torch.from_numpy, found), strict=True))
+
+
+def test_a_detector_as_onnx(pictures: Path, tmp_path: Path) -> None:
+    """Box by box, at other sizes too; with its connections, which count."""
+    pytest.importorskip("onnxruntime")
+    model = sure(retinanet(), "classification_head", beta=5.0)
+    made = export(model, ExportOptions(output=tmp_path / "m.onnx", images=pictures))
+    assert (made.open_size, made.open_batch, made.images) == (True, False, 3)
+    assert made.difference <= 1e-5
+    picture = dcafy.transforms(model)(pictures / "0.png")
+    for given in (picture, nn.functional.interpolate(picture[None], size=(150, 230))[0]):
+        found, (expected,) = run_detector(made.file, given), evaluate(model, [given])
+        assert list(found) == ["boxes", "scores", "labels"]
+        assert torch.equal(found["labels"], expected["labels"])
+        for name in ("boxes", "scores"):
+            assert (found[name] - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+    (original,) = evaluate(dcafy.revert(model).eval(), [picture])
+    assert detectors.apart(run_detector(made.file, picture), original) > 1e-3
+
+
+def test_a_file_that_finds_otherwise_is_not_written(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    real = detectors.runs
+
+    def off(given: Any) -> Callable[[Tensor], dict[str, Tensor]]:
+        run = real(given)
+        return lambda picture: {**(found := run(picture)), "boxes": found["boxes"] + 0.1}
+
+    monkeypatch.setattr(detectors, "runs", off)
+    with pytest.raises(VerificationError, match="was not written: it computes something else"):
+        export(sure(retinanet(), "classification_head"), ExportOptions(output=tmp_path / "m.onnx", images=pictures))
+    assert not list(tmp_path.iterdir())
+
+
+def test_detectors_that_are_not_exported(pictures: Path, tmp_path: Path) -> None:
+    untrained = dcafy.convert(with_statistics(retinanet()), verify=False).eval()
+    nothing = sure(retinanet(), "classification_head")
+    nothing.score_thresh = 1.0
+    cases: list[tuple[nn.Module, str, dict[str, Any], str]] = [
+        (untrained, "m.pt2", {}, "torch.export takes none.*Write -o NAME.onnx"),
+        (untrained, "m.onnx", {}, "gives all boxes the same score, as untrained detectors do"),
+        (nothing, "m.onnx", {}, "finds nothing in the pictures"),
+        (untrained, "m.onnx", {"image_size": 64}, "--image-size is for classifiers"),
+    ]
+    for model, name, options, said in cases:
+        with pytest.raises((InputError, UsageError), match=said):
+            export(model, ExportOptions(output=tmp_path / name, images=pictures, **options))
+    assert not list(tmp_path.iterdir())
+
+
+DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ssdlite320_mobilenet_v3_large": ("classification_head", {}),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": ("cls_score", {"min_size": 64, "max_size": 96}),
+}
+"""torchvision's detectors of two kinds -> what is called the part that tells classes, and how they are built."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_torchvisions_detectors(name: str, pictures: Path, tmp_path: Path) -> None:
+    head, settings = DETECTORS[name]
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=4, **settings).eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    evaluate(model, [dcafy.transforms(model)(pictures / f"{number}.png") for number in range(3)])
+    model = sure(model.eval(), head, statistics=False, scale=0.25)
+    made = export(model, ExportOptions(output=tmp_path / "m.onnx", images=pictures))
+    assert made.difference <= 1e-5
+
+
 def test_what_computes_otherwise_is_not_written(
     model: nn.Module, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,9 +262,9 @@ def test_what_cannot_be_exported(model: nn.Module, pictures: Path, tmp_path: Pat
     for options, error, said in cases:
         with pytest.raises(error, match=said):
             export(model, options)
-    detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
-    with pytest.raises(InputError, match="is no classifier"):
-        export(detector, ExportOptions(output=tmp_path / "n.pt2"))
+    segmenter = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.raises(InputError, match="neither scores of classes nor boxes"):
+        export(segmenter, ExportOptions(output=tmp_path / "n.pt2"))
     assert there.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["m.onnx"]
 

@@ -28,13 +28,15 @@ from dcafy.analysis.listening import ConnectionUsage, Effect, Usage
 from dcafy.analysis.usage import message_shares
 from dcafy.checkpoint.saving import store
 from dcafy.disk import replaced
-from dcafy.errors import CheckpointError, SourceError, UsageError
+from dcafy.errors import CheckpointError, InputError, SourceError, UsageError
 from dcafy.images.about import About, Trained, put_about
+from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation
 from dcafy.report import EpochLog, RunLog, make_report, prepared_for, read_epochs, read_run
 from dcafy.report.answer import verdict
 from dcafy.report.downloads import download
 from dcafy.report.findings import Score
+from dcafy.report.labelled import labelled
 from dcafy.report.looks import looks
 from dcafy.report.page import page as written_page
 from dcafy.report.pictures import read_pictures
@@ -207,6 +209,37 @@ def test_names_are_text(tmp_path: Path) -> None:
     assert "$x_{broken}$<b>.png" in found.text
     assert command in found.text
     assert "<script>alert(2)</script>.features" in found.text
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excitation in front of a strided convolution, or of one that makes maps larger again."""
+
+    def __init__(self, channels: int, after: nn.Module) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1), nn.Sigmoid())
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        after: torch.Tensor = self.after(x * self.gate(x))
+        return after
+
+
+def test_stages_are_split_where_the_stride_changes() -> None:
+    model = nn.Sequential()
+    for name, after in {
+        "stem": nn.Conv2d(3, 4, 3, padding=1),
+        "one": Excited(4, nn.Conv2d(4, 4, 3, padding=1)),  # 32
+        "two": Excited(4, nn.Conv2d(4, 8, 3, 2, padding=1)),  # 32, and 16 behind it
+        "three": Excited(8, nn.Conv2d(8, 8, 3, 2, padding=1)),  # 16, and 8 behind it
+        "up": Excited(8, nn.ConvTranspose2d(8, 4, 2, 2)),  # 8, and 16 behind it
+        "four": Excited(4, nn.Conv2d(4, 4, 3, padding=1)),  # 16
+    }.items():
+        model.add_module(name, after)
+    found = make_report(model, torch.rand(2, 3, 32, 32), how=Preparation((32, 32), 32, (0.0,) * 3, (1.0,) * 3))
+    works_on = {name.partition(".")[0]: lane.size for lane in found.lanes for name in lane.blocks}
+    assert works_on == {"one": (32, 32), "two": (32, 32), "three": (16, 16), "up": (8, 8), "four": (16, 16)}
+    placed = [name for lane in found.lanes for name in lane.blocks]
+    assert placed == [block.name for block in found.plan.blocks]  # in the order of the data
 
 
 def test_spreadsheets_get_no_formulas() -> None:
@@ -503,6 +536,55 @@ def test_histograms_zoom_where_all_is_near_a_half(tmp_path: Path, folder: Path) 
     page = Page(tmp_path / "r.html")
     assert "zoomed: the axis is" in page.text  # nobody has moved its values away from 0.5
     assert "difference" not in "".join(page.images)
+
+
+def test_labels_are_the_numbers_of_the_networks_own_classes(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            picture(i).save(tmp_path / name / f"{i}.png")
+    spec, options = f"imagefolder:{tmp_path}", DataOptions()
+    found = labelled(spec, HOW, options, known=("emu", "dog", "ant", "cat"))
+    named = {found.classes[label] for label in found.labels.tolist()}
+    assert named == {"cat", "dog", "emu"}
+    for name, label in zip(found.names, found.labels.tolist(), strict=True):
+        assert name.startswith(f"{found.classes[label]}/")
+    with pytest.raises(InputError, match="does not know: emu"):
+        labelled(spec, HOW, options, known=("cat", "dog"))
+    # pictures in a folder of a class's name are of that class, and others of none
+    pictures = read_pictures(tmp_path, HOW, most=15, classes=("emu", "cat"))
+    assert [(name[:3], truth) for name, truth in zip(pictures.names, pictures.truth, strict=True)][::5] == [
+        ("cat", 1), ("dog", None), ("emu", 0),
+    ]  # fmt: skip
+    assert read_pictures(tmp_path / "cat", HOW, most=1, classes=("cat",)).truth == (None,)
+
+
+class Bright(nn.Module):
+    """Two classes: darker or brighter than ``threshold``."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.excited, self.threshold = Excited(3, nn.Identity()), threshold
+        nn.init.zeros_(self.excited.gate[1].weight)
+        nn.init.zeros_(self.excited.gate[1].bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (2 * self.excited(x).mean((2, 3))[:, :1] - self.threshold) * torch.tensor([-1.0, 1.0])
+
+
+def test_changed_and_wrong_predictions_stand_first(tmp_path: Path) -> None:
+    for i in range(10):
+        folder = tmp_path / ("light" if i > 5 or i == 2 else "dark")  # the third is dark, whatever its folder says
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (25 * i + 15,) * 3).save(folder / f"{i}.png")
+    model, other = Bright(0.5), Bright(0.75)
+    put_about(model, About(classes=("dark", "light")))
+    how = Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(model, tmp_path, how=how, against=other)
+    shown = [found.pictures.names[i] for i in found.chosen]
+    assert shown[:3] == ["dark/5.png", "light/6.png", "light/7.png"]  # changed, of which one is wrong
+    assert shown[3] == "light/2.png"  # wrong, by both
+    assert len(shown) == 8
 
 
 def test_nothing_to_look_at_is_told(command: Run, connected: Path) -> None:

@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 
 import dcafy
+from dcafy.analysis.listening import ConnectionUsage, Effect, Usage
 from dcafy.report import EpochLog, make_report, prepared_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'dcafy[dev]'")
@@ -55,7 +56,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = root / "report.html"
     how = prepared_for(model, image_size=64)
     curves = {"training loss": (2.0, 1.0), "loss": (2.0, 1.5), "top1": (0.1, 0.2)}
-    make_report(model, images, output, title="<i>title", how=how, epochs=EpochLog((1, 2), over, curves))
+    effects = [Effect(loss, 0.0123, -loss / 10, 0.0012) for loss in (0.1234, 0.0012, -0.1)]
+    rows = [
+        ConnectionUsage(name, "channel", 1.0, 0.5, 1 / 3, 0.2, 0.1 * (i % 9), 1.5, *(effects[i % 3],) * 3)
+        for i, name in enumerate(over)
+    ]
+    usage = Usage(300, 1.0, 0.5, tuple(rows), *(effects[0],) * 3)
+    log = EpochLog((1, 2), over, curves, usage)
+    make_report(model, images, output, title="<i>title", how=how, epochs=log)
     return output
 
 
@@ -110,12 +118,15 @@ def test_page_is_whole_quiet_and_fits(browser: Any, report: Path, size: str, sch
     # one of the two directions of the network, which is as wide as there is room for
     shown = [page.locator(f"figure.{kind} svg").is_visible() for kind in ("across", "down")]
     assert shown == [size == "desk", size == "phone"]
+    colours = page.evaluate("[...document.querySelectorAll('.down .line')].map(line => line.getAttribute('stroke'))")
+    assert set(colours) == {"#C2187A", "#8E8E93", "#56B4E9"}  # costs, within chance, better without
     # a number stands on one line
     numbers = page.evaluate(
         "[...document.querySelectorAll('td.number')].map(cell => { const all = document.createRange();"
         "all.selectNodeContents(cell); return new Set([...all.getClientRects()].map(r => r.top)).size })"
     )
-    assert len(numbers) > 50
+    assert len(numbers) > 100
+    assert page.locator("td.number", has_text="+0.1234 ± 0.0123").count() > 10
     assert set(numbers) == {1}
     drawing = "getComputedStyle(document.querySelector('figure > svg')).color"
     ink, paper = page.evaluate(f"[{drawing}, getComputedStyle(document.body).backgroundColor]")
@@ -135,6 +146,7 @@ def test_hover_focus_and_tap_tell_what_it_is(browser: Any, report: Path) -> None
     arc.hover()
     assert tip.inner_text().startswith(arc.get_attribute("data-tip").partition("\n")[0])
     assert "β 0.5, contribution 33.3%, message share" in tip.inner_text()
+    assert "cut: the loss changes by" in tip.inner_text()
     visit.page.mouse.move(0, 0)
     assert not tip.is_visible()
     visit.page.locator(".block:visible").first.focus()

@@ -26,6 +26,10 @@ def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_comparison(tmp_path) is None
     (tmp_path / "compare.json").write_text(json.dumps(comparison.to_dict()))
     assert read_comparison(tmp_path) == comparison
+    elsewhere = {f"../{name}" if name == "plain" else name: value for name, value in comparison.to_dict().items()}
+    (tmp_path / "compare.json").write_text(json.dumps(elsewhere))
+    with pytest.raises(CheckpointError, match="should be one of plain, attention, original, connected"):
+        read_comparison(tmp_path)
     data = comparison.to_dict()
     data["pairs"][0]["other"] = "nobody"
     (tmp_path / "compare.json").write_text(json.dumps(data))

@@ -127,6 +127,10 @@ def test_a_folder_does_not_choose_the_code_that_is_run(command: Run, tmp_path: P
     code, _, err = command("run", "--resume")
     assert code == 2
     assert "is built by code: os:getcwd" in err
+    (tmp_path / "run/finetune.json").write_text(json.dumps({**request, "model": "hf://somebody/network"}))
+    code, _, err = command("run", "--resume")
+    assert (code, "comes from the Hub: hf://somebody/network" in err) == (2, True)
+    (tmp_path / "run/finetune.json").write_text(json.dumps(request))
     code, _, err = command(FACTORY, "-o", "run", "--resume")
     assert code == 2
 

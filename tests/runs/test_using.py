@@ -298,6 +298,13 @@ def test_detectors(network: str, dcafy_command: Run, tmp_path: Path, monkeypatch
     code, out, err = dcafy_command("evaluate", tmp_path / "run", "--json", "--cpu", "--batch-size", 4)
     assert code == 0, err
     assert json.loads(out)["metrics"] == expected
+    against = ("--cut", "--against", tmp_path / "run")
+    code, out, err = dcafy_command("evaluate", tmp_path / "run", *against, "--json", "--cpu", "--batch-size", 4)
+    assert code == 0, err
+    found = json.loads(out)
+    difference = found["against"]["differences"]["AP"]
+    assert difference["images"] == expected["images"]
+    assert difference["mean"] == pytest.approx(found["metrics"]["AP"] - expected["AP"], abs=1e-6)
     val = open_coco(data, DataOptions()).val
     files = [val.known.root / val.known.pictures[val.ids[index]]["file_name"] for index in indices]
     images = ("--json", "--cpu", "--threshold", 0.0, "--batch-size", 4)

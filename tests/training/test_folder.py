@@ -142,3 +142,14 @@ def test_a_strangers_folder_is_no_trap(kind: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         train(directory)
     assert victim.read_text() == "whole"
+
+
+def test_a_folder_without_a_run_is_not_touched(
+    tmp_path: Path, dcafy_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Not even by the lock: it may be anybody's."""
+    (tmp_path / "mine").write_text("mine")
+    before = tmp_path.stat().st_mtime_ns
+    code, _, err = dcafy_command("finetune", tmp_path, "--resume")
+    assert (code, "There is no run in" in err) == (2, True)
+    assert tmp_path.stat().st_mtime_ns == before
