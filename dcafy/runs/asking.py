@@ -27,7 +27,7 @@ from dcafy.zoos.specs import runs_code
 class Asked:
     """All options of a command, and by name those that were ``given``, here or in a file; the others have defaults.
 
-    ``said``: those that stand on the command line.
+    ``said``: those that stand on the command line. ``named_by_folder``: whether MODEL was the folder of the run.
     """
 
     model: str
@@ -39,19 +39,23 @@ class Asked:
     file: FileOptions
     given: Mapping[str, Any]
     said: Mapping[str, Any]
+    named_by_folder: bool = False
 
     @property
     def goes_on(self) -> bool:
         """Whether a run in a folder goes on: ``RUN --resume``, ``-o RUN --resume``, ``RUN --epochs MORE``."""
-        return self.run.resume or (
-            self.run.output is None and self.run.data is None and os.path.exists(Path(self.model) / REQUEST)
+        return (
+            self.run.resume
+            or self.named_by_folder
+            or (self.run.output is None and self.run.data is None and os.path.exists(Path(self.model) / REQUEST))
         )
 
     def in_its_folder(self) -> Asked:
         """The same with the folder of the run that goes on as its output, which MODEL may have named."""
         if not self.goes_on or self.run.output is not None:
             return self
-        return dataclasses.replace(self, run=dataclasses.replace(self.run, output=Path(self.model)), model="")
+        run = dataclasses.replace(self.run, output=Path(self.model))
+        return dataclasses.replace(self, run=run, model="", named_by_folder=True)
 
 
 def request_of(asked: Asked) -> Request:

@@ -38,12 +38,12 @@ def header(
     """The lines that stand before the first step.
 
     ``output``: where the run is kept; ``None`` for a trial. ``trackers``: by whom it is tracked. ``asked_before``: what
-    a run that is trained further was asked for.
+    a run that goes on was asked for.
     """
     config = request.training
     steps = _steps(on, config)
     rows = {
-        "network": _network(request, on.network),
+        "network": _network(request, on.network, goes_on=asked_before is not None),
         "data": f"{request.data}: {counted(len(on.data.train), 'image')} to train on, {len(on.data.val)} to validate "
         f"on, {counted(len(on.data.classes), 'class')}: {few(on.data.classes, 8)}".replace("classs", "classes"),
         "images": _images(request, on),
@@ -59,7 +59,7 @@ def header(
     return "\n".join(f"{name:<8} {printable(text)}" for name, text in rows.items())
 
 
-def _network(request: Request, network: nn.Module) -> str:
+def _network(request: Request, network: nn.Module, *, goes_on: bool) -> str:
     conversion = request.conversion
     parts = [request.model if request.arch is None else f"{request.model} ({request.arch})"]
     if conversion.attention is not None and request.arm != "plain":
@@ -68,7 +68,8 @@ def _network(request: Request, network: nn.Module) -> str:
         parts.append(f"on the network of {request.backbone}")
     count = len(connections(network)) if is_connected(network) else 0
     parts.append(counted(count, "connection") if count else "no connections")
-    return f"{', '.join(parts)}; {RANDOM if has_random_weights(network) else 'weights: loaded'}"
+    begun = RANDOM if has_random_weights(network) else "weights: loaded"
+    return f"{', '.join(parts)}; {'weights: as far as the run has come' if goes_on else begun}"
 
 
 def _images(request: Request, on: Subject) -> str:
@@ -154,9 +155,10 @@ def _further(request: Request, before: Request, output: Path, steps: int) -> str
     reached: Reached | None = standing_in(places_of(request, output)[0] / CHECKPOINT)
     was = "" if reached is None else f" (they had come to {reached.rate:.2g})"
     part = part_of_rate(config, steps)
+    which = f"epoch {done + 1}" if done + 1 == config.epochs else f"epochs {done + 1} to {config.epochs}"
     begins, ends = (config.base_rate * part(step) for step in (done * steps, config.epochs * steps - 1))
     return (
-        f"epochs {done + 1} to {config.epochs}, with the rates that a run of {config.epochs} epochs has there: of the "
+        f"{which}, with the rates that a run of {config.epochs} epochs has there: of the "
         f"base {begins:.2g}{was}, in the end {ends:.2g}"
     )
 

@@ -46,6 +46,7 @@ def test_a_finished_run_is_trained_further(command: Run, tmp_path: Path) -> None
     code, _, err = command(FACTORY, "-o", "run", "--resume", "--epochs", 3)  # the network is code, so it is named
     assert code == 0, err
     told = " ".join(err.split())
+    assert "weights: as far as the run has come" in told
     assert "epochs 2 to 3, with the rates that a run of 3 epochs has there: of the base 0.00038" in told
     after = epochs(tmp_path / "run")
     assert after[:1] == first
@@ -57,6 +58,8 @@ def test_a_finished_run_is_trained_further(command: Run, tmp_path: Path) -> None
     code, _, err = command(FACTORY, "-o", "run", "--resume", "--epochs", 2)
     assert code == 2
     assert "has 3 epochs. --epochs says how many there are in all" in err
+    code, _, err = command("run", "--epochs", 4)  # the folder alone, and the code that it names has to be said
+    assert (code, "is built by code: finetune_factory:network" in err) == (2, True)
     assert content(tmp_path / "run") == before
 
 
