@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import dcafy
-from dcafy import conversion, survey
+from dcafy import converted, survey
 from dcafy.errors import DcafyError, InputError, TracingError
 from dcafy.graph.copies import data_free_copy
 from dcafy.trace.inputs import guesses
@@ -217,7 +217,7 @@ _INSPECT: tuple[tuple[Any, str, str], ...] = (
     (survey, "earlier", "link"),
     (survey, "links_in", "link"),
 )
-_EMIT = (conversion, "connect", "emit")
+_EMIT = (converted, "connect", "emit")
 
 
 # -- the yardstick ---------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from dcafy.plan.blocks import Cost
 from dcafy.plan.options import Conversion, Inserting, check, takes
 from dcafy.plan.plan import Plan
 from dcafy.survey import survey, uncollected
+from dcafy.trace.accepted import require_module
 from dcafy.trace.inputs import probe
 from dcafy.wording import few, nearest
 
@@ -125,6 +126,7 @@ def convert(
         raise TypeError(f"convert() got an unexpected keyword argument {name!r}.{nearest(name, known)}")
     conversion = Conversion(**options)
     check(conversion, CHOICES, dashes=False)
+    require_module(model)
     given = model
     model, natures = apart_by_nature(given, copy=copy)
     model = with_attention(model, conversion, example_inputs=example_inputs, copy=copy)

@@ -27,6 +27,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have exported how wide his terminal is."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 

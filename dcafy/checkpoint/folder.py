@@ -197,9 +197,7 @@ class Folder:
         try:
             return content(self.marker, _LARGEST)
         except OSError as error:
-            raise CheckpointError(
-                f"{quoted(self._shown(self.marker), 200)} could not be read: {refused(error)}."
-            ) from error
+            raise CheckpointError(f"{self._shown(self.marker)} could not be read: {refused(error)}.") from error
 
     def _tensors(self, description: Description) -> dict[str, Tensor]:
         weights = description.weights
