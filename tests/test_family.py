@@ -96,7 +96,6 @@ def _inserted(way: str) -> nn.Module:
 def test_graphs(model: Any) -> None:
     with torch.no_grad():
         expected = model(X)
-        assert len(model.graph.nodes)  # an export of a GraphModule reads it, while torch has modules replaced
         assert torch.equal(dcafy.flat(model)(X), expected)
         program = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
         assert torch.equal(program.module()(X[:3]), model(X[:3]))

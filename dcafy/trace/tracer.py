@@ -225,7 +225,10 @@ class ValueTracer(Answering):
 
     def mode_of(self, module: nn.Module) -> Any:
         """What a module's ``training`` is: layers that are run on values are in eval."""
-        return False if self.running else Mode(self, self._paths[id(module)])
+        path = self._paths.get(id(module))
+        if path is None:  # some other model's, which has no mode
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute 'training'")
+        return False if self.running else Mode(self, path)
 
     def _tensor(self, tensor: Tensor) -> ValueProxy:
         """The node that reads one of the model's own tensors."""
