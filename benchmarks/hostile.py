@@ -37,7 +37,6 @@ from torchvision.ops import SqueezeExcitation
 import dcafy
 from dcafy.checkpoint.tensors import facts, fingerprint
 from dcafy.cli import main
-from dcafy.cli.finetune import _known
 from dcafy.detection import open_coco
 from dcafy.errors import DcafyError
 from dcafy.images.about import About, Trained, put_about
@@ -45,13 +44,17 @@ from dcafy.images.options import DataOptions
 from dcafy.images.order import Seeded
 from dcafy.images.preparation import Preparation, Prepared
 from dcafy.images.sources import open_data
+from dcafy.plan.options import Conversion
 from dcafy.report.epochs import read_epochs
 from dcafy.report.making import run_in
 from dcafy.report.pictures import read_pictures
-from dcafy.report.thumbnails import data_uri, small
+from dcafy.report.thumbnails import data_uri, sized
+from dcafy.runs.asking import Asked, request_of
+from dcafy.runs.options import RunOptions
 from dcafy.runs.request import Request, write_request
 from dcafy.sources import open_model
 from dcafy.sources.listing import specs_that_match
+from dcafy.sources.options import FileOptions
 from dcafy.training import TrainingConfig, finetune
 from dcafy.training.checkpoint import _sha256
 from dcafy.training.telling import Listener
@@ -730,10 +733,16 @@ def run_files(seeds: Seeds, place: Path, plan: Any) -> None:
         finetune(trained(), SAMPLES, SAMPLES, CONFIG, directory=folder, resume=True)
         return
     _each(
-        lambda: _known(folder, "", {}),
+        lambda: request_of(_resumed(folder)),
         lambda: run_in(str(folder)),
         lambda: _plotted(folder),
     )
+
+
+def _resumed(folder: Path) -> Asked:
+    """What ``dcafy finetune FOLDER --resume`` asks for."""
+    options = TrainingConfig(), DataOptions(), Conversion(), FileOptions()
+    return Asked("", {}, RunOptions(output=folder, resume=True), *options, {}, {})
 
 
 def _plotted(folder: Path) -> None:
@@ -867,7 +876,7 @@ def pictures(seeds: Seeds, place: Path, plan: Any) -> None:
         found = read_pictures(folder, how, most=20)
         _require_lines([f"{row.name}: {row.reason}" for row in found.skipped])
         for image in found.shown:
-            data_uri(small(image))
+            data_uri(sized(image))
 
     def training() -> None:
         data = open_data(f"imagefolder:{folder}", DataOptions(val_fraction=0.3))

@@ -37,7 +37,7 @@ QUICK = ("torchvision/intermediate-layer-getter", "torch/symbolic-trace")
 def _cases() -> list[Any]:
     here = (c for c in CASES.values() if {c.client, *c.needs} <= {*INSTALLED, "onnxscript"} and c.processes == 1)
     found = [c for c in here if c.name not in ELSEWHERE]
-    return [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.slow) for c in found]
+    return [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.zoo) for c in found]
 
 
 @pytest.mark.parametrize("case", _cases())

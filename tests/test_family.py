@@ -174,7 +174,7 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_on_networks_of_libraries(name: str, tmp_path: Path) -> None:
     build, options = LIBRARIES[name]
@@ -190,7 +190,7 @@ def test_on_networks_of_libraries(name: str, tmp_path: Path) -> None:
     assert_alive(after, new, images(4, 64))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_on_the_backbone_of_a_detector() -> None:
     """Inserted and connected in one go, in a detector whose own forward goes by what it finds."""
     with seeded(0):

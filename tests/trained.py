@@ -55,6 +55,7 @@ def trained_like(network: Network, images: torch.Tensor, seed: int = 0) -> Netwo
                 _move(parameter, is_norm=isinstance(module, NORMS), is_bias="bias" in name)
         _calibrate(network, images)
         output = network.eval()(images)
+        output = [*output.values()][-1] if isinstance(output, dict) else output  # a body of a detector
         spread = output.float().std(dim=0).max().item()
     if not (1e-3 < spread < 1e3):
         raise AssertionError(f"{type(network).__name__} is no trained-like network: outputs spread {spread:.2e}")

@@ -51,7 +51,14 @@ class Asked:
         )
 
     def in_its_folder(self) -> Asked:
-        """The same with the folder of the run that goes on as its output, which MODEL may have named."""
+        """The same with the folder of the run that goes on as its output, which MODEL may have named.
+
+        Where all that a run needs is named and none is there, there is one to begin: it was killed that early.
+        """
+        run = self.run
+        named = run.output is not None and run.data is not None and self.model != ""
+        if run.resume and named and not os.path.exists(Path(run.output or "") / REQUEST):
+            return dataclasses.replace(self, run=dataclasses.replace(run, resume=False))
         if not self.goes_on or self.run.output is not None:
             return self
         run = dataclasses.replace(self.run, output=Path(self.model))

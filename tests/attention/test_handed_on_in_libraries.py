@@ -24,7 +24,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", NETWORKS)
 def test_exact_and_alive(name: str) -> None:
     x = images(2, 64)
@@ -51,7 +51,7 @@ def test_exact_and_alive(name: str) -> None:
         assert not torch.equal(evaluate(result, x), evaluate(model, x))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_under_a_detector() -> None:
     with seeded(0):
         model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(

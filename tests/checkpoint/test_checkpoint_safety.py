@@ -617,7 +617,7 @@ for number in map(int, sys.argv[2:]):
 def test_killed_process(saved: dict[bool, Path], tmp_path: Path) -> None:
     """SIGKILL at every step: the old model up to one of them, the new one from there on."""
     shutil.copytree(saved[True], tmp_path / "saved")
-    numbers = range(14)
+    numbers = range(24)
     command = [sys.executable, "-c", KILLED.format(path=sys.path), str(tmp_path), *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     codes = [int(line) for line in done.stdout.split()]

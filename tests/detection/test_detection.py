@@ -103,7 +103,7 @@ def test_the_table_has_every_detector() -> None:
     assert set(CONNECTIONS) == set(list_models(module=detection))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", CONNECTIONS)
 def test_every_detector_converts_or_says_why_not(name: str) -> None:
     attention, expected = CONNECTIONS[name]

@@ -223,7 +223,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_libraries(name: str) -> None:
     x = images(2, 96)

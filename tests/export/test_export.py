@@ -111,7 +111,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("suffix", RUN)
 def test_other_networks(suffix: str, network: str, pictures: Path, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
 """torchvision's detectors of two kinds -> what is called the part that tells classes, and how they are built."""
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", DETECTORS)
 def test_torchvisions_detectors(name: str, pictures: Path, tmp_path: Path) -> None:
     head, settings = DETECTORS[name]

@@ -24,6 +24,7 @@ from two_processes import DIGITS as QUICK
 from two_processes import FACTORY, FACTORY_CODE
 
 import dcafy
+from dcafy.amounts import fixed
 from dcafy.plan.options import Conversion
 from dcafy.runs.asking import Asked, request_of
 from dcafy.runs.compare import compare
@@ -303,7 +304,8 @@ def test_a_comparison(command: Run, tmp_path: Path) -> None:
     assert found["differences"]["top1"]["images"] == 359
     loss = found["differences"]["loss"]
     assert loss["lower_is_better"]
-    assert f"loss, connected minus original: {loss['mean']:+.4f}, 95% interval {loss['low']:+.4f}" in out
+    mean, low = (fixed(loss[name], sign=True) for name in ("mean", "low"))
+    assert f"loss, connected minus original: {mean}, 95% interval {low}" in out
     assert len(found["usage"]) == 2
     shutil.rmtree(tmp_path / "run/seeds/1-connected")
     (tmp_path / "run/compare.json").unlink()

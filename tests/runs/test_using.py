@@ -76,7 +76,7 @@ QUICK = {"timm:test_efficientnet", "timm:mobilenetv3_small_050"}
 
 
 @pytest.mark.parametrize(
-    "network", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS]
+    "network", [pytest.param(name, marks=() if name in QUICK else pytest.mark.zoo) for name in NETWORKS]
 )
 def test_the_numbers_are_those_of_training(
     network: str, dcafy_command: Run, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
@@ -282,7 +282,7 @@ DETECTORS: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("network", DETECTORS)
 def test_detectors(network: str, dcafy_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boxes as in training, to the bit, and so the precisions; they are in pixels of the picture."""
