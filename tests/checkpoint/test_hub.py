@@ -31,7 +31,7 @@ hub = pytest.importorskip("huggingface_hub")
 Run = Callable[..., tuple[int, str, str]]
 
 HOW = Preparation((32, 48), (36, 50), (0.5,) * 3, (0.25,) * 3)
-TRAINED = Trained("imagefolder:/home/somebody/secret/flowers", 3, {"loss": 0.5, "top1": 0.75, "images": 8.0})
+TRAINED = Trained("imagefolder:/disk/somebody/secret/flowers", 3, {"loss": 0.5, "top1": 0.75, "images": 8.0})
 ODD = "<script>alert(1)</script> [x](http://y) `z` | *a*\x1b[2J"
 
 
@@ -94,7 +94,7 @@ def test_there_and_back(cached: Hub, model: nn.Module, tmp_path: Path, dcafy_com
     assert torch.equal(loaded(x), model(x))
     assert dcafy.about(loaded).classes == dcafy.about(model).classes
     dcafy.save(model, tmp_path / "run")
-    (tmp_path / "run" / "finetune.json").write_text('{"mine": "/home/somebody"}')
+    (tmp_path / "run" / "finetune.json").write_text('{"mine": "/disk/somebody"}')
     with torch.no_grad():
         for connection in dcafy.connections(model).values():
             connection.beta.add_(0.25)
