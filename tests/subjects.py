@@ -101,7 +101,7 @@ def subject(name: str) -> Subject:
 
 def case(name: str, *values: Any, id: str | None = None, quick: Collection[str] = QUICK) -> Any:
     """Parameters of a test of a network: in the worker that has its subject, and in the tier of the network."""
-    marks = [pytest.mark.xdist_group(name), *([] if name in quick else [pytest.mark.slow])]
+    marks = [pytest.mark.xdist_group(name), *([] if name in quick else [pytest.mark.zoo])]
     return pytest.param(name, *values, id=id or name, marks=marks)
 
 

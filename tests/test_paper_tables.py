@@ -126,7 +126,7 @@ def test_every_row_is_there() -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, marks=[] if row.base in ("MobileNetV2", "MnasNet1_0") else pytest.mark.slow)
+        pytest.param(row, marks=[] if row.base in ("MobileNetV2", "MnasNet1_0") else pytest.mark.zoo)
         for row in paper_tables.ROWS
     ],
     ids=lambda row: "-".join(key(row)).replace(" ", "_"),
@@ -145,7 +145,7 @@ def test_row(row: paper_tables.Row) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, marks=[] if row.base in ("MobileNetV2", "MnasNet1_0") else pytest.mark.slow)
+        pytest.param(row, marks=[] if row.base in ("MobileNetV2", "MnasNet1_0") else pytest.mark.zoo)
         for row in paper_tables.ROWS
         if row.options is not None
     ],

@@ -127,7 +127,7 @@ SLOW = {
 
 
 def tiered(specs: Iterable[str], slow: Container[str]) -> list[Any]:
-    return [pytest.param(spec, marks=pytest.mark.slow if spec in slow else []) for spec in specs]
+    return [pytest.param(spec, marks=pytest.mark.zoo if spec in slow else []) for spec in specs]
 
 
 def test_the_tiers_name_networks_that_are_there() -> None:
