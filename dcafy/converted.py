@@ -24,6 +24,7 @@ from dcafy.emit.dca import (
     recipes,
     require_connected,
     require_recipe,
+    scale_parameters,
 )
 from dcafy.emit.root import close_runs
 from dcafy.emit.schemas import SCHEMAS
@@ -63,8 +64,7 @@ def parameter_groups(
     [0.01, 0.1]
     """
     _require_new(model)
-    made = connections(model).values() if is_connected(model) else ()
-    own, scales = own_parameters(model), {id(scale) for one in made for scale in (one.alpha, one.beta)}
+    own, scales = own_parameters(model), scale_parameters(model)
     connection_lr = lr if connection_lr is None else connection_lr
     scale_lr = connection_lr if scale_lr is None else scale_lr
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}

@@ -33,8 +33,6 @@ _PART = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_-])?"
 _REPOSITORY = re.compile(rf"(?P<name>{_PART}/{_PART})")
 _ADDRESS = re.compile(rf"hf://{_REPOSITORY.pattern}(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9_./-]{{0,199}}))?")
 
-_LOGIN = "hf auth login"
-
 
 @dataclass(frozen=True)
 class Address:

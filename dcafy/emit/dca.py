@@ -256,6 +256,12 @@ def require_recipe(model: nn.Module) -> Recipe:
     return recipe
 
 
+def scale_parameters(model: nn.Module) -> set[int]:
+    """The identities of α and β of all connections; none where nothing is connected."""
+    made = connections(model).values() if is_connected(model) else ()
+    return {id(scale) for one in made for scale in (one.alpha, one.beta)}
+
+
 def own_parameters(model: nn.Module) -> set[int]:
     """The identities of all parameters that the connections have."""
     return {id(p) for _, module, _ in connected_hosts(model) for p in dca_of(module).parameters()}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dcafy.emit.dca import connected_hosts, connection_at, dca_of, ends_of, require_connected
+from dcafy.emit.dca import connected_hosts, connection_at, dca_of, ends_of, require_connected, scale_parameters
 from dcafy.emit.ends import Ends, Heard, Line, Port, Told, Wire, wires_of
 from dcafy.emit.recomputation import backward, frames, is_reentrant
 from dcafy.wording import warn
@@ -373,11 +373,9 @@ def _check_frozen(wire: Wire) -> None:
     if root is None or wire.token in _looked_at:
         return
     _looked_at.add(wire.token)
-    held = (dca_of(module).named_parameters() for _, module, _ in connected_hosts(root))
-    # Layers that train behind a β that stands at 0 change nothing: all-linear of peft wraps the matches.
-    scales = {id(p) for rows in held for name, p in rows if name.rpartition(".")[2] in ("alpha", "beta")}
     trained = {id(p) for p in root.parameters() if p.requires_grad}
-    if trained and not trained & scales:
+    # Layers that train behind a β that stands at 0 change nothing: all-linear of peft wraps the matches.
+    if trained and not trained & scale_parameters(root):
         warn(
             f"The connections of {type(root).__name__} are frozen while other parts of it train: they stay as they "
             "are. With peft, pass modules_to_save=['dca']; else set requires_grad of the parameters of "

@@ -102,7 +102,7 @@ def standing_in(path: Path) -> Reached | None:
     try:
         regular(path).close()
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("dcafy", "null"))
+            header = _header(file)
         if header["kind"] != _KIND:
             raise ValueError("it is no checkpoint of a dcafy run")
         progress = header["facts"]["progress"]
@@ -115,6 +115,11 @@ def standing_in(path: Path) -> Reached | None:
     return reached
 
 
+def _header(file: Any) -> Any:
+    """What a file says of its tensors; ``None`` where it is none of dcafy's."""
+    return json.loads((file.metadata() or {}).get("dcafy", "null"))
+
+
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at ``path``, ``None`` where there is none; ``CheckpointError`` where it is damaged or foreign."""
     if not os.path.lexists(path):
@@ -123,7 +128,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     try:
         regular(path).close()
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("dcafy", "null"))
+            header = _header(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, MemoryError, RuntimeError) as error:  # a RecursionError, too: of the header
         raise CheckpointError(f"{shown} could not be read ({short(str(error), 160)}).") from error

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from two_processes import FACTORY, FACTORY_CODE
+from two_processes import FACTORY
 
 from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
@@ -168,14 +166,6 @@ def test_what_is_said_on_the_command_line_is_no_strangers_choice(tmp_path: Path)
 def test_a_file_that_is_none(path: str) -> None:
     with pytest.raises(UsageError, match="is no file of options"):
         options_in(Path(path))
-
-
-@pytest.fixture
-def command(dcafy_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
-    yield functools.partial(dcafy_command, "finetune")
-    sys.modules.pop("finetune_factory", None)
 
 
 def test_a_run_from_a_file_and_one_from_that_runs_request(command: Run, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,15 +35,6 @@ from dcafy.training.telling import Listener
 
 TESTS = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(dcafy_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    """Run ``dcafy finetune`` in a folder with a factory: arguments -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
-    yield functools.partial(dcafy_command, "finetune")
-    sys.modules.pop("finetune_factory", None)
 
 
 @pytest.fixture

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from training_data import Stripes, connected
-from two_processes import DIGITS, FACTORY, FACTORY_CODE
+from two_processes import DIGITS, FACTORY
 
 from dcafy.errors import CheckpointError
 from dcafy.training import TrainingConfig, finetune
@@ -20,14 +18,6 @@ from dcafy.training.optimization import part_of_rate
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = (*DIGITS[:-2], "--usage-images", "0", "--batch-size", "256", "--val-fraction", "0.6")
-
-
-@pytest.fixture
-def command(dcafy_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "finetune_factory.py").write_text(FACTORY_CODE)
-    yield functools.partial(dcafy_command, "finetune")
-    sys.modules.pop("finetune_factory", None)
 
 
 def epochs(run: Path) -> list[dict]:
