@@ -337,9 +337,12 @@ OPTIONS = {
 """What else was tried, in one setting."""
 
 FAMILY = {
+    "dense": OPTIONS["dense"],
+    "depth": OPTIONS["depth"],
     "hub": Arm("each block hears an LSTM cell that has read all before it in its stage", {"topology": "hub"}),
     "rla": Arm("a recurrent map along the units, beside their attention", inserted="rla"),
     "rla alone": Arm("a recurrent map along the units, and no attention", attention=False, inserted="rla"),
+    "mrla": Arm("recurrent layer attention in the place of its attention", attention=False, inserted="mrla"),
     "dia": Arm("an LSTM cell for each stage in the place of its attention", attention=False, inserted="dia"),
 }
 """Other published ways to connect attention across depth (``docs/family.md``), in one setting."""
@@ -356,6 +359,7 @@ class Setting:
 
     ``classes``   of garments that are to be named
     ``before``    classes that a network was trained on before, and is fine-tuned from
+    ``of``        the setting that it continues: runs of the same arm and seed are that one's
     """
 
     name: str
@@ -369,6 +373,7 @@ class Setting:
     main: bool = False
     classes: range = range(10)
     before: range | None = None
+    of: str = ""
     arms: dict[str, Arm] = field(default_factory=lambda: FEW)
 
     @property
@@ -401,8 +406,8 @@ SETTINGS = {
             before=range(5),
             arms={name: arm for name, arm in {**MAIN, **CONTROLS}.items() if arm.attention},
         ),
-        Setting("switch, options", f"{SWITCH}; {NARROW}", switch, Narrow, arms={"vanilla": MAIN["vanilla"], **OPTIONS}),
-        Setting("cued, family", f"{CUED}; residual units", cued, local, arms={**MAIN, **CONTROLS, **FAMILY}),
+        Setting("switch, options", f"{SWITCH}; {NARROW}", switch, Narrow, of="switch", arms={**FEW, **OPTIONS}),
+        Setting("cued, family", f"{CUED}; residual units", cued, local, of="cued", arms={**FEW, **FAMILY}),
         *(
             Setting(f"cued {name}", f"{CUED}; residual units, {name.upper()}", cued, local, name)
             for name in ("eca", "cbam", "gc")
@@ -413,6 +418,12 @@ SETTINGS = {
         Setting("plain", f"Fashion-MNIST at its full size; {NARROW}", plain, Narrow),
     )
 }
+
+
+def home(setting: str, arm: str) -> str:
+    """The setting under which runs of an arm are kept."""
+    of = SETTINGS[setting].of
+    return of if of and arm in SETTINGS[of].arms else setting
 
 
 # --- one run -------------------------------------------------------------------------------------------------------
@@ -611,7 +622,8 @@ def due(settings: list[Setting], seeds: int | None) -> Iterator[Key]:
     for group in (main, [setting for setting in settings if not setting.main]):
         for seed in range(max((seeds or setting.seeds for setting in group), default=0)):
             for setting in group:
-                yield from ((setting.name, name, seed) for name in setting.arms if seed < (seeds or setting.seeds))
+                arms = setting.arms if seed < (seeds or setting.seeds) else ()
+                yield from ((home(setting.name, name), name, seed) for name in arms)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 import torch
-from accuracy import SETTINGS, VALIDATION, Setting, unpacked
+from accuracy import FAMILY, SETTINGS, VALIDATION, Setting, due, home, unpacked
 from accuracy import __doc__ as EXPECTED
 from torch import Tensor
 
@@ -25,6 +25,9 @@ AGAINST = {
     "connected x1": ("connected",),
     "own message": ("connected",),
     "normalised": ("connected",),
+    "rla alone": ("no attention",),
+    "mrla": ("no attention",),
+    "dia": ("no attention",),
 }
 """Arm -> what it is compared with besides *vanilla*."""
 
@@ -52,8 +55,9 @@ def interval(differences: Tensor) -> tuple[float, float | None]:
 
 
 def by_seed(rows: list[Row], setting: str, arm: str) -> dict[int, Row]:
-    """Seed -> the row."""
-    return {row["seed"]: row for row in rows if (row["setting"], row["arm"]) == (setting, arm)}
+    """Seed -> the row, of as many seeds as the setting has."""
+    key, seeds = (home(setting, arm), arm), range(SETTINGS[setting].seeds)
+    return {row["seed"]: row for row in rows if (row["setting"], row["arm"]) == key and row["seed"] in seeds}
 
 
 def _compared(mine: dict[int, Row], theirs: dict[int, Row]) -> tuple[str, str]:
@@ -81,7 +85,7 @@ def spreads(rows: list[Row]) -> str:
     ]
     for name in SETTINGS:
         values = [100 * row["accuracy"] for row in by_seed(rows, name, "vanilla").values()]
-        if not values:
+        if not values or home(name, "vanilla") != name:
             continue
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
         word = "one seed" if len(values) < 2 else "as wanted" if spread < WANTED else f"over {WANTED}"
@@ -143,12 +147,33 @@ def _maps(rows: list[Row]) -> list[str]:
     for name in SETTINGS:
         connected, vanilla = by_seed(rows, name, "connected"), by_seed(rows, name, "vanilla")
         both = [s for s in sorted(connected.keys() & vanilla.keys()) if "near_half" in connected[s]]
-        if both:
+        if both and home(name, "connected") == name:
             cells = []
             for what in ("near_half", "spread"):
                 values = torch.tensor([[connected[s][what] - vanilla[s][what]] for s in both], dtype=torch.float64)
                 cells.append(_shown(*interval(values), "{:+.3f}"))
             lines.append(f"| {name} | {len(both)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _per_parameter(rows: list[Row]) -> list[str]:
+    """Which way of connecting gains how much, for how many parameters: over the network that it was put into."""
+    lines = [
+        "| way | put into | seeds | added | gain, points | loss | gain per 1,000 parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    setting = "cued, family"
+    for name in ("connected", "centred", "own message", *FAMILY):
+        arm = SETTINGS[setting].arms[name]
+        base = "vanilla" if arm.attention else "no attention"
+        mine, theirs = by_seed(rows, setting, name), by_seed(rows, setting, base)
+        both = sorted(mine.keys() & theirs.keys())
+        if not both:
+            continue
+        gain = 100 * statistics.fmean(mine[s]["accuracy"] - theirs[s]["accuracy"] for s in both)
+        added = statistics.fmean(row["added"] for row in mine.values())
+        cells = [name, f"*{base}*", str(len(both)), f"{added:,.0f}", *_compared(mine, theirs)]
+        lines.append(f"| {' | '.join(cells)} | {1000 * gain / added:+.2f} |")
     return lines
 
 
@@ -160,11 +185,12 @@ def missing(rows: list[Row], setting: Setting) -> int:
 def report(rows: list[Row]) -> str:
     """All tables as Markdown; what is incomplete says so."""
     left = {name: missing(rows, setting) for name, setting in SETTINGS.items()}
-    complete = not any(left.values())
+    came = {(row["setting"], row["arm"], row["seed"]) for row in rows}
+    to_come = len(set(due(list(SETTINGS.values()), None)) - came)
     lines = [
         "# Does connecting attention help?",
         "",
-        "" if complete else f"**Incomplete**: {len(rows)} runs are here, and {sum(left.values())} are still to come.",
+        f"**Incomplete**: {len(rows)} runs are here, and {to_come} are still to come." if to_come else "",
         "",
         f"dcafy {dcafy.__version__}, torch {torch.__version__}, Python {platform.python_version()}, one core of a CPU. "
         "Made by `python benchmarks/accuracy.py` from `accuracy.jsonl`; the same command goes on where it was.",
@@ -197,5 +223,6 @@ def report(rows: list[Row]) -> str:
                 f"{setting.words[0].upper()}{setting.words[1:]}; {setting.steps} steps.{state}",
             ]
             lines += ["", *_table(setting, rows), ""]
+    lines += ["## Ways of connecting, by what they add", "", *_per_parameter(rows), ""]
     lines += ["## Attention values (paper Fig. 1)", "", *_maps(rows), ""]
     return "\n".join(lines)

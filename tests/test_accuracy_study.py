@@ -115,7 +115,12 @@ def test_runs_are_due_once_and_spreads_first(modules: tuple[Any, Any]) -> None:
     assert [key[1] for key in due[: 4 * len(main)]] == ["vanilla"] * 4 * len(main)
     assert len(main) == 3
     assert all(set(accuracy.MAIN) <= set(setting.arms) and setting.seeds == 20 for setting in main)
-    assert set(due) == {(s.name, arm, seed) for s in settings for arm in s.arms for seed in range(s.seeds)}
+    wanted = {(accuracy.home(s.name, arm), arm, seed) for s in settings for arm in s.arms for seed in range(s.seeds)}
+    assert set(due) == wanted
+    assert ("cued", "vanilla", 0) in wanted
+    assert ("cued, family", "vanilla", 0) not in wanted, "one run serves both"
+    of = [(accuracy.SETTINGS[s.of], s) for s in settings if s.of]
+    assert all((a.words, a.pairs, a.network, a.budget) == (b.words, b.pairs, b.network, b.budget) for a, b in of)
     row = {"setting": "switch", "arm": "vanilla", "seed": 0, **accuracy.SETTINGS["switch"].budget}
     assert accuracy.valid(row)
     assert not accuracy.valid({**row, "steps": 3}), "a row of another budget is not taken with the others"
