@@ -243,6 +243,10 @@ def test_stages_are_split_where_the_stride_changes() -> None:
     found = make_report(model, torch.rand(2, 3, 32, 32), how=Preparation((32, 32), 32, (0.0,) * 3, (1.0,) * 3))
     works_on = {name.partition(".")[0]: lane.size for lane in found.lanes for name in lane.blocks}
     assert works_on == {"one": (32, 32), "two": (32, 32), "three": (16, 16), "up": (8, 8), "four": (16, 16)}
+    # on maps this small attention is told from other layers on larger images; the sizes are those of these images
+    small = make_report(model, torch.rand(2, 3, 8, 8), how=Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3))
+    works_on = {name.partition(".")[0]: lane.size for lane in small.lanes for name in lane.blocks}
+    assert works_on == {"one": (8, 8), "two": (8, 8), "three": (4, 4), "up": (2, 2), "four": (4, 4)}
     placed = [name for lane in found.lanes for name in lane.blocks]
     assert placed == [block.name for block in found.plan.blocks]  # in the order of the data
 
