@@ -37,7 +37,7 @@ from dcafy.images.preparation import Preparation
 from dcafy.plan.blocks import Chain, Contents, Contribution, Link, Skipped
 from dcafy.plan.drawing import Lane
 from dcafy.report import EpochLog, RunLog, make_report, prepared_for, read_epochs, read_run
-from dcafy.report.answer import verdict
+from dcafy.report.answer import answers, verdict
 from dcafy.report.downloads import download
 from dcafy.report.findings import Findings, Score
 from dcafy.report.labelled import labelled
@@ -659,6 +659,20 @@ def test_whether_connections_are_used(usage: Usage, word: str, sentences: tuple[
     assert found == word
     for sentence in sentences:
         assert sentence in " ".join(told)
+
+
+def test_times_of_a_busy_machine_are_not_compared(tmp_path: Path, folder: Path) -> None:
+    model = dcafy.convert(Yields(lambda x: x.mean((2, 3))), example_inputs=torch.rand(2, 3, 8, 8))
+    how = Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(model, torch.rand(2, 3, 8, 8), how=how)
+
+    def told(unsteady: float) -> str:
+        sides = tuple(dataclasses.replace(side, seconds=0.002, unsteady=unsteady) for side in found.sides)
+        return answers(dataclasses.replace(found, sides=sides))[2].because[-1]
+
+    assert told(1.1) == "2 images took 2 ms → 2 ms (+0.0%) just now."
+    assert "(+0.0%)" not in told(2.5)
+    assert "as a rule the same network took 2.5 times as long as at best" in told(2.5)
 
 
 def test_intervals_by_hand() -> None:
