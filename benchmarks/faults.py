@@ -320,7 +320,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inputs", type=int, default=1000)
-    parser.add_argument("--parts", nargs="+", help="pt, safetensors, folders, runs, config, coco, pictures, uses, arguments")
+    parser.add_argument(
+        "--parts", nargs="+", help="pt, safetensors, folders, runs, config, coco, pictures, uses, arguments"
+    )
     parser.add_argument("--keep", type=Path, help="a folder for the first input of every kind of finding")
     asked = parser.parse_args()
     start = time.time()
