@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dcafy.analysis.listening import Usage
-from dcafy.analysis.usage import usage
+from dcafy.analysis.usage import listeners, usage
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import TrainingError, UsageError
 from dcafy.graph.modes import evaluating
@@ -348,13 +348,14 @@ class Training:
 
     def usage(self, most: int) -> Usage | None:
         """What the network makes of its connections, on images that every process goes through by itself."""
-        if not (self.connected and most and isinstance(self.task, Classification)):
+        heard = listeners(self.model)
+        if not (heard and most and isinstance(self.task, Classification)):
             return None
         shown = self.val.samples(seed=0, training=False, spread=most)
         order = Batches(len(shown), self.val.batch_size, seed=0, shuffle=False)
         cuda = self.accelerator.device.type == "cuda"
         batches = [(batch.inputs, batch.labels) for batch in self.val.loader(shown, order, training=False, cuda=cuda)]
-        return usage(self.model, Watched(batches, len(connections(self.model)), self.listener))
+        return usage(self.model, Watched(batches, heard, self.listener))
 
     # -- checkpoints ------------------------------------------------------------------------------------
 

@@ -191,13 +191,13 @@ def so_far(means: tuple[float, float | None]) -> str:
 class Watched(Sequence[Any]):
     """Batches that tell how far :func:`dcafy.usage` has come with them: it goes through them twice and more.
 
-    The first time each is run as it is; then also with every one of the ``connections``, and all of them, changed in
-    three ways.
+    The first time each is run as it is; then also with what every one of ``listeners`` hears, and all of them, changed
+    in three ways.
     """
 
-    def __init__(self, batches: Sequence[Any], connections: int, listener: Listener) -> None:
+    def __init__(self, batches: Sequence[Any], listeners: int, listener: Listener) -> None:
         self.batches, self.listener = batches, listener
-        self.later = 3 * (connections + 1) + 1
+        self.later = 3 * (listeners + 1) + 1
         self.done, self.of = 0, len(batches) * (1 + self.later)
 
     def __len__(self) -> int:
