@@ -114,7 +114,7 @@ def test_runs_are_due_once_and_spreads_first(modules: tuple[Any, Any]) -> None:
     assert [key[1] for key in due[: 4 * len(main)]] == ["vanilla"] * 4 * len(main)
     assert len(main) == 3
     assert all(set(accuracy.MAIN) <= set(setting.arms) and setting.seeds == 20 for setting in main)
-    wanted = {(accuracy.home(s.name, arm), arm, seed) for s in settings for arm in s.arms for seed in range(s.seeds)}
+    wanted = {(accuracy.home(s, arm), arm, seed) for s in settings for arm in s.arms for seed in range(s.seeds)}
     assert set(due) == wanted
     assert ("cued", "vanilla", 0) in wanted
     assert ("cued, family", "vanilla", 0) not in wanted, "one run serves both"
@@ -202,11 +202,11 @@ def test_attention_values_are_compared_wherever_there_are_some(modules: tuple[An
     rows = []
     for setting in accuracy.SETTINGS.values():
         for arm, near in (("vanilla", 0.7), ("connected", 0.6), ("inserted", 0.8), ("inserted, centred", 0.5)):
-            if arm in setting.arms and accuracy.home(setting.name, arm) == setting.name:
+            if arm in setting.arms and accuracy.home(setting, arm) == setting.name:
                 for seed in range(3):
                     values = {"near_half": near + 0.01 * seed * (arm == "connected"), "spread": 0.1}
                     rows.append({"setting": setting.name, "arm": arm, "seed": seed, **values})
-    lines = [line.split(" | ") for line in report._maps(rows)[2:]]
+    lines = [line.split(" | ") for line in report.maps(rows)[2:]]
     own = [name for name, setting in accuracy.SETTINGS.items() if "connected" in setting.arms and not setting.of]
     assert [line[0] for line in lines] == [f"| {name}" for name in [*own, "inserted"]]
     assert lines[0][1:4] == ["connected minus vanilla", "3", "-0.090 [-0.115, -0.065] **"]
