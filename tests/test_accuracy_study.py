@@ -125,22 +125,22 @@ def test_runs_are_due_once_and_spreads_first(modules: tuple[Any, Any]) -> None:
     assert not accuracy.valid({**row, "steps": 3}), "a row of another budget is not taken with the others"
 
 
-@pytest.mark.parametrize("name", ["inserted", "inserted, connected"])
-def test_inserting_starts_from_the_trained_network(name: str, study: Any, modules: tuple[Any, Any]) -> None:
+def test_inserting_starts_from_the_trained_network(study: Any, modules: tuple[Any, Any]) -> None:
     """Attention and connections are exact no-ops in a network that has none, and both are trained."""
     accuracy, _ = modules
     setting = short(accuracy.SETTINGS["inserted"])
     start = study.start(setting, 0, attention=True)
     assert not [module for module in start.modules() if isinstance(module, accuracy.SE)]
     x, _ = study.batch(setting, "train", 4, torch.Generator().manual_seed(1))
-    arm = setting.arms[name]
-    made = accuracy._converted(start, x, arm)
+    made = accuracy._converted(start, x, setting.arms["inserted"])
     assert torch.equal(made.eval()(x), start.eval()(x))
     assert len([module for module in made.modules() if isinstance(module, accuracy.SE)]) == 6
-    row = study.run(setting, name, 0)
+    with pytest.raises(dcafy.InputError, match="no connections"):
+        dcafy.connections(made)
+    row = study.run(setting, "inserted, connected", 0)
     assert row["added"] > 0
     assert row.keys() >= {"near_half", "spread"}
-    assert ("beta" in row) == (arm.options is not None)
+    assert "beta" in row
     assert accuracy.valid({**row, "steps": accuracy.SETTINGS["inserted"].steps, "batch": 100})
 
 
