@@ -31,15 +31,15 @@ import argparse
 import base64
 import copy
 import dataclasses
-import fnmatch
 import gzip
 import json
 import math
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -505,10 +505,9 @@ SETTINGS = {
 }
 
 
-def home(setting: str, arm: str) -> str:
-    """The setting under which runs of an arm are kept."""
-    of = SETTINGS[setting].of
-    return of if of and arm in SETTINGS[of].arms else setting
+def home(setting: Setting, arm: str) -> str:
+    """The name of the setting under which runs of an arm are kept."""
+    return setting.of if setting.of and arm in SETTINGS[setting.of].arms else setting.name
 
 
 # --- one run -------------------------------------------------------------------------------------------------------
@@ -517,7 +516,9 @@ VALIDATION = 10_000
 
 
 class Study:
-    """The data, and the networks that others are fine-tuned from."""
+    """The data, and the networks that others are fine-tuned from; ``gates``: what their attention values come from."""
+
+    gates: tuple[type[nn.Module], ...] = (Gate,)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -591,7 +592,8 @@ class Study:
             output = network(x)
             right.append(output.argmax(1) == y)
             loss += float(F.cross_entropy(output, y, reduction="sum"))
-        return torch.cat(right), loss / VALIDATION
+        named = torch.cat(right)
+        return named, loss / len(named)
 
     def run(self, setting: Setting, name: str, seed: int) -> dict[str, Any]:
         """One training: what it measured."""
@@ -631,8 +633,12 @@ class Study:
     def maps(self, network: nn.Module, setting: Setting) -> dict[str, float]:
         """Paper Fig. 1: the share of attention values from 0.4 to 0.6, and how they spread over channels."""
         seen: list[Tensor] = []
-        gates = [module for module in network.modules() if isinstance(module, Gate)]
-        handles = [gate.register_forward_hook(lambda module, given, output: seen.append(output)) for gate in gates]
+
+        def see(gate: nn.Module, given: Any, T: Tensor) -> None:
+            seen.append(T / 2 if getattr(gate, "doubled", False) else T)  # 2σ, of what is put in as a no-op
+
+        gates = [module for module in network.modules() if isinstance(module, self.gates)]
+        handles = [gate.register_forward_hook(see) for gate in gates]
         x, _ = self.batch(setting, "t10k", 500, torch.Generator().manual_seed(6))
         network.eval()
         network(x)
@@ -710,7 +716,22 @@ def due(settings: list[Setting], seeds: int | None) -> Iterator[Key]:
         for seed in range(max((seeds or setting.seeds for setting in group), default=0)):
             for setting in group:
                 arms = setting.arms if seed < (seeds or setting.seeds) else ()
-                yield from ((home(setting.name, name), name, seed) for name in arms)
+                yield from ((home(setting, name), name, seed) for name in arms)
+
+
+def carried_on(
+    study: Study, path: Path, rows: list[dict[str, Any]], keys: Iterable[Key], settings: Mapping[str, Setting]
+) -> None:
+    """Makes what is not there yet of the runs asked for, into ``rows`` and the file, one after the other."""
+    done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
+    for name, arm, seed in dict.fromkeys(keys):
+        if (name, arm, seed) in done:
+            continue
+        row = study.run(settings[name], arm, seed)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.append(row)
+        print(f"{name}, {arm}, seed {seed}: {row['accuracy']:.2%} in {row['seconds']} s", flush=True)
 
 
 def main() -> None:
@@ -722,18 +743,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write the tables, and run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for row in read(options.results) if valid(row)]
-    done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
-    study, globs = Study(options.data), options.only or ["*"]
-    for name, arm, seed in () if options.report else due(list(SETTINGS.values()), options.seeds):
-        if (name, arm, seed) in done or not any(fnmatch.fnmatch(f"{name}/{arm}", glob) for glob in globs):
-            continue
-        row = study.run(SETTINGS[name], arm, seed)
-        with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        rows.append(row)
-        done.add((name, arm, seed))
-        print(f"{name}, {arm}, seed {seed}: {row['accuracy']:.2%} in {row['seconds']} s", flush=True)
+    rows, globs = [row for row in read(options.results) if valid(row)], options.only or ["*"]
+    if not options.report:
+        keys = due(list(SETTINGS.values()), options.seeds)
+        asked = ((name, arm, seed) for name, arm, seed in keys if any(fnmatch(f"{name}/{arm}", glob) for glob in globs))
+        carried_on(Study(options.data), options.results, rows, asked, SETTINGS)
     from accuracy_report import report, spreads
 
     print(spreads(rows))

@@ -6,6 +6,7 @@ import itertools
 import math
 import platform
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ MAPPED = (
 """Whose attention values are compared (paper Fig. 1)."""
 
 
-def by_seed(rows: list[Row], setting: str, arm: str) -> dict[int, Row]:
+def by_seed(rows: list[Row], setting: Setting, arm: str) -> dict[int, Row]:
     """Seed -> the row, of as many seeds as the setting has."""
-    key, seeds = (home(setting, arm), arm), range(SETTINGS[setting].seeds)
+    key, seeds = (home(setting, arm), arm), range(setting.seeds)
     return {row["seed"]: row for row in rows if (row["setting"], row["arm"]) == key and row["seed"] in seeds}
 
 
@@ -68,15 +69,16 @@ def _shown(found: Difference, form: str, scale: float = 1.0) -> str:
     return f"{mean} [{form.format(scale * found.low)}, {form.format(scale * found.high)}]{mark}"
 
 
-def spreads(rows: list[Row]) -> str:
+def spreads(rows: list[Row], settings: Iterable[Setting] = tuple(SETTINGS.values())) -> str:
     """The standard deviation between seeds of *vanilla* in each setting, which says what it can show."""
     lines = [
         "| setting | seeds | accuracy, % | standard deviation, points | |",
         "|---|---|---|---|---|",
     ]
-    for name in SETTINGS:
-        values = [100 * row["accuracy"] for row in by_seed(rows, name, "vanilla").values()]
-        if not values or home(name, "vanilla") != name:
+    for setting in settings:
+        name = setting.name
+        values = [100 * row["accuracy"] for row in by_seed(rows, setting, "vanilla").values()]
+        if not values or home(setting, "vanilla") != name:
             continue
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
         word = "one seed" if len(values) < 2 else "as wanted" if spread < WANTED else f"over {WANTED}"
@@ -104,11 +106,12 @@ COLUMNS = (
 )
 
 
-def _table(setting: Setting, rows: list[Row]) -> list[str]:
+def table(setting: Setting, rows: list[Row]) -> list[str]:
+    """What each arm makes of a setting, and what tells them apart."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    vanilla = by_seed(rows, setting.name, "vanilla")
+    vanilla = by_seed(rows, setting, "vanilla")
     for name, arm in setting.arms.items():
-        mine = by_seed(rows, setting.name, name)
+        mine = by_seed(rows, setting, name)
         if not mine:
             continue
         accuracy, loss = ("", "") if name == "vanilla" else _compared(mine, vanilla)
@@ -121,7 +124,7 @@ def _table(setting: Setting, rows: list[Row]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     for name, others in AGAINST.items():
         for other in others:
-            mine, theirs = by_seed(rows, setting.name, name), by_seed(rows, setting.name, other)
+            mine, theirs = by_seed(rows, setting, name), by_seed(rows, setting, other)
             both = len(mine.keys() & theirs.keys())
             accuracy, loss = _compared(mine, theirs)
             if both and name in setting.arms:
@@ -129,13 +132,13 @@ def _table(setting: Setting, rows: list[Row]) -> list[str]:
     return lines
 
 
-def _maps(rows: list[Row]) -> list[str]:
+def maps(rows: list[Row], settings: Iterable[Setting] = tuple(SETTINGS.values())) -> list[str]:
     """Paper Fig. 1: are attention values further from one half, and spread more, where blocks are connected?"""
     lines = ["| setting | arms | seeds | near ½ | spread |", "|---|---|---|---|---|"]
-    for setting, (one, other) in itertools.product(SETTINGS.values(), MAPPED):
-        if other not in setting.arms or home(setting.name, one) != setting.name:
+    for setting, (one, other) in itertools.product(settings, MAPPED):
+        if other not in setting.arms or home(setting, one) != setting.name:
             continue
-        ours, theirs = by_seed(rows, setting.name, one), by_seed(rows, setting.name, other)
+        ours, theirs = by_seed(rows, setting, one), by_seed(rows, setting, other)
         both = [seed for seed in sorted(ours.keys() & theirs.keys()) if "near_half" in ours[seed]]
         if both:
             cells = []
@@ -152,9 +155,9 @@ def _per_parameter(rows: list[Row]) -> list[str]:
         "| way | put into | seeds | added | gain, points | loss | gain per 1,000 parameters |",
         "|---|---|---|---|---|---|---|",
     ]
-    setting = "cued, family"
+    setting = SETTINGS["cued, family"]
     for name in ("connected", "centred", "own message", *FAMILY):
-        arm = SETTINGS[setting].arms[name]
+        arm = setting.arms[name]
         base = "vanilla" if arm.attention else "no attention"
         mine, theirs = by_seed(rows, setting, name), by_seed(rows, setting, base)
         both = sorted(mine.keys() & theirs.keys())
@@ -169,7 +172,7 @@ def _per_parameter(rows: list[Row]) -> list[str]:
 
 def missing(rows: list[Row], setting: Setting) -> int:
     """How many runs of a setting are still to come."""
-    return sum(len(set(range(setting.seeds)) - by_seed(rows, setting.name, arm).keys()) for arm in setting.arms)
+    return sum(len(set(range(setting.seeds)) - by_seed(rows, setting, arm).keys()) for arm in setting.arms)
 
 
 def report(rows: list[Row]) -> str:
@@ -212,7 +215,7 @@ def report(rows: list[Row]) -> str:
                 "",
                 f"{setting.words[0].upper()}{setting.words[1:]}; {setting.steps} steps.{state}",
             ]
-            lines += ["", *_table(setting, rows), ""]
+            lines += ["", *table(setting, rows), ""]
     lines += ["## Ways of connecting, by what they add", "", *_per_parameter(rows), ""]
-    lines += ["## Attention values (paper Fig. 1)", "", *_maps(rows), ""]
+    lines += ["## Attention values (paper Fig. 1)", "", *maps(rows), ""]
     return "\n".join(lines)

@@ -114,7 +114,7 @@ def test_runs_are_due_once_and_spreads_first(modules: tuple[Any, Any]) -> None:
     assert [key[1] for key in due[: 4 * len(main)]] == ["vanilla"] * 4 * len(main)
     assert len(main) == 3
     assert all(set(accuracy.MAIN) <= set(setting.arms) and setting.seeds == 20 for setting in main)
-    wanted = {(accuracy.home(s.name, arm), arm, seed) for s in settings for arm in s.arms for seed in range(s.seeds)}
+    wanted = {(accuracy.home(s, arm), arm, seed) for s in settings for arm in s.arms for seed in range(s.seeds)}
     assert set(due) == wanted
     assert ("cued", "vanilla", 0) in wanted
     assert ("cued, family", "vanilla", 0) not in wanted, "one run serves both"
@@ -125,22 +125,22 @@ def test_runs_are_due_once_and_spreads_first(modules: tuple[Any, Any]) -> None:
     assert not accuracy.valid({**row, "steps": 3}), "a row of another budget is not taken with the others"
 
 
-@pytest.mark.parametrize("name", ["inserted", "inserted, connected"])
-def test_inserting_starts_from_the_trained_network(name: str, study: Any, modules: tuple[Any, Any]) -> None:
+def test_inserting_starts_from_the_trained_network(study: Any, modules: tuple[Any, Any]) -> None:
     """Attention and connections are exact no-ops in a network that has none, and both are trained."""
     accuracy, _ = modules
     setting = short(accuracy.SETTINGS["inserted"])
     start = study.start(setting, 0, attention=True)
     assert not [module for module in start.modules() if isinstance(module, accuracy.SE)]
     x, _ = study.batch(setting, "train", 4, torch.Generator().manual_seed(1))
-    arm = setting.arms[name]
-    made = accuracy._converted(start, x, arm)
+    made = accuracy._converted(start, x, setting.arms["inserted"])
     assert torch.equal(made.eval()(x), start.eval()(x))
     assert len([module for module in made.modules() if isinstance(module, accuracy.SE)]) == 6
-    row = study.run(setting, name, 0)
+    with pytest.raises(dcafy.InputError, match="no connections"):
+        dcafy.connections(made)
+    row = study.run(setting, "inserted, connected", 0)
     assert row["added"] > 0
     assert row.keys() >= {"near_half", "spread"}
-    assert ("beta" in row) == (arm.options is not None)
+    assert "beta" in row
     assert accuracy.valid({**row, "steps": accuracy.SETTINGS["inserted"].steps, "batch": 100})
 
 
@@ -202,11 +202,11 @@ def test_attention_values_are_compared_wherever_there_are_some(modules: tuple[An
     rows = []
     for setting in accuracy.SETTINGS.values():
         for arm, near in (("vanilla", 0.7), ("connected", 0.6), ("inserted", 0.8), ("inserted, centred", 0.5)):
-            if arm in setting.arms and accuracy.home(setting.name, arm) == setting.name:
+            if arm in setting.arms and accuracy.home(setting, arm) == setting.name:
                 for seed in range(3):
                     values = {"near_half": near + 0.01 * seed * (arm == "connected"), "spread": 0.1}
                     rows.append({"setting": setting.name, "arm": arm, "seed": seed, **values})
-    lines = [line.split(" | ") for line in report._maps(rows)[2:]]
+    lines = [line.split(" | ") for line in report.maps(rows)[2:]]
     own = [name for name, setting in accuracy.SETTINGS.items() if "connected" in setting.arms and not setting.of]
     assert [line[0] for line in lines] == [f"| {name}" for name in [*own, "inserted"]]
     assert lines[0][1:4] == ["connected minus vanilla", "3", "-0.090 [-0.115, -0.065] **"]
