@@ -54,7 +54,7 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
         _VARIABLE,
         *_contexts(tracer),
     )
-    return Swap((*of_torch, _VARIABLE, *_seeds(), *leaves, *beside, *numbers(tracer, modules)))
+    return Swap((*of_torch, *_seeds(), *leaves, *beside, *numbers(tracer, modules)))
 
 
 def _modules(tracer: ValueTracer) -> Iterator[Patch]:
