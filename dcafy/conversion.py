@@ -195,6 +195,11 @@ def _nothing_to_connect(network: nn.Module, plan: Plan, lost: tuple[str, ...]) -
     for item in plan.skipped:
         reasons.setdefault(item.reason, []).append(item.name)
     skipped = "".join(f"\n  skipped {few(names)}: {reason}" for reason, names in reasons.items())
+    if len(found) > 1 and not skipped:
+        return (
+            f"{what} The G of each is pooled of something that no other block's output reaches: they lie beside one "
+            "another and not one behind the other."
+        )
     if len(found) > 1:  # a second attention beside the one that is there would be of no help
         return (
             f"{what}{skipped}\nWhat was skipped says what stands between them: change the forward that it names, or "

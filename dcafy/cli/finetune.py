@@ -82,6 +82,7 @@ def finetune_command(
         from dcafy.training.tracking import require_trackers
 
         options = model, settings_given(settings), run, training, images, conversion, file
+        _put_back(Path(model) if run.output is None and model else run.output, run)
         asked = completed(Asked(*options, given, said=given)).in_its_folder()
         output = asked.run.output
         begins = asked.run.data is not None and bool(asked.model)  # else a folder without a run is none to lock
@@ -98,6 +99,19 @@ def finetune_command(
     from dcafy.tables import shown
 
     print(shown(parts, terminal=sys.stdout.isatty()), end="")
+
+
+def _put_back(folder: Path | None, run: RunOptions) -> None:
+    """Puts back what a run that was killed before it began was to replace."""
+    from dcafy.runs.place import put_back, was_broken_off
+    from dcafy.training.folder import alone_in
+    from dcafy.training.parallel import is_main_process
+
+    if folder is None or run.dry_run or not is_main_process() or not was_broken_off(folder):
+        return
+    with alone_in(folder):
+        put_back(folder)
+    print(f"{printable(str(folder))} is as it was: the run that was to replace it had not begun.", file=sys.stderr)
 
 
 def _require_place(asked: Asked, request: Request) -> None:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,9 +208,8 @@ class _Edits:
             tells.setdefault(nodes, {})[one.sites[0].turn] = one
         made: list[tuple[fx.Node, list[Heard | Told | None]]] = []
         for nodes, told in tells.items():
-            made.append(
-                (self._tell(nodes, next(iter(told.values()))), self._calls({t: o.what for t, o in told.items()}))
-            )
+            said = {turn: one.what for turn, one in told.items()}
+            made.append((self._tell(nodes, tuple(told.values())), self._calls(said)))
         for context, hears in self._by_port():
             what = {turn: one.heard(self.places) for turn, one in hears.items()}
             made.append((self._hear(context, next(iter(hears.values()))), self._calls(what)))
@@ -251,33 +251,45 @@ class _Edits:
         return call
 
     def _canonical(self, nodes: Iterable[fx.Node], site: Site) -> set[fx.Node]:
-        return {self.sites.canonical(dataclasses.replace(site, node=node)) for node in nodes}
+        return {self._first(site, node) for node in nodes}
 
-    def _tell(self, nodes: tuple[fx.Node, ...], one: Tells) -> fx.Node:
-        """What a block passes on is told as soon as all of it is there."""
-        message = self.host.region.message(one.source, one.of)
-        assert isinstance(message, Message)
-        if message.kind == "fused":
-            values = self._extract_again(one, message)
+    def _first(self, site: Site, node: fx.Node) -> fx.Node:
+        return self.sites.canonical(dataclasses.replace(site, node=node))
+
+    def _tell(self, nodes: tuple[fx.Node, ...], calls: tuple[Tells, ...]) -> fx.Node:
+        """What a block passes on is told as soon as all of it is there; ``calls``: the same in each call."""
+        messages = [self._message(one) for one in calls]
+        if messages[0].kind == "fused":
+            each_call = zip(*([output for _, output in message.fused] for message in messages), strict=True)
+            outputs = [self._unaltered(each, self._first(calls[0].sites[0], each[0])) for each in each_call]
+            values = self._extract_again(calls[0], messages[0], outputs)
         else:
-            values = tuple(self._unaltered(node) for node in nodes)
+            each_call = zip(*([site.node for site in one.sites] for one in calls), strict=True)
+            values = tuple(self._unaltered(each, node) for node, each in zip(nodes, each_call, strict=True))
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         with self.graph.inserting_after(max(values, key=order.__getitem__)):
             return self.graph.call_function(tell, (self.dca, 0, *values))
 
-    def _unaltered(self, node: fx.Node) -> fx.Node:
-        """The image of ``node``, copied where something alters it in place later."""
+    def _message(self, one: Tells) -> Message:
+        message = self.host.region.message(one.source, one.of)
+        assert isinstance(message, Message)
+        return message
+
+    def _unaltered(self, calls: tuple[fx.Node, ...], node: fx.Node) -> fx.Node:
+        """The image of ``node``, copied where something alters it in place later, be it in one of the ``calls``."""
         image = self.image[node]
-        if node in self._kept or not self._is_altered(node):
+        if node in self._kept or not any(self._is_altered(one) for one in calls):
             return self._kept.get(node, image)
         with self.graph.inserting_after(image):
             self._kept[node] = self.graph.call_method("clone", (image,))
         return self._kept[node]
 
     def _is_altered(self, node: fx.Node) -> bool:
-        order, modules = self.recording.order, self.recording.modules
+        """Whether something alters ``node``, or may where it is handed on to what is not recorded."""
+        order, modules, is_part = self.recording.order, self.recording.modules, bool(self.host.region.path)
         return any(
-            order[node] < order[user] and alters_argument(user, modules) and user.args[:1] == (alias,)
+            (order[node] < order[user] and alters_argument(user, modules) and user.args[:1] == (alias,))
+            or (is_part and user.op == "output")
             for alias in self._aliases(node)
             for user in alias.users
         )
@@ -299,14 +311,11 @@ class _Edits:
         modules = self.recording.modules
         return alters_argument(node, modules) or op_of(node, modules) in (Op.LAYOUT, Op.SLICE, Op.EXPAND)
 
-    def _extract_again(self, one: Tells, message: Message) -> tuple[fx.Node, ...]:
-        """The block's extraction on its fused output."""
+    def _extract_again(self, one: Tells, message: Message, outputs: list[fx.Node]) -> tuple[fx.Node, ...]:
+        """The block's extraction on its fused outputs."""
         site = one.sites[0]
-
-        def canonical(node: fx.Node) -> fx.Node:
-            return self.sites.canonical(dataclasses.replace(site, node=node))
-
-        copies = {source: self.image[canonical(output)] for source, output in message.fused}
+        canonical = functools.partial(self._first, site)
+        copies = {source: output for (source, _), output in zip(message.fused, outputs, strict=True)}
         last = next(node for node in reversed(self.graph.nodes) if node in copies.values())
         for node in message.extraction:
             with self.graph.inserting_after(last):

@@ -19,8 +19,9 @@ from dcafy.analysis.gradcam import GradCam, cams_of
 from dcafy.analysis.listening import Usage
 from dcafy.analysis.stages import Stage
 from dcafy.analysis.tapped import Tapped, tapped
-from dcafy.analysis.usage import message_shares, usage
+from dcafy.analysis.usage import listeners, message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
+from dcafy.attention.inserted import HandedOn, handed_on
 from dcafy.checkpoint.description import versions_of
 from dcafy.converted import revert
 from dcafy.emit.dca import is_connected
@@ -152,6 +153,7 @@ class Findings:
     ``network``  what it is called: its class, and how a zoo calls it where one built it
     ``data``     what these are
     ``trained``  what the network's folder says it was trained on
+    ``handed``   attention in it that hands a state on from unit to unit (``rla``, ``dia``)
     """
 
     title: str
@@ -172,6 +174,7 @@ class Findings:
     data: str
     trained: Trained | None
     versions: Mapping[str, str]
+    handed: tuple[HandedOn, ...] = ()
 
     @property
     def connected(self) -> Side:
@@ -257,7 +260,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         drift=_drift(*(one.scores for one in looked)) if len(looked) == 2 else None,
         gain=_gain(rights),
         run=wanted.run,
-        usage=_usage(model, wanted, connected=connected),
+        usage=_usage(model, wanted, heard=bool(listeners(model))),
         network=_called(model),
         data="" if wanted.data is None else wanted.data.spec,
         trained=getattr(known(model), "trained", None),
@@ -266,6 +269,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
             "python": platform.python_version(),
             **versions_of("torch", "torchvision", "timm", "captum", "matplotlib"),
         },
+        handed=handed_on(model),
     )
 
 
@@ -274,10 +278,10 @@ def _called(model: nn.Module) -> str:
     return name if built is None else f"{name} ({built.spec})"
 
 
-def _usage(model: nn.Module, wanted: Wanted, *, connected: bool) -> Usage | None:
-    """What the network makes of its connections on the labelled images; else what its run says of it."""
-    if not connected or wanted.data is None:
-        return wanted.run.usage if connected else None
+def _usage(model: nn.Module, wanted: Wanted, *, heard: bool) -> Usage | None:
+    """What the network makes of what is heard in it, on the labelled images; else what its run says of it."""
+    if not heard or wanted.data is None:
+        return wanted.run.usage if heard else None
     return usage(model, [(_like(model, images), labels) for images, labels in wanted.data.batches()])
 
 

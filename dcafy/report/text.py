@@ -32,6 +32,8 @@ def print_findings(findings: Findings, console: Console) -> None:
         console.print(Text(f"{each.question} {printable(each.short)}", "bold"))
         console.print(Text(printable("  " + " ".join(each.because))))
     console.print(*plan_tables(findings.plan), sep="")
+    for one in findings.handed:
+        console.print(Text(printable(f"{one}\n{one.what}")))
     if any(side.values for side in findings.sides):
         console.print(_values(findings))
     if findings.contributions:

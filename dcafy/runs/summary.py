@@ -12,7 +12,7 @@ from torch import nn
 
 from dcafy.amounts import fixed, metric, percent, points
 from dcafy.analysis.listening import usage_tables
-from dcafy.attention.inserted import handed_on, hands_on
+from dcafy.attention.inserted import handed_on
 from dcafy.checkpoint.folder import MARKER
 from dcafy.detection.resampling import RESAMPLES
 from dcafy.emit.dca import connections, is_connected
@@ -88,8 +88,7 @@ def of_network(network: nn.Module) -> list[RenderableType]:
     Nothing for a network where nothing is connected and that comes from no folder.
     """
     parts: list[RenderableType] = []
-    if hands_on(network):
-        parts.append(f"{handed_on(network)}: it hands a state on from each to the next")
+    parts += (f"{one}\n{one.what}" for one in handed_on(network))
     if is_connected(network):
         parts.append(connections(network).sheet("It is connected, with these α and β"))
     found = known(network)

@@ -76,7 +76,7 @@ def _require_plain_names(model: nn.Module) -> None:
             "tensor": [name for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)],
         }
         for what, names in held.items():
-            for name in names:
+            for name in getattr(names, "keys", lambda given=names: given)():  # TorchScript's give out values, or pairs
                 if not is_plain(name):
                     raise InputError(f"A {what} is named {quoted(str(name))}; {ALLOWED}. Rename it.")
         inner = [child for child in module._modules.values() if isinstance(child, nn.Module) and child not in seen]

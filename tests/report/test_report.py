@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from family import Plain
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 import dcafy
@@ -37,7 +39,7 @@ from dcafy.images.preparation import Preparation
 from dcafy.plan.blocks import Chain, Contents, Contribution, Link, Skipped
 from dcafy.plan.drawing import Lane
 from dcafy.report import EpochLog, RunLog, make_report, prepared_for, read_epochs, read_run
-from dcafy.report.answer import verdict
+from dcafy.report.answer import answers, verdict
 from dcafy.report.downloads import download
 from dcafy.report.findings import Findings, Score
 from dcafy.report.labelled import labelled
@@ -45,7 +47,7 @@ from dcafy.report.looks import looks
 from dcafy.report.page import page as written_page
 from dcafy.report.pictures import read_pictures
 from dcafy.report.room import Room, weightiest
-from dcafy.report.text import sparkline
+from dcafy.report.text import print_findings, sparkline
 from dcafy.runs.compare import Comparison, Contender, Pair
 from dcafy.runs.evidence import Difference
 from dcafy.sources import open_model
@@ -835,3 +837,32 @@ def test_preparation_is_that_of_the_run(tmp_path: Path) -> None:
 
 def test_sparklines_by_hand() -> None:
     assert sparkline([0, 0.5, 1.0], 1.0) == " ▄█"
+
+
+def test_of_a_network_whose_units_hand_a_state_on(tmp_path: Path) -> None:
+    """No block to connect, and all the same told what is in it, who hears whom, and what that is worth."""
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(5):
+            picture(number).save(tmp_path / "data" / label / f"{number}.png")
+    model = dcafy.insert(Plain(), "rla", init="paper", example_inputs=torch.zeros(2, 3, 24, 24)).eval()
+    how, output = prepared_for(model, image_size=24), tmp_path / "page.html"
+    found = make_report(model, None, output, how=how, data=f"imagefolder:{tmp_path / 'data'}")
+    assert found.usage is not None
+    assert found.usage.states is not None
+    page, modules = Page(output), [row.name for row in found.usage.states.units]
+    assert modules == [*(f"units.{number}.rla" for number in range(1, 5)), "head.rla"]
+    assert "rla in 6 modules" in page.text
+    assert "arXiv 2110.11852" in page.text
+    assert "Attention can be added" not in page.text
+    asked = [each.question for each in answers(found)]
+    assert asked == ["How good is it, before and after?", "Is the state used that units hand on?", "What do they cost?"]
+    _, *rows = page.files["changed-connections.csv"]
+    assert [row[0] for row in rows] == [*modules, "all states"]
+    assert float(rows[0][1]) == pytest.approx(found.usage.states.units[0].cut.loss)
+    console = Console(file=io.StringIO(), width=140)
+    print_findings(found, console)
+    assert "head.rla" in console.file.getvalue()  # type: ignore[attr-defined]
+    without = make_report(model, torch.rand(2, 3, 24, 24), output, how=how)
+    assert without.usage is None
+    assert "units.3.rla" in Page(output).text  # whom each hears is told all the same
