@@ -22,6 +22,7 @@ from dcafy.emit.wiring import costs
 from dcafy.errors import InputError
 from dcafy.graph.rewritten import original_class
 from dcafy.images.about import About, known
+from dcafy.link.topology import ways
 from dcafy.plan.blocks import Contribution, hearing
 from dcafy.plan.options import Conversion
 from dcafy.plan.plan import Plan
@@ -133,6 +134,8 @@ class Summary(Shown):
             else f"{fixed(self.gflops, 3)} for one {shape} input"
         )
         yield f"GFLOPs (multiply-adds of convolutions and matrix products): {cost}"
+        if self.connected:
+            yield from ways(self.plan.links)
         for one in self.handed_on:
             yield str(one)
             yield one.what

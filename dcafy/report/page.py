@@ -11,6 +11,7 @@ from typing import Any
 
 from dcafy.amounts import fixed, percent
 from dcafy.analysis.listening import KINDS, Effect
+from dcafy.link.topology import ways
 from dcafy.plan.blocks import hearing
 from dcafy.plan.drawing import Stroke, draw
 from dcafy.report.answer import answers, difference_in_words, effect_kind, headline, with_error, worth
@@ -60,6 +61,7 @@ def page(findings: Findings) -> str:
         "losses": LOSSES,
         "connection_data": _connection_data(findings),
         "usage_data": _usage_data(findings),
+        "ways": ways(findings.plan.links) if findings.contributions else (),
         "colours": dict(zip((side.title for side in findings.sides), SIDES, strict=False)),
     }
     return environment.from_string(parts["page.html.j2"]).render(context)
