@@ -22,6 +22,7 @@ from dcafy.emit.wiring import costs
 from dcafy.errors import InputError
 from dcafy.graph.rewritten import original_class
 from dcafy.images.about import About, known
+from dcafy.link.topology import ways
 from dcafy.plan.blocks import Contribution, hearing
 from dcafy.plan.options import Conversion
 from dcafy.plan.plan import Plan
@@ -130,6 +131,8 @@ class Summary(Shown):
         unit, (cost,) = operations(self.gflops or 0.0)
         told = f"not counted: {self.uncounted}" if self.gflops is None else f"{cost} for one {shape} input"
         yield f"{unit} (multiply-adds of convolutions and matrix products): {told}"
+        if self.connected:
+            yield from ways(self.plan.links)
         for one in self.handed_on:
             yield str(one)
             yield one.what

@@ -11,6 +11,7 @@ from typing import Any
 
 from dcafy.amounts import fixed, operations, percent
 from dcafy.analysis.listening import KINDS, Effect
+from dcafy.link.topology import ways
 from dcafy.plan.blocks import Contents, Contribution, hearing
 from dcafy.plan.drawing import Lane, Stroke, draw
 from dcafy.report.answer import answers, difference_in_words, effect_kind, headline, named, with_error, worth
@@ -79,6 +80,7 @@ def _page(findings: Findings, room: Room) -> str:
         "side_costs": operations(*(side.complexity.gflops for side in findings.sides)),
         "connection_data": _connection_data(findings, room),
         "usage_data": _usage_data(findings, room),
+        "ways": ways(findings.plan.links) if findings.contributions else (),
         "colours": dict(zip((side.title for side in findings.sides), SIDES, strict=False)),
     }
     return environment.from_string(parts["page.html.j2"]).render(context)
