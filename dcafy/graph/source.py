@@ -34,6 +34,15 @@ def is_plain(name: object) -> bool:
     return f"_{name.replace('-', '_')}".isidentifier() and unicodedata.is_normalized("NFKC", name)
 
 
+def own_names(kind: type) -> set[str]:
+    """What instances of a class find in it: in source ``self.NAME`` is that, and not a module of the same name.
+
+    >>> {"forward", "call_super_init"} <= own_names(torch.nn.Linear), "mro" in own_names(torch.nn.Linear)
+    (True, False)
+    """
+    return {name for base in kind.__mro__ for name in vars(base)}
+
+
 ALLOWED = "names have letters, digits, '_' and '-' only, as they become source of the connected model"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import subprocess
@@ -88,3 +89,24 @@ def test_quiet_leaves_the_results(before, dcafy_command, tmp_path):
     assert "There is a model" in err
     assert code == 2
     assert "new parameters" in dcafy_command(*arguments, tmp_path / "again")[2]
+
+
+class Terminal(io.StringIO):
+    """What a command writes, as if a person looked at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_words_of_messages_stay_whole_in_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    spec = "torchvision:mobilenet_v3_smell"
+    seen = {}
+    for kind in (io.StringIO, Terminal):
+        monkeypatch.setattr(sys, "stderr", kind())
+        with pytest.raises(SystemExit):
+            app(["inspect", spec], prog_name="dcafy")
+        seen[kind] = sys.stderr.getvalue()
+    assert max(map(len, seen[Terminal].splitlines())) <= 60
+    assert seen[Terminal].split() == seen[io.StringIO].split()
+    assert len(seen[io.StringIO].splitlines()) == 1
