@@ -6,7 +6,8 @@
 Inputs are opened in forks of one warm process, with limits on the time and memory of each. A *finding* is an exception
 that is not dcafy's own, a crash, more than 5 s of processor time, more than 1 GB beyond the file, a message that is not
 one short printable line, a file written elsewhere, a program or a connection started, or code of the input's that ran.
-The last line has the totals as JSON; the exit code is 1 where there is any finding. ``hostile.py`` has the inputs.
+The last line has the totals as JSON (after SIGINT or SIGTERM, of the inputs until then); the exit code is 1 where there
+is any finding. ``hostile.py`` has the inputs.
 """
 
 from __future__ import annotations
@@ -260,25 +261,34 @@ def search(seed: int, inputs: int, parts: list[str], root: Path, keep: Path | No
     wanted = {name: inputs * PARTS[name].share // shares for name in parts}
     wanted[parts[0]] += inputs - sum(wanted.values())
 
-    def judged(name: str, plans: Sequence[Any]) -> Iterator[tuple[Any, Verdict, Path]]:
-        for start in range(0, len(plans), TOGETHER):
-            some = plans[start : start + TOGETHER]
-            works = [Path(tempfile.mkdtemp(dir=root)) for _ in some]
-            acts = [functools.partial(PARTS[name].act, seeds, *one) for one in zip(works, some, strict=True)]
-            for plan, work, verdict in zip(some, works, opened(list(zip(acts, works, strict=True))), strict=True):
-                if (work / MARKER).exists() or (root / MARKER).exists():
-                    (root / MARKER).unlink(missing_ok=True)
-                    verdict.findings["code"] = "code or a program of the input's ran"
-                yield plan, verdict, work
-                shutil.rmtree(work, ignore_errors=True)
+    def judged(name: str, some: Sequence[Any]) -> Iterator[tuple[Any, Verdict, Path]]:
+        works = [Path(tempfile.mkdtemp(dir=root)) for _ in some]
+        acts = [functools.partial(PARTS[name].act, seeds, *one) for one in zip(works, some, strict=True)]
+        for plan, work, verdict in zip(some, works, opened(list(zip(acts, works, strict=True))), strict=True):
+            if (work / MARKER).exists() or (root / MARKER).exists():
+                (root / MARKER).unlink(missing_ok=True)
+                verdict.findings["code"] = "code or a program of the input's ran"
+            yield plan, verdict, work
+            shutil.rmtree(work, ignore_errors=True)
 
     for name in parts:
         for plan, verdict, _ in judged(name, PARTS[name].whole):
             if verdict.end != "accepted" or verdict.findings:
                 raise SystemExit(f"{name}: {plan} changes nothing, and is not taken: {verdict}")
-        for plan, verdict, work in judged(name, _plans(PARTS[name].plans, wanted[name], seed)):
-            faults.add(name, plan, verdict, work)
+    with contextlib.suppress(KeyboardInterrupt):  # what is told then is of the inputs so far
+        for name, some in _in_turns({name: _plans(PARTS[name].plans, wanted[name], seed) for name in parts}):
+            for plan, verdict, work in judged(name, some):
+                faults.add(name, plan, verdict, work)
     return faults
+
+
+def _in_turns(plans: dict[str, list[Any]]) -> list[tuple[str, list[Any]]]:
+    """Part and plans for one fork, the parts in turns: where a run is cut short, it has had something of each."""
+    turns = []
+    for name, all_of_it in plans.items():
+        starts = range(0, len(all_of_it), TOGETHER)
+        turns += [((start + 1) / len(all_of_it), name, all_of_it[start : start + TOGETHER]) for start in starts]
+    return [(name, some) for _, name, some in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def _plans(strategy: Any, wanted: int, seed: int) -> list[Any]:
@@ -320,10 +330,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inputs", type=int, default=1000)
-    parser.add_argument("--parts", nargs="+", help="pt, safetensors, folders, runs, coco, pictures, uses, arguments")
+    parser.add_argument(
+        "--parts", nargs="+", help="pt, safetensors, folders, runs, config, coco, pictures, uses, arguments"
+    )
     parser.add_argument("--keep", type=Path, help="a folder for the first input of every kind of finding")
     asked = parser.parse_args()
     start = time.time()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell had them ignored
+        signal.signal(number, signal.default_int_handler)
     _warm()
     from hostile import PARTS
 

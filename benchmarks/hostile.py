@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import itertools
@@ -36,6 +37,7 @@ from torchvision.ops import SqueezeExcitation
 
 import dcafy
 from dcafy.checkpoint.tensors import facts, fingerprint
+from dcafy.choices import CHOICES
 from dcafy.cli import main
 from dcafy.detection import open_coco
 from dcafy.errors import DcafyError
@@ -50,8 +52,9 @@ from dcafy.report.making import run_in
 from dcafy.report.pictures import read_pictures
 from dcafy.report.thumbnails import data_uri, sized
 from dcafy.runs.asking import Asked, request_of
+from dcafy.runs.configured import completed
 from dcafy.runs.options import RunOptions
-from dcafy.runs.request import Request, write_request
+from dcafy.runs.request import Request, read_request, write_request
 from dcafy.sources import open_model
 from dcafy.sources.listing import specs_that_match
 from dcafy.sources.options import FileOptions
@@ -89,6 +92,8 @@ VALUES = st.one_of(
     st.tuples(st.just("nested"), st.sampled_from([5, 50, 300, 900, 3000]), st.sampled_from(["list", "dict"])),
 )
 """What takes the place of an entry. ``("nested", n, kind)`` stands for that many lists or objects in one another."""
+
+TEXT = st.text(max_size=30)
 
 PLACE = st.integers(0, 2**31)
 """Chooses among what there is, by its remainder."""
@@ -786,6 +791,119 @@ def _odd_checkpoint(path: Path, seeds: Seeds, kind: str, rest: Any) -> None:
         save_file({k: v.contiguous() for k, v in held.items()}, path, metadata={"dcafy": json.dumps(header)})
 
 
+# --- files of options -----------------------------------------------------------------------------------------
+
+_OPTIONS: dict[str, Any] = {
+    **{"model": "timm:test_resnet", "data": "digits", "set": {"drop_rate": 0.25}, "attention": "se", "bs": 4},
+    "training": {"epochs": 3, "lr": 1e-3, "precision": "no", "milestones": "1,2", "schedule": "multistep"},
+    "images": {"image-size": 16, "augment": "trivial", "val_fraction": 0.5},
+    "conversion": {"schema": "weighted", "topology": "chain", "reduction": 4},
+    **{"compare": ["plain", "connected"], "seeds": 3, "keep": "best", "task": "classification", "recipe": None},
+}
+
+_TRIED = {"attention": "se", "image_size": 16, "batch_size": 4, "usage_images": 2, "cpu": True, "val_fraction": 0.5}
+
+_YAML = [
+    *(f"!!python/object/apply:os.system ['touch {MARKER}']", "!!python/name:os.system", "!!python/module:planted"),
+    *(f"!!python/object/new:os.system [touch {MARKER}]", "!!python/tuple [1, 2]", "!planted", "!!set {a, b}", "!<x> 1"),
+    *("!!binary aGk=", "!!timestamp 2001-01-01", "!!omap [a: 1]", "!!str 3", "!!int 'x'", "!!float 'x'", "!!bool x"),
+    *("&a [*a]", "*a", "&a 1", "{<<: {epochs: 1}}", "{? [a] : b}", "{? {a: 1} : b}", "? x", "| x", ">-", "---", "..."),
+    *("0x10", "0o7", "1_000", "190:20:30", "2001-01-01", "yes", "~", ".nan", ".inf", "-.inf", "1e999", "9" * 5000),
+    *(
+        "[" * 20_000,
+        "{a: " * 5000,
+        "- " * 3000,
+        "'" + "x" * 60_000,
+        '"\\ud800"',
+        '"\\0"',
+        '"\\e[31m"',
+        "\t",
+        "%TAG ! x",
+    ),
+    *("%YAML 9.9", "\x85x", "\u2028x", "@", "`", "# x", "'a\n\n b'", "[1, 2", "a: b: c", "!!merge x", "=", "!!null x"),
+    *(
+        f"!!python/object:hostile.Seeds {{root: {MARKER}}}",
+        f"!!python/apply:builtins.eval [{RUNS!r}]",
+        "{__class__: 1}",
+    ),
+]
+"""What YAML can say, in the place of a value or on a line of its own."""
+
+_ENCODINGS = ("utf-16", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "cp1252", "utf-7")
+
+CONFIGS = st.one_of(
+    st.tuples(st.just("options"), PLACE, CHANGES),
+    st.tuples(st.just("options"), PLACE, CHANGES),
+    st.tuples(st.just("request"), PLACE, CHANGES),
+    st.tuples(
+        st.just("yaml"), PLACE, st.lists(st.tuples(PLACE, st.sampled_from(_YAML) | TEXT), min_size=1, max_size=4)
+    ),
+    st.tuples(st.just("bytes"), PLACE, EDITS),
+    st.tuples(st.just("files"), PLACE, PLACE),
+    st.tuples(st.just("tried"), PLACE, st.lists(st.tuples(PLACE, PLACE), min_size=1, max_size=3)),
+    st.tuples(st.just("tried"), PLACE, st.lists(st.tuples(PLACE, PLACE), min_size=1, max_size=3)),
+)
+
+_WHOLE = [0, 1, 2, 3, 7, 63, 1000, 10**5, 10**7, 2**31, 2**32, 2**53, 2**63 - 1]
+_REAL = [0, 1, 0.5, 1e-30, 1e-320, 1.0000001, 7.3, 1e6, 1e30, 1e308, 0.999999999999, 1e-9]
+_OF_A_KIND: dict[str, list[Any]] = {
+    "int": _WHOLE, "int | None": [None, *_WHOLE], "float": _REAL, "float | None": [None, *_REAL], "bool": [True, False]
+}  # fmt: skip
+_FIELDS = [item for kind in (TrainingConfig, DataOptions, Conversion) for item in dataclasses.fields(kind)]
+
+
+def _as_it_should_be(which: int, value: int) -> tuple[str, Any]:
+    """An option and a value of its kind, however unwise."""
+    item = _FIELDS[which % len(_FIELDS)]
+    choices = item.metadata["choices"] or CHOICES.get(item.name) or _OF_A_KIND.get(str(item.type)) or NASTY
+    return item.name, [*choices][value % len(choices)]
+
+
+def config(seeds: Seeds, place: Path, plan: Any) -> None:
+    """A file of ``--config``: what it asks for is written as a run's request, and read again; or it is tried."""
+    kind, which, rest = plan
+    file = place / "run.yaml"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in _OPTIONS.items()]
+    if kind == "options":
+        document = changed(_OPTIONS, rest)
+        file.write_bytes(written(document) if which % 2 else _as_yaml(document))
+    elif kind == "request":
+        file.write_bytes(written(changed(seeds.documents["request"], rest)))
+    elif kind == "yaml":
+        for where, value in rest:
+            number = where % len(lines)
+            name = lines[number].partition(":")[0]
+            lines[number] = [f"{name}: {value}", value, f"{value}: 1", f"training: {{{name}: {value}}}"][where % 4]
+        text = "\n".join(lines)
+        encoding = _ENCODINGS[which % len(_ENCODINGS)] if which % 5 == 0 else "utf-8"
+        errors = "surrogatepass" if encoding.startswith("utf") and encoding != "utf-7" else "replace"
+        file.write_bytes(text.encode(encoding, errors))
+    elif kind == "tried":
+        file.write_bytes(written({**_TRIED, **dict(_as_it_should_be(*one) for one in rest)}))
+    elif kind == "bytes":
+        file.write_bytes(edited(written(_OPTIONS) if which % 2 else "\n".join(lines).encode(), rest))
+    else:
+        file.write_text("\n".join(lines))
+        _odd_file(file, rest, seeds)
+    if kind == "tried" or which % 8 == 3:  # what stands in the file beside these comes to be used
+        images = f"imagefolder:{seeds.root / 'labelled'}"
+        tried = ("timm:test_resnet", "--data", images, "--config", str(file), "--dry-run", "--cpu")
+        arguments(seeds, place, ("finetune", *tried))
+        return
+    options = TrainingConfig(), DataOptions(), Conversion(), FileOptions()
+    request = request_of(completed(Asked("", {}, RunOptions(config=file, output=place / "run"), *options, {}, {})))
+    write_request(place / "run", request)
+    if read_request(place / "run") != request:
+        raise AssertionError("a run would go on with other options than it began with")
+
+
+def _as_yaml(document: Any) -> bytes:
+    """A line for each option, its value as JSON, which YAML reads as well."""
+    if not isinstance(document, dict):
+        return written(document)
+    return b"\n".join(written(key) + b": " + written(value) for key, value in document.items())
+
+
 # --- COCO ---------------------------------------------------------------------------------------------------
 
 COCO = st.one_of(
@@ -960,7 +1078,6 @@ _TRAINING = [
     *("--val-fraction", "--warmup-epochs", "--label-smoothing", "--usage-images", "--checkpoint-steps", "--momentum"),
 ]
 
-TEXT = st.text(max_size=30)
 SPEC = st.sampled_from(_SPECS) | TEXT.filter(lambda text: ":" not in text and not text.startswith("-"))
 
 ARGUMENTS = st.one_of(
@@ -1108,6 +1225,7 @@ PARTS = {
     "safetensors": Part(SAFETENSORS, safetensors, 10, (("bytes", []), ("facts", []))),
     "folders": Part(FOLDERS, folders, 14, tuple(("document", which, []) for which in range(7))),
     "runs": Part(RUN_FILES, run_files, 14, (("request", []), ("log", []), ("facts", []), ("state", []))),
+    "config": Part(CONFIGS, config, 8, (("options", 0, []), ("options", 3, []), ("yaml", 1, []), ("tried", 0, []))),
     "coco": Part(COCO, coco, 20, (("document", []), ("bytes", []))),
     "pictures": Part(PICTURES, pictures, 14, ([],)),
     "uses": Part(

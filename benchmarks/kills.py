@@ -52,8 +52,12 @@ WAYS: dict[str, tuple[str, ...]] = {
     "workers": ("--checkpoint-steps", "1", "--workers", "1"),
     "clipped": ("--clip-norm", "0.5", "--warmup-epochs", "1", "--label-smoothing", "0.1"),
     "compare": ("--compare", "--seeds", "2", "--checkpoint-steps", "2", "--epochs", "2"),
+    "further": ("--checkpoint-steps", "1", "--ema", "0.9", "--epochs", "2"),
 }
 """Options of a training: what a checkpoint has to hold differs from one to the other."""
+
+FURTHER = {"further": 4}
+"""A training that has ended is trained further, to so many epochs in all."""
 
 
 # --- a small network ----------------------------------------------------------------------------------------
@@ -133,12 +137,21 @@ def ended(child: int, seconds: float) -> int | None:
     return None if code == -signal.SIGKILL else code
 
 
-def command(folder: Path, options: tuple[str, ...], resume: bool) -> None:
-    """``dcafy finetune`` in this process, on the images beside the folder."""
+def _command(*arguments: str) -> None:
     from dcafy.cli import app
 
+    app(prog_name="dcafy", args=list(arguments))
+
+
+def command(folder: Path, options: tuple[str, ...], resume: bool) -> None:
+    """``dcafy finetune`` in this process, on the images beside the folder."""
     named = ("finetune", "kills:small", "--data", f"imagefolder:{folder.parent / 'images'}", "-o", str(folder))
-    app(prog_name="dcafy", args=[*named, *COMMON, *options, *(("--resume",) if resume else ())])
+    _command(*named, *COMMON, *options, *(("--resume",) if resume else ()))
+
+
+def further(folder: Path, epochs: int) -> None:
+    """``--resume --epochs MORE`` for a run that has ended; after a kill the same once more."""
+    _command("finetune", "kills:small", "-o", str(folder), "--resume", "--epochs", str(epochs))
 
 
 def paint(folder: Path) -> None:
@@ -176,23 +189,30 @@ def trained_to_the_end(way: str, kills: int, chosen: random.Random, place: Path)
     paint(place / "images")
     options = (*WAYS[way], "--seed", str(chosen.randrange(1000)))
     unbroken, broken, log = place / "unbroken", place / "broken", place / "log"
-    start = time.monotonic()
-    code = ended(forked(functools.partial(command, unbroken, options, False), log), 600)
-    whole = time.monotonic() - start
-    if code != 0:
-        return 0, [f"the unbroken run ended with {code}: {log.read_text()[-300:]}"]
-    killed, attempts = 0, 0
-    while True:
-        # Half of the kills come early, so that there is progress to be lost for many of them.
-        patience = chosen.uniform(0.02, whole * chosen.choice((0.25, 0.5, 0.9))) if killed < kills else 600
-        code = ended(forked(functools.partial(command, broken, options, attempts > 0), log), patience)
-        attempts += 1
-        if code is None:
-            killed += 1
-        elif code == 0:
-            break
-        else:
-            return killed, [f"attempt {attempts} ended with {code}: {log.read_text()[-300:]}"]
+    parts: list[Callable[[Path, bool], None]] = [lambda folder, again: command(folder, options, again)]
+    if way in FURTHER:
+        parts.append(lambda folder, again: further(folder, FURTHER[way]))
+    killed, attempts, whole = 0, 0, []
+    for part in parts:
+        start = time.monotonic()
+        code = ended(forked(functools.partial(part, unbroken, False), log), 600)
+        whole.append(time.monotonic() - start)
+        if code != 0:
+            return 0, [f"the unbroken run ended with {code}: {log.read_text()[-300:]}"]
+    for number, (part, taken) in enumerate(zip(parts, whole, strict=True), start=1):
+        again = False
+        while True:
+            # Half of the kills come early, so that there is progress to be lost for many of them.
+            early = chosen.uniform(0.02, taken * chosen.choice((0.25, 0.5, 0.9)))
+            patience = early if killed < kills * number // len(parts) else 600
+            code = ended(forked(functools.partial(part, broken, again), log), patience)
+            attempts, again = attempts + 1, True
+            if code is None:
+                killed += 1
+            elif code == 0:
+                break
+            else:
+                return killed, [f"attempt {attempts} ended with {code}: {log.read_text()[-300:]}"]
     one, other = left(unbroken), left(broken)
     return killed, [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
 
@@ -255,12 +275,6 @@ def exported(kills: int, chosen: random.Random, place: Path) -> tuple[int, list[
 def _exported(file: Path) -> Any:
     with file.open("rb") as stream:
         return torch.export.load(stream).module()(torch.zeros(2, 3, 16, 16)).shape[1], ""
-
-
-def _command(*arguments: str) -> None:
-    from dcafy.cli import app
-
-    app(prog_name="dcafy", args=list(arguments))
 
 
 def replaced(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +33,7 @@ class OwnDraws(OwnThread, TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._generator(torch.device("cpu"))  # where the global one stands now, not at the first draw
 
     def patches(self) -> Iterator[Patch]:
-        """Has this thread seed its own generators, too."""
+        """Has this thread seed its own generators, too, and draw what is Python's and numpy's apart."""
 
         def manual_seed(seed: Any) -> torch.Generator:
             self._seed = int(seed)
@@ -40,6 +42,7 @@ class OwnDraws(OwnThread, TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         for owner in (torch, torch.random):
             yield owner, "manual_seed", manual_seed
+        yield from plain_draws()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -71,6 +74,25 @@ class OwnDraws(OwnThread, TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             kwargs = {**kwargs, "generator": kwargs.get("generator") or generator}
         return drawing(*args, **kwargs)
+
+
+def plain_draws() -> Iterator[Patch]:
+    """Has the functions of ``random`` and of ``numpy.random`` draw from generators that start where they are."""
+    python, numpy = random.Random(), np.random.RandomState()
+    python.setstate(random.getstate())
+    numpy.set_state(np.random.get_state())
+    for module, own, names in ((random, python, _PYTHONS), (np.random, numpy, _NUMPYS)):
+        for name in names:
+            yield module, name, getattr(own, name)
+
+
+def _methods(module: Any) -> list[str]:
+    """The functions of a module that are methods of the one generator that it has for all."""
+    shared = module.random.__self__
+    return [name for name, function in vars(module).items() if getattr(function, "__self__", None) is shared]
+
+
+_PYTHONS, _NUMPYS = _methods(random), [*_methods(np.random), "seed"]
 
 
 def drawing_apart(call: Callable[[], R], seed: int | None = None) -> R:

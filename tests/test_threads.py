@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import networks
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import dcafy
 from dcafy.draws import OwnDraws, drawing_apart
+from dcafy.errors import DcafyError
 from dcafy.sources import open_model
 from dcafy.threads import ONE_AT_A_TIME, Swap
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 OWNERS = (torch, builtins, math, nn.Module, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.autocast)
-OWNERS += (torch.set_grad_enabled, torch.autograd.Function, torch.random, F, torch_module)
+OWNERS += (random, np.random, torch.set_grad_enabled, torch.autograd.Function, torch.random, F, torch_module)
 
 
 def names() -> dict[tuple[str, str], int]:
@@ -333,6 +335,32 @@ class Ending(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, (second,) = self.end(self.body(x))
         return first + second
+
+
+class Dropping(nn.Module):
+    """A forward that decides by Python's and numpy's random numbers, as LayerDrop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = random.uniform(0, 1) + np.random.rand()
+        return self.body(x + shift) if x.ndim == 4 else x
+
+
+def test_python_and_numpy_draw_for_their_user_alone() -> None:
+    """Both networks that are compared draw the same, too."""
+    model, numbers = Dropping().eval(), (random.getstate(), np.random.get_state()[1:3])
+    connected = dcafy.convert(model, example_inputs=X)
+    with pytest.raises(DcafyError):
+        dcafy.convert(model, example_inputs=X, schema="none")
+    with pytest.raises(DcafyError):
+        dcafy.insert(model, "se", where="body", example_inputs=X[:, :1])
+    assert dcafy.connections(connected)
+    assert random.getstate() == numbers[0]
+    assert repr(np.random.get_state()[1:3]) == repr(numbers[1])
+    assert random.random.__self__ is random._inst  # type: ignore[attr-defined]
 
 
 def test_a_part_that_draws_in_training_draws_for_its_user_alone() -> None:

@@ -107,7 +107,8 @@ class GradCam(Shown):
 
 def _heat(heat: Tensor) -> str:
     """A map as a small picture, from nothing (black) to its most (white)."""
-    made = Image.fromarray((_visible(heat[None])[..., 0] * 255).astype("uint8"))
+    level = heat.detach().float().cpu() / heat.max().clamp_min(1e-12).cpu()
+    made = Image.fromarray((level * 255).round().to(torch.uint8).numpy())
     file = io.BytesIO()
     made.resize((96, 96), Image.Resampling.BILINEAR).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")

@@ -39,7 +39,7 @@ from dcafy.plan.options import Init, Linking
 from dcafy.survey import survey
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
-from dcafy.wording import few
+from dcafy.wording import few, shown
 
 
 def insert(
@@ -105,7 +105,7 @@ def put(
     copy: bool = True,
 ) -> nn.Module:
     """What :func:`insert` gives, before blocks are connected."""
-    _check(attention, reduction, init)
+    _check(attention, where, reduction, init)
     require_module(model)
     if is_connected(model):
         raise InputError("The model is connected already. Insert attention first, then convert the result.")
@@ -124,15 +124,18 @@ def put(
     if made is not None:
         for path in made.keys() - {unit.path for unit in chosen.units}:
             _behind(host.get_submodule(path), attention, made[path])
-        join(host, {path: module.relay for path, module in made.items()}, calls)  # type: ignore[misc]
+        relays: Any = {path: module.relay for path, module in made.items()}
+        join(host, relays, calls, chosen.inputs.args)
     before = getattr(model, INSERTED, ())
     host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
     return host
 
 
-def _check(attention: str, reduction: int | None, init: str) -> None:
-    if attention not in ATTENTIONS:
-        raise UsageError(f"attention={attention!r} is not known. Use one of: {', '.join(sorted(ATTENTIONS))}.")
+def _check(attention: str, where: str, reduction: int | None, init: str) -> None:
+    if not isinstance(attention, str) or attention not in ATTENTIONS:
+        raise UsageError(f"attention={shown(attention)} is not known. Use one of: {', '.join(sorted(ATTENTIONS))}.")
+    if not isinstance(where, str):
+        raise UsageError(f"where should be 'auto' or a glob of module paths, not {shown(where)}.")
     if init not in get_args(Init):
         raise UsageError(f"init={init!r} is not known. Use one of: {', '.join(get_args(Init))}.")
     if reduction is None:

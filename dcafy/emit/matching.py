@@ -263,7 +263,8 @@ class _Spatial(_Channel):
         for layer in connection.match if isinstance(connection.match, nn.Sequential) else ():
             if isinstance(layer, EachPlace):
                 message = _to_size(message, target.shape[2:], connection.grows)
-            message = layer(message)
+            if _takes(layer, message):
+                message = layer(message)
         message = _centred(connection, _to_size(message, target.shape[2:], connection.grows))
         return _typed(_channels_back(message, connection.target_axis), G)
 
@@ -334,6 +335,14 @@ def _to_size(value: Tensor, size: tuple[int, ...], grows: bool) -> Tensor:
         return pools[len(size)](value, size)
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
     return F.interpolate(value, size=size, mode=mode, align_corners=False)
+
+
+def _takes(layer: nn.Module, message: Tensor) -> bool:
+    """False where a map is less than the window: pooling of three axes refuses it, and that of two takes it whole."""
+    if not isinstance(layer, nn.AvgPool3d | nn.MaxPool3d) or isinstance(message, fx.Proxy):
+        return True
+    window: Any = layer.kernel_size
+    return all(a >= b for a, b in zip(message.shape[2:], window, strict=True))
 
 
 to_size = _to_size

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
+from dcafy.draws import plain_draws
 from dcafy.graph.nodes import VALUE, leaves, mapped_tensors, values_of
 from dcafy.threads import Patch, Swap
 from dcafy.trace.effects import forward_globals
@@ -137,6 +138,7 @@ def _seeds() -> Iterator[Patch]:
     """A forward that sets the seed sets it when the graph runs, too: by its user, not by who looks at it."""
     for owner in (torch, torch.random):
         yield owner, "manual_seed", lambda seed: torch.default_generator
+    yield from plain_draws()
 
 
 def _questions(tracer: ValueTracer) -> Iterator[Patch]:

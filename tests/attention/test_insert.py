@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -328,6 +329,10 @@ def test_refusals() -> None:
     model = torchvision.models.resnet18(num_classes=10)
     with pytest.raises(UsageError, match="bam, cbam, dia, eca"):
         dcafy.insert(model, "senet")
+    with pytest.raises(UsageError, match=r"attention=\['se'\] is not known"):
+        dcafy.insert(model, ["se"])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="glob of module paths, not 3"):
+        dcafy.insert(model, "se", where=3)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="identity, paper"):
         dcafy.insert(model, "se", init="zeros")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="at least 1"):
@@ -354,3 +359,14 @@ def test_global_context_without_a_bottleneck(tmp_path: Path) -> None:
 def test_no_other_attention_does_without_a_bottleneck(attention: str) -> None:
     with pytest.raises(UsageError, match="gc can"):
         dcafy.insert(torchvision.models.resnet18(), attention, reduction=None, init="paper")
+
+
+@torch.no_grad()
+def test_maps_in_groups_at_sizes_smaller_than_the_window_that_matches_them() -> None:
+    """Maps of one place, which pooling over groups, rows and columns refuses."""
+    network = timm.create_model("test_resnet", num_classes=2)
+    for kind in ("avg", "max"):
+        d = dcafy.convert(network, attention="sge", spatial_match=kind, example_inputs=images(size=32)).eval()
+        for connection in dcafy.connections(d).values():
+            connection.beta.fill_(0.5)
+        assert d(images(size=16)).isfinite().all()
