@@ -7,6 +7,7 @@ sizes of the picture open.
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import warnings
@@ -169,6 +170,16 @@ def apart(found: Found, expected: Found) -> float:
     return float(torch.maximum(far.amin(0).max(), far.amin(1).max()))
 
 
+@torch.no_grad()
+def hangs_on_rounding(network: nn.Module, pictures: Sequence[Tensor], spec: str) -> bool:
+    """Whether the network tells other boxes once its weights differ by a millionth, which is what rounding does."""
+    moved = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in moved.parameters():
+        parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=generator))
+    return any(apart(found_by(moved, one, spec), found_by(network, one, spec)) > TOLERANCE for one in pictures)
+
+
 def require_onnx(suffix: str, spec: str) -> None:
     """Nothing for a name that says ONNX; ``UsageError`` where a detector would become a program of torch.export."""
     if suffix != ".onnx":
@@ -180,7 +191,17 @@ def require_onnx(suffix: str, spec: str) -> None:
 
 @torch.no_grad()
 def compared(path: Path, network: nn.Module, pictures: Sequence[Tensor], spec: str, *, open_size: bool) -> float:
-    """How far the file is from the network, on the pictures and, with ``open_size``, at other sizes."""
+    """How far the file is from the network, on the pictures and, with ``open_size``, at other sizes.
+
+    ``InputError`` where that cannot be told, for the network itself finds others as soon as anything is rounded.
+    """
     run = runs(path)
     shown = [*others(pictures)] if open_size else [one for one in pictures if one.shape == pictures[0].shape]
-    return max(apart(run(picture), found_by(network, picture, spec)) for picture in shown)
+    most = max(apart(run(picture), found_by(network, picture, spec)) for picture in shown)
+    if most > TOLERANCE and hangs_on_rounding(network, shown, spec):
+        raise InputError(
+            f"{spec!r} gives many boxes almost the same score: which of them it tells hangs on rounding (with weights "
+            "that differ by a millionth it tells others itself), and no file can be compared with it. Train it "
+            "further, or name other pictures: --images FOLDER."
+        )
+    return most

@@ -186,7 +186,10 @@ def _program(plain: nn.Module, network: nn.Module, images: Tensor, *, fixed: boo
         opened = [isinstance(side, torch.SymInt) for side in shape]
         size = opened[2] and opened[3]
         if size and not _right_elsewhere(program, network, batch):
-            why = why or "at another size it computes otherwise"
+            why = (
+                why
+                or "at another size it computes otherwise, as where maps are one pixel; a larger --image-size may do"
+            )
             continue
         for what, missed in (("batch", not opened[0]), ("size", not size and not fixed)):
             if missed:

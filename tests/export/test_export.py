@@ -179,6 +179,27 @@ def test_a_file_that_finds_otherwise_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_boxes_that_hang_on_rounding_are_told_from_a_wrong_file(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores in no order that another library would find: the network is moved by a millionth, and tells others."""
+    pytest.importorskip("onnxruntime")
+    clear, alike = (sure(retinanet(), "classification_head", scale=scale) for scale in (1.0, 1e-4))
+    shown = [dcafy.transforms(clear)(pictures / f"{number}.png") for number in range(3)]
+    assert not detectors.hangs_on_rounding(clear, shown, "it")
+    assert detectors.hangs_on_rounding(alike, shown, "it")
+    real = detectors.runs
+    monkeypatch.setattr(
+        detectors,
+        "runs",
+        lambda given: lambda picture: {**(found := real(given)(picture)), "boxes": found["boxes"] + 9},
+    )
+    monkeypatch.setattr(detectors, "_ALIKE", 0.0)
+    with pytest.raises(InputError, match="almost the same score: which of them it tells hangs on rounding"):
+        export(alike, ExportOptions(output=tmp_path / "m.onnx", images=pictures))
+    assert not list(tmp_path.iterdir())
+
+
 def test_detectors_that_are_not_exported(pictures: Path, tmp_path: Path) -> None:
     untrained = dcafy.convert(with_statistics(retinanet()), verify=False).eval()
     nothing = sure(retinanet(), "classification_head")
