@@ -19,6 +19,10 @@ What is expected, written down before any run that counts:
 6. Where early layers pool what later ones have lost (``switch``, ``cued``, ``gain``, ``noise``) connecting adds
    something; in ``wide``, a residual network with a large field of view, it adds nothing.
 7. ``tuned``: as ``switch``, and smaller.
+8. (Before any of these was run.) ``inserted``: *inserted* is above *vanilla*, a network without attention that is
+   fine-tuned; *inserted, connected* is *inserted* within half a point, and *inserted, centred* is above both.
+9. (As 8.) ``blur`` and ``cast`` are as ``gain`` and ``noise``. Networks of ``mobile``, whose shortcuts carry what early
+   layers saw wherever there is no stride, gain less than the same tasks do without shortcuts, and more than ``wide``.
 """
 
 from __future__ import annotations
@@ -27,15 +31,15 @@ import argparse
 import base64
 import copy
 import dataclasses
-import fnmatch
 import gzip
 import json
 import math
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ from torch.nn import functional as F
 import dcafy
 from dcafy.attention import CBAM, ECA, GC, SE
 from dcafy.attention.gate import Gate
+from dcafy.converted import undecayed
 from dcafy.emit.connection import Connection
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -116,6 +121,25 @@ def noise(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, 
     return 2 * x - 1 + level * torch.randn(x.shape, generator=chance), torch.zeros(len(x), dtype=torch.long)
 
 
+def cast(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The first one in a cast of colour: each channel with an offset of its own, a nuisance."""
+    x = F.interpolate(one, size=16, mode="area").repeat(1, 3, 1, 1)
+    x = x + 2 * torch.randn((len(x), 3, 1, 1), generator=chance)
+    return x + _noise(x, chance, 0.2), torch.zeros(len(x), dtype=torch.long)
+
+
+def blur(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The first one, blurred along rows and columns by widths of the image's own, a nuisance."""
+    x = F.interpolate(one, size=16, mode="area")
+    places = torch.arange(-7, 8)
+    widths = torch.exp(torch.randn((2, len(x), 1), generator=chance) - 0.5)
+    rows, columns = torch.softmax(-0.5 * (places / widths).square(), 2)
+    padded = F.pad(x, (7, 7, 7, 7), mode="replicate").transpose(0, 1)
+    x = F.conv2d(padded, rows.view(-1, 1, 15, 1), groups=len(x))
+    x = F.conv2d(x, columns.view(-1, 1, 1, 15), groups=len(columns)).transpose(0, 1)
+    return 2 * x - 1 + _noise(x, chance), torch.zeros(len(x), dtype=torch.long)
+
+
 def plain(one: Tensor, other: Tensor, chance: torch.Generator) -> tuple[Tensor, Tensor]:
     """The first one as it is, at its full size, a little shifted."""
     shift = torch.randint(-2, 3, (2,), generator=chance)
@@ -176,6 +200,28 @@ class Narrow(nn.Module):
         return self.fc(F.relu(self.units(self.stem(x))).mean((2, 3)))
 
 
+class Shortcut(nn.Sequential):
+    """A bottleneck, added to what goes into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Mobile(Narrow):
+    """As MobileNetV2 has it: six inverted bottlenecks of 8 and 16 channels, with shortcuts but where a stride is."""
+
+    def __init__(self, channels: int, classes: int, attend: Attend) -> None:
+        super().__init__(channels, classes, attend)
+        self.units = nn.Sequential(
+            Shortcut(*inverted(8, 8, attend)),
+            inverted(8, 16, attend, stride=2),
+            Shortcut(*inverted(16, 16, attend, kernel=1)),
+            inverted(16, 16, attend, stride=2),
+            Shortcut(*inverted(16, 16, attend, kernel=1)),
+            Shortcut(*inverted(16, 16, attend, kernel=1)),
+        )
+
+
 class Residual(nn.Module):
     """A residual unit of two convolutions, with attention before the addition."""
 
@@ -228,7 +274,7 @@ class Arm:
     ``options``   of the conversion; ``None`` for a network that is not converted
     ``prepare``   what changes each connection after that
     ``attention`` whether the network has any
-    ``inserted``  what is put in besides, that hands a state on from unit to unit, as an exact no-op
+    ``inserted``  what is put in first, as an exact no-op
     ``order``     added to the seed of the order of the images
     ``rates``     rates of the matching layers, and of α and β, over that of the base
     """
@@ -347,6 +393,17 @@ FAMILY = {
 }
 """Other published ways to connect attention across depth (``docs/family.md``), in one setting."""
 
+SE_PUT_IN = "SE put into the units"
+
+INSERTED = {
+    "vanilla": MAIN["vanilla"],
+    "inserted": Arm(f"{SE_PUT_IN}", inserted="se"),
+    "inserted, connected": Arm(f"{SE_PUT_IN}, connected by eq. 3", {}, inserted="se"),
+    "inserted, centred": Arm(f"{SE_PUT_IN}, connected, centred", CENTRED, inserted="se"),
+    "inserted, own message": Arm(f"{SE_PUT_IN}, centred layers on its own G", CENTRED, own_message, inserted="se"),
+}
+"""Attention for a trained network that has none: what of it is the attention's, and what the connections'."""
+
 FEW = {name: {**MAIN, **CONTROLS}[name] for name in ("vanilla", "no attention", "connected", "centred", "own message")}
 
 
@@ -389,6 +446,21 @@ class Setting:
 SWITCH = "two garments summed, one upside down; a patch in a corner, seen early only, says which one to name"
 CUED = "two garments in channels of their own; a patch in a third, out of sight of the convolutions, says which"
 NARROW = "narrow inverted bottlenecks without shortcuts"
+MOBILE = "narrow inverted bottlenecks with shortcuts but where a stride is"
+
+TUNED: dict[str, Any] = {"steps": 600, "lr": 0.03, "classes": range(5, 10), "before": range(5)}
+"""The budget of what is fine-tuned: from five classes to the five others."""
+
+FIVE_TO_FIVE = "trained on five classes, fine-tuned to the five others"
+SWITCH_TUNED = f"{SWITCH}; {NARROW}, {FIVE_TO_FIVE}"
+
+NUISANCES: dict[str, tuple[Pairs, str]] = {
+    "gain": (gain, "one garment, each channel with a gain and an offset"),
+    "noise": (noise, "one garment in noise of any level"),
+    "cast": (cast, "one garment, each channel with an offset"),
+    "blur": (blur, "one garment, blurred by any width"),
+}
+"""Name -> a task with a global nuisance, and what it is."""
 
 SETTINGS = {
     setting.name: setting
@@ -397,13 +469,10 @@ SETTINGS = {
         Setting("cued", f"{CUED}; residual units", cued, local, main=True, arms={**MAIN, **CONTROLS}),
         Setting(
             "tuned",
-            f"{SWITCH}; {NARROW}, trained on five classes, fine-tuned to the five others",
+            SWITCH_TUNED,
             *(switch, Narrow),
-            steps=600,
-            lr=0.03,
+            **TUNED,
             main=True,
-            classes=range(5, 10),
-            before=range(5),
             arms={name: arm for name, arm in {**MAIN, **CONTROLS}.items() if arm.attention},
         ),
         Setting("switch, options", f"{SWITCH}; {NARROW}", switch, Narrow, of="switch", arms={**FEW, **OPTIONS}),
@@ -412,18 +481,34 @@ SETTINGS = {
             Setting(f"cued {name}", f"{CUED}; residual units, {name.upper()}", cued, local, name)
             for name in ("eca", "cbam", "gc")
         ),
-        Setting("gain", f"one garment, each channel with a gain and an offset; {NARROW}", gain, Narrow),
-        Setting("noise", f"one garment in noise of any level; {NARROW}", noise, Narrow),
+        *(Setting(name, f"{NUISANCES[name][1]}; {NARROW}", NUISANCES[name][0], Narrow) for name in ("gain", "noise")),
         Setting("wide", f"{SWITCH}; wide residual units that see all of it (a control)", switch, Wide),
         Setting("plain", f"Fashion-MNIST at its full size; {NARROW}", plain, Narrow),
+        *(Setting(name, f"{NUISANCES[name][1]}; {NARROW}", NUISANCES[name][0], Narrow) for name in ("cast", "blur")),
+        Setting("switch, mobile", f"{SWITCH}; {MOBILE}", switch, Mobile),
+        *(Setting(f"{name}, mobile", f"{words}; {MOBILE}", task, Mobile) for name, (task, words) in NUISANCES.items()),
+        Setting(
+            "tuned, options",
+            SWITCH_TUNED,
+            *(switch, Narrow),
+            **TUNED,
+            of="tuned",
+            arms={name: arm for name, arm in {**FEW, **OPTIONS}.items() if arm.attention},
+        ),
+        Setting(
+            "inserted",
+            f"{CUED}; residual units without attention, {FIVE_TO_FIVE}",
+            *(cued, local, "none"),
+            **TUNED,
+            arms=INSERTED,
+        ),
     )
 }
 
 
-def home(setting: str, arm: str) -> str:
-    """The setting under which runs of an arm are kept."""
-    of = SETTINGS[setting].of
-    return of if of and arm in SETTINGS[of].arms else setting
+def home(setting: Setting, arm: str) -> str:
+    """The name of the setting under which runs of an arm are kept."""
+    return setting.of if setting.of and arm in SETTINGS[setting.of].arms else setting.name
 
 
 # --- one run -------------------------------------------------------------------------------------------------------
@@ -432,7 +517,9 @@ VALIDATION = 10_000
 
 
 class Study:
-    """The data, and the networks that others are fine-tuned from."""
+    """The data, and the networks that others are fine-tuned from; ``gates``: what their attention values come from."""
+
+    gates: tuple[type[nn.Module], ...] = (Gate,)
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -470,7 +557,7 @@ class Study:
         """What an arm begins with: an untrained network, or one that was trained on other classes."""
         if setting.before is None:
             return self.network(setting, seed, attention=attention)
-        key = setting.name, seed
+        key = setting.of or setting.name, seed
         if key not in self._trained:
             first = dataclasses.replace(setting, classes=setting.before, before=None, steps=2 * setting.steps, lr=0.1)
             network = self.network(first, seed)
@@ -506,7 +593,8 @@ class Study:
             output = network(x)
             right.append(output.argmax(1) == y)
             loss += float(F.cross_entropy(output, y, reduction="sum"))
-        return torch.cat(right), loss / VALIDATION
+        named = torch.cat(right)
+        return named, loss / len(named)
 
     def run(self, setting: Setting, name: str, seed: int) -> dict[str, Any]:
         """One training: what it measured."""
@@ -546,8 +634,12 @@ class Study:
     def maps(self, network: nn.Module, setting: Setting) -> dict[str, float]:
         """Paper Fig. 1: the share of attention values from 0.4 to 0.6, and how they spread over channels."""
         seen: list[Tensor] = []
-        gates = [module for module in network.modules() if isinstance(module, Gate)]
-        handles = [gate.register_forward_hook(lambda module, given, output: seen.append(output)) for gate in gates]
+
+        def see(gate: nn.Module, given: Any, T: Tensor) -> None:
+            seen.append(T / 2 if getattr(gate, "doubled", False) else T)  # 2σ, of what is put in as a no-op
+
+        gates = [module for module in network.modules() if isinstance(module, self.gates)]
+        handles = [gate.register_forward_hook(see) for gate in gates]
         x, _ = self.batch(setting, "t10k", 500, torch.Generator().manual_seed(6))
         network.eval()
         network(x)
@@ -562,8 +654,10 @@ class Study:
 
 def _converted(network: nn.Module, example: Tensor, arm: Arm) -> nn.Module:
     if arm.inserted is not None:
-        return dcafy.insert(network, arm.inserted, reduction=8, example_inputs=example)
-    converted: nn.Module = dcafy.convert(network, example_inputs=example, verify=False, **(arm.options or {}))
+        network = dcafy.insert(network, arm.inserted, reduction=8, example_inputs=example)
+    if arm.options is None:
+        return network
+    converted: nn.Module = dcafy.convert(network, example_inputs=example, verify=False, **arm.options)
     if arm.prepare is not None:
         for connection in dcafy.connections(converted).values():
             arm.prepare(converted, connection)
@@ -574,9 +668,10 @@ def _groups(network: nn.Module, setting: Setting, arm: Arm) -> list[dict[str, An
     if arm.options is not None:
         match, scale = (setting.lr * rate for rate in arm.rates)
         return dcafy.parameter_groups(network, lr=setting.lr, connection_lr=match, scale_lr=scale, weight_decay=1e-4)
+    apart = undecayed(network)
     split = (
-        ([p for p in network.parameters() if p.ndim > 1], 1e-4),
-        ([p for p in network.parameters() if p.ndim < 2], 0),
+        ([p for p in network.parameters() if id(p) not in apart], 1e-4),
+        ([p for p in network.parameters() if id(p) in apart], 0),
     )
     return [{"params": part, "weight_decay": decay} for part, decay in split]
 
@@ -623,7 +718,22 @@ def due(settings: list[Setting], seeds: int | None) -> Iterator[Key]:
         for seed in range(max((seeds or setting.seeds for setting in group), default=0)):
             for setting in group:
                 arms = setting.arms if seed < (seeds or setting.seeds) else ()
-                yield from ((home(setting.name, name), name, seed) for name in arms)
+                yield from ((home(setting, name), name, seed) for name in arms)
+
+
+def carried_on(
+    study: Study, path: Path, rows: list[dict[str, Any]], keys: Iterable[Key], settings: Mapping[str, Setting]
+) -> None:
+    """Makes what is not there yet of the runs asked for, into ``rows`` and the file, one after the other."""
+    done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
+    for name, arm, seed in dict.fromkeys(keys):
+        if (name, arm, seed) in done:
+            continue
+        row = study.run(settings[name], arm, seed)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.append(row)
+        print(f"{name}, {arm}, seed {seed}: {row['accuracy']:.2%} in {row['seconds']} s", flush=True)
 
 
 def main() -> None:
@@ -635,18 +745,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write the tables, and run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for row in read(options.results) if valid(row)]
-    done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
-    study, globs = Study(options.data), options.only or ["*"]
-    for name, arm, seed in () if options.report else due(list(SETTINGS.values()), options.seeds):
-        if (name, arm, seed) in done or not any(fnmatch.fnmatch(f"{name}/{arm}", glob) for glob in globs):
-            continue
-        row = study.run(SETTINGS[name], arm, seed)
-        with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        rows.append(row)
-        done.add((name, arm, seed))
-        print(f"{name}, {arm}, seed {seed}: {row['accuracy']:.2%} in {row['seconds']} s", flush=True)
+    rows, globs = [row for row in read(options.results) if valid(row)], options.only or ["*"]
+    if not options.report:
+        keys = due(list(SETTINGS.values()), options.seeds)
+        asked = ((name, arm, seed) for name, arm, seed in keys if any(fnmatch(f"{name}/{arm}", glob) for glob in globs))
+        carried_on(Study(options.data), options.results, rows, asked, SETTINGS)
     from accuracy_report import report, spreads
 
     print(spreads(rows))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accuracy import FAMILY, SETTINGS, VALIDATION, Setting, due, home, unpacked
 from accuracy import __doc__ as EXPECTED
-from torch import Tensor
 
 import dcafy
+from dcafy.runs.evidence import Difference, crossed_difference, paired_difference
 
 Row = dict[str, Any]
 
@@ -28,35 +30,24 @@ AGAINST = {
     "rla alone": ("no attention",),
     "mrla": ("no attention",),
     "dia": ("no attention",),
+    "inserted, connected": ("inserted",),
+    "inserted, centred": ("inserted", "inserted, connected", "inserted, own message"),
+    "inserted, own message": ("inserted",),
 }
 """Arm -> what it is compared with besides *vanilla*."""
 
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
-"""The 97.5% points of Student's t with 1 to 19 degrees of freedom."""
+MAPPED = (
+    ("connected", "vanilla"),
+    ("centred", "vanilla"),
+    ("inserted, connected", "inserted"),
+    ("inserted, centred", "inserted"),
+)
+"""Whose attention values are compared (paper Fig. 1)."""
 
 
-def interval(differences: Tensor) -> tuple[float, float | None]:
-    """Mean, and half of the 95% interval, of paired differences ``[seeds, images]``; ``None`` with one seed.
-
-    Seeds and images are both drawn. The half widths of either are added as the sides of a right angle: of the mean
-    over seeds, with Student's quantile for their number; and of the mean over images, without what it has of the
-    interplay of both, which the first has already.
-    """
-    seeds, images = differences.shape
-    mean = float(differences.mean())
-    if seeds < 2:
-        return mean, None
-    over_seeds = float(differences.mean(1).var()) / seeds
-    over_images = float(differences.mean(0).var()) / images if images > 1 else 0.0
-    rest = differences - differences.mean(1, keepdim=True) - differences.mean(0) + mean
-    shared = float(rest.square().sum()) / ((seeds - 1) * max(images - 1, 1)) / (seeds * images) if images > 1 else 0.0
-    of_images = max(over_images - shared, 0.0)
-    return mean, math.hypot(_T[min(seeds - 1, len(_T)) - 1] * math.sqrt(over_seeds), 1.96 * math.sqrt(of_images))
-
-
-def by_seed(rows: list[Row], setting: str, arm: str) -> dict[int, Row]:
+def by_seed(rows: list[Row], setting: Setting, arm: str) -> dict[int, Row]:
     """Seed -> the row, of as many seeds as the setting has."""
-    key, seeds = (home(setting, arm), arm), range(SETTINGS[setting].seeds)
+    key, seeds = (home(setting, arm), arm), range(setting.seeds)
     return {row["seed"]: row for row in rows if (row["setting"], row["arm"]) == key and row["seed"] in seeds}
 
 
@@ -65,27 +56,29 @@ def _compared(mine: dict[int, Row], theirs: dict[int, Row]) -> tuple[str, str]:
     both = sorted(mine.keys() & theirs.keys())
     if not both:
         return "", ""
-    right = torch.stack([unpacked(mine[s]["right"]).double() - unpacked(theirs[s]["right"]).double() for s in both])
-    losses = torch.tensor([[mine[s]["loss"] - theirs[s]["loss"]] for s in both], dtype=torch.float64)
-    return _shown(*interval(100 * right), "{:+.2f}"), _shown(*interval(losses), "{:+.4f}")
+    right = (torch.stack([unpacked(rows[seed]["right"]) for seed in both]).double() for rows in (mine, theirs))
+    losses = ([rows[seed]["loss"] for seed in both] for rows in (mine, theirs))
+    return _shown(crossed_difference(*right), "{:+.2f}", 100), _shown(paired_difference(*losses), "{:+.4f}")
 
 
-def _shown(mean: float, half: float | None, form: str) -> str:
-    if half is None:
-        return form.format(mean)
-    mark = " **" if abs(mean) > half else ""
-    return f"{form.format(mean)} [{form.format(mean - half)}, {form.format(mean + half)}]{mark}"
+def _shown(found: Difference, form: str, scale: float = 1.0) -> str:
+    mean = form.format(scale * found.mean)
+    if found.low is None or found.high is None:
+        return mean
+    mark = "" if found.low <= 0 <= found.high else " **"
+    return f"{mean} [{form.format(scale * found.low)}, {form.format(scale * found.high)}]{mark}"
 
 
-def spreads(rows: list[Row]) -> str:
+def spreads(rows: list[Row], settings: Iterable[Setting] = tuple(SETTINGS.values())) -> str:
     """The standard deviation between seeds of *vanilla* in each setting, which says what it can show."""
     lines = [
         "| setting | seeds | accuracy, % | standard deviation, points | |",
         "|---|---|---|---|---|",
     ]
-    for name in SETTINGS:
-        values = [100 * row["accuracy"] for row in by_seed(rows, name, "vanilla").values()]
-        if not values or home(name, "vanilla") != name:
+    for setting in settings:
+        name = setting.name
+        values = [100 * row["accuracy"] for row in by_seed(rows, setting, "vanilla").values()]
+        if not values or home(setting, "vanilla") != name:
             continue
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
         word = "one seed" if len(values) < 2 else "as wanted" if spread < WANTED else f"over {WANTED}"
@@ -113,11 +106,12 @@ COLUMNS = (
 )
 
 
-def _table(setting: Setting, rows: list[Row]) -> list[str]:
+def table(setting: Setting, rows: list[Row]) -> list[str]:
+    """What each arm makes of a setting, and what tells them apart."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    vanilla = by_seed(rows, setting.name, "vanilla")
+    vanilla = by_seed(rows, setting, "vanilla")
     for name, arm in setting.arms.items():
-        mine = by_seed(rows, setting.name, name)
+        mine = by_seed(rows, setting, name)
         if not mine:
             continue
         accuracy, loss = ("", "") if name == "vanilla" else _compared(mine, vanilla)
@@ -130,7 +124,7 @@ def _table(setting: Setting, rows: list[Row]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     for name, others in AGAINST.items():
         for other in others:
-            mine, theirs = by_seed(rows, setting.name, name), by_seed(rows, setting.name, other)
+            mine, theirs = by_seed(rows, setting, name), by_seed(rows, setting, other)
             both = len(mine.keys() & theirs.keys())
             accuracy, loss = _compared(mine, theirs)
             if both and name in setting.arms:
@@ -138,21 +132,20 @@ def _table(setting: Setting, rows: list[Row]) -> list[str]:
     return lines
 
 
-def _maps(rows: list[Row]) -> list[str]:
+def maps(rows: list[Row], settings: Iterable[Setting] = tuple(SETTINGS.values())) -> list[str]:
     """Paper Fig. 1: are attention values further from one half, and spread more, where blocks are connected?"""
-    lines = [
-        "| setting | seeds | near ½, connected minus vanilla | spread, connected minus vanilla |",
-        "|---|---|---|---|",
-    ]
-    for name in SETTINGS:
-        connected, vanilla = by_seed(rows, name, "connected"), by_seed(rows, name, "vanilla")
-        both = [s for s in sorted(connected.keys() & vanilla.keys()) if "near_half" in connected[s]]
-        if both and home(name, "connected") == name:
+    lines = ["| setting | arms | seeds | near ½ | spread |", "|---|---|---|---|---|"]
+    for setting, (one, other) in itertools.product(settings, MAPPED):
+        if other not in setting.arms or home(setting, one) != setting.name:
+            continue
+        ours, theirs = by_seed(rows, setting, one), by_seed(rows, setting, other)
+        both = [seed for seed in sorted(ours.keys() & theirs.keys()) if "near_half" in ours[seed]]
+        if both:
             cells = []
             for what in ("near_half", "spread"):
-                values = torch.tensor([[connected[s][what] - vanilla[s][what]] for s in both], dtype=torch.float64)
-                cells.append(_shown(*interval(values), "{:+.3f}"))
-            lines.append(f"| {name} | {len(both)} | {' | '.join(cells)} |")
+                values = ([side[seed][what] for seed in both] for side in (ours, theirs))
+                cells.append(_shown(paired_difference(*values), "{:+.3f}"))
+            lines.append(f"| {setting.name} | {one} minus {other} | {len(both)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -162,9 +155,9 @@ def _per_parameter(rows: list[Row]) -> list[str]:
         "| way | put into | seeds | added | gain, points | loss | gain per 1,000 parameters |",
         "|---|---|---|---|---|---|---|",
     ]
-    setting = "cued, family"
+    setting = SETTINGS["cued, family"]
     for name in ("connected", "centred", "own message", *FAMILY):
-        arm = SETTINGS[setting].arms[name]
+        arm = setting.arms[name]
         base = "vanilla" if arm.attention else "no attention"
         mine, theirs = by_seed(rows, setting, name), by_seed(rows, setting, base)
         both = sorted(mine.keys() & theirs.keys())
@@ -179,7 +172,7 @@ def _per_parameter(rows: list[Row]) -> list[str]:
 
 def missing(rows: list[Row], setting: Setting) -> int:
     """How many runs of a setting are still to come."""
-    return sum(len(set(range(setting.seeds)) - by_seed(rows, setting.name, arm).keys()) for arm in setting.arms)
+    return sum(len(set(range(setting.seeds)) - by_seed(rows, setting, arm).keys()) for arm in setting.arms)
 
 
 def report(rows: list[Row]) -> str:
@@ -196,7 +189,7 @@ def report(rows: list[Row]) -> str:
         "Made by `python benchmarks/accuracy.py` from `accuracy.jsonl`; the same command goes on where it was.",
         "",
         f"Accuracy in % of {VALIDATION:,} validation pairs. Differences are paired by seed and by image, with 95% "
-        "intervals over both (Student's t for the seeds), ** where they exclude zero. *cut*: what setting β = 0 "
+        "intervals over both (`dcafy.runs.evidence`), ** where they exclude zero. *cut*: what setting β = 0 "
         "after the training changes, in points. *near ½*: the share of attention values from 0.4 to 0.6; *spread*: "
         "their standard deviation over an image's map.",
         "",
@@ -222,7 +215,7 @@ def report(rows: list[Row]) -> str:
                 "",
                 f"{setting.words[0].upper()}{setting.words[1:]}; {setting.steps} steps.{state}",
             ]
-            lines += ["", *_table(setting, rows), ""]
+            lines += ["", *table(setting, rows), ""]
     lines += ["## Ways of connecting, by what they add", "", *_per_parameter(rows), ""]
-    lines += ["## Attention values (paper Fig. 1)", "", *_maps(rows), ""]
+    lines += ["## Attention values (paper Fig. 1)", "", *maps(rows), ""]
     return "\n".join(lines)

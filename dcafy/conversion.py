@@ -130,8 +130,6 @@ def convert(
     given = model
     model, natures = apart_by_nature(given, copy=copy)
     model = with_attention(model, conversion, example_inputs=example_inputs, copy=copy)
-    copied, copy = copy, copy and model is given  # attention was put into a copy already
-    original = given if conversion.attention_init == "identity" else model  # the paper's own form is no no-op
     seen = survey(model, example_inputs)
     if is_connected(model):
         raise InputError(
@@ -139,18 +137,15 @@ def convert(
         )
     if verify and any(p.device.type == "meta" for p in model.parameters()):
         raise InputError("A model on the meta device computes nothing to compare. Pass verify=False.")
+    original = given if conversion.attention_init == "identity" else model  # the paper's own form is no no-op
+    check_outputs = functools.partial(verify_outputs, original, inputs=seen.inputs, copied=copy)
     chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.network)
     chosen = shaped(chosen, seen.network, dimension=conversion.dimension, topology=conversion.topology)
     if not chosen.links and not chosen.alone:
-        if not hands_on(model):
-            raise NoAttentionError(_nothing_to_connect(chosen, seen.lost))
-        if model is given:
-            raise NoAttentionError(
-                f"{type(model).__name__} has no attention block that could be connected, and needs none: what was put "
-                "in hands a state on from unit to unit. Train it as it is."
-            )
-        if verify and conversion.attention_init == "identity":
-            verify_outputs(original, model, seen.inputs, copied=copied)
+        if model is given or not hands_on(model):
+            raise NoAttentionError(_nothing_to_connect(model, chosen, seen.lost))
+        if verify and original is given:
+            check_outputs(model)
         return model  # type: ignore[return-value]
     chosen = chosen.with_links(lambda link: completed(link, conversion))
     if log.isEnabledFor(logging.INFO):
@@ -159,13 +154,14 @@ def convert(
             "%s: %d connections with %s new parameters", price.topology, price.connections, f"{price.parameters:,}"
         )
     with OwnDraws(), uncollected():
-        converted = started(own_copy(model) if copy else shared_copy(model), seen, chosen, conversion)
+        own = own_copy(model) if copy and model is given else shared_copy(model)  # attention is put into a copy already
+        converted = started(own, seen, chosen, conversion)
         take_over(converted, natures)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
         if inexact:
             tell_drift(inexact[0], original, converted, seen.inputs if verify else None)
         elif verify:
-            verify_outputs(original, converted, seen.inputs, copied=copied)
+            check_outputs(converted)
     return converted  # type: ignore[return-value]
 
 
@@ -184,8 +180,13 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
     )
 
 
-def _nothing_to_connect(plan: Plan, lost: tuple[str, ...]) -> str:
+def _nothing_to_connect(network: nn.Module, plan: Plan, lost: tuple[str, ...]) -> str:
     model, found = plan.model or "The model", [*(block.name for block in plan.blocks), *lost]
+    if hands_on(network):
+        return (
+            f"{type(network).__name__} has no attention block that could be connected, and needs none: what was put in "
+            "hands a state on from unit to unit. Train it as it is."
+        )
     if not found:
         what = f"{model} has no attention block that could be connected."
     else:
@@ -194,6 +195,11 @@ def _nothing_to_connect(plan: Plan, lost: tuple[str, ...]) -> str:
     for item in plan.skipped:
         reasons.setdefault(item.reason, []).append(item.name)
     skipped = "".join(f"\n  skipped {few(names)}: {reason}" for reason, names in reasons.items())
+    if len(found) > 1 and not skipped:
+        return (
+            f"{what} The G of each is pooled of something that no other block's output reaches: they lie beside one "
+            "another and not one behind the other."
+        )
     if len(found) > 1:  # a second attention beside the one that is there would be of no help
         return (
             f"{what}{skipped}\nWhat was skipped says what stands between them: change the forward that it names, or "

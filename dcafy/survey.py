@@ -347,11 +347,19 @@ class _Surveyor:
             self.recordables[path] = recordable
         region = Region(path, recording, found, messages, before, skipped, flow.order)
         trainings = {inner: self._training(region, inner, recordable) for inner in sorted(recording.mode_read)}
-        known = {inner: training for inner, training in trainings.items() if training is not None}
+        known = {inner: training for inner, training in trainings.items() if isinstance(training, Training)}
+        why = {inner: training for inner, training in trainings.items() if isinstance(training, str)}
+        if why:
+            region = dataclasses.replace(
+                region, recording=dataclasses.replace(recording, unwritten={**why, **recording.unwritten})
+            )
         return dataclasses.replace(region, trainings=known) if known else region
 
-    def _training(self, region: Region, inner: str, recordable: Recordable) -> Training | None:
-        """What a module that decides by its mode does in training, where it holds attention and that stays the same."""
+    def _training(self, region: Region, inner: str, recordable: Recordable) -> Training | str | None:
+        """What a module that decides by its mode does in training, where it holds attention and that stays the same.
+
+        In words: why that cannot be written down.
+        """
         calls = region.sites.calls(inner) if not inner or inner in region.recording.calls_of else ()
         ends = {region.recording.home.get(node) for found in region.found for node in (*found.contexts, *found.fusions)}
         if recordable.training or not calls or calls[0] not in ends:
@@ -368,8 +376,8 @@ class _Surveyor:
             training = training_of(region, inner, dataclasses.replace(trained, trainings={"": Training(trained, {})}))
             if training is not None:
                 training.region.sites.folded("")
-        except (CannotEnter, NoPlace):
-            return None
+        except (CannotEnter, NoPlace) as error:
+            return f"its forward takes another path in training than in eval, and there {error.reason}"
         return training
 
     def _islands(

@@ -8,6 +8,7 @@ name and with a port of its own, on which its processes meet. What came of it li
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import runpy
 import sys
@@ -218,6 +219,8 @@ def networks_in_parallel() -> dict[str, torch.nn.Module]:
         return {
             "connected": connected_network(),
             "hub": with_betas(dcafy.convert(with_hub, topology="hub", example_inputs=images(4, seed=2)), 0.3),
+            "depth": with_betas(dcafy.convert(with_hub, topology="depth", example_inputs=images(4, seed=2)), 0.3),
+            "mrla": dcafy.insert(plain, "mrla", init="paper", example_inputs=x),
             "rla": dcafy.insert(plain, "rla", init="paper", example_inputs=x),
             "dia": dcafy.insert(plain, "dia", init="paper", reduction=4, example_inputs=x),
         }
@@ -244,6 +247,30 @@ def distributed_data_parallel() -> None:
     torch.save(ended, f"rank{rank()}.pt")
 
 
+def in_whole_stages() -> None:
+    """Stages sharded one by one, as the docs advise where units of a stage share layers: gradients of all processes."""
+    from torch.distributed.fsdp import fully_shard
+
+    networks = networks_in_parallel()
+    dist.init_process_group("gloo")
+    found = {}
+    for which, model in networks.items():
+        plain, x = copy.deepcopy(model.eval()), images(4, 32, seed=7 + rank())
+        expected = plain(x)
+        expected.square().mean().backward()
+        for path in [path for path, _ in model.named_children() if path.startswith(("layer", "blocks"))]:
+            fully_shard(model.get_submodule(path))
+        fully_shard(model)
+        output = model(x)
+        assert torch.equal(output, expected), which
+        output.square().mean().backward()
+        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        for name, parameter in plain.named_parameters():
+            dist.all_reduce(parameter.grad)
+            found[f"{which}.{name}"] = bool(torch.allclose(gradients[name], parameter.grad / 2, rtol=1e-3, atol=1e-5))
+    torch.save(found, f"rank{rank()}.pt")
+
+
 SCENARIOS: tuple[Callable[[], None], ...] = (
     the_command,
     the_command_again,
@@ -257,6 +284,7 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     in_shards,
     detector,
     distributed_data_parallel,
+    in_whole_stages,
     one_fails,  # the last one: nothing comes after it
 )
 

@@ -91,6 +91,35 @@ class ConnectionUsage(_Cut):
     mean: Effect
 
 
+@dataclass(frozen=True)
+class StateUsage(_Cut):
+    """One module that hears the state of the unit before it (``rla``, ``dia``), as a data set shows it.
+
+    ``hears``      the unit whose state it hears
+    ``varying``    the part of the state's energy that differs between images; the rest is a bias
+    ``cut``        with zeros in the place of the state, as a unit that is run by itself has them
+    ``shuffled``   with the state of another image of the batch; ``None`` where no batch has two
+    ``mean``       with the average state
+    """
+
+    name: str
+    hears: str
+    varying: float
+    cut: Effect
+    shuffled: Effect | None
+    mean: Effect
+
+
+@dataclass(frozen=True)
+class States(_Cut):
+    """What is handed on from unit to unit: every module that hears it, and all of them changed at once."""
+
+    units: tuple[StateUsage, ...]
+    cut: Effect
+    shuffled: Effect | None
+    mean: Effect
+
+
 @dataclass(frozen=True, repr=False)
 class Usage(Shown, _Cut):
     """Every connection in the order of the data, and the network with all of them changed at once.
@@ -98,7 +127,8 @@ class Usage(Shown, _Cut):
     ``loss`` (mean cross-entropy) and ``accuracy`` (a fraction) are those of the network as it is, on ``images`` images.
     ``alike``: the part of the images that were shown a message of their own class where messages were shuffled.
     ``unheard``: connections that can be taken out (:func:`dcafy.drop`), and ``without`` them what happens. ``unread``:
-    why no T can be read, if that is so.
+    why no T can be read, if that is so. ``states``: what is handed on from unit to unit (``rla``, ``dia``), if anything
+    is; without connections what cutting them does is nothing.
     """
 
     images: int
@@ -112,40 +142,59 @@ class Usage(Shown, _Cut):
     unheard: tuple[str, ...] = ()
     without: Effect | None = None
     unread: str = ""
+    states: States | None = None
 
     def rows(self, all_: str) -> list[tuple[str, Effect, Effect | None, Effect]]:
-        """(name, cut, shuffled, mean) of every connection, and of all at once under the name ``all_``."""
+        """(name, cut, shuffled, mean) of every connection, and of all at once under the name ``all_``; then of states.
+
+        All states at once stand under ``all_`` with ``states`` behind it.
+        """
         rows = [(row.name, row.cut, row.shuffled, row.mean) for row in self.connections]
-        return [*rows, (all_, self.cut, self.shuffled, self.mean)]
+        if rows or self.states is None:
+            rows.append((all_, self.cut, self.shuffled, self.mean))
+        if self.states is not None:
+            rows += [(row.name, row.cut, row.shuffled, row.mean) for row in self.states.units]
+            rows.append((f"{all_} states", self.states.cut, self.states.shuffled, self.states.mean))
+        return rows
+
+    @property
+    def _rows(self) -> tuple[ConnectionUsage | StateUsage, ...]:
+        return self.connections if self.states is None else (*self.connections, *self.states.units)
 
     def to_dict(self) -> dict[str, Any]:
         """The usage as JSON-ready data."""
         return dataclasses.asdict(self)
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """The change of the loss when each connection is cut, shuffled or averaged, with 95% intervals (matplotlib)."""
-        chosen = plots.axes(ax, height=1.2 + 0.3 * len(self.connections))
+        """The change of the loss when each is cut, shuffled or averaged, with 95% intervals (matplotlib)."""
+        rows = self._rows
+        chosen = plots.axes(ax, height=1.2 + 0.3 * len(rows))
         series = {}
         for kind in KINDS:
-            effects = [getattr(row, kind) for row in self.connections]
+            effects = [getattr(row, kind) for row in rows]
             if None not in effects:
                 errors = [1.96 * (one.loss_error or 0.0) for one in effects]
                 series[f"if {kind}"] = [one.loss for one in effects], errors
-        return plots.points(chosen, [row.name for row in self.connections], series, x="change of the loss")
+        return plots.points(chosen, [row.name for row in rows], series, x="change of the loss")
 
     def _parts(self) -> Iterator[RenderableType]:
         yield from usage_tables(self)
 
     def _headline(self) -> str:
         unheard = f", nobody listens to {len(self.unheard)} of them" if self.unheard else ""
-        return (
-            f"{counted(len(self.connections), 'connection')} on {counted(self.images, 'image')}: without them the loss "
-            f"changes by {in_loss(self.cut)}, top1 by {in_points(self.cut)} points{unheard}"
+        heard: list[tuple[str, _Cut, str]] = []
+        if self.connections or self.states is None:
+            heard.append((f"{counted(len(self.connections), 'connection')}: without them", self, unheard))
+        if self.states is not None:
+            heard.append((f"a state in {counted(len(self.states.units), 'module')}: without it", self.states, ""))
+        return f"on {counted(self.images, 'image')}, " + "; ".join(
+            f"{what} the loss changes by {in_loss(one.cut)}, top1 by {in_points(one.cut)} points{more}"
+            for what, one, more in heard
         )
 
     def _records(self) -> list[dict[str, Any]]:
         records = []
-        for row in self.connections:
+        for row in self._rows:
             plain = {item.name: getattr(row, item.name) for item in dataclasses.fields(row) if item.name not in KINDS}
             for kind in KINDS:
                 effect = getattr(row, kind)
@@ -163,8 +212,19 @@ MIXED = 0.5
 
 def usage_tables(found: Usage) -> Iterator[RenderableType]:
     """The usage as rich renderables: a table, how to read it, and what can be dropped."""
-    yield usage_sheet(found)
+    if found.connections or found.states is None:
+        yield usage_sheet(found)
+    if found.states is not None:
+        yield states_sheet(found, found.states)
     yield Text(_reading(found))
+
+
+def states_sheet(found: Usage, states: States) -> Sheet:
+    """What changing the state does that each unit hears, and all of them at once."""
+    rows: list[tuple[Cell, ...] | None] = []
+    rows += [(row.name, row.hears or NONE, percent(row.varying), *_changes(row)) for row in states.units]
+    rows += [None, ("all of them", "", "", *_changes(states))]
+    return Sheet(_STATES, tuple(rows), f"the state that is handed on, {_on(found)}")
 
 
 def usage_sheet(found: Usage) -> Sheet:
@@ -175,9 +235,19 @@ def usage_sheet(found: Usage) -> Sheet:
         rows.append((row.name, fixed(row.beta, sign=True), percent(row.varying), moved, *_changes(row)))
     rows += [None, ("all of them", "", "", "", *_changes(found))]
     numbers = {**{row.name: number for number, row in enumerate(found.connections, start=1)}, "all of them": "all"}
-    title = f"on {counted(found.images, 'image')} (loss {fixed(found.loss)}, top1 {percent(found.accuracy)})"
-    return Sheet(_USAGE, tuple(rows), f"connections, {title}; the loss changes by", numbers)
+    return Sheet(_USAGE, tuple(rows), f"connections, {_on(found)}", numbers)
 
+
+def _on(found: Usage) -> str:
+    on = f"on {counted(found.images, 'image')} (loss {fixed(found.loss)}, top1 {percent(found.accuracy)})"
+    return f"{on}; the loss changes by"
+
+
+_STATES = (
+    Column("module", "name"),
+    Column("hears the state of", "name"),
+    *(Column(title, "number") for title in ("varies", "if cut", "if shuffled", "if mean", "top1 if cut")),
+)
 
 _USAGE = (
     Column("receiving block", "name"),
@@ -186,7 +256,7 @@ _USAGE = (
 )
 
 
-def _changes(row: ConnectionUsage | Usage) -> tuple[str, ...]:
+def _changes(row: ConnectionUsage | Usage | StateUsage | States) -> tuple[str, ...]:
     return in_loss(row.cut), in_loss(row.shuffled), in_loss(row.mean), in_points(row.cut)
 
 
@@ -210,9 +280,15 @@ def _reading(found: Usage) -> str:
         "cut: no message; shuffled: another image's; mean: the average one; ± standard errors, image by image.",
         "varies: the part of a message that differs between images; T moves: if cut, in standard deviations of T.",
     ]
+    if not found.connections and found.states is not None:
+        lines = [
+            "cut: no state, but zeros; shuffled: another image's; mean: the average one; ± standard errors, image by "
+            "image. varies: the part of the state that differs between images."
+        ]
     if found.unread:
         lines.append(f"The maps T cannot be read: {printable(found.unread)}")
-    if found.shuffled is not None and found.alike > MIXED:
+    shuffled = (found.shuffled, None if found.states is None else found.states.shuffled)
+    if any(shuffled) and found.alike > MIXED:
         lines.append(
             f"{percent(found.alike)} of the images heard one of their own class when messages were shuffled: batches "
             "that are sorted by class make content look worth less than it is. Mix them."

@@ -12,15 +12,17 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from dcafy.amounts import fixed, metric, percent
+from dcafy.amounts import fixed, metric, operations, percent
 from dcafy.analysis.complexity import gflops_of
 from dcafy.analysis.contributions import contributions
+from dcafy.attention.inserted import HandedOn, handed_on
 from dcafy.display import Shown
 from dcafy.emit.dca import is_connected, own_parameters, recipes
 from dcafy.emit.wiring import costs
 from dcafy.errors import InputError
 from dcafy.graph.rewritten import original_class
 from dcafy.images.about import About, known
+from dcafy.link.topology import ways
 from dcafy.plan.blocks import Contribution, hearing
 from dcafy.plan.options import Conversion
 from dcafy.plan.plan import Plan
@@ -45,6 +47,7 @@ class Summary(Shown):
                         ``None``
     ``about``           its classes, and what dcafy trained it on, where that is known
     ``random``          whether nothing was loaded into its weights
+    ``handed_on``       attention in it that hands a state on from unit to unit (``rla``, ``dia``)
     """
 
     model: str
@@ -57,6 +60,7 @@ class Summary(Shown):
     uncounted: str = ""
     about: About | None = None
     random: bool = False
+    handed_on: tuple[HandedOn, ...] = ()
 
     @property
     def connected(self) -> bool:
@@ -68,12 +72,15 @@ class Summary(Shown):
         plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         about = None if self.about is None else dataclasses.asdict(self.about)
         rows = [dataclasses.asdict(row) for row in self.contributions]
-        return {**plain, "plan": self.plan.to_dict(), "contributions": rows, "input": list(self.input), "about": about}
+        handed = [dataclasses.asdict(one) for one in self.handed_on]
+        told = {"contributions": rows, "input": list(self.input), "about": about, "handed_on": handed}
+        return {**plain, "plan": self.plan.to_dict(), **told}
 
     def _headline(self) -> str:
         state = f"connected, with {counted(len(self.contributions), 'connection')}" if self.connected else "unconnected"
         blocks = counted(len(self.plan.blocks), "attention block")
-        return f"{self.model}: {blocks}, {state}, {self.parameters:,} parameters"
+        handed = "".join(f", {one.kind} in {counted(len(one.hears), 'module')}" for one in self.handed_on)
+        return f"{self.model}: {blocks}, {state}{handed}, {self.parameters:,} parameters"
 
     def _parts(self) -> Iterator[RenderableType]:
         yield Text(f"{printable(self._headline())}\n", "bold")
@@ -121,12 +128,14 @@ class Summary(Shown):
         own = f", {self.own:,} ({percent(self.own / max(self.parameters, 1))}) of them in connections"
         yield f"{self.parameters:,} parameters{own if self.connected else ''}"
         shape = "x".join(map(str, self.input))
-        cost = (
-            f"not counted: {self.uncounted}"
-            if self.gflops is None
-            else f"{fixed(self.gflops, 3)} for one {shape} input"
-        )
-        yield f"GFLOPs (multiply-adds of convolutions and matrix products): {cost}"
+        unit, (cost,) = operations(self.gflops or 0.0)
+        told = f"not counted: {self.uncounted}" if self.gflops is None else f"{cost} for one {shape} input"
+        yield f"{unit} (multiply-adds of convolutions and matrix products): {told}"
+        if self.connected:
+            yield from ways(self.plan.links)
+        for one in self.handed_on:
+            yield str(one)
+            yield one.what
         if self.random:
             yield "its weights are random: nothing was loaded into them"
         if not self.connected and self.plan.links:
@@ -185,7 +194,8 @@ def summary(model: nn.Module, *, example_inputs: Any = None) -> Summary:
         seen = survey(model, example_inputs)
         inputs = seen.inputs
         if not made:
-            plan = dataclasses.replace(seen.plan, costs=costs(seen.plan, seen.network, Conversion()))
+            priced = costs(seen.plan, seen.network, Conversion()) if seen.plan.blocks else ()
+            plan = dataclasses.replace(seen.plan, costs=priced)
     cost, why = None, ""
     try:
         cost = gflops_of(model, inputs)
@@ -204,4 +214,5 @@ def summary(model: nn.Module, *, example_inputs: Any = None) -> Summary:
         why,
         known(model),
         has_random_weights(model),
+        handed_on(model),
     )

@@ -3,7 +3,7 @@
 The contribution ratio (paper 4.5) says how large β is beside α, not whether anything depends on it: a large β may
 scale a message that is next to nothing, or one that the layers behind it ignore. And a message is mostly the same for
 every image: what is lost with it may be a bias, which another layer could have learned, or what it says of the image.
-So each connection is changed in three ways::
+So each connection is changed in three ways, and so is the state that units hand on by themselves (``rla``, ``dia``)::
 
     cut        no message                     what the connection is worth in all
     mean       the average of its messages    what it is worth that messages differ between images
@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dcafy.analysis.contributions import contributions
-from dcafy.analysis.listening import ALL, KINDS, ConnectionUsage, Effect, Usage
+from dcafy.analysis.listening import ALL, KINDS, ConnectionUsage, Effect, States, StateUsage, Usage
 from dcafy.analysis.tapped import Tap, tapped
+from dcafy.attention.inserted import hearing_states
 from dcafy.emit.connection import Connection
-from dcafy.emit.dca import connections, recipes
+from dcafy.emit.dca import connections, is_connected, recipes
+from dcafy.emit.relay import Relay
 from dcafy.errors import DcafyError, InputError
 from dcafy.graph.modes import evaluating
 from dcafy.graph.paths import joined
@@ -39,14 +41,17 @@ from dcafy.wording import one_line, reason_of
 def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str | None = None) -> Usage:
     """What the network makes of each connection, one at a time and all: cut, shuffled, and its mean message.
 
+    The same of the state that each unit hears where attention was put in that hands one on (``rla``, ``dia``), which is
+    in ``states``.
+
     ``model``: a converted classifier with outputs ``[N, classes]``. ``loader``: batches of images and labels, in mixed
     order; it is gone through twice, and each batch is run as it is and three times for each connection. What is left
     out of the network at no cost is looked for with a few more turns. ``device``: where the batches go; default: where
     the model is. The model is as it was; ``print`` the result to see a table, and the call that drops what nobody
     listens to.
 
-    Raises ``InputError`` for a model without connections, a loader without labelled batches, and batches or labels
-    that the model does not take.
+    Raises ``InputError`` for a model without connections and such a state, a loader without labelled batches, and
+    batches or labels that the model does not take.
 
     >>> import dcafy, torch, torchvision
     >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(num_classes=3), verify=False)
@@ -54,12 +59,15 @@ def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str
     >>> found.connections[0].message_share, found.connections[0].cut.loss  # a fresh connection says nothing
     (0.0, 0.0)
     """
-    own = contributions(model)
+    units = hearing_states(model)
+    own = contributions(model) if is_connected(model) or not units else ()
     look = _Looked(_plain(model), loader, device or next(model.parameters()).device)
     with look.listening():
         look.measure()
         asked = {(row.name, kind): {row.name: kind} for row in own for kind in KINDS}
         asked |= {(ALL, kind): {row.name: kind for row in own} for kind in KINDS}
+        asked |= {(name, kind): {name: kind} for name in map(_state, units) for kind in KINDS}
+        asked |= {(_state(ALL), kind): dict.fromkeys(map(_state, units), kind) for kind in KINDS}
         effects = {key: _effect(rows) for key, rows in look.changed(asked).items()}
         unheard, without = _unheard(own, effects), None
         while unheard:
@@ -98,7 +106,32 @@ def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str
         tuple(row.name for row in own if row.name in left_out),
         without if unheard else None,
         look.unread,
+        _states(units, effects, look.ears) if units else None,
     )
+
+
+def listeners(model: nn.Module) -> int:
+    """How many there are whose messages :func:`usage` changes: connections, and modules that hear a state."""
+    return (len(connections(model)) if is_connected(model) else 0) + len(hearing_states(model))
+
+
+def _state(path: str) -> str:
+    """What the state is called that a module hears, among the names of connections, which have no such sign."""
+    return f"{path}|state"
+
+
+def _states(
+    units: Mapping[str, Relay], effects: Mapping[tuple[str, str], Effect | None], ears: Mapping[str, _Ear]
+) -> States:
+    def changed(path: str) -> tuple[Effect, Effect | None, Effect]:
+        cut, shuffled, mean = (effects[_state(path), kind] for kind in KINDS)
+        return _known(cut), shuffled, _known(mean)
+
+    rows = tuple(
+        StateUsage(path, ", ".join(relay.hears), ears[_state(path)].varying, *changed(path))
+        for path, relay in units.items()
+    )
+    return States(rows, *changed(ALL))
 
 
 def _known(effect: Effect | None) -> Effect:
@@ -139,26 +172,27 @@ def message_shares(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]
 
     ``batches``: inputs of the model, on its device. Raises ``InputError`` for a model without connections.
     """
+    names = list(connections(model))
     with evaluating(model), _eager(), _listening(model) as ears:
         for ear in ears.values():
             ear.measures = True
         for images in batches:
             _run(model, images, ears)
-    return {name: ear.share for name, ear in ears.items()}
+    return {name: ears[name].share for name in names}
 
 
 # --- what a connection hears ----------------------------------------------------------------------------
 
 
 class _Ear:
-    """What one connection hears, measured and changed, in the place of its ``Connection.matched`` and ``heard``.
+    """What is heard at one place, measured and changed.
 
     ``sums``: for each call in a run and each size of maps, what the mean takes: messages in all, their sum.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.matched = connection.matched
+    is_weighed = False
+
+    def __init__(self) -> None:
         self.measures = False
         self.change: Callable[[_Ear, Any, Tensor], Tensor | None] | None = None
         self.order: Tensor | None = None
@@ -167,8 +201,13 @@ class _Ear:
         self.sums: dict[Any, list[Any]] = {}
         self.energies = [0.0, 0.0, 0.0]  # of αG, of β times the message, of the message
 
-    def __call__(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor | None:
-        message = self.matched(G, T_prev, G_prev)
+    @property
+    def stands_in(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The module that hears, and what of it this stands in the place of."""
+        raise NotImplementedError
+
+    def noted(self, message: Tensor) -> Tensor | None:
+        """What is heard in the place of ``message``."""
         place = (self.turn, *message.shape[1:])
         self.turn += 1
         if self.measures:
@@ -177,14 +216,6 @@ class _Ear:
             total[0] += len(message)
             total[1] = total[1] + message.double().sum(0)
         return message if self.change is None else self.change(self, place, message)
-
-    def heard(self, G: Tensor, message: Tensor) -> Tensor:
-        """What goes into f, as it is: of what is matched, as much as is mixed in."""
-        if self.measures:
-            alpha, beta = (value.to(G.dtype) for value in (self.connection.alpha, self.connection.beta))
-            self._add(0, alpha * G)
-            self._add(1, beta * message)
-        return message
 
     def _add(self, which: int, value: Tensor) -> None:
         self.energies[which] += float(value.double().square().sum())
@@ -211,8 +242,51 @@ class _Ear:
         return max(1 - alike / self.energies[2], 0.0) if self.energies[2] else 0.0
 
 
+class _OfConnection(_Ear):
+    """In the place of a connection's ``matched`` and ``heard``."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+        self.own = connection.matched
+        self.is_weighed = connection.is_weighed
+
+    @property
+    def stands_in(self) -> tuple[nn.Module, dict[str, Any]]:
+        return self.connection, {"matched": self.matched, "heard": self.heard}
+
+    def matched(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor | None:
+        """What goes in beside G; ``None``: nothing, where messages are weighed against one another."""
+        return self.noted(self.own(G, T_prev, G_prev))
+
+    def heard(self, G: Tensor, message: Tensor) -> Tensor:
+        """What goes into f, as it is: of what is matched, as much as is mixed in."""
+        if self.measures:
+            alpha, beta = (value.to(G.dtype) for value in (self.connection.alpha, self.connection.beta))
+            self._add(0, alpha * G)
+            self._add(1, beta * message)
+        return message
+
+
+class _OfState(_Ear):
+    """In the place of what a unit hears of the state that is handed on to it."""
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__()
+        self.relay = relay
+        self.own = relay.heard
+
+    @property
+    def stands_in(self) -> tuple[nn.Module, dict[str, Any]]:
+        return self.relay, {"heard": self.heard}
+
+    def heard(self, like: Tensor, ear: int = 0) -> Tensor | None:
+        """The state, or what it was changed to."""
+        return self.noted(self.own(like, ear))
+
+
 def _cut(ear: _Ear, place: Any, message: Tensor) -> Tensor | None:
-    return None if ear.connection.is_weighed else torch.zeros_like(message)
+    return None if ear.is_weighed else torch.zeros_like(message)
 
 
 def _mean(ear: _Ear, place: Any, message: Tensor) -> Tensor:
@@ -234,16 +308,19 @@ _CHANGES = {"cut": _cut, "shuffled": _shuffled, "mean": _mean}
 
 @contextmanager
 def _listening(model: nn.Module) -> Iterator[dict[str, _Ear]]:
-    """Inside it every connection hears through an ear of its own."""
-    ears = {name: _Ear(connection) for name, connection in connections(model).items()}
+    """Inside it every connection hears through an ear of its own, and so does every unit to which a state is handed."""
+    ears: dict[str, _Ear] = {_state(path): _OfState(relay) for path, relay in hearing_states(model).items()}
+    if is_connected(model):
+        ears |= {name: _OfConnection(connection) for name, connection in connections(model).items()}
+    places = [ear.stands_in for ear in ears.values()]
     try:
-        for ear in ears.values():
-            ear.connection.__dict__.update(matched=ear, heard=ear.heard)
+        for module, own in places:
+            module.__dict__.update(own)
         yield ears
     finally:
-        for ear in ears.values():
-            for name in ("matched", "heard"):
-                ear.connection.__dict__.pop(name, None)
+        for module, own in places:
+            for name in own:
+                module.__dict__.pop(name, None)
 
 
 @contextmanager
@@ -333,6 +410,8 @@ class _Looked:
 
     def _of_targets(self, taps: Mapping[str, Tap]) -> dict[str, Tap]:
         """Connection -> the tap behind the T of the block that hears."""
+        if not is_connected(self.model):
+            return {}
         around = next(path for path, _ in recipes(self.model))
         targets = {row.name: joined(around, row.target) for row in contributions(self.model)}
         return {name: taps[target] for name, target in targets.items() if target in taps}
@@ -373,7 +452,7 @@ class _Looked:
             raise InputError(_NOTHING)
         if not any(ear.sums for ear in self.ears.values()):
             raise InputError(
-                f"The connections of {type(self.model).__name__} are not run when it is called, or not by Python: is "
+                f"What is heard in {type(self.model).__name__} is not run when it is called, or not by Python: is "
                 "it compiled? Pass the model itself, as dcafy.convert returned it."
             )
 

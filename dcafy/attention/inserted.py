@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
 from dcafy.attention.kinds import ATTENTIONS, KIND
+from dcafy.emit.relay import Relay
 from dcafy.graph.paths import joined
+from dcafy.wording import counted
 
 
 def inserted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -22,17 +25,53 @@ def hands_on(model: nn.Module) -> bool:
     return any(ATTENTIONS[module.__dict__[KIND]].along is not None for _, module in inserted(model))
 
 
-def handed_on(model: nn.Module) -> str:
-    """What was put in that hands a state on, in how many modules, and its parameters, in words."""
-    found: dict[str, dict[int, int]] = {}
-    counts: dict[str, int] = {}
-    for _, module in inserted(model):
+@dataclass(frozen=True)
+class HandedOn:
+    """Attention that was put in and hands a state on.
+
+    ``kind``        its name
+    ``what``        what it is, and where it comes from
+    ``hears``       its modules, by path -> the units whose state each of them hears
+    ``parameters``  of all of them; what they share is counted once
+    """
+
+    kind: str
+    what: str
+    hears: dict[str, tuple[str, ...]]
+    parameters: int
+
+    def __str__(self) -> str:
+        counts = f"{counted(len(self.hears), 'module')}, {self.parameters:,} parameters"
+        return f"{self.kind} in {counts}: it hands a state on from each to the next"
+
+
+def handed_on(model: nn.Module) -> tuple[HandedOn, ...]:
+    """What was put in that hands a state on, one for each kind."""
+    kinds: dict[str, dict[str, nn.Module]] = {}
+    for path, module in inserted(model):
         kind = module.__dict__[KIND]
         if ATTENTIONS[kind].along is not None:
-            counts[kind] = counts.get(kind, 0) + 1
-            found.setdefault(kind, {}).update((id(p), p.numel()) for p in module.parameters())
-    told = (f"{kind} in {counts[kind]} modules, {sum(own.values()):,} parameters" for kind, own in found.items())
-    return "; ".join(told)
+            kinds.setdefault(kind, {})[path] = module
+    return tuple(
+        HandedOn(
+            kind,
+            ATTENTIONS[kind].what,
+            {path: _relay(module).hears for path, module in modules.items()},
+            sum({id(p): p.numel() for module in modules.values() for p in module.parameters()}.values()),
+        )
+        for kind, modules in kinds.items()
+    )
+
+
+def hearing_states(model: nn.Module) -> dict[str, Relay]:
+    """Inserted module, by path -> where it hears the state of the unit before it; without those that only tell."""
+    found = {path: _relay(model.get_submodule(path)) for one in handed_on(model) for path in one.hears}
+    return {path: relay for path, relay in found.items() if relay.hears}
+
+
+def _relay(module: nn.Module) -> Relay:
+    relay: Relay = module.relay  # type: ignore[assignment]
+    return relay
 
 
 def inserted_modules(model: nn.Module) -> set[int]:

@@ -124,7 +124,8 @@ def put(
     if made is not None:
         for path in made.keys() - {unit.path for unit in chosen.units}:
             _behind(host.get_submodule(path), attention, made[path])
-        join(host, {path: module.relay for path, module in made.items()}, calls)  # type: ignore[misc]
+        relays: Any = {path: module.relay for path, module in made.items()}
+        join(host, relays, calls, chosen.inputs.args)
     before = getattr(model, INSERTED, ())
     host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
     return host

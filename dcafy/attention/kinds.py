@@ -41,6 +41,7 @@ class Attention:
     ``of_unit``             what builds it where it goes by more of the unit than its channels
     ``along``               what builds it for all units at once, where it hands a state on from unit to unit
     ``by_nature``           whether its units are blocks that hear one another by nature (``dcafy.find.natures``)
+    ``what``                what it is, and where it comes from
     """
 
     build: Build | None = None
@@ -51,6 +52,7 @@ class Attention:
     of_unit: OfUnit | None = None
     along: Along | None = None
     by_nature: bool = False
+    what: str = ""
 
 
 def _of(module: str, name: str) -> Callable[..., Any]:
@@ -79,24 +81,53 @@ def _called(module: str, name: str) -> Callable[..., Any]:
 
 
 ATTENTIONS: dict[str, Attention] = {
-    "se": Attention(_reduced("se", "SE"), silent=("expand",)),
+    "se": Attention(_reduced("se", "SE"), silent=("expand",), what="squeeze-and-excitation (arXiv 1709.01507)"),
     "ge": Attention(
-        lambda channels, reduction, init, side: _of("ge", "GEPlain")(), obstacle="nothing in it can be trained"
+        lambda channels, reduction, init, side: _of("ge", "GEPlain")(),
+        obstacle="nothing in it can be trained",
+        what="gather-excite without parameters (arXiv 1810.12348)",
     ),
-    "ge-theta": Attention(_ge_theta),
+    "ge-theta": Attention(_ge_theta, what="gather-excite with parameters (arXiv 1810.12348)"),
     "sk": Attention(
         of_unit=_called("sk", "of_unit"),
         obstacle="its maps weigh two branches against one another, and the second one is new",
         reads=_called("sk", "reads"),
+        what="selective kernels (arXiv 1903.06586)",
     ),
-    "cbam": Attention(_reduced("cbam", "CBAM"), silent=("channel.expand", "spatial.norm")),
-    "bam": Attention(_reduced("bam", "BAM"), silent=("channel.norm", "norm")),
-    "gc": Attention(_reduced("gc", "GC"), silent=("bottleneck.expand",), without_bottleneck=True),
-    "sge": Attention(_plain("sge", "SGE"), silent=("norm",)),
-    "eca": Attention(_plain("eca", "ECA"), silent=("conv",)),
-    "mrla": Attention(_plain("mrla", "MRLA"), silent=("norm",), reads=_called("mrla", "reads"), by_nature=True),
-    "dia": Attention(silent=("cell.expand",), along=_called("dia", "along")),
-    "rla": Attention(reads=_called("rla", "reads"), along=_called("rla", "along")),
+    "cbam": Attention(
+        _reduced("cbam", "CBAM"),
+        silent=("channel.expand", "spatial.norm"),
+        what="convolutional block attention (arXiv 1807.06521)",
+    ),
+    "bam": Attention(
+        _reduced("bam", "BAM"), silent=("channel.norm", "norm"), what="bottleneck attention (arXiv 1807.06514)"
+    ),
+    "gc": Attention(
+        _reduced("gc", "GC"),
+        silent=("bottleneck.expand",),
+        without_bottleneck=True,
+        what="global context (arXiv 1904.11492)",
+    ),
+    "sge": Attention(_plain("sge", "SGE"), silent=("norm",), what="spatial group-wise enhancement (arXiv 1905.09646)"),
+    "eca": Attention(_plain("eca", "ECA"), silent=("conv",), what="efficient channel attention (arXiv 1910.03151)"),
+    "mrla": Attention(
+        _plain("mrla", "MRLA"),
+        silent=("norm",),
+        reads=_called("mrla", "reads"),
+        by_nature=True,
+        what="multi-head recurrent layer attention, light: what earlier units of a stage said goes along (arXiv "
+        "2302.03985)",
+    ),
+    "dia": Attention(
+        silent=("cell.expand",),
+        along=_called("dia", "along"),
+        what="dense-and-implicit attention: one LSTM cell for all units of a stage (arXiv 1905.10671, 2210.16101)",
+    ),
+    "rla": Attention(
+        reads=_called("rla", "reads"),
+        along=_called("rla", "along"),
+        what="recurrent layer aggregation: a small map goes along the units (arXiv 2110.11852)",
+    ),
 }
 """Name -> the attention."""
 

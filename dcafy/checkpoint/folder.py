@@ -41,8 +41,23 @@ OF_A_RUN = frozenset(
 )
 """What ``dcafy finetune`` keeps in a folder beside the model."""
 
+BEING_SET_ASIDE, SET_ASIDE = ".replacing-", ".replaced-"
+"""How the names of folders begin that hold what a new run replaces, while it is moved there and from then on."""
+
 _LARGEST = 2**24
 """Bytes that ``dcafy.json`` may have; a thousand attention blocks take about one million."""
+
+
+def set_aside_in(path: Path) -> str:
+    """A sentence on what was set aside in the folder for a run that was broken off; empty where nothing was."""
+    with contextlib.suppress(OSError, ValueError):
+        if any(any(place.iterdir()) for way in (BEING_SET_ASIDE, SET_ASIDE) for place in path.glob(f"{way}*")):
+            folder = printable(str(path))
+            return (
+                f" What was in it was set aside for a run that was broken off: dcafy finetune {folder} --resume puts "
+                "it back, or goes on with that run where it has begun."
+            )
+    return ""
 
 
 class Folder:
@@ -193,7 +208,8 @@ class Folder:
             what = "is not a folder" if os.path.exists(self.path) else "does not exist"
             raise CheckpointError(f"{self} {what}. Name a folder that dcafy.save wrote.")
         if not os.path.lexists(self.marker):
-            raise CheckpointError(f"{self} has no {MARKER}: dcafy.save did not write it, or did not finish.")
+            hint = set_aside_in(self.path)
+            raise CheckpointError(f"{self} has no {MARKER}: dcafy.save did not write it, or did not finish.{hint}")
         try:
             return content(self.marker, _LARGEST)
         except OSError as error:
@@ -205,7 +221,8 @@ class Folder:
             if path is not None and os.path.isfile(path):
                 with contextlib.suppress(FileNotFoundError):  # moved into its place just now
                     return self._tensors_in(path, weights.sha256)
-        raise CheckpointError(f"{self} has no {weights.file}, which its {MARKER} names. Copy the folder again.")
+        hint = set_aside_in(self.path) or " Copy the folder again."
+        raise CheckpointError(f"{self} has no {weights.file}, which its {MARKER} names.{hint}")
 
     def _tensors_in(self, path: Path, sha256: str) -> dict[str, Tensor]:
         try:

@@ -17,11 +17,10 @@ from dcafy.plan.options import check, meant
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` with every parameter that is a configuration replaced by one option for each of its fields."""
-    hints = get_type_hints(command, include_extras=True)
     configurations: dict[str, type[Any]] = {}
     parameters = []
-    for parameter in inspect.signature(command).parameters.values():
-        kind = hints[parameter.name]
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             configurations[parameter.name] = kind
             parameters += _options(kind)

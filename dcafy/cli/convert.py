@@ -67,9 +67,11 @@ def convert_command(
 
 def _require_free(output: Path, overwrite: bool) -> None:
     """Nothing where a model may be saved; ``UsageError`` where a run is, or a model that nobody said should go."""
-    from dcafy.checkpoint.folder import MARKER, OF_A_RUN
+    from dcafy.checkpoint.folder import MARKER, OF_A_RUN, set_aside_in
 
     shown = quoted(str(output), 200)
+    if aside := set_aside_in(output):
+        raise errors.UsageError(f"There is a run in {shown}.{aside} Or name another folder.")
     if any(os.path.lexists(output / name) for name in OF_A_RUN):
         raise errors.UsageError(f"There is a run in {shown}, whose model is no other's. Name another folder.")
     if os.path.lexists(output / MARKER) and not overwrite:

@@ -82,6 +82,7 @@ def finetune_command(
         from dcafy.training.tracking import require_trackers
 
         options = model, settings_given(settings), run, training, images, conversion, file
+        _put_back(Path(model) if run.output is None and model else run.output, run)
         asked = completed(Asked(*options, given, said=given)).in_its_folder()
         output = asked.run.output
         begins = asked.run.data is not None and bool(asked.model)  # else a folder without a run is none to lock
@@ -98,6 +99,19 @@ def finetune_command(
     from dcafy.tables import shown
 
     print(shown(parts, terminal=sys.stdout.isatty()), end="")
+
+
+def _put_back(folder: Path | None, run: RunOptions) -> None:
+    """Puts back what a run that was killed before it began was to replace."""
+    from dcafy.runs.place import put_back, was_broken_off
+    from dcafy.training.folder import alone_in
+    from dcafy.training.parallel import is_main_process
+
+    if folder is None or run.dry_run or not is_main_process() or not was_broken_off(folder):
+        return
+    with alone_in(folder):
+        put_back(folder)
+    print(f"{printable(str(folder))} is as it was: the run that was to replace it had not begun.", file=sys.stderr)
 
 
 def _require_place(asked: Asked, request: Request) -> None:
@@ -135,6 +149,14 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def _warn_of_random_weights(on: Subject, request: Request) -> None:
+    """What the header tells; under --quiet there is none, and a warning is no progress."""
+    from dcafy.runs.using import tell_random
+
+    if is_quiet():
+        tell_random(on.network, request.model)
+
+
 def _tried(asked: Asked, request: Request) -> list[RenderableType]:
     """One batch through everything, of each arm; what that took, for the main process."""
     from dcafy.runs.header import header, in_words
@@ -148,6 +170,7 @@ def _tried(asked: Asked, request: Request) -> list[RenderableType]:
             on = _looked_over(asked, request, arm)
             if is_main_process() and not trials:
                 _tell(header(request, on, None))
+                _warn_of_random_weights(on, request)
             trials[arm] = trial(request, on)
     return in_words(trials, request) if is_main_process() else []
 
@@ -174,6 +197,7 @@ def _trained(asked: Asked, request: Request) -> list[RenderableType]:
             before = read_request(output) if asked.goes_on and os.path.exists(output / REQUEST) else None
             _tell(header(request, on, output, trackers=asked.run.trackers, asked_before=before))
             if not asked.goes_on:
+                _warn_of_random_weights(on, request)
                 alone.enter_context(in_place_of_another(output))
             write_request(output, request)
         summary = _summary(asked, request, on, output)

@@ -84,11 +84,13 @@ def _found(spec: str, example: torch.Tensor | None, inserting: Inserting, **how:
 
 def _state_document(network: nn.Module) -> dict[str, Any]:
     """What ``--json`` tells besides of a network that is connected or comes from a folder."""
+    from dcafy.attention.inserted import handed_on
     from dcafy.emit.dca import connections, is_connected
     from dcafy.images.about import known
     from dcafy.records import written
 
-    document: dict[str, Any] = {}
+    handed = [dataclasses.asdict(one) for one in handed_on(network)]
+    document: dict[str, Any] = {"handed_on": handed} if handed else {}
     if is_connected(network):
         document["connected"] = {
             name: {"alpha": c.alpha.item(), "beta": c.beta.item(), "contribution": c.contribution()}

@@ -174,6 +174,8 @@ def _held_out(model: str, network: nn.Module, data: str | None, options: ReportO
 
 def _described(findings: Findings) -> str:
     blocks, images = len(findings.plan.blocks), counted(len(findings.pictures), "image")
+    if not blocks and findings.handed:
+        return f"{findings.handed[0]}, {images}"
     if not blocks:
         return f"no attention blocks, so only numbers, {images}"
     return f"{counted(blocks, 'attention block')}, {counted(len(findings.contributions), 'connection')}, {images}"

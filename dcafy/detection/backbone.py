@@ -15,6 +15,7 @@ from dcafy.checkpoint.tensors import is_connection
 from dcafy.conversion import convert, inspect
 from dcafy.emit.dca import connections, is_connected, own_contexts, recipes
 from dcafy.errors import InputError
+from dcafy.graph.modes import keep_in_eval
 from dcafy.graph.paths import above
 from dcafy.plan.plan import Plan
 
@@ -42,7 +43,7 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     """
     if is_connected(detector):
         raise InputError("The detector is connected already. Pass it as it was built, or take dcafy.revert(detector).")
-    own = {key: value for key, value in classifier.state_dict().items() if not is_connection(key)}
+    own = _own(classifier)
     place = _place(detector, own)
     made = copy.deepcopy(detector)
     inserted: tuple[Insertion, ...] = getattr(classifier, INSERTED, ())
@@ -55,6 +56,35 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     _take(made, own, classifier, place)
     _freeze(made, detector)
     return made
+
+
+_STAGES = tuple(f"layer{number}" for number in range(1, 5))
+"""The stages of a ResNet, as torchvision calls them."""
+
+
+def with_settled_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
+    """What :func:`with_backbone` gives, to be trained as detectors are that begin with a trained backbone.
+
+    Batch norms of the backbone keep their statistics, for batches of detectors have few images. Of a ResNet, the stem
+    and the first stage are not trained. So do torchvision, where it fetches the weights, and the published training
+    (``norm_eval``, ``frozen_stages=1``). A detector that leaves out some of its backbone itself chooses what.
+    """
+    place = _place(detector, _own(classifier))
+    settled = copy.deepcopy(detector)
+    body = settled.get_submodule(place.ours.rstrip("."))
+    stages = dict(body.named_children())
+    if all(name in stages for name in _STAGES) and all(parameter.requires_grad for parameter in body.parameters()):
+        for name, child in stages.items():
+            child.requires_grad_(name in _STAGES[1:])
+    made = with_backbone(settled, classifier)
+    for module in made.get_submodule(place.ours.rstrip(".")).modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            keep_in_eval(module)
+    return made
+
+
+def _own(classifier: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in classifier.state_dict().items() if not is_connection(key)}
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,9 @@ class Detection:
 
     def check(self, model: nn.Module, sample: Sample) -> None:
         image, target = sample.image, sample.label
-        if not isinstance(image, Tensor) or image.ndim != 3 or not isinstance(target, dict) or "boxes" not in target:
+        if not isinstance(image, Tensor) or image.ndim != 3 or not isinstance(target, Mapping):
             raise InputError("The data set gives no image tensor [C, H, W] with a target that has boxes and labels.")
+        _target(target)
         with evaluating(model), torch.no_grad(), OwnDraws():
             try:
                 found = model([image.to(next(model.parameters()).device)])
@@ -85,16 +86,22 @@ class Detection:
             raise InputError(f"{type(model).__name__} is no detector: it gives no list of boxes, scores and labels.")
 
     def collate(self, samples: Sequence[Sample], *, training: bool) -> Batch:
-        targets = [{} if sample.label == -1 else sample.label for sample in samples]
+        targets = [{} if sample.label == -1 else _target(sample.label) for sample in samples]
         indices = torch.tensor([sample.key[1] for sample in samples])
         unreadable = tuple(name for sample in samples for name in sample.unreadable)
         return Batch([sample.image for sample in samples], targets, indices, unreadable)
 
     def batched(self, inputs: Any, labels: Any, samples: Sequence[Sample], *, training: bool) -> Batch:
-        raise InputError(
-            "Detectors are trained on data sets of (image, target), whose batches finetune makes itself. Pass the "
-            ".dataset of the DataLoader."
-        )
+        images, targets = (list(part) if isinstance(part, list | tuple | Tensor) else [] for part in (inputs, labels))
+        for name, given, found in (("images", inputs, images), ("targets", labels, targets)):
+            if len(found) != len(samples) or not samples:
+                raise InputError(
+                    f"The DataLoader makes {_kind(given)} where a list of {len(samples)} {name} should be. Give it "
+                    "collate_fn=lambda samples: tuple(zip(*samples))."
+                )
+        made = zip(images, targets, samples, strict=True)
+        whole = [one._replace(image=image, label=-1 if one.label == -1 else label) for image, label, one in made]
+        return self.collate(whole, training=training)
 
     def balance(self, labels: Sequence[int]) -> None:
         raise UsageError("--balance is for classifiers. Leave it out with --task detection.")
@@ -107,6 +114,27 @@ class Detection:
 
     def meter(self) -> Meter:
         return AveragePrecision()
+
+
+def _target(given: Any) -> dict[str, Tensor]:
+    """A target with all that is measured: areas are those of the boxes, and nothing is a crowd, unless it says so."""
+    if not isinstance(given, Mapping) or not {"boxes", "labels"} <= set(given):
+        raise InputError(f"The data set gives {_kind(given)} as a target, not a dictionary with boxes and labels.")
+    boxes, labels = given["boxes"], given["labels"]
+    if not isinstance(boxes, Tensor) or not isinstance(labels, Tensor) or boxes.shape != (len(labels), 4):
+        raise InputError(
+            f"The data set gives {_kind(boxes)} as boxes and {_kind(labels)} as labels; they should be tensors [N, 4] "
+            "and [N]."
+        )
+    plain = {name: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for name, value in given.items()}
+    sides = plain["boxes"][:, 2:] - plain["boxes"][:, :2]
+    return {"area": sides.prod(1), "iscrowd": torch.zeros_like(labels), **plain}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    return f"{len(value)} of them" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
 
 
 class AveragePrecision:

@@ -1,14 +1,4 @@
-"""Links -> the connected model: in each module that holds a block, G is heard and T is told.
-
-::
-
-    pool = call_module[pool](x)              pool = call_module[pool](x)
-    fc = call_module[fc](pool)       ─▶      hear = call_function[hear](dca, 0, pool)
-    gate = sigmoid(fc)                       fc = call_module[fc](hear)
-    mul = mul(x, gate)                       gate = sigmoid(fc)
-                                             tell = call_function[tell](dca, 1, gate, pool)
-                                             mul = mul(x, gate)
-"""
+"""Links -> the connected model: who hears whom, over which lines, in which modules."""
 
 from __future__ import annotations
 
@@ -19,30 +9,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from dcafy.emit.dca import Connections, Recipe
-from dcafy.emit.ends import Before, Ends, Heard, Line, Port, Told, Wire, wire_of
+from dcafy.emit.dca import Recipe
+from dcafy.emit.ends import Before, Told, Wire, wire_of
+from dcafy.emit.hosts import Hears, Host, Tells
 from dcafy.emit.mixing import Shared
 from dcafy.emit.relay import Call, Calls, join
 from dcafy.emit.root import open_runs
-from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring, own_contexts, wires
-from dcafy.find.roles import Found
 from dcafy.graph.nodes import node_value
-from dcafy.graph.ops import Op, alters_argument, op_of
-from dcafy.graph.paths import above, below, joined
-from dcafy.graph.rewritten import Forward, forward_of, hold, original_class, rewrite, taken_forward
-from dcafy.graph.rows import rows_of
-from dcafy.graph.source import require_writable
-from dcafy.graph.usual import reads, template
+from dcafy.graph.paths import above, joined
+from dcafy.graph.rewritten import forward_of
 from dcafy.link.message import Message
 from dcafy.link.network import Network
 from dcafy.link.region import Region
 from dcafy.link.sites import Site
 from dcafy.link.topology import heard_of
-from dcafy.plan.blocks import Link, Of, hearing
-from dcafy.trace.fold import Folded
+from dcafy.plan.blocks import Alone, Link, Of, hearing
 
 
 def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *, whole: bool) -> None:
@@ -52,63 +36,94 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     that no connection can make.
     """
     links, below = recipe.plan.links, forward_of(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    hosts: dict[tuple[str, str], _Host] = {}
-
-    def host(region: Region, site: Site) -> _Host:
-        key = region.path, site.path
-        if key not in hosts:
-            alike = not network.repeats.isdisjoint((region.path, joined(*key)))
-            hosts[key] = _Host(region, site.path, alike)
-        return hosts[key]
-
-    made: Shared = {}
-    names: dict[tuple[str, str], int] = {}
-    heard_by: dict[str, list[str]] = {}
-
-    def line(reader: str, name: str) -> int:
-        heard_by.setdefault(name, []).append(reader)
-        return names.setdefault((name, reader), len(names))
-
-    asked: list[tuple[_Host, _Hears, tuple[Numbers, ...]]] = []
+    asked = _Asked(network, dict(model.named_modules(remove_duplicate=False)))
     for target, heard in hearing(links).items():
-        region = network.region(target)
+        asked.hear(target, tuple(heard))
+    for one in recipe.plan.alone:
+        asked.alone(one)
+    for source, of in dict.fromkeys((link.source, heard_of(link)) for link in links if link.source != link.target):
+        asked.tell(source, of)
+    wire = wire_of(uuid.uuid4().hex, len(asked.names), len(asked.hosts), _before(network, links, asked.hears))
+    asked.rewrite(wire)
+    open_runs(model, recipe, wire, example, whole=whole, below=below)
+    _hand_on(model, network, links, [wiring for one in asked.hosts.values() for wiring in one.wires])
+
+
+@dataclass
+class _Asked:
+    """Who is to hear what of whom, in which modules, before any is rewritten.
+
+    ``hosts``     (region, module) -> what it hears and tells
+    ``names``     (what is told, who hears it) -> the number of its line
+    ``hears``     each hearing in its host, with the numbers of its lines
+    ``made``      layers that connections share
+    """
+
+    network: Network
+    modules: dict[str, nn.Module]
+    hosts: dict[tuple[str, str], Host] = field(default_factory=dict)
+    names: dict[tuple[str, str], int] = field(default_factory=dict)
+    heard_by: dict[str, list[str]] = field(default_factory=dict)
+    hears: list[tuple[Host, Hears, tuple[Numbers, ...]]] = field(default_factory=list)
+    told: list[tuple[Host, str, Of, list[tuple[str, Site]]]] = field(default_factory=list)
+    made: Shared = field(default_factory=dict)
+
+    def host(self, region: Region, site: Site) -> Host:
+        key = region.path, site.path
+        if key not in self.hosts:
+            alike = not self.network.repeats.isdisjoint((region.path, joined(*key)))
+            self.hosts[key] = Host(region, site.path, alike)
+        return self.hosts[key]
+
+    def hear(self, target: str, heard: tuple[Link, ...]) -> None:
+        """A block hears others, or itself, in as many connections as its outputs need."""
+        network, region = self.network, self.network.region(target)
         sites = region.hearing(target)
         single = heard[0].source if len(heard) == 1 and heard[0].source != target else ""
-        for wiring in wires(network, tuple(heard), _place(target, modules), made):
-            host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
+        for wiring in wires(network, heard, _place(target, self.modules), self.made):
+            self.host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
             for i in wiring.contexts:
                 pairs = (None if link.source == target else _source(network, link, i) for link in heard)
-                to_here = functools.partial(line, f"{target}|{i}")
+                to_here = functools.partial(self._line, f"{target}|{i}")
                 numbered = tuple(_changed(pair, to_here) for pair in pairs)
                 batch = tuple(_same_batch(network, link, i) for link in heard)
-                asked.append((host(region, sites[i]), _Hears(target, sites[i], wiring, batch, source=single), numbered))
-    for one in recipe.plan.alone:
-        region = network.region(one.name)
+                hears = Hears(target, sites[i], wiring, batch, source=single)
+                self.hears.append((self.host(region, sites[i]), hears, numbered))
+
+    def alone(self, one: Alone) -> None:
+        """A block that hears nobody has an f of its own."""
+        region = self.network.region(one.name)
         sites = region.hearing(one.name)
-        for wiring in own_contexts(network, one, _place(one.name, modules)):
-            host(region, sites[wiring.contexts[0]]).wires.append((one.name, wiring))
-            asked += [(host(region, sites[i]), _Hears(one.name, sites[i], wiring, ()), ()) for i in wiring.contexts]
-    told: dict[tuple[str, Of, str, str, int], list[tuple[str, Site]]] = {}
-    for source, of in dict.fromkeys((link.source, heard_of(link)) for link in links if link.source != link.target):
-        region = network.region(source)
+        for wiring in own_contexts(self.network, one, _place(one.name, self.modules)):
+            self.host(region, sites[wiring.contexts[0]]).wires.append((one.name, wiring))
+            self.hears += [
+                (self.host(region, sites[i]), Hears(one.name, sites[i], wiring, ()), ()) for i in wiring.contexts
+            ]
+
+    def tell(self, source: str, of: Of) -> None:
+        """A block tells what somebody hears, in each call of each module where it is made."""
+        region = self.network.region(source)
+        told: dict[tuple[str, int], list[tuple[str, Site]]] = {}
         for name, site in region.telling(source, of).items():
-            if name in heard_by:
-                host(region, site)
-                told.setdefault((source, of, region.path, site.path, site.turn), []).append((name, site))
-    wire = wire_of(uuid.uuid4().hex, len(names), len(hosts), _before(network, links, asked))
-    for asking, hears, numbered in asked:
-        lines = tuple(_changed(pair, wire.lines.__getitem__) for pair in numbered)
-        asking.hears.append(dataclasses.replace(hears, lines=lines))
-    for (source, of, path, local, _), values in told.items():
-        to = tuple(tuple(wire.lines[names[name, reader]] for reader in heard_by[name]) for name, _ in values)
-        numbers = tuple(int(name.rpartition("|")[2][1:] or 0) for name, _ in values)
-        tells = _Tells(source, of, tuple(site for _, site in values), numbers, Told(source, to))
-        hosts[path, local].tells.append(tells)
-    for number, ((path, local), rewritten) in enumerate(hosts.items()):
-        rewritten.rewrite(modules[joined(path, local)], wire, number)
-    open_runs(model, recipe, wire, example, whole=whole, below=below)
-    _hand_on(model, network, links, [wiring for one in hosts.values() for wiring in one.wires])
+            if name in self.heard_by:
+                told.setdefault((site.path, site.turn), []).append((name, site))
+        self.told += [(self.host(region, values[0][1]), source, of, values) for values in told.values()]
+
+    def _line(self, reader: str, name: str) -> int:
+        self.heard_by.setdefault(name, []).append(reader)
+        return self.names.setdefault((name, reader), len(self.names))
+
+    def rewrite(self, wire: Wire) -> None:
+        """Each host hears and tells over ``wire``."""
+        for host, hears, numbered in self.hears:
+            lines = tuple(_changed(pair, wire.lines.__getitem__) for pair in numbered)
+            host.hears.append(dataclasses.replace(hears, lines=lines))
+        for host, source, of, values in self.told:
+            to = tuple(tuple(wire.lines[self.names[name, who]] for who in self.heard_by[name]) for name, _ in values)
+            outputs = tuple(int(name.rpartition("|")[2][1:] or 0) for name, _ in values)
+            host.tells.append(Tells(source, of, tuple(site for _, site in values), outputs, Told(source, to)))
+        for number, ((path, local), host) in enumerate(self.hosts.items()):
+            host.rewrite(self.modules[joined(path, local)], wire, number)
 
 
 def _hand_on(model: nn.Module, network: Network, links: tuple[Link, ...], made: list[tuple[str, Wiring]]) -> None:
@@ -144,7 +159,7 @@ def _changed(pair: tuple[A, A | None] | None, change: Callable[[A], B]) -> tuple
 
 
 def _before(
-    network: Network, links: tuple[Link, ...], asked: Iterable[tuple[Any, _Hears, tuple[Numbers, ...]]]
+    network: Network, links: tuple[Link, ...], asked: Iterable[tuple[Any, Hears, tuple[Numbers, ...]]]
 ) -> Before:
     """For blocks that may be taken out: who hears them could hear what they heard, which is of the same size."""
     heard, sources = hearing(links), {link.source for link in links}
@@ -192,292 +207,3 @@ def _place(name: str, modules: dict[str, nn.Module]) -> dict[str, Any]:
     near = (modules[at].parameters() for at in (path, *above(path)) if at in modules)
     first = next((p for parameters in near for p in parameters if p.is_floating_point()), None)
     return {} if first is None else {"device": first.device, "dtype": first.dtype}
-
-
-@dataclass(frozen=True)
-class _Hears:
-    """One hearing: of which block, where, through which connection."""
-
-    target: str
-    site: Site
-    wiring: Wiring
-    batch: tuple[bool, ...]
-    lines: tuple[tuple[Line, Line | None] | None, ...] = ()
-    source: str = ""
-
-    def heard(self, places: dict[int, str]) -> Heard:
-        """As a port has it; ``places``: of the module of each wiring."""
-        return Heard(self.target, places[id(self.wiring)], self.lines, self.batch, self.source)
-
-
-@dataclass(frozen=True)
-class _Tells:
-    """What ``of`` a block is told in one module; ``outputs``: which of its extraction outputs each value is of."""
-
-    source: str
-    of: Of
-    sites: tuple[Site, ...]
-    outputs: tuple[int, ...]
-    what: Told
-
-
-@dataclass
-class _Host:
-    """A module that hears or tells, while it is being rewritten. ``path``: as seen from the region."""
-
-    region: Region
-    path: str
-    repeats: bool
-    hears: list[_Hears] = field(default_factory=list)
-    tells: list[_Tells] = field(default_factory=list)
-    wires: list[tuple[str, Wiring]] = field(default_factory=list)
-
-    @property
-    def is_layer(self) -> bool:
-        return any(one.site.layer for one in self.hears) or any(one.sites[0].layer for one in self.tells)
-
-    def rewrite(self, module: nn.Module, wire: Wire, number: int) -> None:
-        """Puts the connections under ``module.dca`` and has it run the connected graph."""
-        dca, addresses, places = self._dca()
-        if self.is_layer:
-            what: list[Heard | Told] = [*(one.what for one in self.tells), *(one.heard(places) for one in self.hears)]
-            ports = tuple(Port((one,), i == 0) for i, one in enumerate(what))
-            forward = Forward(behind=behind_layer)
-        else:
-            folded = self.region.sites.folded(self.path)
-            ports = _Edits(self, folded, places).ports()
-            training = self._in_training(places)
-            stores = _return_stores([folded] if training is None else [folded, training])
-            call = self.region.sites.calls(self.path)[0]
-            usual = reads(module, original_class(module), stores)
-            if call is not None:
-                named = tuple((key, template(value)) for key, value in call.kwargs.items())
-                usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
-            usual = dataclasses.replace(usual, modes=self._modes())
-            rows = None if training is None else rows_of(training.graph)
-            forward = Forward(rows_of(folded.graph), usual, training=rows, stores=bool(stores))
-        dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
-        dca.train(module.training)
-        hold(module, "dca", dca)
-        if isinstance(module, fx.GraphModule) and not self.is_layer:  # which has a graph, and a class that goes with it
-            dca.before = Forward(rows_of(module.graph), None)  # type: ignore[assignment]
-            require_writable(folded.graph)
-            module.graph = folded.graph
-            return
-        rewrite(module, dataclasses.replace(forward, own=taken_forward(module), below=forward_of(module)))
-
-    def _modes(self) -> tuple[str, ...]:
-        """The parts of the module by whose mode it decides, in either mode of its own."""
-        training = self.region.trainings.get(self.path)
-        asked = self.region.recording.mode_read.get(self.path, frozenset())
-        if training is not None:
-            asked |= training.region.recording.mode_read.get("", frozenset())
-        return tuple(sorted(asked - {""}))
-
-    def _in_training(self, places: dict[int, str]) -> Folded | None:
-        """The connected graph of the module in training, where it decides by its mode; with the same ports."""
-        training = self.region.trainings.get(self.path)
-        if training is None:
-            return None
-        sites, same = self.region.sites, training.nodes(self.region)
-        first = {block.contexts[0]: name for name, block in ((n, self.region[n]) for n in training.blocks)}
-        names = {self.region[name].map: name for name in training.blocks}
-
-        def there(site: Site) -> Site:
-            return Site("", 0, same[sites.canonical(site)], returned=site.returned)
-
-        def name_of(found: Found, site: Site) -> str:
-            context = sites.canonical(dataclasses.replace(site, node=found.contexts[0]))
-            return first.get(context) or names[sites.canonical(dataclasses.replace(site, node=found.map))]
-
-        host = _Host(training.region, "", repeats=True)
-        seen: set[Any] = set()
-        for tells in self.tells:
-            nodes = tuple(there(site) for site in tells.sites)
-            if nodes not in seen:
-                seen.add(nodes)
-                host.tells.append(
-                    dataclasses.replace(tells, source=name_of(self.region[tells.source], tells.sites[0]), sites=nodes)
-                )
-        for hears in self.hears:
-            name, site = name_of(self.region[hears.target], hears.site), there(hears.site)
-            if (name, site) not in seen:
-                seen.add((name, site))
-                host.hears.append(dataclasses.replace(hears, target=name, site=site))
-        folded = training.region.sites.folded("")
-        _Edits(host, folded, places).ports()
-        return folded
-
-    def _dca(self) -> tuple[nn.Module, tuple[tuple[str, str], ...], dict[int, str]]:
-        """``dca``, the address of each connection by name, and the place of each wire's module."""
-        places: dict[int, str] = {}
-        addresses: list[tuple[str, str]] = []
-        targets = list(dict.fromkeys(target for target, _ in self.wires))
-        for target, wiring in self.wires:
-            several = str(targets.index(target)) if len(targets) > 1 else ""
-            places[id(wiring)] = at = joined(several, wiring.suffix)
-            addresses += [(name, joined(at, inner)) for name, inner in wiring.names.items()]
-        if len(self.wires) == 1 and not self.wires[0][1].suffix:
-            return self.wires[0][1].module, tuple(addresses), places
-        dca = Connections()
-        for _, wiring in self.wires:
-            *around, last = places[id(wiring)].split(".")
-            parent: nn.Module = dca
-            for part in around:
-                if part not in parent._modules:
-                    parent.add_module(part, nn.Module())
-                parent = parent.get_submodule(part)
-            parent.add_module(last, wiring.module)
-        return dca, tuple(addresses), places
-
-
-def _return_stores(graphs: list[Folded]) -> set[str]:
-    """The attributes that a module stores tensors in, in either mode; its graphs return those as well, if any."""
-    stores = {name for folded in graphs for name in folded.stores}
-    for folded in graphs if stores else ():
-        output = folded.graph.output_node()
-        output.args = ((output.args[0], dict(folded.stores)),)
-    return stores
-
-
-class _Edits:
-    """The edits of one module's graph."""
-
-    def __init__(self, host: _Host, folded: Folded, places: dict[int, str]) -> None:
-        self.host = host
-        self.sites = host.region.sites
-        self.recording = host.region.recording
-        self.graph = folded.graph
-        self.image = folded.image
-        self.inside = folded.inside
-        self.places = places
-        self.turns = len(self.sites.calls(host.path))
-        with self.graph.inserting_before(next(iter(self.graph.nodes))):
-            self.dca = self.graph.get_attr("dca")
-        self._kept: dict[fx.Node, fx.Node] = {}
-
-    def ports(self) -> tuple[Port, ...]:
-        """Makes the edits; what happens at each."""
-        tells: dict[tuple[fx.Node, ...], dict[int, _Tells]] = {}
-        for one in self.host.tells:
-            nodes = tuple(self.sites.canonical(site) for site in one.sites)
-            tells.setdefault(nodes, {})[one.sites[0].turn] = one
-        made: list[tuple[fx.Node, list[Heard | Told | None]]] = []
-        for nodes, told in tells.items():
-            made.append(
-                (self._tell(nodes, next(iter(told.values()))), self._calls({t: o.what for t, o in told.items()}))
-            )
-        for context, hears in self._by_port():
-            what = {turn: one.heard(self.places) for turn, one in hears.items()}
-            made.append((self._hear(context, next(iter(hears.values()))), self._calls(what)))
-        numbers = {node: number for number, (node, _) in enumerate(made)}
-        for node, number in numbers.items():
-            node.args = (node.args[0], number, *node.args[2:])
-        first = next(node for node in self.graph.nodes if node in numbers)
-        self.graph.lint()
-        for node in self.graph.nodes:
-            node.meta = {}  # values are of the example and of no use to anybody else
-        return tuple(Port(tuple(calls), node is first) for node, calls in made)
-
-    def _by_port(self) -> Iterable[tuple[fx.Node, dict[int, _Hears]]]:
-        """The hearings at each node; blocks that pool with one node hear it one after the other."""
-        found: dict[tuple[fx.Node, int], dict[int, _Hears]] = {}
-        for one in self.host.hears:
-            node, place = self.sites.canonical(one.site), 0
-            while one.site.turn in found.get((node, place), ()):
-                place += 1
-            found.setdefault((node, place), {})[one.site.turn] = one
-        return [(node, hears) for (node, _), hears in found.items()]
-
-    def _calls(self, what: dict[int, Any]) -> list[Heard | Told | None]:
-        return [what.get(turn) for turn in range(1 if self.host.repeats else self.turns)]
-
-    def _hear(self, context: fx.Node, one: _Hears) -> fx.Node:
-        """G goes through its connection, for all that transforms it."""
-        between = self._canonical(self.host.region[one.target].between, one.site)
-        own = self.image[context]
-        readers = [
-            user
-            for user in own.users
-            if not between.isdisjoint(self.inside.get(user, ())) or (user.op == "output" and one.site.returned)
-        ]
-        with self.graph.inserting_after(own):
-            call = self.graph.call_function(hear, (self.dca, 0, own))
-        for reader in readers:
-            reader.replace_input_with(own, call)
-        return call
-
-    def _canonical(self, nodes: Iterable[fx.Node], site: Site) -> set[fx.Node]:
-        return {self.sites.canonical(dataclasses.replace(site, node=node)) for node in nodes}
-
-    def _tell(self, nodes: tuple[fx.Node, ...], one: _Tells) -> fx.Node:
-        """What a block passes on is told as soon as all of it is there."""
-        message = self.host.region.message(one.source, one.of)
-        assert isinstance(message, Message)
-        if message.kind == "fused":
-            values = self._extract_again(one, message)
-        else:
-            values = tuple(self._unaltered(node) for node in nodes)
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        with self.graph.inserting_after(max(values, key=order.__getitem__)):
-            return self.graph.call_function(tell, (self.dca, 0, *values))
-
-    def _unaltered(self, node: fx.Node) -> fx.Node:
-        """The image of ``node``, copied where something alters it in place later."""
-        image = self.image[node]
-        if node in self._kept or not self._is_altered(node):
-            return self._kept.get(node, image)
-        with self.graph.inserting_after(image):
-            self._kept[node] = self.graph.call_method("clone", (image,))
-        return self._kept[node]
-
-    def _is_altered(self, node: fx.Node) -> bool:
-        order, modules = self.recording.order, self.recording.modules
-        return any(
-            order[node] < order[user] and alters_argument(user, modules) and user.args[:1] == (alias,)
-            for alias in self._aliases(node)
-            for user in alias.users
-        )
-
-    def _aliases(self, node: fx.Node) -> set[fx.Node]:
-        """Nodes that may share memory with ``node``: what it is a view of, and what is a view of it."""
-        same = {node}
-        pending = [node]
-        while pending:
-            current = pending.pop()
-            viewed = [n for n in current.all_input_nodes if self._shares(current)]
-            for other in (*viewed, *(user for user in current.users if self._shares(user))):
-                if other not in same:
-                    same.add(other)
-                    pending.append(other)
-        return same
-
-    def _shares(self, node: fx.Node) -> bool:
-        modules = self.recording.modules
-        return alters_argument(node, modules) or op_of(node, modules) in (Op.LAYOUT, Op.SLICE, Op.EXPAND)
-
-    def _extract_again(self, one: _Tells, message: Message) -> tuple[fx.Node, ...]:
-        """The block's extraction on its fused output."""
-        site = one.sites[0]
-
-        def canonical(node: fx.Node) -> fx.Node:
-            return self.sites.canonical(dataclasses.replace(site, node=node))
-
-        copies = {source: self.image[canonical(output)] for source, output in message.fused}
-        last = next(node for node in reversed(self.graph.nodes) if node in copies.values())
-        for node in message.extraction:
-            with self.graph.inserting_after(last):
-                last = self.graph.node_copy(node, lambda n: copies[n] if n in copies else self._read(n, canonical(n)))
-            if node.op == "call_module":
-                last.target = below(str(node.target), self.host.path)
-            copies[node] = last
-        contexts = self.host.region[one.source].contexts
-        return tuple(copies[contexts[i]] for i in one.outputs)
-
-    def _read(self, node: fx.Node, canonical: fx.Node) -> fx.Node:
-        if canonical in self.image:
-            return self.image[canonical]
-        assert node.op == "get_attr"
-        with self.graph.inserting_before(self.dca):
-            self.image[canonical] = self.graph.get_attr(below(str(node.target), self.host.path))
-        return self.image[canonical]

@@ -53,6 +53,16 @@ class Example:
         return self
 
 
+EXAMPLE = "dcafy_example"
+"""Under which a root has the example that is not connected, and whose units hand a state on."""
+
+
+def example_of(root: nn.Module) -> Example | None:
+    """The inputs to write the graph of a root with that opens runs; ``None`` for any other module."""
+    example = getattr(dca_of(root), "example", None) or root.__dict__.get(EXAMPLE)
+    return example if isinstance(example, Example) else None
+
+
 class Connections(nn.Module):
     """The submodule ``dca`` of a module that has no connection, or several."""
 
@@ -236,6 +246,11 @@ def is_connected(model: nn.Module) -> bool:
 def require_connected(model: nn.Module) -> None:
     """Nothing for a model with connections; ``InputError`` for any other."""
     if not is_connected(model):
+        if any(ends_of(module) is not None for module in model.modules()):
+            raise InputError(
+                f"{type(model).__name__} has no connections: its units hand a state on by themselves, which is a part "
+                "of the network. dcafy.summary and dcafy.usage tell of it."
+            )
         raise InputError(f"{type(model).__name__} has no connections: convert it first with dcafy.convert(model).")
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
+from dcafy.emit.dca import EXAMPLE, Example
 from dcafy.emit.ends import Ends, Heard, Port, Told, wire_of
 from dcafy.emit.root import relay_runs
 from dcafy.emit.wire import hear_state, tell
@@ -45,6 +47,12 @@ class Relay(nn.Module):
         """Hands the state on to those who hear it."""
         tell(self, self.ears, state)
 
+    @property
+    def hears(self) -> tuple[str, ...]:
+        """The units whose state it hears, by their paths; none where it only tells."""
+        heard = (what for what in self.ends.ports[0].calls if isinstance(what, Heard))
+        return tuple(dict.fromkeys(what.source for what in heard))
+
     def extra_repr(self) -> str:
         """Whom it tells."""
         told = [line for one in self.ends.told for lines in one.lines for line in lines]
@@ -67,8 +75,13 @@ class Calls:
     repeats: bool = False
 
 
-def join(model: nn.Module, relays: Mapping[str, Relay], calls: Mapping[str, Calls]) -> None:
-    """Has the units of ``model`` hear one another, by paths, and every call of ``model`` open a run."""
+def join(model: nn.Module, relays: Mapping[str, Relay], calls: Mapping[str, Calls], example: Any = None) -> None:
+    """Has the units of ``model`` hear one another, by paths, and every call of ``model`` open a run.
+
+    ``example``: inputs to write its graph with, where nothing else says them.
+    """
+    if example is not None:
+        model.__dict__[EXAMPLE] = Example(example)
     readers: dict[Call, list[Call]] = {}
     for path in relays:
         for turn, source in enumerate(calls[path].hears):
@@ -79,8 +92,8 @@ def join(model: nn.Module, relays: Mapping[str, Relay], calls: Mapping[str, Call
     lines = dict(zip(ends, wire.lines, strict=True))
 
     def hears(call: Call, ear: int) -> Heard | None:
-        line = lines.get((call, ear))
-        return None if line is None else Heard(call[0], "", ((line, None),), (True,))
+        line, source = lines.get((call, ear)), calls[call[0]].hears[call[1]]
+        return None if line is None else Heard(call[0], "", ((line, None),), (True,), source[0] if source else "")
 
     def tells(call: Call) -> Told | None:
         to = tuple(lines[one, ear] for one in readers.get(call, ()) for ear in range(relays[one[0]].ears))

@@ -23,13 +23,11 @@ Term = tuple["Tensor", "Tensor"]
 class Schema:
     """``combine``: f, of ``a = αG`` and ``b = βT̃``; ``exact``: whether it is G itself at α = 1, β = 0.
 
-    ``at_once``: the same of b, α and G, where there is one operation for it. ``normalises``: whether f ends with the
-    norm and the ReLU that each dimension has for it (``dcafy.emit.matching``).
+    ``normalises``: whether f ends with the norm and the ReLU that each dimension has for it (``dcafy.emit.matching``).
     """
 
     combine: Callable[[Tensor, Tensor], Tensor]
     exact: bool = True
-    at_once: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     normalises: bool = False
 
     def of(self, G: Tensor, alpha: Tensor, terms: tuple[Term, ...]) -> Tensor:
@@ -38,24 +36,18 @@ class Schema:
         if not terms:
             return alpha * G
         second = functools.reduce(operator.add, [_as(beta, G) * matched for beta, matched in terms])
-        return self.combine(alpha * G, second) if self.at_once is None else self.at_once(second, alpha, G)
+        return self.combine(alpha * G, second)
 
 
 def _as(scale: Tensor, G: Tensor) -> Tensor:
     """α or β in the dtype of G, which autocast may have changed."""
-    from torch.fx import Proxy
-
-    same = not isinstance(G, Proxy) and scale.dtype == G.dtype
-    return scale if same else scale.to(G.dtype)
+    dtype = G.dtype  # where G is traced, this is a proxy, too, and no dtype to go by
+    return scale if type(dtype) is type(scale.dtype) and dtype == scale.dtype else scale.to(dtype)
 
 
 def _direct(a: Tensor, b: Tensor) -> Tensor:
     """``a + b`` (paper eq. 3)."""
     return a + b
-
-
-def _direct_at_once(b: Tensor, alpha: Tensor, G: Tensor) -> Tensor:
-    return b.addcmul(alpha, G)
 
 
 _POLE = 1e-3
@@ -89,9 +81,9 @@ def _softmax(a: Tensor, b: Tensor) -> Tensor:
 
 
 SCHEMAS: dict[str, Schema] = {
-    "direct": Schema(_direct, at_once=_direct_at_once),
+    "direct": Schema(_direct),
     "weighted": Schema(_weighted),
     "softmax": Schema(_softmax, exact=False),
-    "normalised": Schema(_direct, exact=False, at_once=_direct_at_once, normalises=True),
+    "normalised": Schema(_direct, exact=False, normalises=True),
 }
 """Name -> the schema."""

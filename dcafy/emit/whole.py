@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dcafy.emit.dca import dca_of, require_recipe
+from dcafy.emit.dca import example_of, require_recipe
 from dcafy.errors import TracingError
 from dcafy.graph.copies import own_copy
 from dcafy.graph.evaluator import Evaluator, device_of
@@ -38,8 +38,9 @@ def written(model: nn.Module, *, entered: bool = False) -> fx.Graph:
 
 
 def _written(model: nn.Module, entered: bool) -> fx.Graph:
-    dca = dca_of(model)
-    inputs = Observed(in_dtype_of(model, dca.example.inputs), {})
+    example = example_of(model)
+    assert example is not None
+    inputs = Observed(in_dtype_of(model, example.inputs), {})
     recordable = Recordable(model, inputs, Evaluator(device_of(model)), connections="entered" if entered else "called")
     try:
         recording = judged(recordable, recorded(recordable))
@@ -70,7 +71,9 @@ def flat(model: nn.Module) -> fx.GraphModule:
 
     Its modules are copies of the network's own and plain torch layers, and nothing in it is of dcafy: for
     ``torch.jit.script``, for tools that know graphs only, and for machines without dcafy. Its state dict has the keys
-    of ``model``, those of unused modules left out.
+    of ``model``, those of unused modules left out; what is shared is shared.
+
+    A network whose units hand a state on by themselves (``rla``, ``dia``) is taken as well, connected or not.
 
     Raises ``InputError`` for a model that was not converted, ``TracingError`` where the whole of it cannot be written
     down as one graph, with the reason.
@@ -82,7 +85,8 @@ def flat(model: nn.Module) -> fx.GraphModule:
     >>> torch.equal(plain(x), model(x))
     True
     """
-    require_recipe(model)
+    if example_of(model) is None:
+        require_recipe(model)
     taken = taken_of_graphs(model)
     if taken is not None:
         raise TracingError(f"No GraphModule can have a {taken!r} of its own, as {type(model).__name__} does.")
@@ -92,6 +96,8 @@ def flat(model: nn.Module) -> fx.GraphModule:
         if node.target is check_decision:
             value, answer, module = node.args
             with graph.inserting_before(node):
+                if type(answer) is bool:  # an export cannot compare what it has not been asked for yet
+                    value = graph.call_function(bool, (value,))
                 same = graph.call_function(operator.eq, (value, answer))
                 graph.call_function(torch._assert, (same, f"{module} computes otherwise at this size of its input"))
             graph.erase_node(node)
@@ -111,10 +117,27 @@ def flat(model: nn.Module) -> fx.GraphModule:
         if keyword.iskeyword(part):
             raise TracingError(f"No GraphModule can have a submodule called {part!r}, which is a word of Python's.")
     made = fx.GraphModule(twin, graph, class_name=type(model).__name__)
+    _share(twin, made)
     modes = {path: module.training for path, module in twin.named_modules()}
     for path, module in made.named_modules():
         module.training = modes.get(path, model.training)
     return made
+
+
+def _share(twin: nn.Module, made: fx.GraphModule) -> None:
+    """Has what stands in ``twin`` under several names stand under all of them in ``made``; a graph knows one."""
+    modules, there = {id(module) for module in made.modules()}, dict(made.named_modules(remove_duplicate=False))
+    for path, module in twin.named_modules(remove_duplicate=False):
+        if id(module) in modules and path not in there:
+            made.add_submodule(path, module)
+    parameters = {id(parameter) for parameter in made.parameters()}
+    names = dict(made.named_parameters(remove_duplicate=False))
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        if id(parameter) in parameters and name not in names:
+            path, _, last = name.rpartition(".")
+            if path not in dict(made.named_modules(remove_duplicate=False)):
+                made.add_submodule(path, nn.Module())
+            made.get_submodule(path).register_parameter(last, parameter)
 
 
 def _home(function: Any) -> str:

@@ -46,7 +46,8 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
     """The modules for all links into one block, which have all their settings.
 
     A block that is passed one map per branch has one module per branch (SK), and so has a block of several extraction
-    outputs where the module keeps statistics of them; any other has one for all of its extraction outputs. ``place``:
+    outputs where the module keeps statistics of them, or where they are made in several modules of the user's (which
+    are called by themselves, too); any other has one for all of its extraction outputs. ``place``:
     device and dtype. ``made``: what the links of one conversion share, across blocks. Raises ``PlanError`` for a link
     that no connection can make.
     """
@@ -65,7 +66,8 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
     keeps = any(link.message == "centred" for link in links) or (
         SCHEMAS[schemas[0]].normalises and MATCHES[target.block.dimension].norm_has_statistics
     )
-    branched = any(message.kind == "branches" for message in messages) or (keeps and len(target.contexts) > 1)
+    branched = len(target.contexts) > 1 and (keeps or len(_hearing(target.name, network)) > 1)
+    branched = branched or any(message.kind == "branches" for message in messages)
     found = []
     for contexts in [(i,) for i in every] if branched else [every]:
         suffix = f"branch{contexts[0]}" if branched else ""
@@ -76,6 +78,11 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
         names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
         found.append(Wiring(module, contexts, suffix, {name: ""} if module is parts[0] else names))
     return tuple(found)
+
+
+def _hearing(name: str, network: Network) -> set[str]:
+    """The modules in which a block's extraction outputs are heard."""
+    return {site.path for site in network.region(name).hearing(name)}
 
 
 def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple[Wiring, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.disk import replace_file
-from dcafy.emit.dca import is_connected
+from dcafy.emit.dca import example_of
 from dcafy.emit.whole import flat
 from dcafy.errors import InputError, TracingError, UsageError, VerificationError
 from dcafy.export import detectors
@@ -150,8 +150,8 @@ def _suffix(options: ExportOptions) -> str:
 
 
 def _plain(network: nn.Module) -> nn.Module:
-    """The network as one plain graph where it is connected and can be written so."""
-    if not is_connected(network):
+    """The network as one plain graph where messages pass in it by the wire, and it can be written so."""
+    if example_of(network) is None:
         return network
     try:
         return flat(network).eval()

@@ -35,7 +35,7 @@ class Axes:
     def of(self, node: fx.Node) -> Origins:
         """The origin of each axis of what ``node`` yields (of the first, where it yields several)."""
         if node not in self._known:
-            shape, path = _shape(node), []
+            shape, path = first_shape(node), []
             source: fx.Node | None = node
             while source is not None and source not in self._known:  # networks are deeper than Python's stack
                 path.append(source)
@@ -49,14 +49,14 @@ class Axes:
         """The tensor whose axes ``node`` has, in some way; ``None`` where it makes a map of its own."""
         if self.flow.ops[node] in (Op.PARAMETRIC, Op.OTHER, Op.FRESH) or node not in self.flow.depends:
             return None
-        sources = [n for n in self.flow.inputs(node) if _shape(n)]
+        sources = [n for n in self.flow.inputs(node) if first_shape(n)]
         return max(sources, key=lambda n: self.flow.sizes[n], default=None)
 
     def _seen(self, node: fx.Node) -> Origins:
-        source, shape = self._source(node), _shape(node)
+        source, shape = self._source(node), first_shape(node)
         if source is None:
             return self._made(node, shape)
-        origins, given = self._known[source], _shape(source)
+        origins, given = self._known[source], first_shape(source)
         name, op = op_name(node, self.flow.modules), self.flow.ops[node]
         if name in _PATTERNS and len(node.args) > 1 and isinstance(node.args[1], str):
             origins = _named(node.args[1], origins)
@@ -71,11 +71,12 @@ class Axes:
         return _without_single(origins, shape) if len(origins) == len(shape) else _usual(shape)
 
     def _made(self, node: fx.Node, shape: tuple[int, ...]) -> Origins:
-        """A layer's map has its channels second, or last behind a Linear."""
-        name = op_name(node, self.flow.modules).lower()
-        if len(shape) > 2 and ("linear" in name or name in ("layernorm", "layer_norm")):
-            return _without_single(("n", *_space(len(shape) - 2), "c"), shape)
-        return _usual(shape)
+        """A layer's map has its channels second, or last behind a Linear and what makes sequences."""
+        if len(shape) < 3 or not puts_channels_last(op_name(node, self.flow.modules)):
+            return _usual(shape)
+        layer = self.flow.modules.get(str(node.target)) if node.op == "call_module" else None
+        steps_first = len(shape) == 3 and getattr(layer, "batch_first", True) is False
+        return _without_single(("0", "n", "c") if steps_first else ("n", *_space(len(shape) - 2), "c"), shape)
 
     def _joined(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> Origins:
         parts = [self.of(part) for part in self.flow.inputs(node)]
@@ -88,8 +89,8 @@ class Axes:
         return tuple(first)
 
     def _contracted(self, node: fx.Node, name: str, shape: tuple[int, ...]) -> Origins:
-        operands = [n for n in node.all_input_nodes if _shape(n)]
-        origins = [self.of(n) if n in self.flow.depends else _usual(_shape(n)) for n in operands]
+        operands = [n for n in node.all_input_nodes if first_shape(n)]
+        origins = [self.of(n) if n in self.flow.depends else _usual(first_shape(n)) for n in operands]
         if name in ("matmul", "bmm") and len(operands) == 2 and min(map(len, origins)) == len(shape) > 1:
             return (*max(origins, key=len)[:-2], origins[0][-2], origins[1][-1])
         if name == "einsum" and isinstance(node.args[0], str) and "." not in node.args[0]:
@@ -103,9 +104,18 @@ class Axes:
         return _usual(shape)
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
+def first_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what ``node`` yields, of the first tensor where it yields several; empty for what is none."""
     value = next(tensors_in(node_value(node)), None)
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+_CHANNELS_LAST = frozenset({"layernorm", "layer_norm", "rnn", "lstm", "gru", "multiheadattention", "embedding"})
+
+
+def puts_channels_last(name: str) -> bool:
+    """Whether a layer whose operation has this name yields its channels behind the places."""
+    return "linear" in name.lower() or name.lower() in _CHANNELS_LAST
 
 
 def _space(axes: int) -> list[str]:
@@ -131,11 +141,6 @@ def _permuted(node: fx.Node, origins: Origins) -> Origins:
     order = torch.empty([i + 1 for i in range(len(origins))], device="meta")
     permuted = getattr(order, op_name(node, {}))(*node.args[1:], **node.kwargs)
     return tuple(origins[n - 1] for n in permuted.shape)
-
-
-def comes_last(node: fx.Node, rank: int) -> bool:
-    """Whether the axis after the first, where maps have their channels, is the last one behind a permutation."""
-    return _permuted(node, tuple(map(str, range(rank))))[-1] == "1"
 
 
 def _named(pattern: str, origins: Origins) -> Origins:

@@ -123,7 +123,7 @@ class _Finder:
             walk.give_back_inner()
             if not (
                 self._is_soft_pooling(node, core, walk)
-                or self._gates_itself(core, large)
+                or self._gates_itself(core, large, walk)
                 or self._weighs_an_image(core, large)
                 or self._is_made_of(large, walk)
             ):
@@ -252,9 +252,14 @@ class _Finder:
         """
         return not self.path and not self.flow.origins[large] <= self.flow.origins[small]
 
-    def _gates_itself(self, small: fx.Node, large: fx.Node) -> bool:
-        """x · sigmoid(v · x), as in a learned activation: the operand that is no gate is no map of attention either."""
-        if self.flow.sizes[small] < self.flow.sizes[large]:
+    def _gates_itself(self, small: fx.Node, large: fx.Node, walk: Walk) -> bool:
+        """x · sigmoid(v · x), as in a learned activation: the operand that is no gate is no map of attention either.
+
+        Nor is it where it was pooled and spread again (CAN's context, which is weighed by how far it is from X).
+        """
+        gates = {gate_of(node, self.flow.modules) for node in (*walk.between, small)} - {None}
+        is_weight = not gates and gate_of(self.flow.core(large), self.flow.modules) is not None
+        if self.flow.sizes[small] < self.flow.sizes[large] and not is_weight:
             return False
         pending, seen = [large], {large}
         while pending:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from dcafy.find.axes import PERMUTES, Axes, Origins, axes_named, comes_last
+from dcafy.find.axes import PERMUTES, Axes, Origins, axes_named, first_shape, puts_channels_last
 from dcafy.find.dataflow import Dataflow
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, gate_of, op_name
@@ -204,14 +204,12 @@ class Layouts:
     def _channel_axis(self, node: fx.Node) -> int:
         """Where ``node`` has its channels: behind, for what a Linear, LayerNorm or permute made of a map."""
         for _ in range(64):
-            op, value = self.flow.ops[node], node_value(node)
-            if op is Op.PARAMETRIC:
-                name = op_name(node, self.flow.modules).lower()
-                return -1 if "linear" in name or name in ("layernorm", "layer_norm") else 1
-            if op_name(node, self.flow.modules) in PERMUTES and isinstance(value, Tensor):
-                return -1 if comes_last(node, value.ndim) else 1
-            sources = [n for n in self.flow.inputs(node) if isinstance(node_value(n), Tensor)]
-            same = [n for n in sources if isinstance(value, Tensor) and node_value(n).ndim == value.ndim]
+            if self.flow.ops[node] is Op.PARAMETRIC:
+                return -1 if puts_channels_last(op_name(node, self.flow.modules)) else 1
+            if op_name(node, self.flow.modules) in PERMUTES:
+                return -1 if self.axes.of(node)[-1:] == ("c",) else 1
+            rank = len(first_shape(node))
+            same = [n for n in self.flow.inputs(node) if rank and len(first_shape(n)) == rank]
             if not same:
                 return 1
             node = max(same, key=lambda n: self.flow.sizes[n])

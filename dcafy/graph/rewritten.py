@@ -27,9 +27,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dcafy.errors import InputError
+from dcafy.graph.nodes import leaves
 from dcafy.graph.rows import Rows, found, portable
 from dcafy.graph.source import source_of
 from dcafy.graph.usual import Usual, same
@@ -101,14 +102,42 @@ def restore(module: nn.Module) -> None:
         rewrite(module, forward.below)
     elif forward is not None:
         module.__class__ = original_class(module)
-        if forward.own is not None:
+        if isinstance(forward.own, Filled):
+            module.__dict__["forward"] = forward.own.of(module)
+        elif forward.own is not None:
             module.__dict__["forward"] = types.MethodType(forward.own, module)
 
 
 def taken_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The forward that ``module`` has of its own, as a function of it; it has none any more."""
     own = module.__dict__.pop("forward", None)
+    if isinstance(own, functools.partial):
+        return Filled(own.func, own.args[1:], own.keywords)
     return None if own is None else getattr(own, "__func__", own)
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """A function of a module whose other arguments are given in part, as by ``functools.partial(function, module)``."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.of(module)(*args, **kwargs)
+
+    def of(self, module: nn.Module) -> functools.partial[Any]:
+        """The partial function, as the module had it."""
+        return functools.partial(self.function, module, *self.args, **self.named)
+
+
+def _is_method(function: Any, module: nn.Module) -> bool:
+    """Whether a copy of ``module`` has a copy of the function that is about itself: a method, or a partial one."""
+    if not isinstance(function, functools.partial):
+        return getattr(function, "__self__", None) is module
+    given = leaves((function.args[1:], function.keywords))
+    return function.args[:1] == (module,) and not any(isinstance(one, (nn.Module, Tensor)) for one in given)
 
 
 def is_rewritten(module: nn.Module) -> bool:
@@ -150,6 +179,7 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
             "__qualname__": kind.__qualname__,
             "__doc__": kind.__doc__,
             "__reduce_ex__": _reduce_ex,
+            "__setstate__": _set_state,
             "__prepare_scriptable__": _no_script,
             "forward": _forward(runs or kind, forward, codes),
             _WRITTEN: (kind, forward),
@@ -331,7 +361,40 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     if not isinstance(reduced, tuple):
         return reduced
     make, args, *rest = reduced
+    if any(getattr(kind, way) is not getattr(nn.Module, way, None) for way in _WAYS):
+        rest[:1] = [_Beside(tuple(rest[:1]), *_held(self, forward))]
     return (_remade, (kind, forward, make, tuple(kind if a is type(self) else a for a in args)), *rest)
+
+
+_WAYS = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
+"""In which a class may leave out of its copies and pickles what is not its own (einops: all but a pattern)."""
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """The state as the user's class has it, if it has one, and beside it what was put into the module."""
+
+    own: tuple[Any, ...]
+    modules: dict[str, Any]
+    attributes: dict[str, Any]
+
+
+def _set_state(self: nn.Module, state: Any) -> None:
+    kind, forward = getattr(type(self), _WRITTEN)
+    beside = state if isinstance(state, _Beside) else _Beside((state,), {}, {})
+    for one in beside.own:
+        if one is not None:
+            kind.__setstate__(self, one)
+    held = {name for names in _held(self, forward) for name in names}
+    for there, names in ((self._modules, beside.modules), (self.__dict__, beside.attributes)):
+        there.update((name, module) for name, module in names.items() if name not in held)
+
+
+def _held(module: nn.Module, forward: Forward) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was put into a module: as submodules, and beside them."""
+    places: tuple[dict[str, Any], dict[str, Any]] = module._modules, module.__dict__
+    of_module, of_object = ({name: at[name] for name in _needs(forward) if name in at} for at in places)
+    return of_module, of_object
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -384,7 +447,7 @@ def refusal(module: nn.Module) -> str | None:
     if not is_rewritten(module) and any("dca" in names for names in own_names):
         return f"{kind.__name__} has a 'dca' of its own"
     own = module.__dict__.get("forward")
-    if own is not None and getattr(own, "__self__", None) is not module:
+    if own is not None and not _is_method(own, module):
         return f"the forward of {kind.__name__} was replaced by what is no method of it"
     if isinstance(module, CONTAINERS):
         return f"{kind.__name__} is a container, whose class stays as it is"

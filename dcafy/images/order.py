@@ -47,17 +47,45 @@ def derived_seed(*numbers: int) -> int:
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Inside it the CPU's random numbers of torch, numpy and Python follow from ``numbers``; then all is as before."""
-    seed = derived_seed(*numbers)
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for the GPU's as well
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+    with Draws(*numbers).drawn():
         yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+
+
+class Draws:
+    """The CPU's random numbers of torch, numpy and Python that follow from ``numbers``, drawn bit by bit."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.seed = derived_seed(*numbers)
+        self.states: _States | None = None
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Inside it the next of them are drawn; then the global generators are as before."""
+        before = _states()
+        try:
+            if self.states is None:
+                torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would reach for the GPU's as well
+                np.random.seed(self.seed % 2**32)
+                random.seed(self.seed)
+            else:
+                _put_back(self.states)
+            yield
+        finally:
+            self.states = _states()
+            _put_back(before)
+
+
+_States = tuple[torch.Tensor, Any, Any]
+
+
+def _states() -> _States:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _put_back(states: _States) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
 
 
 class Batches(Sampler[list[Key]]):
@@ -109,7 +137,7 @@ class Spread(Dataset[Any]):
         return self.source[self.places[index]]
 
 
-def _pair(item: Any) -> tuple[Any, Any]:
+def pair(item: Any) -> tuple[Any, Any]:
     """What a data set gives, as an image with its label; ``InputError`` where it is something else."""
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1]
@@ -145,7 +173,7 @@ class Seeded(Dataset[Sample]):
             place, is_read = (index + offset) % len(self.source), False
             with seeded(self.seed, epoch, index + offset):
                 try:
-                    image, label = _pair(self.source[place])
+                    image, label = pair(self.source[place])
                     is_read = True
                     if self.transform is not None:
                         image, label = self.transform(image, label)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dcafy.amounts import fixed, percent, points
-from dcafy.analysis.listening import MIXED, NEGLIGIBLE, Effect, Usage
+from dcafy.amounts import fixed, operations, percent, points
+from dcafy.analysis.listening import MIXED, NEGLIGIBLE, Effect, States, Usage, in_loss
 from dcafy.report.findings import Findings, Score
 from dcafy.runs.compare import LOSSES, Comparison
 from dcafy.runs.evidence import Difference
@@ -26,8 +26,9 @@ class Answer:
 
 
 def answers(found: Findings) -> tuple[Answer, ...]:
-    """How good it is, whether the connections are used, and what they cost."""
-    return _accuracy(found), _used(found), _cost(found)
+    """How good it is, whether what is heard in it is used, and what that costs."""
+    used = (_used(found),) if found.contributions or not found.handed else ()
+    return _accuracy(found), *used, *((_handed(found),) if found.handed else ()), _cost(found)
 
 
 # --- how good -----------------------------------------------------------------------------------------
@@ -72,9 +73,8 @@ def _of_comparison(compared: Comparison, metric: str) -> tuple[str, tuple[str, .
     pair = compared.pairs[0]
     means = [statistics.fmean(row[metric] for row in compared.arms[arm].metrics) for arm in (pair.other, pair.one)]
     seeds = counted(len(compared.seeds), "seed")
-    because = [f"{named(metric)} on the validation images, {pair.other} → {pair.one}, mean over {seeds}."]
-    if metric in pair.differences:
-        because.append(difference_in_words(pair.differences[metric]))
+    because = [difference_in_words(pair.differences[metric])] if metric in pair.differences else []
+    because.append(f"{named(metric)} on the validation images, {pair.other} → {pair.one}, mean over {seeds}.")
     return f"{percent(means[0])} → {percent(means[1])}", tuple(because)
 
 
@@ -84,8 +84,9 @@ def _of_scores(found: Findings, own: Score) -> list[str]:
     if other is None:
         return [f"Top-1 accuracy on {on}: {_score(own)}."]
     titles = f"{found.sides[0].title} → {found.connected.title}"
-    told = [f"These two networks on {on}, {titles}: {_score(other)} → {_score(own)}."]
-    return told if found.gain is None else [*told, _over_images(found.gain)]
+    told = f"These two networks on {on}, {titles}: {_score(other)} → {_score(own)}."
+    gain = [] if found.gain is None else [_over_images(found.gain)]
+    return [told, *gain] if found.run.comparison is not None else [*gain, told]
 
 
 def _score(score: Score) -> str:
@@ -135,6 +136,25 @@ def _used(found: Findings) -> Answer:
     return Answer(question, word, sentences if found.data else (*sentences, "So it was at the end of its training."))
 
 
+def _handed(found: Findings) -> Answer:
+    question = "Is the state used that units hand on?"
+    states = None if found.usage is None else found.usage.states
+    what = tuple(f"{one}." for one in found.handed)
+    if found.usage is None or states is None:
+        return Answer(question, "not measured", (*what, "It takes labelled images: dcafy report MODEL --data DATA."))
+    word, first = _judged(states.cut, found.usage, "Without it")
+    others = {"the average one": states.mean, "another image's": states.shuffled}
+    told = "; ".join(f"with {name}, by {in_loss(effect)}" for name, effect in others.items() if effect is not None)
+    return Answer(question, word, (*what, f"{first}, where zeros stand in its place; {told}.", _alone(states)))
+
+
+def _alone(states: States) -> str:
+    """How many of the modules that hear it matter one by one."""
+    alone = [row for row in states.units if _is_sure(row.cut) and row.cut.loss > NEGLIGIBLE]
+    of = counted(len(states.units), "module")
+    return f"Cut one at a time, {len(alone)} of {of} cost a loss that is clear of chance (at 95% each)."
+
+
 def verdict(usage: Usage) -> tuple[str, tuple[str, ...]]:
     """Whether a network uses its connections: in a word, and in sentences with standard errors.
 
@@ -142,17 +162,10 @@ def verdict(usage: Usage) -> tuple[str, tuple[str, ...]]:
     (else they are a bias) and with another image's (else they say nothing of this very image).
     """
     cut = usage.cut
-    on = f"on {counted(usage.images, 'image')}"
     if all(row.beta == 0 for row in usage.connections):
         return "no", ("Every β is 0, as right after the conversion: nothing is heard yet.",)
-    if _is_sure(cut) and cut.loss < -NEGLIGIBLE:
-        word, first = "they do harm", f"Without them the loss falls by {_loss(cut, -1)} (from {usage.loss:.4f}) {on}"
-    elif cut.is_negligible:
-        word, first = "no", f"Without them the loss stays what it is ({_change(cut)}) {on}"
-    elif _is_sure(cut):
-        word, first = "yes", f"Without them the loss rises by {_loss(cut)} (from {usage.loss:.4f}) {on}"
-    else:
-        word, first = "it cannot be told", f"Without them the loss changes by {_change(cut)} {on}, which chance can do"
+    word, first = _judged(cut, usage, "Without them")
+    word = "they do harm" if word == _HARM else word
     sentences = [f"{first}, and the accuracy changes by {_points(cut)} points."]
     if word == "yes":
         sentences += _content(usage)
@@ -163,6 +176,21 @@ def verdict(usage: Usage) -> tuple[str, tuple[str, ...]]:
             "said of the very image may be worth more than this shows."
         )
     return word, tuple(sentences)
+
+
+_HARM = "it does harm"
+
+
+def _judged(cut: Effect, usage: Usage, without: str) -> tuple[str, str]:
+    """In a word and in a sentence, which is still without its end, what cutting does to the loss."""
+    on = f"on {counted(usage.images, 'image')}"
+    if _is_sure(cut) and cut.loss < -NEGLIGIBLE:
+        return _HARM, f"{without} the loss falls by {_loss(cut, -1)} (from {usage.loss:.4f}) {on}"
+    if cut.is_negligible:
+        return "no", f"{without} the loss stays what it is ({_change(cut)}) {on}"
+    if _is_sure(cut):
+        return "yes", f"{without} the loss rises by {_loss(cut)} (from {usage.loss:.4f}) {on}"
+    return "it cannot be told", f"{without} the loss changes by {_change(cut)} {on}, which chance can do"
 
 
 def _content(usage: Usage) -> list[str]:
@@ -219,17 +247,23 @@ def _points(effect: Effect) -> str:
 # --- at what cost -------------------------------------------------------------------------------------
 
 
+STEADY = 1.3
+"""How many times as long as at best a network may take as a rule, for times to be compared."""
+
+
 def _cost(found: Findings) -> Answer:
     question = "What do they cost?"
     own = found.connected
     if len(found.sides) < 2:
         short = f"{own.complexity.parameters:,} parameters"
-        return Answer(question, short, (f"{own.complexity.gflops:.4g} GFLOPs an image.",))
+        unit, (cost,) = operations(own.complexity.gflops)
+        return Answer(question, short, (f"{cost} {unit} an image.",))
     other = found.sides[0]
     more = own.complexity.parameters - other.complexity.parameters
     because = [f"{other.complexity.parameters:,} → {own.complexity.parameters:,} parameters"
                f"{_relative(own.complexity.parameters, other.complexity.parameters)}."]  # fmt: skip
-    because.append(f"{other.complexity.gflops:.4g} → {own.complexity.gflops:.4g} GFLOPs an image.")
+    unit, (fewer, now) = operations(other.complexity.gflops, own.complexity.gflops)
+    because.append(f"{fewer} → {now} {unit} an image{_relative(own.complexity.gflops, other.complexity.gflops)}.")
     compared = found.run.comparison
     if compared is not None and compared.pairs:
         pair = compared.pairs[0]
@@ -237,8 +271,13 @@ def _cost(found: Findings) -> Answer:
         because.append(f"A training step took {_milliseconds(steps[0])} → {_milliseconds(steps[1])}"
                        f"{_relative(steps[1], steps[0])}.")  # fmt: skip
     images = counted(min(len(found.pictures), 2), "image")
-    because.append(f"{images[0].upper()}{images[1:]} took {_milliseconds(other.seconds)} → {_milliseconds(own.seconds)}"
-                   f"{_relative(own.seconds, other.seconds)} just now.")  # fmt: skip
+    took = f"{images[0].upper()}{images[1:]} took {_milliseconds(other.seconds)} → {_milliseconds(own.seconds)}"
+    unsteady = max(side.unsteady for side in found.sides)
+    if unsteady > STEADY:
+        because.append(f"{took} just now, which says little: the machine was busy, and as a rule the same network took "
+                       f"{unsteady:.1f} times as long as at best.")  # fmt: skip
+    else:
+        because.append(f"{took}{_relative(own.seconds, other.seconds)} just now.")
     return Answer(question, f"{more:+,} parameters", tuple(because))
 
 

@@ -1,4 +1,4 @@
-"""The report's plots, as SVG that stands in the page itself.
+"""The report's curves, as SVG that stands in the page itself.
 
 matplotlib and not plotly: a page that is opened from disk, printed and sent needs no script of several megabytes, and
 SVG with text as text takes the page's font, its size and, in dark mode, its colour.
@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dcafy.analysis.values import AttentionValues
 from dcafy.plan.drawing import COLOURS
 from dcafy.wording import needing
 
@@ -90,21 +89,6 @@ def _inline(svg: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
-def histogram_plot(blocks: Sequence[AttentionValues | None], low: float, high: float, top: float, *, label: str) -> str:
-    """The histogram of one block on these axes, the other network's filled and the connected one's drawn."""
-    with _axes(2.5, 1.45, label) as (axes, drawn):
-        for block, colour, filled in zip(blocks, SIDES, (True, False), strict=False):
-            if block is not None:
-                made = block.histogram(low, high)
-                axes.stairs(made.shares, made.edges, color=colour, fill=filled, alpha=0.7 if filled else 1, lw=1.6)
-        axes.set_xlim(low, high)
-        axes.set_ylim(0, top * 1.05)
-        axes.yaxis.set_major_formatter(_percent)
-        axes.locator_params(axis="y", nbins=3)
-        axes.locator_params(axis="x", nbins=5)
-    return drawn[0]
-
-
 def _percent(value: float, _: float) -> str:
     return f"{value * 100:.3g}%"
 
@@ -122,13 +106,13 @@ def share_plot(series: Mapping[str, Sequence[tuple[int, float]]], *, label: str,
 
 
 def epoch_plot(epochs: Sequence[int], series: Mapping[str, Sequence[float]], *, label: str, named: str) -> str:
-    """One line for each connection over epochs, from dark (first) to bright (last)."""
+    """One line for each connection over epochs, from blue (first) to green (last)."""
     with _axes(4.4, 2.3, label) as (axes, drawn):
         import matplotlib
 
         colours: Callable[[float], Any] = matplotlib.colormaps["viridis"]
         for number, heights in enumerate(series.values()):
-            colour = colours(0.9 * number / max(len(series) - 1, 1))
+            colour = colours(0.3 + 0.5 * number / max(len(series) - 1, 1))  # neither end is lost on its paper
             points = _thinned(epochs), _thinned(heights)
             axes.plot(*points, color=colour, lw=1.4, marker="." if len(epochs) < 30 else None)
         _label(axes, "epoch", named)

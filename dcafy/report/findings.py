@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import platform
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,9 @@ from dcafy.analysis.gradcam import GradCam, cams_of
 from dcafy.analysis.listening import Usage
 from dcafy.analysis.stages import Stage
 from dcafy.analysis.tapped import Tapped, tapped
-from dcafy.analysis.usage import message_shares, usage
+from dcafy.analysis.usage import listeners, message_shares, usage
 from dcafy.analysis.values import AttentionValues, values_of
+from dcafy.attention.inserted import HandedOn, handed_on
 from dcafy.checkpoint.description import versions_of
 from dcafy.converted import revert
 from dcafy.emit.dca import is_connected
@@ -109,7 +111,8 @@ class Side:
 
     ``values``       its attention values
     ``cams``         its Grad-CAM maps of the images that are shown
-    ``complexity``   its size and cost; ``seconds``: what two images take at best
+    ``complexity``   its size and cost; ``seconds``: what two images take at best, and ``unsteady``: how many times as
+                     long they take as a rule
     ``classes``      the names of its classes
     ``predictions``  what it sees in each image; empty for what is no classifier
     ``score``        how many of the labelled images it recognises
@@ -125,6 +128,7 @@ class Side:
     predictions: tuple[Prediction, ...] = ()
     score: Score | None = None
     seconds: float = 0.0
+    unsteady: float = 1.0
     outputs: int = 0
     random: bool = False
 
@@ -152,6 +156,7 @@ class Findings:
     ``network``  what it is called: its class, and how a zoo calls it where one built it
     ``data``     what these are
     ``trained``  what the network's folder says it was trained on
+    ``handed``   attention in it that hands a state on from unit to unit (``rla``, ``dia``)
     """
 
     title: str
@@ -172,6 +177,7 @@ class Findings:
     data: str
     trained: Trained | None
     versions: Mapping[str, str]
+    handed: tuple[HandedOn, ...] = ()
 
     @property
     def connected(self) -> Side:
@@ -215,7 +221,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
     predicted = [_predictions(one) for one in looked]
     chosen = _chosen(pictures, predicted)
     reason = _no_cams(wanted, own)
-    seconds = {title: min(taken) for title, taken in forward_times(titled, _two(model, pictures)).items()}
+    taken = forward_times(titled, _two(model, pictures))
     sides, rights = [], []
     for one, predictions in zip(looked, predicted, strict=True):
         given = _like(one.network, pictures.tensor)
@@ -235,7 +241,8 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
                 _classes(model, wanted, one),
                 predictions,
                 None if rights[-1] is None else Score(sum(rights[-1]), len(rights[-1])),
-                seconds[one.title],
+                min(taken[one.title]),
+                statistics.median(taken[one.title]) / min(taken[one.title]),
                 one.outputs,
                 has_random_weights(one.network),
             )
@@ -257,7 +264,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
         drift=_drift(*(one.scores for one in looked)) if len(looked) == 2 else None,
         gain=_gain(rights),
         run=wanted.run,
-        usage=_usage(model, wanted, connected=connected),
+        usage=_usage(model, wanted, heard=bool(listeners(model))),
         network=_called(model),
         data="" if wanted.data is None else wanted.data.spec,
         trained=getattr(known(model), "trained", None),
@@ -266,6 +273,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
             "python": platform.python_version(),
             **versions_of("torch", "torchvision", "timm", "captum", "matplotlib"),
         },
+        handed=handed_on(model),
     )
 
 
@@ -274,10 +282,10 @@ def _called(model: nn.Module) -> str:
     return name if built is None else f"{name} ({built.spec})"
 
 
-def _usage(model: nn.Module, wanted: Wanted, *, connected: bool) -> Usage | None:
-    """What the network makes of its connections on the labelled images; else what its run says of it."""
-    if not connected or wanted.data is None:
-        return wanted.run.usage if connected else None
+def _usage(model: nn.Module, wanted: Wanted, *, heard: bool) -> Usage | None:
+    """What the network makes of what is heard in it, on the labelled images; else what its run says of it."""
+    if not heard or wanted.data is None:
+        return wanted.run.usage if heard else None
     return usage(model, [(_like(model, images), labels) for images, labels in wanted.data.batches()])
 
 
@@ -289,21 +297,29 @@ def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Pla
 
 def _lanes(copy: Tapped) -> tuple[Lane, ...]:
     """The stages with the size of their maps on these images, split wherever blocks work on another size."""
-    lanes = [lane for stage in copy.stages for lane in _lanes_of(stage)]
+    lanes = [lane for stage in copy.stages for lane in _lanes_of(stage, copy.sizes.get(stage.name, ())[2:])]
     placed = {name for lane in lanes for name in lane.blocks}
     left = tuple(block.name for block in copy.plan.blocks if block.name not in placed)
     return (*lanes, Lane("after the last stage", left)) if placed and left else tuple(lanes) or lanes_by_name(copy.plan)
 
 
-def _lanes_of(stage: Stage) -> Iterator[Lane]:
-    """A stage as a lane, and others for blocks in it that work on another size, in the order of the data."""
-    whole, last = Lane(stage.name, (), stage.size, stage.channels), None
+def _lanes_of(stage: Stage, seen: tuple[int, ...]) -> Iterator[Lane]:
+    """A stage as a lane, and others for blocks in it that work on another size, in the order of the data.
+
+    ``seen``: the size of its maps on these images; attention in small maps is found on larger images than these.
+    """
+
+    def real(size: tuple[int, ...]) -> tuple[int, ...]:
+        known = len(seen) == len(size) == len(stage.size)
+        return tuple(-(-n * s // r) for n, s, r in zip(size, seen, stage.size, strict=True)) if known else size
+
+    whole, last = Lane(stage.name, (), real(stage.size), stage.channels), None
     for size, run in itertools.groupby(zip(stage.blocks, stage.maps, strict=True), lambda each: each[1][-2:]):
         blocks, maps = zip(*run, strict=True)
         if len(maps[0]) < 3 or size == stage.size:
             last = dataclasses.replace(whole, blocks=blocks)
         else:
-            last = Lane(blocks[0].rpartition(".")[0] or blocks[0], blocks, size, maps[-1][-3])
+            last = Lane(blocks[0].rpartition(".")[0] or blocks[0], blocks, real(size), maps[-1][-3])
         yield last
     if last is None or last.title != stage.name:
         yield whole

@@ -11,11 +11,9 @@ from torch import Tensor
 from dcafy.amounts import percent
 from dcafy.report.downloads import Download, download
 from dcafy.report.findings import Findings, Side
+from dcafy.report.room import Room
 from dcafy.report.thumbnails import SIDES, data_uri, differing, overlaid, sized
 from dcafy.wording import printable
-
-MOST_PICTURES, MOST_DATA = 1_900_000, 600_000
-"""Bytes of a page that pictures, and the maps as CSV, may take: a page of 5 MB can be sent to somebody."""
 
 ON, OFF, DIFFERENCE = "on", "off", "difference"
 """What is switched between: the network, the other one, and how their maps differ."""
@@ -57,10 +55,20 @@ class Seen:
 
 @dataclass(frozen=True)
 class Looks:
-    """All images with their Grad-CAM maps, and with their spatial attention maps."""
+    """All images with their Grad-CAM maps, and with their spatial attention maps; ``left_out`` of the images for which
+    there is no room.
+    """
 
     cams: tuple[Seen, ...]
     maps: tuple[Seen, ...]
+    left_out: int = 0
+
+    @property
+    def characters(self) -> int:
+        """What all pictures together take of a page."""
+        shown = (*self.cams, *self.maps)
+        pictures = (thumbnail for seen in shown for row in seen.rows for thumbnail in row.thumbnails)
+        return sum(len(picture.uri) for picture in (*pictures, *(seen.picture for seen in shown)))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -68,23 +76,23 @@ class Looks:
         return tuple(dict.fromkeys(row.kind for seen in (*self.cams, *self.maps) for row in seen.rows))
 
 
-def looks(findings: Findings) -> Looks:
-    """The images that are shown, as large as a page can have them."""
+def looks(findings: Findings, room: Room) -> Looks:
+    """The images that are shown, as large as a page can have them; fewer where the smallest are too many."""
     for side in SIDES:
-        found = Looks(tuple(_cams(findings, side)), tuple(_spatial_maps(findings, side)))
-        shown = (*found.cams, *found.maps)
-        pictures = (thumbnail for seen in shown for row in seen.rows for thumbnail in row.thumbnails)
-        if sum(len(picture.uri) for picture in (*pictures, *(seen.picture for seen in shown))) <= MOST_PICTURES:
+        found = Looks(tuple(_cams(findings, side, room.maps)), tuple(_spatial_maps(findings, side, room.maps)))
+        if found.characters <= room.pictures:
             break
+    while found.characters > room.pictures and max(len(found.cams), len(found.maps)) > 1:
+        most = max(len(found.cams), len(found.maps)) - 1
+        found = Looks(found.cams[:most], found.maps[:most], found.left_out + 1)
     return found
 
 
 # -- Grad-CAM --------------------------------------------------------------------------------------------
 
 
-def _cams(findings: Findings, size: int) -> Iterator[Seen]:
+def _cams(findings: Findings, size: int, room: int) -> Iterator[Seen]:
     looking = [(side, side.cams) for side in findings.sides if side.cams is not None]
-    room = MOST_DATA
     for place, i in enumerate(findings.chosen if looking else ()):
         name, picture = findings.pictures.names[i], findings.pictures.shown[i]
         rows, data, stages = [], [], []
@@ -108,8 +116,14 @@ def _drawn(
 ) -> tuple[Thumbnail, ...]:
     """A picture for each of (name, map); ``alt``: what stands before and after the name in its alternative text."""
     return tuple(
-        Thumbnail(data_uri(overlaid(picture, map_, high=high, side=size)), name.join(alt), name) for name, map_ in maps
+        Thumbnail(data_uri(overlaid(picture, map_, high=high, side=size)), name.join(alt), _captioned(name, map_))
+        for name, map_ in maps
     )
+
+
+def _captioned(name: str, map_: Tensor) -> str:
+    """What stands above a map: where it is from, and its size."""
+    return f"{name}, {'×'.join(map(str, map_.shape))}"
 
 
 def _kind(findings: Findings, side: Side) -> str:
@@ -132,7 +146,7 @@ def _difference(
         Thumbnail(
             data_uri(differing(picture, after - before, side=size)),
             f"{minus}, {shown}: the difference in {name}",
-            shown,
+            _captioned(shown, after),
         )
         for (_, before), (shown, after) in zip(*stages, strict=True)
     )
@@ -178,7 +192,7 @@ def _map_data(name: str, kind: Sequence[str], maps: Sequence[tuple[tuple[object,
 # -- spatial attention -----------------------------------------------------------------------------------
 
 
-def _spatial_maps(findings: Findings, size: int) -> Iterator[Seen]:
+def _spatial_maps(findings: Findings, size: int, room: int) -> Iterator[Seen]:
     """The attention maps of spatial blocks, of each stage's last one."""
     last = []
     for lane in findings.lanes:
@@ -186,7 +200,6 @@ def _spatial_maps(findings: Findings, size: int) -> Iterator[Seen]:
         last += spatial[-1:]
     known = [(side, {block.name: block for block in side.values}) for side in findings.sides]
     chosen = [name for name in last if any(name in values for _, values in known)]
-    room = MOST_DATA
     for place, i in enumerate(findings.chosen if chosen else ()):
         name, picture = findings.pictures.names[i], findings.pictures.shown[i]
         rows, stages, titles = [], [], []

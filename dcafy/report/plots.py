@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dcafy.amounts import percent
 from dcafy.analysis.values import AttentionValues, common_axes
+from dcafy.plan.blocks import Contribution
 from dcafy.report.downloads import Download, download
 from dcafy.report.epochs import EpochLog, RunLog
-from dcafy.report.figures import curve_plot, epoch_plot, histogram_plot, share_plot
+from dcafy.report.figures import SIDES, curve_plot, epoch_plot, share_plot
 from dcafy.report.findings import Findings
+from dcafy.report.histogram import histogram_drawing
+from dcafy.report.room import Room, spread
 from dcafy.wording import counted, printable
 
 
@@ -32,8 +36,14 @@ NARROW = 0.2
 """Values that lie in less than this part of the common axis have an axis of their own."""
 
 
-def histograms(findings: Findings) -> Iterator[Plot]:
-    """One small plot for each block; those that a gate bounds have one set of axes, the others another."""
+def histograms(findings: Findings, room: Room) -> Iterator[Plot]:
+    """One small plot for each block, as far as there is room; those that a gate bounds have one set of axes, the others
+    another.
+    """
+    shown = set(
+        spread(list(dict.fromkeys(block.name for side in findings.sides for block in side.values)), room.histograms)
+    )
+    ids = block_ids(findings)
     for bounded in (True, False):
         sides = [{block.name: block for block in side.values if block.bounded is bounded} for side in findings.sides]
         names = list(dict.fromkeys(name for side in sides for name in side))
@@ -41,7 +51,8 @@ def histograms(findings: Findings) -> Iterator[Plot]:
             continue
         axes = common_axes(tuple(block for side in sides for block in side.values()))
         for name in names:
-            yield _histogram(findings, name, [side.get(name) for side in sides], axes)
+            if name in shown:
+                yield _histogram(findings, name, ids[name], [side.get(name) for side in sides], axes)
 
 
 def _zoomed(blocks: Sequence[AttentionValues], axes: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -58,7 +69,7 @@ def _zoomed(blocks: Sequence[AttentionValues], axes: tuple[float, float, float])
 
 
 def _histogram(
-    findings: Findings, name: str, blocks: list[AttentionValues | None], axes: tuple[float, float, float]
+    findings: Findings, name: str, id_: str, blocks: list[AttentionValues | None], axes: tuple[float, float, float]
 ) -> Plot:
     titled = [(side.title, block) for side, block in zip(findings.sides, blocks, strict=True) if block is not None]
     notes = [f"{title}: spread {block.spread:.3f}, {percent(block.near_half)} near 0.5" for title, block in titled]
@@ -72,50 +83,58 @@ def _histogram(
         for i in range(40)
     ]
     label = f"Histogram of the attention values of {shown}. {'; '.join(notes)}."
-    svg = histogram_plot(blocks, *own, label=label)
+    painted = zip(blocks, SIDES, (True, False), strict=False)
+    drawn = ((block, colour, filled) for block, colour, filled in painted if block is not None)
+    bars = [(block.histogram(own[0], own[1]), colour, filled) for block, colour, filled in drawn]
+    svg = histogram_drawing(bars, own[2], label=label)
     columns = ("from", "to", *(f"share of {title}" for title, _ in made))
     file = download(f"attention-values-{name}", columns, rows)
-    return Plot(shown, svg, tuple(notes), file, block_id(findings, name))
+    return Plot(shown, svg, tuple(notes), file, id_)
 
 
-def block_id(findings: Findings, name: str) -> str:
-    """Where in the page a block's histogram is: a number, never its name, which may be anything."""
+def block_ids(findings: Findings) -> dict[str, str]:
+    """Block -> where in the page its histogram is: a number, never its name, which may be anything."""
     names = [block.name for block in findings.plan.blocks]
-    names += [block.name for side in findings.sides for block in side.values if block.name not in names]
-    return f"block-{names.index(name) + 1}"
+    names += [block.name for side in findings.sides for block in side.values]
+    return {name: f"block-{place}" for place, name in enumerate(dict.fromkeys(names), 1)}
 
 
 # -- connections -----------------------------------------------------------------------------------------
 
 
-def shares(findings: Findings) -> Iterator[Plot]:
-    """What each connection contributes and says, in the order of the data, and over epochs."""
+def shares(findings: Findings, shown: Sequence[tuple[int, Contribution]], room: Room) -> Iterator[Plot]:
+    """What each connection contributes and says, in the order of the data, and over epochs; the plots have those that
+    are ``shown``.
+    """
     rows = findings.contributions
     ratios = {row.name: row.ratio for row in rows}
     for named, by_name in (("contribution ratio", ratios), ("message share", findings.shares)):
-        data = [(place, row.name, row.dimension, by_name.get(row.name, 0.0)) for place, row in enumerate(rows, 1)]
         series: dict[str, list[tuple[int, float]]] = {}
-        for place, _, dimension, value in data:
-            series.setdefault(dimension, []).append((place, value))
+        for place, row in shown:
+            series.setdefault(row.dimension, []).append((place, by_name.get(row.name, 0.0)))
         if series:
             label = f"The {named} of {len(rows)} connections, in the order of the data."
-            file = download(named, ("place", "connection", "dimension", named), data)
+            data = [(place, row.name, row.dimension, by_name.get(row.name, 0.0)) for place, row in enumerate(rows, 1)]
+            file = download(named, ("place", "connection", "dimension", named), data, room.data)
             yield Plot(named.capitalize(), share_plot(series, label=label, named=named), (), file)
     log = findings.run.own
     if log is not None and log.contribution:
-        named, lines = "contribution ratio", log.contribution
+        named = "contribution ratio"
+        lines = dict(itertools.islice(log.contribution.items(), room.connections))
         title = f"{named.capitalize()} over epochs"
         label = f"The {named} of {len(lines)} connections over {len(log.epochs)} epochs."
         table: Iterable[tuple[object, ...]] = zip(log.epochs, *lines.values(), strict=True)
-        file = download(title, ("epoch", *lines), table)
-        notes = ("One line for each connection, the first dark, the last bright.",)
-        yield Plot(title, epoch_plot(log.epochs, lines, label=label, named=named), notes, file)
+        file = download(title, ("epoch", *lines), table, room.data)
+        notes = ["One line for each connection, from the first, blue, to the last, green."]
+        if len(lines) < len(log.contribution):
+            notes.append(f"The first {len(lines):,} of {len(log.contribution):,}.")
+        yield Plot(title, epoch_plot(log.epochs, lines, label=label, named=named), tuple(notes), file)
 
 
 # -- training --------------------------------------------------------------------------------------------
 
 
-def curves(run: RunLog) -> Iterator[Plot]:
+def curves(run: RunLog, room: Room) -> Iterator[Plot]:
     """What was measured in each epoch: of the run's own training, or of all trainings of a comparison."""
     arms: Mapping[str, Sequence[EpochLog]] = run.arms or ({} if run.own is None else {"": (run.own,)})
     for named in dict.fromkeys(name for logs in arms.values() for log in logs for name in log.curves):
@@ -137,5 +156,5 @@ def curves(run: RunLog) -> Iterator[Plot]:
             for number, (epochs, values) in enumerate(logs, 1)
             for epoch, value in zip(epochs, values, strict=True)
         ]
-        file = download(f"{shown}-over-epochs", ("network", "training", "epoch", shown), rows)
+        file = download(f"{shown}-over-epochs", ("network", "training", "epoch", shown), rows, room.data)
         yield Plot(printable(title), svg, (), file)

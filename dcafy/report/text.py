@@ -10,6 +10,7 @@ from rich.text import Text
 from dcafy.amounts import fixed, percent
 from dcafy.analysis.listening import usage_tables
 from dcafy.analysis.values import common_axes
+from dcafy.link.topology import ways
 from dcafy.plan.tables import plan_tables
 from dcafy.report.answer import answers
 from dcafy.report.findings import Findings
@@ -32,10 +33,14 @@ def print_findings(findings: Findings, console: Console) -> None:
         console.print(Text(f"{each.question} {printable(each.short)}", "bold"))
         console.print(Text(printable("  " + " ".join(each.because))))
     console.print(*plan_tables(findings.plan), sep="")
+    for one in findings.handed:
+        console.print(Text(printable(f"{one}\n{one.what}")))
     if any(side.values for side in findings.sides):
         console.print(_values(findings))
     if findings.contributions:
         console.print(_connections(findings))
+        for what in ways(findings.plan.links):
+            console.print(Text(what))
     if findings.usage is not None:
         console.print(*usage_tables(findings.usage), sep="\n")
 

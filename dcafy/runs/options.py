@@ -65,7 +65,8 @@ class RunOptions:
     backbone: Path | None = setting(
         None,
         "The folder of a dcafy finetune run whose network lies under the detector, with its attention and connections; "
-        "of a comparison, that of each arm.",
+        "of a comparison, that of each arm. Its batch norms keep their statistics, and the first stage of a ResNet is "
+        "not trained, as usual under detectors.",
         metavar="RUN",
     )
     resume: bool = setting(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dcafy.checkpoint.card import CARD, is_ours
 from dcafy.checkpoint.description import FILES
-from dcafy.checkpoint.folder import MARKER, OF_A_RUN
+from dcafy.checkpoint.folder import BEING_SET_ASIDE, MARKER, OF_A_RUN, SET_ASIDE
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.runs.request import REQUEST
 from dcafy.training.checkpoint import CHECKPOINT
@@ -19,9 +19,6 @@ from dcafy.wording import printable, quoted, refused
 
 _OF_A_MODEL = frozenset({MARKER, *FILES.values()})
 """What :func:`dcafy.save` writes into a folder, and may be taken out of it; of a run, what a run keeps besides."""
-
-_ASIDE = ".replaced-"
-"""How the names of folders begin in which the run lies that another one replaces."""
 
 
 def require_place(directory: Path, *, overwrite: bool = False, uses: Iterable[str | None] = ()) -> None:
@@ -96,7 +93,7 @@ def in_place_of_another(directory: Path) -> Iterator[None]:
 
 def let_go(directory: Path) -> None:
     """Removes what was set aside for the run in this folder."""
-    for leftover in directory.glob(f"{_ASIDE}*"):
+    for leftover in _set_aside_in(directory):
         with contextlib.suppress(OSError):  # it is in nobody's way
             if leftover.is_symlink() or not leftover.is_dir():
                 leftover.unlink()
@@ -104,18 +101,60 @@ def let_go(directory: Path) -> None:
                 shutil.rmtree(leftover)
 
 
+def was_broken_off(directory: Path) -> bool:
+    """Whether what was in the folder was set aside for a run that was killed before it had begun."""
+    return _to_put_back(directory) is not None
+
+
+def put_back(directory: Path) -> None:
+    """Gives the folder back what was set aside for a run that was killed before it had begun."""
+    aside = _to_put_back(directory)
+    if aside is not None:
+        try:
+            _put_back(directory, aside)
+        except OSError as error:
+            raise CheckpointError(
+                f"What was in {quoted(str(directory), 200)} lies in {printable(aside.name)} there and cannot be put "
+                f"back: {refused(error)}."
+            ) from error
+
+
+def _to_put_back(directory: Path) -> Path | None:
+    """The folder whose content belongs back: it was on its way there, or lies there and no new run has begun.
+
+    Where somebody has saved into the folder since, it stays where it is.
+    """
+    begun = os.path.lexists(directory / REQUEST)
+    for aside in _set_aside_in(directory):
+        if aside.is_symlink() or not aside.is_dir() or (begun and aside.name.startswith(SET_ASIDE)):
+            continue
+        own = _moved(aside)
+        if own and not any(os.path.lexists(directory / path.name) for path in own):
+            return aside
+    return None
+
+
+def _set_aside_in(directory: Path) -> list[Path]:
+    return [path for way in (BEING_SET_ASIDE, SET_ASIDE) for path in sorted(directory.glob(f"{way}*"))]
+
+
 def _set_aside(directory: Path) -> Path | None:
-    """The folder inside ``directory`` in which its content is now; ``None`` where there was none."""
+    """The folder inside ``directory`` in which its content is now; ``None`` where there was none.
+
+    It has its name from when all is in it: killed before that, what was moved belongs back.
+    """
     own = _own(directory)
     if not own:
         return None
-    aside = directory / f"{_ASIDE}{secrets.token_hex(4)}"
+    token = secrets.token_hex(4)
+    moving, aside = directory / f"{BEING_SET_ASIDE}{token}", directory / f"{SET_ASIDE}{token}"
     try:
-        aside.mkdir()
+        moving.mkdir()
         for path in own:
-            os.rename(path, aside / path.name)
+            os.rename(path, moving / path.name)
+        os.rename(moving, aside)
     except OSError as error:
-        _put_back(directory, aside)
+        _put_back(directory, moving)
         raise CheckpointError(
             f"The run in {quoted(str(directory), 200)} cannot be replaced: {refused(error)}. Name another folder."
         ) from error
@@ -129,8 +168,18 @@ def _own(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(found, key=lambda name: name == REQUEST)]  # which says whose they are
 
 
+def _moved(aside: Path) -> list[Path]:
+    """What was set aside, of a run whose request is not among it as well."""
+    names = [entry.name for entry in aside.iterdir()] if aside.is_dir() else []
+    return [aside / name for name in names if name in _OF_A_MODEL | OF_A_RUN | {CARD} or name.startswith(".dcafy-")]
+
+
 def _put_back(directory: Path, aside: Path) -> None:
-    for path in list(aside.iterdir()) if aside.is_dir() else ():
+    if aside.name.startswith(SET_ASIDE):
+        moving = aside.with_name(BEING_SET_ASIDE + aside.name.removeprefix(SET_ASIDE))
+        os.rename(aside, moving)  # killed on the way, the rest belongs back as well
+        aside = moving
+    for path in _moved(aside):
         os.rename(path, directory / path.name)
     with contextlib.suppress(OSError):
         aside.rmdir()

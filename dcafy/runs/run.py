@@ -32,7 +32,7 @@ from dcafy.checkpoint.hub import is_address
 from dcafy.checkpoint.saving import store
 from dcafy.conversion import convert, inspect, with_attention
 from dcafy.converted import revert
-from dcafy.detection.backbone import with_backbone
+from dcafy.detection.backbone import with_settled_backbone
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import CheckpointError, InputError, UsageError
 from dcafy.images.about import About, Trained, about, put_about
@@ -84,7 +84,7 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
             raise UsageError(
                 "--backbone puts a trained network under a detector. Add --task detection, or leave it out."
             )
-        network = with_backbone(network, trained_in(Path(request.backbone), arm))
+        network = with_settled_backbone(network, trained_in(Path(request.backbone), arm))
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
         if is_connected(network):

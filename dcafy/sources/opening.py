@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcafy.checkpoint.folder import MARKER
+from dcafy.checkpoint.folder import MARKER, set_aside_in
 from dcafy.checkpoint.hub import fetched, is_address
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.draws import OwnDraws, drawing_apart
@@ -123,7 +123,7 @@ def _folder(path: Path, spec: str, how: FileOptions, settings: dict[str, Any]) -
         inside = listing(path)
         raise SourceError(
             f"{spec!r} is a folder without a {MARKER}, so dcafy.save did not write it."
-            + (f" Name one of its files instead: {inside}." if inside else "")
+            + (set_aside_in(path) or (f" Name one of its files instead: {inside}." if inside else ""))
         )
     _require_no("a file's weights", f"{spec!r} is a folder", how, "arch")
     if settings and how.arch is None:

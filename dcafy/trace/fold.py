@@ -158,7 +158,7 @@ class _Fold:
     def _refusal(self, path: str) -> Iterator[tuple[str, str]]:
         """Why a module may not be entered, if there is a reason."""
         if path in self.recording.mode_read and not (self.by_mode and path == self.path):
-            yield path, "its forward takes another path in training than in eval"
+            yield path, self.recording.unwritten.get(path, "its forward takes another path in training than in eval")
         elif path in self.recording.unwritten and not (self.alone and path == self.path and self.stores):
             yield path, self.recording.unwritten[path]
 

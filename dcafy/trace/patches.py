@@ -46,7 +46,14 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
     leaves = list(_leaves(tracer, scopes))
     taken = {(id(scope), name) for scope, name, _ in leaves}
     beside = [patch for patch in _functions(scopes, call) if (id(patch[0]), patch[1]) not in taken]
-    of_torch = *_modules(tracer), *_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)
+    of_torch = (
+        *_modules(tracer),
+        *_factories(tracer),
+        *_questions(tracer),
+        _function(tracer),
+        _VARIABLE,
+        *_contexts(tracer),
+    )
     return Swap((*of_torch, *_seeds(), *leaves, *beside, *numbers(tracer, modules)))
 
 
@@ -157,6 +164,14 @@ def _function(tracer: ValueTracer) -> Patch:
         return tracer.create_proxy("call_function", Applied(cls), args, kwargs)
 
     return torch.autograd.Function, "apply", apply
+
+
+def _variable(kind: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """``Variable(x)`` of old is ``x``."""
+    return data if _stands_for_tensor(data) else type.__call__(kind, data, *args, **kwargs)
+
+
+_VARIABLE: Patch = type(torch.autograd.Variable), "__call__", _variable
 
 
 def _contexts(tracer: ValueTracer) -> Iterator[Patch]:

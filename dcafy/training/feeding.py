@@ -5,16 +5,30 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Sampler, Subset
 
-from dcafy.errors import InputError, UsageError
+from dcafy.errors import InputError
 from dcafy.images.data import known_labels
 from dcafy.images.order import Batches, Key, Sample, Seeded, Spread, derived_seed, seeded
 from dcafy.training.options import TrainingConfig
-from dcafy.training.tasks import Batch, Task
+from dcafy.training.tasks import Batch, Task, class_number
+
+
+class Order(Protocol):
+    """Which batches an epoch has: those of ``epoch``, from batch ``start`` on.
+
+    ``in_all``: batches of a whole epoch, ``length``: images of the data set.
+    """
+
+    epoch: int
+    start: int
+    length: int
+
+    @property
+    def in_all(self) -> int: ...
 
 
 class Fed:
@@ -26,23 +40,34 @@ class Fed:
         self.begin_worker: Callable[[int], None] | None = None
         self.transform = getattr(data, "transform_sample", None)
 
-    def samples(self, *, seed: int, training: bool, spread: int | None = None) -> Seeded:
-        """Every image by (epoch, index); ``spread``: so many of them, from everywhere, in mixed order."""
-        # Mixed: data sets are often sorted by class, and messages are shuffled within a batch.
-        source: Any = self.data if spread is None else Spread(self.data, spread, mixed=True)
-        return Seeded(source, seed=seed, transform=self.transform, counts_stand_ins=training)
-
-    def order(self, *, seed: int, training: bool) -> Batches | GivenBatches:
-        """Which images make up which batch of an epoch."""
+    def order(self, *, seed: int, training: bool) -> Order:
+        """Which batches an epoch has."""
         return Batches(len(self.data), self.batch_size, seed=seed, shuffle=training)
+
+    def loader(self, order: Any, *, seed: int, training: bool, cuda: bool) -> DataLoader[Any]:
+        """What gives the batches; the random transforms of an image follow from (``seed``, epoch, index)."""
+        samples = Seeded(self.data, seed=seed, transform=self.transform, counts_stand_ins=training)
+        return self.loaded(samples, order, training=training, cuda=cuda)
+
+    def some(self, most: int, *, cuda: bool) -> DataLoader[Any]:
+        """What gives at most so many images, from everywhere, to look at a network with."""
+        # Mixed: data sets are often sorted by class, and messages are shuffled within a batch.
+        shown: Any = Spread(self.shown_images(), most, mixed=True)
+        samples = Seeded(shown, seed=0, transform=self.transform, counts_stand_ins=False)
+        order = Batches(len(samples), self.batch_size, seed=0, shuffle=False)
+        return self.loaded(samples, order, training=False, cuda=cuda)
+
+    def shown_images(self) -> Any:
+        """The images that an epoch goes through."""
+        return self.data
 
     def batch(self, samples: Sequence[Sample], *, training: bool) -> Batch:
         """The samples as a batch."""
         return self.task.collate(samples, training=training)
 
-    def first(self, samples: Seeded) -> Sample:
+    def first(self, *, seed: int) -> Sample:
         """A sample to look at."""
-        return samples[(0, 0)]
+        return Seeded(self.data, seed=seed, transform=self.transform)[(0, 0)]
 
     def labels(self) -> list[int]:
         """The class of every image; those of a data set that has no list of them are read one by one."""
@@ -50,10 +75,10 @@ class Fed:
         if known is not None:
             return known
         seen = Seeded(self.data, seed=0)
-        return [int(seen[(0, index)].label) for index in range(len(seen))]
+        return [class_number(seen[(0, index)].label) for index in range(len(seen))]
 
-    def loader(self, samples: Seeded, order: Batches | GivenBatches, *, training: bool, cuda: bool) -> DataLoader[Any]:
-        """What gives the batches."""
+    def loaded(self, samples: Seeded, order: Any, *, training: bool, cuda: bool) -> DataLoader[Any]:
+        """What gives the samples in that order, as batches."""
         return DataLoader(
             samples,
             batch_sampler=order,
@@ -81,31 +106,20 @@ class FedByLoader(Fed):
     def order(self, *, seed: int, training: bool) -> GivenBatches:
         return GivenBatches(self.given, seed=seed)
 
-    def samples(self, *, seed: int, training: bool, spread: int | None = None) -> Seeded:
-        if spread is None:
-            return super().samples(seed=seed, training=training)
-        places = sorted({index for batch in GivenBatches(self.given, seed=0) for _, index in batch})
-        shown: Any = Spread(Subset(self.data, places), spread, mixed=True)
-        return Seeded(shown, seed=seed, counts_stand_ins=training)
+    def shown_images(self) -> Any:
+        return Subset(self.data, sorted({index for batch in GivenBatches(self.given, seed=0) for _, index in batch}))
 
     def batch(self, samples: Sequence[Sample], *, training: bool) -> Batch:
         return self.task.batched(*self._pair(samples), samples, training=training)
 
     def _pair(self, samples: Sequence[Sample]) -> tuple[Any, Any]:
         """What the ``collate_fn`` makes of the samples; ``InputError`` where that is no images with labels."""
-        made = self.given.collate_fn([sample.image for sample in samples])
-        if not isinstance(made, list | tuple) or len(made) != 2:
-            what = f"{len(made)} things" if isinstance(made, list | tuple) else f"a {type(made).__name__}"
-            raise InputError(
-                f"The DataLoader gives {what} as a batch, and training takes (images, labels). Give it a collate_fn "
-                "that makes these two."
-            )
-        return made[0], made[1]
+        return images_and_labels(self.given.collate_fn([sample.image for sample in samples]))
 
-    def first(self, samples: Seeded) -> Sample:
-        found = samples[(0, 0)]
-        images, labels = self._pair([found, found])
-        return found._replace(image=images[0], label=labels[0])
+    def first(self, *, seed: int) -> Sample:
+        found = super().first(seed=seed)
+        image, label = first_of(self._pair([found, found]))
+        return found._replace(image=image, label=label)
 
     def labels(self) -> list[int]:
         known = known_labels(self.given.dataset)
@@ -113,7 +127,31 @@ class FedByLoader(Fed):
             return known
         seen = Seeded(self.data, seed=0)
         every = (seen[(0, index)] for index in range(len(seen)))
-        return [int(self._pair([one, one])[1][0]) for one in every]
+        return [class_number(self._pair([one, one])[1][0]) for one in every]
+
+
+def images_and_labels(made: Any) -> tuple[Any, Any]:
+    """What a DataLoader gives as a batch, as images and labels; ``InputError`` where it is something else."""
+    if isinstance(made, list | tuple) and len(made) == 2:
+        return made[0], made[1]
+    what = f"{len(made)} things" if isinstance(made, list | tuple) else f"a {type(made).__name__}"
+    raise InputError(
+        f"The DataLoader gives {what} as a batch, and training takes (images, labels). Give it a collate_fn "
+        "that makes these two."
+    )
+
+
+def first_of(made: Any) -> tuple[Any, Any]:
+    """The first image of a batch with its label; ``InputError`` where there is none."""
+    images, labels = images_and_labels(made)
+    try:
+        return images[0], labels[0]
+    except (LookupError, TypeError) as error:
+        kinds = " and ".join(f"a {type(part).__name__}" for part in made)
+        raise InputError(
+            f"The DataLoader gives {kinds} as a batch, and training takes (images, labels) with one of each for every "
+            "sample. Give it a collate_fn that makes them."
+        ) from error
 
 
 class _Items:
@@ -149,16 +187,21 @@ class GivenBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         samplers = [self.batch_sampler, getattr(self.batch_sampler, "sampler", None)]
-        for sampler in samplers:
-            if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(self.epoch)
-        with seeded(self.seed, self.epoch), _seeded_too([self.loader, *samplers], self.seed, self.epoch):
+        with_epoch(samplers, self.epoch)
+        with seeded(self.seed, self.epoch), generators_seeded([self.loader, *samplers], self.seed, self.epoch):
             batches = [[(self.epoch, int(index)) for index in batch] for batch in self.batch_sampler]
         yield from batches[self.start :]
 
 
+def with_epoch(holders: Sequence[Any], epoch: int) -> None:
+    """Tells those that want to know it which epoch comes."""
+    for one in holders:
+        if callable(getattr(one, "set_epoch", None)):
+            one.set_epoch(epoch)
+
+
 @contextlib.contextmanager
-def _seeded_too(holders: Sequence[Any], seed: int, epoch: int) -> Iterator[None]:
+def generators_seeded(holders: Sequence[Any], seed: int, epoch: int) -> Iterator[None]:
     """Inside it generators of the user's own follow from seed and epoch; then they are as they were."""
     found = [getattr(holder, "generator", None) for holder in holders]
     own = {id(one): one for one in found if isinstance(one, torch.Generator)}
@@ -170,40 +213,3 @@ def _seeded_too(holders: Sequence[Any], seed: int, epoch: int) -> Iterator[None]
     finally:
         for one, state in zip(own.values(), states, strict=True):
             one.set_state(state)
-
-
-def fed(name: str, given: Any, config: TrainingConfig, task: Task) -> Fed:
-    """The images of ``given``, a data set or a DataLoader; ``InputError`` where it is neither, or has none.
-
-    ``name``: what messages call it.
-    """
-    is_loader = isinstance(given, DataLoader)
-    data = given.dataset if isinstance(given, DataLoader) else given
-    if is_loader and (isinstance(data, IterableDataset) or given.batch_sampler is None):
-        why = "its data set has no index" if given.batch_sampler is not None else "it makes no batches"
-        raise InputError(
-            f"{name} is a DataLoader from whose middle no training can go on: {why}. Pass one over a data set with a "
-            "length and an index, with a batch_size or a batch_sampler."
-        )
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise InputError(
-            f"{name} is a {type(given).__name__}; finetune takes DataLoaders, and data sets of (image, label) with a "
-            "length and an index."
-        )
-    made: Callable[..., Fed] = FedByLoader if is_loader else Fed
-    if not len(data) or (is_loader and not len(given)):
-        raise InputError(f"{name} has no images.")
-    return made(given, config, task)
-
-
-def check_split(name: str, batches: Fed, processes: int) -> None:
-    """Nothing where every batch can be split between the processes; else ``UsageError``."""
-    own = batches.given.batch_size if isinstance(batches, FedByLoader) else batches.batch_size
-    if processes > 1 and own is None:
-        raise UsageError(
-            f"The batch_sampler of {name} makes batches that cannot be split between {processes} processes. Pass a "
-            "DataLoader with a batch_size."
-        )
-    if own is not None and own % processes:
-        option = f"The batch_size {own} of {name}" if isinstance(batches, FedByLoader) else f"--batch-size {own}"
-        raise UsageError(f"{option} cannot be split between {processes} processes. Choose a multiple.")

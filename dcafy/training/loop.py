@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dcafy.analysis.listening import Usage
-from dcafy.analysis.usage import usage
+from dcafy.analysis.usage import listeners, usage
 from dcafy.emit.dca import connections, is_connected
 from dcafy.errors import TrainingError, UsageError
 from dcafy.graph.modes import evaluating
-from dcafy.images.order import Batches, derived_seed
+from dcafy.images.order import derived_seed
 from dcafy.trace.accepted import require_module
 from dcafy.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from dcafy.training.feeding import Fed, check_split, fed
+from dcafy.training.feeding import Fed
 from dcafy.training.folder import alone_in
 from dcafy.training.freezing import frozen_base
+from dcafy.training.given import check_split, fed
 from dcafy.training.history import ConnectionState, Epoch, History
 from dcafy.training.notebook import usual_listener
 from dcafy.training.optimization import optimizer_for, scheduler_for
@@ -33,7 +35,7 @@ from dcafy.training.parallel import is_main_process
 from dcafy.training.signals import Interruption, stopped
 from dcafy.training.state import Progress, Standing, captured, draws_kept, restored, seed_draws, unlike_numbers
 from dcafy.training.tasks import Batch, Classification, Task
-from dcafy.training.telling import Listener, Silent, Watched
+from dcafy.training.telling import Inside, Listener, Silent, Watched
 from dcafy.training.wrapping import Replicated, Sharded, as_accelerate_trains, check_kind
 from dcafy.wording import needing, one_line
 
@@ -57,10 +59,11 @@ def finetune(
 
     ``train`` and ``val``: data sets of (image tensor ``[C, H, W]``, class number), with a length and an index each, or
     DataLoaders over such: then the batches are those of its sampler, made by its ``collate_fn`` with its workers, and
-    ``config.batch_size`` and ``config.workers`` say nothing. Under one ``config.seed`` the order of the images, their
-    random transforms and dropout are the same again, whatever the number of workers; afterwards torch's generators,
-    Python's and numpy's are where they were. ``model`` may be converted or not; its connections learn at a rate of
-    their own.
+    ``config.batch_size`` and ``config.workers`` say nothing. An ``IterableDataset`` will do, alone or in a DataLoader;
+    one without a length is read through once beforehand, to be counted. Under one ``config.seed`` the order of the
+    images, their random transforms and dropout are the same again, whatever the number of workers; afterwards torch's
+    generators, Python's and numpy's are where they were. ``model`` may be converted or not; its connections learn at a
+    rate of their own.
 
     ``task``: what is trained for; classification where absent. ``directory``: where a checkpoint is kept, from which
     ``resume`` goes on; without one it starts over. Where that run has ended and ``config.epochs`` are more than it had,
@@ -140,22 +143,22 @@ class Training:
         self.accelerator = accelerator_for(config)
         for name, part in (("train", train), ("val", val)):
             check_split(name, part, self.accelerator.num_processes)
-        self.listener = listener if self.accelerator.is_main_process else Silent()
+        # Some trackers seed every generator that there is: what is told may not change what is trained.
+        told = listener if self.accelerator.is_main_process else Silent()
+        self.listener = Inside(told, functools.partial(draws_kept, self.accelerator.device))
         self.connected = is_connected(model)
         model.to(self.accelerator.device)
-        data = train.samples(seed=derived_seed(config.seed, 1), training=True)
-        task.check(model, train.first(data))
+        seed = derived_seed(config.seed, 1)
+        task.check(model, train.first(seed=seed))
         if config.balance:
             task.balance(train.labels())
-        self.order = train.order(seed=config.seed, training=True)
         cuda = self.accelerator.device.type == "cuda"
-        self.train_loader = self.accelerator.prepare_data_loader(
-            train.loader(data, self.order, training=True, cuda=cuda)
-        )
-        shown = val.loader(
-            val.samples(seed=0, training=False), val.order(seed=0, training=False), training=False, cuda=cuda
-        )
-        self.val, self.val_loader = val, self.accelerator.prepare_data_loader(shown)
+        self.order = train.order(seed=config.seed, training=True)
+        batches = train.loader(self.order, seed=seed, training=True, cuda=cuda)
+        self.train_loader = self.accelerator.prepare_data_loader(batches)
+        self.val, self.val_order = val, val.order(seed=0, training=False)
+        shown = val.loader(self.val_order, seed=0, training=False, cuda=cuda)
+        self.val_loader = self.accelerator.prepare_data_loader(shown)
         self.optimizer = optimizer_for(model, config)
         steps = -(-self.order.in_all // config.accumulate)
         self.schedule = scheduler_for(self.optimizer, config, steps)
@@ -322,13 +325,13 @@ class Training:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, most: int | None = None) -> dict[str, float]:
         """The metrics of ``model`` on the validation images; ``most``: on so many batches of them only."""
-        meter = self.task.meter()
+        meter, in_all = self.task.meter(), self.val_order.in_all
         # Not draws of its own: images are drawn in here, each from torch's generator under a seed of its own.
         with evaluating(model), torch.random.fork_rng(devices=[]):
             for done, batch in enumerate(itertools.islice(self.val_loader, most), start=1):
                 self._skip(batch.unreadable)
                 meter.update(model, batch)
-                self.listener.advanced("validation", done, len(self.val_loader))
+                self.listener.advanced("validation", done, max(done, in_all))
         metrics = meter.result(self.accelerator)
         self.by_image = meter.by_image
         return metrics
@@ -348,13 +351,12 @@ class Training:
 
     def usage(self, most: int) -> Usage | None:
         """What the network makes of its connections, on images that every process goes through by itself."""
-        if not (self.connected and most and isinstance(self.task, Classification)):
+        heard = listeners(self.model)
+        if not (heard and most and isinstance(self.task, Classification)):
             return None
-        shown = self.val.samples(seed=0, training=False, spread=most)
-        order = Batches(len(shown), self.val.batch_size, seed=0, shuffle=False)
-        cuda = self.accelerator.device.type == "cuda"
-        batches = [(batch.inputs, batch.labels) for batch in self.val.loader(shown, order, training=False, cuda=cuda)]
-        return usage(self.model, Watched(batches, len(connections(self.model)), self.listener))
+        shown = self.val.some(most, cuda=self.accelerator.device.type == "cuda")
+        batches = [(batch.inputs, batch.labels) for batch in shown]
+        return usage(self.model, Watched(batches, heard, self.listener))
 
     # -- checkpoints ------------------------------------------------------------------------------------
 

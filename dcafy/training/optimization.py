@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dcafy.converted import parameter_groups
+from dcafy.converted import parameter_groups, undecayed
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
 from dcafy.training.options import TrainingConfig
@@ -28,25 +28,36 @@ def groups_of(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
         )
     else:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        split = ([p for p in trained if p.ndim > 1], config.decay), ([p for p in trained if p.ndim <= 1], 0.0)
+        apart = undecayed(model)
+        split = (
+            ([p for p in trained if id(p) not in apart], config.decay),
+            ([p for p in trained if id(p) in apart], 0.0),
+        )
         groups = [{"params": part, "lr": config.base_rate, "weight_decay": decay} for part, decay in split if part]
     return _decayed(model, groups, config)
 
 
 def _decayed(model: nn.Module, groups: list[dict[str, Any]], config: TrainingConfig) -> list[dict[str, Any]]:
-    """The groups with decay on all of them, or on none of the depthwise convolutions, where that is asked for."""
-    if config.decayed == "all":
-        return [{**group, "weight_decay": config.decay} for group in groups]
+    """The groups with decay on what ``config`` says, where that is not what they have: on matrices and kernels."""
     if config.decayed == "weights":
         return groups
-    convolutions = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) and m.groups > 1)
-    spared = {id(parameter) for convolution in convolutions for parameter in convolution.parameters(recurse=False)}
+    spared = _spared(model) if config.decayed == "dense" else set()
     parted = []
     for group in groups:
-        for decay in dict.fromkeys((group["weight_decay"], 0.0)):
-            part = [p for p in group["params"] if (0.0 if id(p) in spared else group["weight_decay"]) == decay]
+        for decay in dict.fromkeys((config.decay, 0.0)):
+            part = [p for p in group["params"] if (0.0 if id(p) in spared else config.decay) == decay]
             parted += [{**group, "params": part, "weight_decay": decay}] if part else []
     return parted
+
+
+def _spared(model: nn.Module) -> set[int]:
+    """Biases, and what batch norms and depthwise convolutions have: mobile networks are trained without decay on it."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if "bias" in name or isinstance(module, nn.modules.batchnorm._NormBase) or getattr(module, "groups", 1) != 1
+    }
 
 
 _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.optim.Optimizer]] = {

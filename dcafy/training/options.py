@@ -47,8 +47,8 @@ class TrainingConfig:
     )
     decayed: str = setting(
         "weights",
-        "What weight decay is for: weights (not α, β, norms and biases), dense (of these not depthwise convolutions, "
-        "either), or all.",
+        "What weight decay is for: weights (not α, β, norms and biases), dense (not biases, batch norms and depthwise "
+        "convolutions), or all.",
         choices=DECAYED,
     )
     momentum: float = setting(0.9, "Momentum of sgd.", least=0, below=1)

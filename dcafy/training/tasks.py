@@ -75,7 +75,8 @@ def _of_samples(samples: Sequence[Sample]) -> tuple[Tensor, tuple[str, ...]]:
     return indices, tuple(name for sample in samples for name in sample.unreadable)
 
 
-def _class_number(label: Any) -> int:
+def class_number(label: Any) -> int:
+    """The label as a number; ``InputError`` where it is none."""
     try:
         return operator.index(label)
     except TypeError as error:
@@ -109,7 +110,7 @@ class Classification:
                 "them to one size, so that they go into one batch."
             )
         inputs = torch.stack([sample.image for sample in samples])
-        labels: Tensor = torch.tensor([_class_number(sample.label) for sample in samples])
+        labels: Tensor = torch.tensor([class_number(sample.label) for sample in samples])
         return self._ready(inputs, labels, samples, training)
 
     def batched(self, inputs: Any, labels: Any, samples: Sequence[Sample], *, training: bool) -> Batch:

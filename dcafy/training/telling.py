@@ -7,7 +7,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,6 +98,27 @@ class Several(Listener):
         for listener in self.listeners:
             if listener.wants(step):
                 listener.stepped(step, loss, means, lr)
+
+
+def _inside(event: str) -> Any:
+    """The method of :class:`Inside` that tells of this event."""
+
+    def tell(self: Inside, *told: Any) -> Any:
+        with self.context():
+            return getattr(self.listener, event)(*told)
+
+    return tell
+
+
+class Inside(Listener):
+    """Tells another one inside a context, such as one that keeps the training's random numbers."""
+
+    def __init__(self, listener: Listener, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self.listener, self.context = listener, context
+
+    begins, resumed, measured, wants = _inside("begins"), _inside("resumed"), _inside("measured"), _inside("wants")
+    advanced, stepped, epoch_ended = _inside("advanced"), _inside("stepped"), _inside("epoch_ended")
+    skipped, ends, closes = _inside("skipped"), _inside("ends"), _inside("closes")
 
 
 def metrics_in_words(metrics: Mapping[str, float]) -> str:
@@ -191,13 +213,13 @@ def so_far(means: tuple[float, float | None]) -> str:
 class Watched(Sequence[Any]):
     """Batches that tell how far :func:`dcafy.usage` has come with them: it goes through them twice and more.
 
-    The first time each is run as it is; then also with every one of the ``connections``, and all of them, changed in
-    three ways.
+    The first time each is run as it is; then also with what every one of ``listeners`` hears, and all of them, changed
+    in three ways.
     """
 
-    def __init__(self, batches: Sequence[Any], connections: int, listener: Listener) -> None:
+    def __init__(self, batches: Sequence[Any], listeners: int, listener: Listener) -> None:
         self.batches, self.listener = batches, listener
-        self.later = 3 * (connections + 1) + 1
+        self.later = 3 * (listeners + 1) + 1
         self.done, self.of = 0, len(batches) * (1 + self.later)
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,27 @@ from dcafy.wording import needing, one_line, quoted, warn
 TRACKED = "tracked"
 """The folder in that of a run where trackers keep their files."""
 
-_WITH_FILES = ("tensorboard", "mlflow", "aim")
-"""Those whose files lie in a folder that they are told."""
+
+def _comet(directory: Path, run: str, done: int) -> dict[str, Any]:
+    config = importlib.import_module("comet_ml").ExperimentConfig
+    return {"experiment_config": config(name=run, offline_directory=str(directory))}
+
+
+_OPTIONS: Mapping[str, Callable[[Path, str, int], dict[str, Any]]] = {
+    # What a killed run has tracked behind its last checkpoint happens again.
+    "tensorboard": lambda directory, run, done: (
+        {"logging_dir": str(directory), **({"purge_step": done + 1} if done else {})}
+    ),
+    "wandb": lambda directory, run, done: {"name": run, "dir": str(directory)},
+    "mlflow": lambda directory, run, done: {"logging_dir": str(directory), "run_name": run},
+    "comet_ml": _comet,
+    "aim": lambda directory, run, done: {"logging_dir": str(directory), "experiment": "dcafy"},
+    "clearml": lambda directory, run, done: {"task_name": run},
+    "dvclive": lambda directory, run, done: {"dir": str(directory / "dvclive" / run), "resume": bool(done)},
+    "swanlab": lambda directory, run, done: {"experiment_name": run, "logdir": str(directory)},
+    "trackio": lambda directory, run, done: {"name": run},
+}
+"""What a tracker is told besides its project: (the folder for files, the name of the run, steps done) -> options."""
 
 _POINTS = 1000
 """Steps of a run that are tracked, evenly: each waits for the device."""
@@ -60,7 +80,10 @@ class Tracked(Listener):
         self.every = max(steps // _POINTS, 1)
         for name in self.names:
             with self._unless_refused(name):
-                tracker = LOGGER_TYPE_TO_CLASS[name](*self._whose(name), **self._where(name, done))
+                self.directory.mkdir(parents=True, exist_ok=True)
+                tracker = LOGGER_TYPE_TO_CLASS[name](
+                    self._whose(name), **_OPTIONS[name](self.directory, self._run, done)
+                )
                 if hasattr(tracker, "start"):  # which Accelerate did not always tell apart from making one
                     tracker.start()
                 if not done:
@@ -75,19 +98,14 @@ class Tracked(Listener):
         except Exception as error:
             raise UsageError(f"--track {name} cannot begin: {one_line(error)} Leave it out, or mend that.") from error
 
-    def _whose(self, name: str) -> tuple[str]:
-        """TensorBoard has a folder for each training, and others have a project of several."""
-        return (self.title if name == "tensorboard" else "dcafy",)
+    def _whose(self, name: str) -> str:
+        """TensorBoard has a folder for each training, aim names for them, and others a project of several."""
+        return {"tensorboard": self.title, "aim": self._run}.get(name, "dcafy")
 
-    def _where(self, name: str, done: int) -> dict[str, Any]:
-        run = f"{self.directory.parent.name} {self.title}".strip()
-        if name == "wandb":
-            self.directory.mkdir(parents=True, exist_ok=True)
-            return {"name": run, "dir": str(self.directory)}
-        own: dict[str, Any] = {"logging_dir": str(self.directory)} if name in _WITH_FILES else {}
-        if name == "tensorboard" and done:  # what a killed run has tracked behind its last checkpoint happens again
-            own["purge_step"] = done + 1
-        return {**own, "run_name": run} if name == "mlflow" else own
+    @property
+    def _run(self) -> str:
+        """What a training is called beside others."""
+        return f"{self.directory.parent.name} {self.title}".strip()
 
     def wants(self, step: int) -> bool:
         return bool(self.trackers) and (step % self.every == 0 or step == 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcafy.training.feeding import fed
+from dcafy.training.given import fed
 from dcafy.training.loop import Training
 from dcafy.training.options import TrainingConfig
 from dcafy.training.state import draws_kept, seed_draws
@@ -81,12 +81,12 @@ def _measured(run: Training, device: torch.device) -> Trial:
     start = _now(device)
     shown = run.usage(min(config.usage_images, config.batch_size))
     usage = 0.0 if shown is None else (_now(device) - start) * _batches(shown.images, run)
-    return Trial(run.order.in_all, seconds, len(run.val_loader), val_seconds, usage, _peak(device), str(device), loss)
+    return Trial(run.order.in_all, seconds, run.val_order.in_all, val_seconds, usage, _peak(device), str(device), loss)
 
 
 def _batches(images: int, run: Training) -> float:
     """How many times as many images the connections are looked at with in the end."""
-    return max(min(run.config.usage_images, len(run.val.data)) / max(images, 1), 1.0)
+    return max(min(run.config.usage_images, run.val_order.length) / max(images, 1), 1.0)
 
 
 def _now(device: torch.device) -> float:

@@ -384,6 +384,28 @@ def test_traced_and_exported(result: Any) -> None:
         assert torch.equal(evaluate(program, x), evaluate(result, x))
 
 
+@pytest.mark.filterwarnings("ignore:The TorchScript type system")
+def test_flat_and_scripted(result: Any) -> None:
+    """One plain graph, whose other sizes are right, too; a part of such a network is refused with the reason."""
+    plain = dcafy.flat(result)
+    assert not any(type(module).__module__.startswith("dcafy") for module in plain.modules())
+    assert plain.state_dict().keys() == result.state_dict().keys()
+    scripted, auto = torch.jit.script(plain), torch.export.Dim.AUTO
+    program = torch.export.export(plain, (X,), dynamic_shapes=({0: auto, 2: auto, 3: auto},)).module()
+    for x in (X, images(1, 20, seed=3)):
+        assert torch.equal(evaluate(plain, x), evaluate(result, x))
+        assert torch.equal(evaluate(program, x), evaluate(result, x))  # sizes that a forward asks for stay open
+        assert torch.allclose(evaluate(scripted, x), evaluate(result, x), atol=1e-5)
+    for one in (plain, result):
+        one.zero_grad()
+        one(X).square().sum().backward()
+    ours, theirs = (dict(one.named_parameters()) for one in (plain, result))
+    assert all(torch.allclose(theirs[name].grad, p.grad, rtol=1e-4, atol=1e-5) for name, p in ours.items())
+    result.zero_grad()
+    with pytest.raises(InputError, match="hand a state on by themselves"):
+        dcafy.flat(result.second)
+
+
 @pytest.mark.slow
 def test_compiled(result: Any) -> None:
     twin = copy.deepcopy(result).train()
@@ -392,6 +414,68 @@ def test_compiled(result: Any) -> None:
     expected = gradients(result, lambda model: model(X))
     assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(twin.parameters(), expected, strict=True))
     assert torch.allclose(evaluate(compiled.eval(), Y), evaluate(twin.eval(), Y), atol=1e-6)
+
+
+# What is told of it ------------------------------------------------------------------------------------
+
+
+def test_usage_is_what_changing_the_state_does(result: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros, the other image's and the average state, in the place of what a module hears and of what all do."""
+    data = [(images(2, 16, seed=seed), torch.tensor([0, 1])) for seed in range(3)]
+    found = dcafy.usage(result, data)
+    assert (found.connections, found.loss_change, found.images) == ((), 0.0, 6)
+    assert found.states is not None
+    heard = {path: module.relay for path, module in result.named_modules() if path.split(".")[-1] == kind}
+    heard = {path: relay for path, relay in heard.items() if relay.hears}
+    assert [(row.name, row.hears) for row in found.states.units] == [(p, *relay.hears) for p, relay in heard.items()]
+    relays, seen = type(next(iter(heard.values()))), dict[Any, list[Tensor]]()
+    own = relays.heard
+
+    def losses() -> Tensor:
+        with torch.no_grad():
+            return torch.cat([F.cross_entropy(result(x), y, reduction="none") for x, y in data]).double()
+
+    def noting(relay: Any, like: Tensor, ear: int = 0) -> Tensor:
+        state = own(relay, like, ear)
+        seen.setdefault((relay, ear), []).append(state)
+        return state
+
+    monkeypatch.setattr(relays, "heard", noting)
+    before = losses()
+    means = {key: torch.cat(states).mean(0, keepdim=True) for key, states in seen.items()}
+    changes: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "cut": lambda key, state: torch.zeros_like(state),
+        "shuffled": lambda key, state: state.flip(0),
+        "mean": lambda key, state: means[key].expand_as(state),
+    }
+    for name, chosen in {**{path: {relay} for path, relay in heard.items()}, "": set(heard.values())}.items():
+        row = next((row for row in found.states.units if row.name == name), found.states)
+        for which, change in changes.items():
+
+            def changed(relay: Any, like: Tensor, ear: int = 0, own: Any = own, change: Any = change) -> Tensor:
+                state = own(relay, like, ear)
+                return change((relay, ear), state) if relay in chosen else state  # noqa: B023
+
+            monkeypatch.setattr(relays, "heard", changed)
+            difference = losses() - before
+            effect = getattr(row, which)
+            assert effect.loss == pytest.approx(difference.mean().item(), abs=1e-5), (name, which)
+            assert effect.loss_error == pytest.approx(difference.std().item() / 6**0.5, rel=1e-3, abs=1e-5)
+            assert effect.loss or kind == "dia", (name, which)
+    assert "the state that is handed on" in str(found)
+
+
+def test_what_is_told_of_it(result: Any, kind: str) -> None:
+    found = dcafy.summary(result)
+    ((one,), own) = found.handed_on, new(result, kind)
+    assert (one.kind, one.parameters) == (kind, sum(p.numel() for p in own.values()))
+    assert f"{one.parameters:,} parameters: it hands a state on" in str(found)
+    assert "arXiv" in str(found)
+    assert one.hears[f"second.2.{kind}"] == ("second.1",)
+    assert "topology" not in str(found)  # there is no block that one could connect
+    for asked in (dcafy.connections, dcafy.revert, lambda model: dcafy.drop(model, ["second.1"])):
+        with pytest.raises(InputError, match="hand a state on by themselves"):
+            asked(result)
 
 
 # Beside others -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
@@ -17,6 +18,7 @@ from detection_data import altered, retinanet
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import dcafy
 from dcafy.detection import AveragePrecision, Boxes, CocoImages, Detection, open_coco, write_shapes
@@ -24,7 +26,7 @@ from dcafy.detection.classes import classes_of, labels_for
 from dcafy.detection.synthetic import SHAPES
 from dcafy.errors import InputError, UsageError
 from dcafy.images.order import Sample
-from dcafy.training import DataOptions, TrainingConfig
+from dcafy.training import DataOptions, TrainingConfig, finetune
 from dcafy.training.tasks import Batch
 
 pytest.importorskip("pycocotools")
@@ -301,6 +303,78 @@ def test_what_is_no_detector_is_refused(shapes: Path) -> None:
         task.check(nn.Sequential(nn.Conv2d(3, 4, 1)), sample)
     with pytest.raises(InputError, match="boxes and labels"):
         task.check(retinanet(6), Sample(sample.image, 3, (0, 0)))
+
+
+class _AsUsersHaveThem:
+    """Pictures with the boxes and labels alone, as tutorials give them."""
+
+    def __init__(self, shapes: Path) -> None:
+        self.pictures = opened(shapes).train
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        image, target = Boxes()(*self.pictures[index])
+        return image, {name: target[name] for name in ("boxes", "labels")}
+
+
+class _Streamed(IterableDataset[Any]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.data[index] for index in range(len(self.data)))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+def _lists(samples: Any) -> Any:
+    return tuple(zip(*samples, strict=True))
+
+
+def test_detectors_take_loaders_and_streams(shapes: Path) -> None:
+    """Batches are lists of images and of targets, or what tuples of them are; all train to the same weights."""
+    data = _AsUsersHaveThem(shapes)
+    config = TrainingConfig(epochs=1, batch_size=2, cpu=True, lr=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))  # data sets are shuffled
+        ways: list[Any] = [
+            data,
+            DataLoader(data, 2, collate_fn=lambda samples: [list(part) for part in _lists(samples)]),
+            DataLoader(_Streamed(data), 2, collate_fn=_lists),
+        ]
+        connected = dcafy.convert(retinanet(6), example_inputs=[torch.rand(3, 48, 48)], verify=False)
+        seen = []
+        for way in ways:
+            model = copy.deepcopy(connected)
+            history = finetune(model, way, way, config, task=Detection(config))
+            seen.append((torch.cat([value.flatten() for value in model.state_dict().values()]), history.metrics))
+    assert all(torch.equal(weights, seen[0][0]) for weights, _ in seen)
+    assert all(metrics == seen[0][1] for _, metrics in seen)
+    assert seen[0][1]["images"] == 4
+
+
+@pytest.mark.parametrize(
+    ("collate", "says"),
+    [
+        (lambda images, targets: (torch.stack(images), {"boxes": 1}), "gives a Tensor and a dict as a batch"),
+        (lambda images, targets: [images, [one["boxes"] for one in targets]], "with a target that has boxes"),
+        (lambda images, targets: [images, targets[:1]], "makes 1 of them where a list of 2 targets should be"),
+        (lambda images, targets: [images, [{"boxes": targets[0]["boxes"]}] * 2], "gives a dict as a target, not"),
+        (
+            lambda images, targets: [images, [{"boxes": torch.ones(4), "labels": torch.ones(1)}] * 2],
+            r"a tensor \[4\] as boxes and a tensor \[1\] as labels; they should be tensors",
+        ),
+    ],
+)
+def test_batches_that_no_detector_is_trained_on(shapes: Path, collate: Any, says: str) -> None:
+    data = _AsUsersHaveThem(shapes)
+    config = TrainingConfig(epochs=1, cpu=True)
+    loader = DataLoader(data, 2, collate_fn=lambda samples: collate(*map(list, _lists(samples))))
+    with pytest.raises(InputError, match=says):
+        finetune(retinanet(6), loader, data, config, task=Detection(config))
 
 
 # --- the command ----------------------------------------------------------------------------------------

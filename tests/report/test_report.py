@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import re
 import sys
@@ -19,28 +20,34 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from family import Plain
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 import dcafy
 from dcafy.analysis import attention_values, contributions
 from dcafy.analysis.listening import ConnectionUsage, Effect, Usage
 from dcafy.analysis.usage import message_shares
+from dcafy.analysis.values import ValuesOfBlocks
 from dcafy.checkpoint.saving import store
 from dcafy.disk import replaced
 from dcafy.errors import CheckpointError, InputError, SourceError, UsageError
 from dcafy.images.about import About, Trained, put_about
 from dcafy.images.options import DataOptions
 from dcafy.images.preparation import Preparation
+from dcafy.plan.blocks import Chain, Contents, Contribution, Link, Skipped
+from dcafy.plan.drawing import Lane
 from dcafy.report import EpochLog, RunLog, make_report, prepared_for, read_epochs, read_run
-from dcafy.report.answer import verdict
+from dcafy.report.answer import answers, verdict
 from dcafy.report.downloads import download
-from dcafy.report.findings import Score
+from dcafy.report.findings import Findings, Score
 from dcafy.report.labelled import labelled
 from dcafy.report.looks import looks
 from dcafy.report.page import page as written_page
 from dcafy.report.pictures import read_pictures
-from dcafy.report.text import sparkline
+from dcafy.report.room import Room, weightiest
+from dcafy.report.text import print_findings, sparkline
 from dcafy.runs.compare import Comparison, Contender, Pair
 from dcafy.runs.evidence import Difference
 from dcafy.sources import open_model
@@ -238,6 +245,10 @@ def test_stages_are_split_where_the_stride_changes() -> None:
     found = make_report(model, torch.rand(2, 3, 32, 32), how=Preparation((32, 32), 32, (0.0,) * 3, (1.0,) * 3))
     works_on = {name.partition(".")[0]: lane.size for lane in found.lanes for name in lane.blocks}
     assert works_on == {"one": (32, 32), "two": (32, 32), "three": (16, 16), "up": (8, 8), "four": (16, 16)}
+    # on maps this small attention is told from other layers on larger images; the sizes are those of these images
+    small = make_report(model, torch.rand(2, 3, 8, 8), how=Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3))
+    works_on = {name.partition(".")[0]: lane.size for lane in small.lanes for name in lane.blocks}
+    assert works_on == {"one": (8, 8), "two": (8, 8), "three": (4, 4), "up": (2, 2), "four": (4, 4)}
     placed = [name for lane in found.lanes for name in lane.blocks]
     assert placed == [block.name for block in found.plan.blocks]  # in the order of the data
 
@@ -652,6 +663,20 @@ def test_whether_connections_are_used(usage: Usage, word: str, sentences: tuple[
         assert sentence in " ".join(told)
 
 
+def test_times_of_a_busy_machine_are_not_compared(tmp_path: Path, folder: Path) -> None:
+    model = dcafy.convert(Yields(lambda x: x.mean((2, 3))), example_inputs=torch.rand(2, 3, 8, 8))
+    how = Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(model, torch.rand(2, 3, 8, 8), how=how)
+
+    def told(unsteady: float) -> str:
+        sides = tuple(dataclasses.replace(side, seconds=0.002, unsteady=unsteady) for side in found.sides)
+        return answers(dataclasses.replace(found, sides=sides))[2].because[-1]
+
+    assert told(1.1) == "2 images took 2 ms → 2 ms (+0.0%) just now."
+    assert "(+0.0%)" not in told(2.5)
+    assert "as a rule the same network took 2.5 times as long as at best" in told(2.5)
+
+
 def test_intervals_by_hand() -> None:
     # Wilson (1927) for 8 of 10
     score = Score(8, 10)
@@ -659,18 +684,71 @@ def test_intervals_by_hand() -> None:
     assert (Score(0, 5).low, Score(5, 5).high) == (0.0, 1.0)
 
 
-def test_pictures_are_as_large_as_a_page_can_have_them(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_are_as_large_as_a_page_can_have_them(tmp_path: Path, folder: Path) -> None:
     model = torchvision.models.mobilenet_v3_small()
-    found = make_report(model, folder, tmp_path / "r.html", how=prepared_for(model, image_size=64), most=1)
-    large = looks(found)
-    monkeypatch.setattr("dcafy.report.looks.MOST_PICTURES", 20_000)
-    monkeypatch.setattr("dcafy.report.looks.MOST_DATA", 100)
-    small = looks(found)
+    found = make_report(model, folder, tmp_path / "r.html", how=prepared_for(model, image_size=64), most=2)
+    large = looks(found, Room())
+    small = looks(found, Room(pictures=30_000, maps=100))
     assert len(small.cams[0].picture.uri) < 20_000 < sum(len(shown.uri) for shown in large.cams[0].rows[0].thumbnails)
     assert large.cams[0].data is not None
     assert small.cams[0].data is None
+    least = looks(found, Room(pictures=1))
+    assert (len(large.cams), len(least.cams), least.left_out) == (2, 1, 1)
+
+
+def enormous(found: Findings, blocks: int, connections: int) -> Findings:
+    """Findings of a network that has so many blocks, each of which hears several before it."""
+    names = [f"a_network.that_is.as_deep_as_this.{place}.attention" for place in range(blocks)]
+    block, values = found.plan.blocks[0], found.sides[0].values[0]
+    far = ((names[at], names[at + step]) for step in range(1, blocks) for at in range(blocks - step))
+    pairs = itertools.islice(far, connections)
+    links = tuple(Link(source, target) for source, target in pairs)
+    rows = [
+        Contribution(f"{link.target}.{place}", link.source, link.target, "channel", 1.0, 0.5, 1 / 3, 99)
+        for place, link in enumerate(links)
+    ]
+    plan = Contents(
+        tuple(dataclasses.replace(block, name=name) for name in names),
+        (Chain("channel", tuple(names), links),),
+        tuple(Skipped(f"{name}.x", "a reason that takes a line " * 4) for name in names),
+        model="enormous",
+    )
+    effects = [Effect(1e-6 * place, 0.1, 0.0, 0.1) for place in range(connections)]
+    usage = Usage(300, 1.0, 0.5, tuple(
+        ConnectionUsage(row.name, "channel", 1.0, 0.5, 1 / 3, 0.2, 0.1, 1.5, effect, effect, effect)
+        for row, effect in zip(rows, effects, strict=True)
+    ), *effects[:3])  # fmt: skip
+    each = ValuesOfBlocks(dataclasses.replace(values, name=name) for name in names)
+    return dataclasses.replace(
+        found,
+        plan=plan,
+        lanes=tuple(Lane(f"stage {place}", tuple(names[place::9]), (8, 8), 8) for place in range(9)),
+        contributions=tuple(rows),
+        sides=tuple(dataclasses.replace(side, values=each) for side in found.sides),
+        usage=usage,
+        run=RunLog(EpochLog((1, 2), {row.name: (0.1, 0.2) for row in rows})),
+    )
+
+
+def test_a_page_is_under_5_megabytes_whatever_the_network(tmp_path: Path, folder: Path) -> None:
+    model = torchvision.models.mobilenet_v3_small()
+    found = make_report(model, folder, how=prepared_for(model, image_size=64), most=1)
+    huge = enormous(found, blocks=900, connections=4000)
+    (tmp_path / "r.html").write_text(written_page(huge))
+    assert (tmp_path / "r.html").stat().st_size < 5_000_000
+    page = Page(tmp_path / "r.html")
+    told = " ".join(page.text.split())
+    assert told.count("There is room for 300 of the 4,000 connections: those whose cutting changes the loss most.") == 2
+    assert "The picture has 600 of the 900 attention blocks." in told
+    assert "There is room for 200 of the 900 blocks" in told
+    assert "There are 800 more: dcafy inspect MODEL lists them." in told
+    assert len(page.files["connections.csv"]) > 600  # more than are shown, and it says what is missing
+    assert f"(without the last {4000 - len(page.files['connections.csv']) + 1:,} rows)" in told
+    shown = weightiest(huge, Room())
+    assert [place for place, _ in shown] == list(range(3701, 4001))  # cutting the last ones changes most
+    # where that is too much still, all of it is halved until it is not
+    assert [room.histograms for room in itertools.islice(Room().smaller(), 3)] == [200, 100, 50]
+    assert list(Room().smaller())[-1] == Room(1, 1, 1, 1, 1, 1, 1)
 
 
 # -- images ----------------------------------------------------------------------------------------------
@@ -777,3 +855,32 @@ def test_preparation_is_that_of_the_run(tmp_path: Path) -> None:
 
 def test_sparklines_by_hand() -> None:
     assert sparkline([0, 0.5, 1.0], 1.0) == " ▄█"
+
+
+def test_of_a_network_whose_units_hand_a_state_on(tmp_path: Path) -> None:
+    """No block to connect, and all the same told what is in it, who hears whom, and what that is worth."""
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(5):
+            picture(number).save(tmp_path / "data" / label / f"{number}.png")
+    model = dcafy.insert(Plain(), "rla", init="paper", example_inputs=torch.zeros(2, 3, 24, 24)).eval()
+    how, output = prepared_for(model, image_size=24), tmp_path / "page.html"
+    found = make_report(model, None, output, how=how, data=f"imagefolder:{tmp_path / 'data'}")
+    assert found.usage is not None
+    assert found.usage.states is not None
+    page, modules = Page(output), [row.name for row in found.usage.states.units]
+    assert modules == [*(f"units.{number}.rla" for number in range(1, 5)), "head.rla"]
+    assert "rla in 6 modules" in page.text
+    assert "arXiv 2110.11852" in page.text
+    assert "Attention can be added" not in page.text
+    asked = [each.question for each in answers(found)]
+    assert asked == ["How good is it, before and after?", "Is the state used that units hand on?", "What do they cost?"]
+    _, *rows = page.files["changed-connections.csv"]
+    assert [row[0] for row in rows] == [*modules, "all states"]
+    assert float(rows[0][1]) == pytest.approx(found.usage.states.units[0].cut.loss)
+    console = Console(file=io.StringIO(), width=140)
+    print_findings(found, console)
+    assert "head.rla" in console.file.getvalue()  # type: ignore[attr-defined]
+    without = make_report(model, torch.rand(2, 3, 24, 24), output, how=how)
+    assert without.usage is None
+    assert "units.3.rla" in Page(output).text  # whom each hears is told all the same

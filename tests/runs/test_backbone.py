@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from networks import SELinear
 from safetensors.torch import save_model
 from torch import nn
 from trained import moved, seeded
 
 import dcafy
 from dcafy.detection import write_shapes
+from dcafy.detection.backbone import with_settled_backbone
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.plan.options import Conversion
 from dcafy.runs.request import Request, write_request
@@ -115,7 +117,9 @@ def test_it_lies_under_the_detector(tmp_path: Path, arm: str) -> None:
         training=TrainingConfig(optimizer="sgd", cpu=True), arm=arm, backbone=str(run),
         conversion=SE if arm == "attention" else Conversion(),
     )  # fmt: skip
-    state = subject(asked, seed=0).network.state_dict()
+    network = subject(asked, seed=0).network
+    _require_settled(network.train(), arm)
+    state = network.state_dict()
     assert any("dca" in key.split(".") for key in state) == (arm == "connected")
     compared = 0
     for key, value in model.state_dict().items():
@@ -123,3 +127,82 @@ def test_it_lies_under_the_detector(tmp_path: Path, arm: str) -> None:
             assert torch.equal(state[f"backbone.body.{key}"], value), key
             compared += 1
     assert compared > 300
+
+
+def _require_settled(detector: nn.Module, arm: str) -> None:
+    """Nothing where the stem and first stage stand still, and statistics everywhere in the backbone."""
+    body: Any = detector.backbone.body
+    norms = [m for m in body.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    for name, parameter in body.named_parameters():
+        first = name.startswith(("conv1", "bn1", "layer1."))
+        assert parameter.requires_grad != first, (name, arm)
+
+
+class _Body(nn.Module):
+    """What torchvision's ResNets have, in small."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        for number in range(1, 5):
+            unit = nn.Sequential(SELinear(channels), nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+            self.add_module(f"layer{number}", unit)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+class _Head(nn.Module):
+    """A detector without its boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.ModuleDict({"body": _Body()}), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone["body"](x))
+
+
+class _Named(_Body):
+    """A classifier with that body at its root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(super().forward(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_what_stands_still_under_a_detector(connected: bool) -> None:
+    """With the connections into it; one step moves all of the rest, and no statistics."""
+    x = torch.rand(2, 3, 8, 8)
+    classifier: Any = _Named()
+    if connected:
+        classifier = dcafy.convert(classifier, example_inputs=x, message="centred")
+        for connection in dcafy.connections(classifier).values():
+            nn.init.constant_(connection.beta, 0.3)
+    detector = _Head()
+    made = with_settled_backbone(detector, classifier).train()
+    assert all(parameter.requires_grad for parameter in detector.parameters()), "the detector is as it was"
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    made(x).square().mean().backward()
+    torch.optim.SGD([p for p in made.parameters() if p.grad is not None], lr=0.1).step()
+    moved = {key for key, value in made.state_dict().items() if not torch.equal(value, before[key])}
+    still = ("running", "num_batches", "body.conv1", "body.bn1", "body.layer1.")
+    assert moved
+    assert {key for key in moved if any(part in key for part in still)} == set()
+    assert {key.split(".")[2] for key in moved if "body" in key} >= {"layer2", "layer3", "layer4"}
+    assert any("dca" in key.split(".") for key in moved) == connected
+
+
+def test_a_detector_that_chooses_what_it_trains_goes_by_that() -> None:
+    detector = _Head()
+    detector.backbone["body"].layer3.requires_grad_(False)
+    made = with_settled_backbone(detector, _Named())
+    named = dict(made.named_parameters())
+    assert {key.split(".")[2] for key, p in named.items() if not p.requires_grad} == {"layer3"}

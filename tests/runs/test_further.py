@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from training_data import Stripes, connected
 from two_processes import DIGITS, FACTORY
 
 from dcafy.errors import CheckpointError
+from dcafy.runs.place import in_place_of_another, put_back, was_broken_off
 from dcafy.training import TrainingConfig, finetune
 from dcafy.training.optimization import part_of_rate
 
@@ -129,15 +134,110 @@ def test_nothing_of_the_users_own_is_replaced(command: Run, tmp_path: Path) -> N
 
 
 def test_what_a_kill_leaves_is_cleared_by_the_next_run(command: Run, tmp_path: Path) -> None:
-    """Killed once the old run was set aside, nothing is lost; the run that ends there removes it."""
+    """Killed once the new run had begun, the old one is let go when the new one, gone on with, has ended."""
     options = (FACTORY, *QUICK, "--epochs", 1)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "mine.txt").write_text("dear")
+    assert command(*options, "-o", "run")[0] == 0
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
     aside = tmp_path / "run" / ".replaced-0a1b2c3d"
     aside.mkdir(parents=True)
     (aside / "model.safetensors").write_bytes(b"old")
     (tmp_path / "run" / ".replaced-link").symlink_to(elsewhere)
-    assert command(*options, "-o", "run")[0] == 0
+    assert command(FACTORY, *QUICK, "--epochs", 1, "-o", "run", "--resume")[0] == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")) == []
     assert (elsewhere / "mine.txt").exists()
+
+
+class Killed(BaseException):
+    """What a kill is to the process that it ends: nothing is done after it."""
+
+
+def _killed_at(call: int, act: Callable[[], None]) -> bool:
+    """Whether it was killed at its n-th change of a name; else it has ended. No process: a fork takes a while."""
+    left = [call]
+
+    def deadly(real: Callable[..., None]) -> Callable[..., None]:
+        def changes(*args: Any, **options: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            real(*args, **options)
+
+        return changes
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "mkdir", "rmdir", "unlink"):
+            patch.setattr(os, name, deadly(getattr(os, name)))
+        try:
+            act()
+        except Killed:
+            return True
+    return False
+
+
+def _old(place: Path, *, is_run: bool) -> dict[str, bytes]:
+    """A folder with a run, or a model alone, whose files say old."""
+    shutil.rmtree(place, ignore_errors=True)
+    files = ["dcafy.json", "model.safetensors", "README.md"]
+    files += ["finetune.json", "log.jsonl", "checkpoint.safetensors", "best/dcafy.json"] if is_run else []
+    for file in files:
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text("old")
+    (place / "README.md").unlink()  # one that dcafy has not signed is the user's
+    return content(place)
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_killed_at_any_moment_of_replacing_a_run_the_old_one_or_the_new_one_is_there(
+    tmp_path: Path, is_run: bool
+) -> None:
+    """Killed while it is set aside, while it is put back, and while what a kill has left is put back."""
+    place = tmp_path / "run"
+
+    def replaced(*, fails: bool) -> None:
+        with contextlib.suppress(ZeroDivisionError), in_place_of_another(place):
+            (place / "finetune.json").write_text("new")
+            (place / "log.jsonl").write_text("new")
+            if fails:
+                raise ZeroDivisionError
+
+    for fails in (False, True):
+        states = set()
+        for call in itertools.count():
+            old = _old(place, is_run=is_run)
+            killed = _killed_at(call, lambda fails=fails: replaced(fails=fails))  # type: ignore[misc]
+            begun = (place / "finetune.json").exists() and (place / "finetune.json").read_text() == "new"
+            assert begun or was_broken_off(place) or content(place) == old, (call, sorted(content(place)))
+            for again in range(call + 1 if not begun else 0):  # tidying up is killed, too
+                if not _killed_at(again, lambda: put_back(place)):
+                    break
+            put_back(place)
+            states.add(begun)
+            assert begun or content(place) == old, (call, sorted(content(place)))
+            if not killed:
+                assert begun != fails
+                break
+        assert states == {True, False}
+
+
+def test_what_a_killed_replacement_has_left_is_told_and_put_back(
+    command: Run, dcafy_command: Run, tmp_path: Path
+) -> None:
+    assert command(FACTORY, *QUICK, "--epochs", 1, "-o", "run")[0] == 0
+    run, before = tmp_path / "run", content(tmp_path / "run")
+    aside = run / ".replacing-0a1b2c3d"
+    aside.mkdir()
+    for name in ("checkpoint.safetensors", "dcafy.json", "model.safetensors"):
+        (run / name).rename(aside / name)
+    code, _, err = dcafy_command("inspect", run)
+    assert (code, "set aside for a run that was broken off: dcafy finetune" in " ".join(err.split())) == (4, True)
+    code, _, err = dcafy_command("convert", FACTORY, "-o", run, "--overwrite")
+    assert (code, "Or name another folder" in " ".join(err.split())) == (2, True)
+    code, _, err = command(FACTORY, "-o", "run", "--resume")
+    assert "run is as it was: the run that was to replace it had not begun" in " ".join(err.split())
+    assert code == 0, err
+    after = content(run)
+    assert {name for name in before if after.get(name) != before[name]} <= {"log.jsonl"}
+    assert not aside.exists()

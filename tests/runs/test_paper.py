@@ -79,9 +79,12 @@ def test_the_recipe_of_mobile_networks() -> None:
     assert (found.training.batch_size, found.training.epochs) == (512, 150)
     optimizer = optimizer_for(model, found.training)
     assert {(g["lr"], g["nesterov"]) for g in optimizer.param_groups} == {(0.1, False)}
-    for name, decay in decays(model, optimizer).items():
-        spared = "depthwise" in name or dict(model.named_parameters())[name].ndim == 1
-        assert decay == (0.0 if spared else 4e-5), name
+    owners = {f"{path}.{name}": m for path, m in model.named_modules() for name, _ in m.named_parameters(recurse=False)}
+    found_decays = decays(model, optimizer)
+    for name, decay in found_decays.items():  # the published list of exceptions: not α, β and what LayerNorms scale by
+        batch_norm = isinstance(owners[name], nn.BatchNorm2d | nn.BatchNorm1d)
+        assert decay == (0.0 if "depthwise" in name or name.endswith("bias") or batch_norm else 4e-5), name
+    assert {found_decays[name] for name in found_decays if name.endswith(("alpha", "beta"))} == {4e-5}
     by_step = rates(found.training, 10)
     assert by_step[25] == pytest.approx(0.1 * 26 / 51)
     assert by_step[50] == pytest.approx(0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 
 import pytest
@@ -136,15 +138,118 @@ def test_classes_are_weighed_by_the_labels_of_its_data_set():
 
 
 class Stream(IterableDataset):
+    """Stripes from front to back, without a length."""
+
+    def __init__(self, data=TRAIN, times=1):
+        self.data, self.times = data, times
+
     def __iter__(self):
-        return iter([])
+        for _ in range(self.times):
+            yield from (self.data[index] for index in range(len(self.data)))
+
+
+class Sized(Stream):
+    """Stripes that know how many they are, over and over."""
+
+    def __len__(self):
+        return len(self.data)
+
+
+def ways_to_stream():
+    """Of the same images, with noise that is drawn as they are read; with workers of its own, and none."""
+    counted = pytest.warns(UserWarning, match="train has no length, so it is read through once to be counted")
+    known = contextlib.nullcontext()
+    return {
+        "no length": (Stream(), counted),
+        "endless": (Sized(times=10**9), known),
+        "loader": (DataLoader(Sized(), 8), known),
+        "loader without a length": (DataLoader(Stream(), 8), counted),
+        "loader of batches": (DataLoader(Subset(_AtOnce(), range(6)), None), known),
+    }
+
+
+class _AtOnce(TensorDataset):
+    def __init__(self):
+        pass
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, number):
+        rows = [TRAIN[8 * number + place] for place in range(8)]
+        return torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
+
+
+STREAMED = dataclasses.replace(CONFIG, usage_images=8, checkpoint_steps=1)
+
+
+@functools.cache
+def streamed() -> dict[str, torch.Tensor]:
+    """The weights that an unbroken training on a stream ends with."""
+    model = connected()
+    finetune(model, Sized(), DataLoader(Sized(VAL), 8), STREAMED)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("way", ways_to_stream())
+def test_streams_train_alike(way):
+    before, model = torch.get_rng_state(), connected()
+    given, told = ways_to_stream()[way]
+    with told:
+        history = finetune(model, given, Stream(VAL), STREAMED)
+    assert (history.epochs[-1].steps, history.metrics["images"], history.usage.images) == (12, 20, 8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, streamed()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("way", ["endless", "loader of batches"])
+def test_a_stream_is_gone_on_with_from_the_middle_of_an_epoch(way, tmp_path):
+    given, _ = ways_to_stream()[way]
+    with pytest.raises(Stop):
+        finetune(connected(), given, Stream(VAL), STREAMED, directory=tmp_path, listener=Stops(9))
+    model = connected()
+    finetune(model, given, Stream(VAL), STREAMED, directory=tmp_path, resume=True)
+    assert all(torch.equal(value, streamed()[name]) for name, value in model.state_dict().items())
+
+
+def test_an_epoch_of_a_stream_is_told_and_its_noise_is_another():
+    class Told(Sized):
+        epochs, first = [], []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+        def __iter__(self):
+            for number, (image, label) in enumerate(super().__iter__()):
+                if number == 0:
+                    self.first.append(image)
+                yield image, label
+
+    options = TrainingConfig(epochs=2, batch_size=8, usage_images=0, cpu=True, balance=True)
+    finetune(connected(), Told(), VAL, options)
+    assert Told.epochs[-2:] == [0, 1]
+    assert not torch.equal(Told.first[-2], Told.first[-1])
+
+
+def test_a_stream_with_a_wrong_length():
+    class Wrong(Stream):
+        def __len__(self):
+            return 56
+
+    with pytest.warns(UserWarning, match="train says that it has 7 batches and has given 6: make its length right"):
+        finetune(connected(), Wrong(), VAL, CONFIG)
 
 
 @pytest.mark.parametrize(
     ("loader", "says"),
     [
-        (lambda: DataLoader(Stream(), 4), "from whose middle no training can go on: its data set has no index"),
-        (lambda: DataLoader(TRAIN, None), "it makes no batches"),
+        (lambda: DataLoader(TRAIN, None), "gives one image at a time. Give the DataLoader a batch_size"),
+        (lambda: Stream(Subset(TRAIN, [])), "train has no images"),
+        (lambda: DataLoader(Sized([1]), 4), "gives a Tensor as a batch"),
+        (lambda: Sized([1]), "gives int for an index"),
+        (lambda: DataLoader(Sized(), 4, num_workers=1, persistent_workers=True), "Leave persistent_workers out"),
+        (lambda: iter(TRAIN), r"is a .*iterator; finetune takes DataLoaders, iterable data sets of torch's"),
+        (lambda: DataLoader(TRAIN, 4, collate_fn=lambda samples: ({"pixels": 1}, [1])), "gives a dict and a list as a"),
         (lambda: DataLoader(Subset(TRAIN, []), 4), "train has no images"),
         (lambda: DataLoader(TRAIN, 4, collate_fn=lambda samples: {"pixels": 1}), "gives a dict as a batch"),
         (lambda: DataLoader(TRAIN, 4, collate_fn=lambda samples: (1, 2, 3)), "gives 3 things as a batch"),

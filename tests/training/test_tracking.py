@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from training_data import Stripes, connected
 
 from dcafy.errors import CheckpointError, UsageError
@@ -78,13 +81,42 @@ class Failing:
 
 
 def test_a_server_that_is_gone_does_not_end_a_training(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("accelerate").tracking.LOGGER_TYPE_TO_CLASS, "comet_ml", Failing)
-    with pytest.warns(UserWarning, match="comet_ml has failed: the server is gone") as warned:
-        history = finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=Tracked(["comet_ml"], tmp_path, "", {}))
+    monkeypatch.setitem(__import__("accelerate").tracking.LOGGER_TYPE_TO_CLASS, "clearml", Failing)
+    with pytest.warns(UserWarning, match="clearml has failed: the server is gone") as warned:
+        history = finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=Tracked(["clearml"], tmp_path, "", {}))
     assert (len(history.epochs), len(warned)) == (2, 1)
     monkeypatch.setattr(Failing, "store_init_configuration", lambda self, values: 1 / 0)
-    with pytest.raises(UsageError, match="--track comet_ml cannot begin"):
-        finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=Tracked(["comet_ml"], tmp_path, "", {}))
+    with pytest.raises(UsageError, match="--track clearml cannot begin"):
+        finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=Tracked(["clearml"], tmp_path, "", {}))
+
+
+class Drawing(Failing):
+    """One that seeds every generator that there is, as some do."""
+
+    def store_init_configuration(self, values: object) -> None:
+        torch.manual_seed(1337), np.random.seed(1337), random.seed(1337)
+
+    def log(self, values: object, step: int) -> None:
+        torch.rand(1)
+
+    def finish(self) -> None:
+        torch.manual_seed(1)
+
+
+def test_what_a_tracker_or_a_listener_draws_is_not_the_trainings(tmp_path, monkeypatch):
+    class Draws(Listener):
+        def wants(self, step: int) -> bool:
+            return bool(torch.rand(1) < 2)
+
+        def stepped(self, *_: object) -> None:
+            torch.rand(3), np.random.rand(), random.random()
+
+        measured = advanced = stepped
+
+    monkeypatch.setitem(__import__("accelerate").tracking.LOGGER_TYPE_TO_CLASS, "clearml", Drawing)
+    ways = [Listener(), Tracked(["clearml"], tmp_path, "", {}), Draws()]
+    runs = [finetune(connected(), Stripes(), Stripes(8), CONFIG, listener=way) for way in ways]
+    assert len({tuple(epoch.loss for epoch in run.epochs) for run in runs}) == 1
 
 
 def test_what_cannot_be_tracked_is_told_at_once(tmp_path, monkeypatch):

@@ -643,7 +643,7 @@ class Unlabelled(Stripes):
     ("arguments", "error", "says"),
     [
         ((TRAIN, []), InputError, "val has no images"),
-        ((DataLoader(TRAIN, batch_size=None), VAL), InputError, "train is a DataLoader from whose middle"),
+        ((DataLoader(TRAIN, batch_size=None), VAL), InputError, "train gives one image at a time"),
         ((Unlabelled(), VAL), InputError, "A label is 9, but the network has 4 classes"),
         (([("words", 1)], VAL), InputError, "gives str"),
     ],

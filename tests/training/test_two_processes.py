@@ -156,5 +156,12 @@ def test_distributed_data_parallel(ended: Ended) -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     moved_names = [name for name, value in first.items() if not torch.equal(value, start[name])]
-    own = {"dca", "rla", "dia"}
+    own = {"dca", "rla", "dia", "mrla"}
     assert {name for name in start if own & set(name.split(".")[1:])} <= set(moved_names)
+
+
+def test_whole_stages_in_shards(ended: Ended) -> None:
+    """FSDP2, stage by stage: the outputs and the gradients of one process with all images, also of what is shared."""
+    for found in ended.of("in_whole_stages"):
+        assert {name.split(".")[0] for name in found} == set(two_processes.networks_in_parallel())
+        assert all(found.values()), [name for name, alike in found.items() if not alike]
