@@ -50,6 +50,7 @@ from torch.nn import functional as F
 import dcafy
 from dcafy.attention import CBAM, ECA, GC, SE
 from dcafy.attention.gate import Gate
+from dcafy.converted import undecayed
 from dcafy.emit.connection import Connection
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -667,9 +668,10 @@ def _groups(network: nn.Module, setting: Setting, arm: Arm) -> list[dict[str, An
     if arm.options is not None:
         match, scale = (setting.lr * rate for rate in arm.rates)
         return dcafy.parameter_groups(network, lr=setting.lr, connection_lr=match, scale_lr=scale, weight_decay=1e-4)
+    apart = undecayed(network)
     split = (
-        ([p for p in network.parameters() if p.ndim > 1], 1e-4),
-        ([p for p in network.parameters() if p.ndim < 2], 0),
+        ([p for p in network.parameters() if id(p) not in apart], 1e-4),
+        ([p for p in network.parameters() if id(p) in apart], 0),
     )
     return [{"params": part, "weight_decay": decay} for part, decay in split]
 

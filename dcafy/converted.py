@@ -53,9 +53,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups: the base, the matching layers' weights, α and β, and what no decay may shrink.
 
-    No decay on α, β, norms and biases (everything of one dimension). ``connection_lr`` (default: ``lr``) is the rate of
-    everything under ``dca``; ``scale_lr`` is that of α and β, where they have their own. Inserted attention has that of
-    the base. Parameters that do not require a gradient are left out.
+    No decay on α, β, norms and biases (all that has one dimension, and norms over maps). ``connection_lr`` (default:
+    ``lr``) is the rate of everything under ``dca``; ``scale_lr`` is that of α and β, where they have their own.
+    Inserted attention has that of the base. Parameters that do not require a gradient are left out.
 
     >>> import dcafy, torch, torchvision
     >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
@@ -67,16 +67,33 @@ def parameter_groups(
     own, scales = own_parameters(model), scale_parameters(model)
     connection_lr = lr if connection_lr is None else connection_lr
     scale_lr = connection_lr if scale_lr is None else scale_lr
+    spared = undecayed(model)
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             ours = id(parameter) in own
             rate = scale_lr if id(parameter) in scales else connection_lr if ours else lr
-            groups.setdefault((ours, rate, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((ours, rate, id(parameter) not in spared), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "weight_decay": weight_decay if decays else 0.0}
         for (_, rate, decays), parameters in groups.items()
     ]
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def undecayed(model: nn.Module) -> set[int]:
+    """The identities of the parameters that no weight decay may shrink: α, β, norms and biases.
+
+    A norm may have more than one dimension: GC's is over ``[C, 1, 1]``.
+    """
+    return {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim < 2 or name == "bias" or isinstance(module, _NORMS)
+    }
 
 
 def freeze_base(model: nn.Module) -> nn.Module:

@@ -162,7 +162,7 @@ def test_a_plan_is_drawn_in_its_natural_size_beside_its_table():
 
 
 @pytest.mark.parametrize("name", ["connections", "usage", "contributions", "values", "block", "cams",
-                                                    "summary", "plan", "history"])  # fmt: skip
+                                                    "stage", "summary", "plan", "history"])  # fmt: skip
 def test_as_plain_data_and_as_a_data_frame(name, monkeypatch):
     result = measured()[name]
     data = result.to_dict()

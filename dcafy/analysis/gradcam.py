@@ -36,6 +36,10 @@ class StageMaps(Shown):
     name: str
     maps: Tensor
 
+    def to_dict(self) -> dict[str, Any]:
+        """The maps as JSON-ready data: lists of rows for each image."""
+        return {"name": self.name, "maps": self.maps.tolist()}
+
     def _headline(self) -> str:
         return f"{self.name}, maps {list(self.maps.shape)}"
 

@@ -150,7 +150,8 @@ def of_evaluation(found: Evaluation, title: str) -> list[RenderableType]:
     ]
     if taken:
         head = (Column("class", "name"), Column("taken for", "name"), Column("images", "number"))
-        parts.append(Sheet(head, tuple(taken), "most often taken for another"))
+        more = f", the first {_SHOWN} of {len(wrong)}" if len(wrong) > _SHOWN else ""
+        parts.append(Sheet(head, tuple(taken), f"most often taken for another{more}"))
     return parts
 
 

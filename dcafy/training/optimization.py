@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dcafy.converted import parameter_groups
+from dcafy.converted import parameter_groups, undecayed
 from dcafy.emit.dca import is_connected
 from dcafy.errors import InputError
 from dcafy.training.options import TrainingConfig
@@ -28,7 +28,11 @@ def groups_of(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
         )
     else:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        split = ([p for p in trained if p.ndim > 1], config.decay), ([p for p in trained if p.ndim <= 1], 0.0)
+        apart = undecayed(model)
+        split = (
+            ([p for p in trained if id(p) not in apart], config.decay),
+            ([p for p in trained if id(p) in apart], 0.0),
+        )
         groups = [{"params": part, "lr": config.base_rate, "weight_decay": decay} for part, decay in split if part]
     return _decayed(model, groups, config)
 

@@ -14,7 +14,7 @@ import dcafy
 from dcafy.attention.kinds import ATTENTIONS
 from dcafy.training import TrainingConfig
 from dcafy.training.freezing import frozen_base
-from dcafy.training.optimization import optimizer_for
+from dcafy.training.optimization import groups_of, optimizer_for
 
 STARTING = sorted(name for name, kind in ATTENTIONS.items() if not kind.obstacle and not kind.along)
 
@@ -162,6 +162,20 @@ def test_alpha_and_beta_have_a_rate_of_their_own(topology: str) -> None:
         rate = 0.3 if id(parameter) in scales else 0.05 if id(parameter) in own else 0.01
         decay = 0.1 * before[key] if parameter.ndim > 1 else 0.0
         torch.testing.assert_close(parameter.detach(), before[key] - rate * (2.0 + decay), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("converted", [True, False])
+@pytest.mark.parametrize("name", ["gc", "cbam"])
+def test_norms_and_biases_have_no_decay_whatever_their_dimensions(name: str, converted: bool) -> None:
+    """GC's LayerNorm is over ``[C, 1, 1]``; whether the network is connected changes nothing."""
+    model = dcafy.insert(Network(), name, reduction=4, example_inputs=X)
+    model = dcafy.convert(model, example_inputs=X) if converted else model
+    groups = groups_of(model, TrainingConfig(optimizer="sgd", weight_decay=0.5))
+    decayed = {id(p) for group in groups for p in group["params"] if group["weight_decay"]}
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and key == "weight"
+            assert (id(parameter) in decayed) == layer, (path, key)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -35,6 +36,9 @@ def test_help_fits_in_panels_and_breaks_no_option(name, width, dcafy_command, mo
             assert declared in out.replace(",", " ").split(), declared
     panels = [line.split("─")[1].strip() for line in out.splitlines() if line.startswith("─ ")]
     assert panels[0] in ("Arguments", "Data")
+    usage = out.partition("\n\n")[0]
+    assert not re.search(r"[{}]|\[\[|\]\]|\.{4}", usage), usage
+    assert not re.search(r"\S  \[(default|required)", out)
     assert set(panels) <= {"Arguments", *TOPICS, "Options", "Example"}
     # One command after the other, each as a user would copy it.
     example = out[out.rindex("─\n") + 2 :].replace("\\\n", " ").strip()

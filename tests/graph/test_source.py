@@ -96,8 +96,19 @@ def test_names_that_something_of_the_class_hides_are_refused(name: str, kind: st
     """The user's code may reach it by its holder; in source it would be what the class has."""
     model = network(Gated())
     getattr(model[1], kind)[name] = nn.Identity() if kind == "_modules" else torch.zeros(1)
-    with pytest.raises(InputError, match=f"is named '{name}', as something that every Gated has"):
+    with pytest.raises(InputError, match=f"is named '{name}', as something else that every Gated has"):
         dcafy.convert(model, example_inputs=X)
+
+
+def test_a_property_that_gives_what_it_hides_is_taken() -> None:
+    class Held(nn.Sequential):
+        @property
+        def gate(self) -> nn.Module:
+            return self._modules["gate"]  # type: ignore[return-value]
+
+    model = Held()
+    model._modules["gate"] = network(Gated())
+    assert len(dcafy.connections(dcafy.convert(model, example_inputs=X))) == 1
 
 
 @pytest.mark.parametrize("name", ["block1-0", "mro", "0", "слой", "x_1", "global", "lambda", "None"])
