@@ -59,7 +59,7 @@ def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str
     >>> found.connections[0].message_share, found.connections[0].cut.loss  # a fresh connection says nothing
     (0.0, 0.0)
     """
-    units = hearing_states(model)
+    units = hearing_states(_plain(model))
     own = contributions(model) if is_connected(model) or not units else ()
     look = _Looked(_plain(model), loader, device or next(model.parameters()).device)
     with look.listening():

@@ -463,6 +463,8 @@ def test_usage_is_what_changing_the_state_does(result: Any, kind: str, monkeypat
             assert effect.loss_error == pytest.approx(difference.std().item() / 6**0.5, rel=1e-3, abs=1e-5)
             assert effect.loss or kind == "dia", (name, which)
     assert "the state that is handed on" in str(found)
+    monkeypatch.undo()
+    assert dcafy.usage(nn.DataParallel(result), data).states == found.states
 
 
 def test_what_is_told_of_it(result: Any, kind: str) -> None:
