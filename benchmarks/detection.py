@@ -263,7 +263,8 @@ def report(work: Path) -> str:
         f"{CONFIG.epochs} epochs, {CONFIG.optimizer} with {CONFIG.base_rate:g} (connections "
         f"{CONFIG.connection_rate:g}), batches of {CONFIG.batch_size}, cosine. For each seed both networks "
         "start from the same weights and see the same images in the same order. Means, in brackets the seeds; AP in "
-        "percent.",
+        "percent. For RLA, which is connected by nature (`docs/family.md`), vanilla is the network without attention, "
+        'and connected the same with `dcafy.insert(model, "rla")`, an exact no-op at first.',
         "",
         "| attention | metric | vanilla | connected | difference (points) | 95% interval | verdict |",
         "| --- | --- | --- | --- | ---: | --- | --- |",

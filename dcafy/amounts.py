@@ -35,3 +35,13 @@ def points(change: float) -> str:
     '-1.23'
     """
     return fixed(100 * change, 2, sign=True)
+
+
+def operations(*gflops: float) -> tuple[str, list[str]]:
+    """The unit in which these multiply-adds, in 1e9, are told beside each other, and the numbers.
+
+    >>> operations(0.000896, 0.00091), operations(4.1)
+    (('MFLOPs', ['0.896', '0.910']), ('GFLOPs', ['4.100']))
+    """
+    unit, scale = ("GFLOPs", 1.0) if max(gflops, default=0.0) >= 0.1 else ("MFLOPs", 1000.0)
+    return unit, [fixed(scale * value, 3) for value in gflops]

@@ -40,7 +40,7 @@ from dcafy.plan.blocks import Alone, Chain, Link, Skipped
 from dcafy.plan.plan import Plan
 from dcafy.survey import survey
 from dcafy.trace.inputs import from_data, in_dtype_of
-from dcafy.wording import nearest
+from dcafy.wording import nearest, shown
 
 
 def parameter_groups(
@@ -151,7 +151,10 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
     True
     """
     recipe = require_recipe(model)
-    asked = dict.fromkeys([names] if isinstance(names, str) else names)
+    asked = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    if not all(isinstance(name, str) for name in asked):
+        raise UsageError(f"names should be those of connections, not {shown(names)}: see dcafy.connections(model).")
+    asked = list(dict.fromkeys(asked))
     if not asked:
         return own_copy(model) if copy else shared_copy(model)
     plan = _without(recipe.plan, asked, connections(model))

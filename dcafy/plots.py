@@ -77,12 +77,17 @@ def histogram(ax: Axes, shares: Series, edges: Series, *, title: str) -> Axes:
 
 
 def picture(ax: Axes, values: Any, *, title: str = "", heat: Any = None) -> Axes:
-    """An image, ``[H, W]`` or ``[H, W, 3]``, with a heat map over it where there is one."""
-    ax.imshow(values, cmap="inferno")
+    """An image, ``[H, W]`` or ``[H, W, 3]``, with a heat map over it where there is one; heat is shown from 0 on."""
+    ax.imshow(values, cmap="inferno", vmin=0)
     if heat is not None:
         high, wide = values.shape[:2]
         ax.imshow(
-            heat, cmap="inferno", alpha=0.55, interpolation="bilinear", extent=(-0.5, wide - 0.5, high - 0.5, -0.5)
+            heat,
+            cmap="inferno",
+            alpha=0.55,
+            vmin=0,
+            interpolation="bilinear",
+            extent=(-0.5, wide - 0.5, high - 0.5, -0.5),
         )
     ax.set_title(named(title), fontsize=8)
     ax.set_axis_off()

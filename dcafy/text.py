@@ -8,6 +8,20 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
 
 
+def cell(text: str) -> str:
+    """``text`` for a table of comma-separated values: printable, and nothing that a spreadsheet reckons.
+
+    >>> cell("=HYPERLINK(0)"), cell("a cat")
+    ("'=HYPERLINK(0)", 'a cat')
+    """
+    shown = printable(text)
+    return f"'{shown}" if shown[:1] in _FORMULAS else shown
+
+
+_FORMULAS = ("=", "+", "-", "@")
+"""With what a formula begins."""
+
+
 def short(text: str, most: int = 100) -> str:
     """``text`` on one line, printable, and cut in the middle where it is longer than ``most``.
 

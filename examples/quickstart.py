@@ -174,7 +174,7 @@ def show(outcome: Outcome, *, epochs: int, seed: int, console: Console) -> None:
         (f"original, {epochs} more epochs", outcome.original_accuracy),
         (f"converted, {epochs} more epochs", outcome.converted_accuracy),
     ):
-        accuracies.add_row(name, f"{value:.2%}")
+        accuracies.add_row(name, f"{value:.1%}")
 
     connections = Table(title="Connections after fine-tuning", title_justify="left")
     connections.add_column("receiving block")
@@ -182,7 +182,7 @@ def show(outcome: Outcome, *, epochs: int, seed: int, console: Console) -> None:
     for column in ("α", "β", "contribution"):
         connections.add_column(column, justify="right")
     for row in outcome.connections:
-        connections.add_row(row.block, row.hears, f"{row.alpha:.4f}", f"{row.beta:+.4f}", f"{row.contribution:.4f}")
+        connections.add_row(row.block, row.hears, f"{row.alpha:.4f}", f"{row.beta:+.4f}", f"{row.contribution:.1%}")
 
     console.print(accuracies)
     console.print(connections)

@@ -106,10 +106,11 @@ def prints_what_is_shown(command: Command, where: str) -> None:
 
 def module(name: str) -> types.ModuleType:
     """A program of ``docs``, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found  # where dataclasses look for a module's names
     spec.loader.exec_module(found)
     return found
 

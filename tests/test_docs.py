@@ -207,6 +207,17 @@ def test_the_table_of_networks_is_what_is_found_in_them(made: Any) -> None:
         assert table[row.spec] == {"attention": row.attention, "connections": row.connections}
 
 
+def test_pictures_are_those_that_the_script_makes_and_small() -> None:
+    made = pages.module("screenshots")
+    pictures = {path.stem: path.stat().st_size for path in (ROOT / "docs").glob("*.png")}
+    assert pictures.keys() == made.PICTURES.keys()
+    assert max(pictures.values()) <= made.LARGEST
+    assert sum(pictures.values()) < 1_000_000
+    written = "".join(text for name, text in TEXTS.items())
+    unseen = {name for name in pictures if f"({name}.png)" not in written.replace("docs/", "")}
+    assert unseen == {"report-1280-dark", "report-375-light"}  # the other scheme, to be looked at beside
+
+
 def test_a_dead_link_and_a_dead_anchor_are_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A heading: *x*\n[a](#a-heading-x) [b](#nothing) [c](other.md) [d](page.md#a-heading-x)\n")

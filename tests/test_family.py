@@ -139,6 +139,9 @@ def test_usage_and_drop(model: Any) -> None:
     found = {row.name: row for row in dcafy.usage(model, [(X, labels)]).connections}
     assert list(found) == list(dcafy.connections(model))
     assert all(row.message_share > 0 for row in found.values())
+    told = str(dcafy.summary(model))
+    assert all(f"{link.mixing}: " in told for link in model.dca.recipe.plan.links)
+    assert "arXiv" in told
     name = list(found)[-1]
     without = dcafy.drop(model, [name])
     losses = [nn.functional.cross_entropy(evaluate(one, X), labels).item() for one in (without, model)]

@@ -713,3 +713,318 @@ def test_reasons_are_in_dcafys_own_words() -> None:
     for skipped in plan.skipped:
         assert not {"meta", "Proxy", "Error"} & set(skipped.reason.replace(":", " ").split()), skipped
         assert "test_field.py, line" in skipped.reason
+
+
+# 12. What copies leave out, what is altered later, where things are made -----------------------------
+
+
+class Pooling(nn.Module):
+    """Keeps of itself, in copies and pickles, what it was made with and nothing else (as einops' layers do)."""
+
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"axes": self.axes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.axes)
+
+
+class Remade(Pooling):
+    """Says by itself how it is made anew, from nothing else."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.axes,)
+
+
+class Excited(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * super().forward(x)[:, :, None, None]
+
+
+@pytest.mark.parametrize("kind", [Pooling, Remade])
+def test_what_a_class_leaves_out_of_copies_is_no_connection(kind: type[Pooling], tmp_path: Path) -> None:
+    def unit() -> nn.Module:
+        return Excited(kind((2, 3)), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16), nn.Sigmoid())
+
+    model = trained_like(Net(unit(), unit(), unit()), IMAGES)
+    made = connected(model, ("units.0", "units.1", "units.2"))
+    with torch.no_grad():
+        for connection in dcafy.connections(made).values():
+            connection.beta.fill_(0.7)
+        expected = made(IMAGES)
+        assert not torch.equal(expected, model(IMAGES))
+        twins = copy.deepcopy(made), pickle.loads(pickle.dumps(made)), dcafy.flat(made), copy.copy(made)
+        for twin in twins:
+            assert torch.equal(twin(IMAGES), expected)
+    plain = dcafy.revert(copy.deepcopy(made))
+    assert [type(module) for module in plain.modules()] == [type(module) for module in model.modules()]
+
+
+class Strips(nn.Module):
+    """Two strips, each with a map of its own: the block hands on its strips of what it made, pooled once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveAvgPool2d((1, None))
+        self.mix, self.of_rows, self.of_columns = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(8, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        strips = torch.cat([self.rows(x), self.columns(x).transpose(2, 3)], 2)
+        rows, columns = self.mix(strips).split([height, width], 2)
+        return x * self.of_rows(rows).sigmoid() * self.of_columns(columns.transpose(2, 3)).sigmoid()
+
+
+def adds_in_place(unit: Any, x: Tensor) -> Tensor:
+    y = unit.strips(x)
+    y += x
+    return F.relu_(y)
+
+
+def drops_and_adds_in_place(unit: Any, x: Tensor) -> Tensor:
+    return F.dropout(unit.strips(x), 0.1, training=False).add_(x)
+
+
+def adds_in_place_by_content(unit: Any, x: Tensor) -> Tensor:
+    y = unit.strips(x)
+    if x.mean() < 1e6:
+        y += x
+    return y
+
+
+@pytest.mark.parametrize("body", [adds_in_place, drops_and_adds_in_place, adds_in_place_by_content])
+def test_what_is_altered_behind_its_fusion_has_gradients(body: Body) -> None:
+    """Autograd keeps what the strips were pooled of once more, and refuses what was altered since."""
+
+    def prepare(unit: nn.Module) -> None:
+        unit.strips = Strips()
+
+    model = network(body, prepare)
+    made = dcafy.convert(model, example_inputs=IMAGES)
+    for net in (model, made):
+        net(IMAGES).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        gradient = made.get_parameter(name).grad
+        assert (gradient is None) is (parameter.grad is None), name
+        assert gradient is None or torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-7), name
+
+
+class Pyramid(nn.Module):
+    """Squeezes each group of channels in a module of its own, and weighs them against one another (EPSA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeezes = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Sigmoid())
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = torch.stack(x.chunk(2, 1), 1)
+        weights = torch.stack([squeeze(groups[:, i]) for i, squeeze in enumerate(self.squeezes)], 1)
+        return (groups * weights.softmax(1)).flatten(1, 2)
+
+
+def test_a_block_that_pools_in_several_modules_has_a_connection_in_each() -> None:
+    made = connected(trained_like(Net(Pyramid(), Pyramid()), IMAGES))
+    assert len(dcafy.connections(made)) == 2
+    with torch.no_grad():
+        before = made(IMAGES)
+        for connection in dcafy.connections(made).values():
+            connection.beta.fill_(1)
+            assert not torch.equal(made(IMAGES), before)
+            connection.beta.fill_(0)
+
+
+class Recurrent(nn.Module):
+    """Sequences of a recurrent layer, which has its channels behind the steps, or behind the samples."""
+
+    def __init__(self, *, batch_first: bool, keep: bool) -> None:
+        super().__init__()
+        self.batch_first, self.keep = batch_first, keep
+        self.steps = nn.GRU(16, 16, batch_first=batch_first)
+        self.excite = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.mean(3)
+        y, _ = self.steps(rows.transpose(1, 2) if self.batch_first else rows.permute(2, 0, 1))
+        if self.keep:
+            y = y * self.excite(y.mean(1, keepdim=True))
+            return x + y.transpose(1, 2)[..., None]
+        y = y.transpose(1, 2) if self.batch_first else y.permute(1, 2, 0)
+        return x + (y * self.excite(y.mean(2))[..., None])[..., None]
+
+
+@pytest.mark.parametrize(("batch_first", "keep"), [(True, False), (False, False), (True, True)])
+def test_recurrent_layers_have_their_channels_last(batch_first: bool, keep: bool) -> None:
+    units = [Recurrent(batch_first=batch_first, keep=keep) for _ in range(2)]
+    plan = dcafy.inspect(Net(*units).eval(), example_inputs=IMAGES)
+    assert [(block.dimension, block.channels) for block in plan.blocks] == [("channel", 16)] * 2
+    assert len(plan.links) == 1
+
+
+def writes_into_new(x: Tensor, parts: list[Tensor]) -> Tensor:
+    made = x.new_empty(len(x), 32)
+    made[:, :16], made[:, 16:] = parts
+    return made
+
+
+def writes_into_zeros(x: Tensor, parts: list[Tensor]) -> Tensor:
+    made = torch.zeros(x.shape[0], 32)
+    made[:, :16] = parts[0]
+    made[:, 16:].copy_(parts[1])
+    return made
+
+
+def adds_into_zeros(x: Tensor, parts: list[Tensor]) -> Tensor:
+    made = torch.zeros(x.shape[0], 2, 16)
+    made[:, 0] += parts[0]
+    made.select(1, 1).add_(parts[1])
+    return made.flatten(1)
+
+
+@pytest.mark.parametrize("join", [writes_into_new, writes_into_zeros, adds_into_zeros])
+def test_what_is_written_into_a_tensor_is_heard_and_told(join: Callable[[Tensor, list[Tensor]], Tensor]) -> None:
+    """G and T that are put together in place are those of the same network that concatenates them."""
+
+    def prepare(unit: nn.Module) -> None:
+        unit.expand = nn.Linear(32, 32)
+
+    def body(unit: Any, x: Tensor, join: Any = join) -> Tensor:
+        values = unit.expand(join(x, [x.mean((2, 3)), x.amax((2, 3))])).sigmoid().chunk(2, 1)
+        gate = join(x, list(values)).unflatten(1, (2, 16)).mean(1)
+        return x * gate[:, :, None, None]
+
+    made = connected(network(body, prepare))
+    twin = dcafy.convert(
+        network(functools.partial(body, join=lambda _, parts: torch.cat(parts, 1)), prepare), example_inputs=IMAGES
+    )
+    state = made.state_dict()
+    assert [value.shape for value in twin.state_dict().values()] == [value.shape for value in state.values()]
+    twin.load_state_dict(state)
+    with torch.no_grad():
+        for net in (made, twin):
+            for connection in dcafy.connections(net).values():
+                connection.beta.fill_(0.7)
+        assert torch.equal(made(IMAGES), twin(IMAGES))
+
+
+def test_a_map_is_told_as_its_fusion_reads_it() -> None:
+    def in_place(unit: Any, x: Tensor) -> Tensor:
+        gate = unit.excite(x.mean((2, 3)))
+        gate.mul_(2.0)
+        y = x * gate[:, :, None, None]
+        gate.zero_()
+        return y
+
+    def plain(unit: Any, x: Tensor) -> Tensor:
+        return x * (unit.excite(x.mean((2, 3))) * 2.0)[:, :, None, None]
+
+    outputs = []
+    for body in (in_place, plain):
+        with seeded(3):
+            made = dcafy.convert(network(body), example_inputs=IMAGES)
+        with torch.no_grad():
+            for connection in dcafy.connections(made).values():
+                connection.beta.fill_(0.7)
+            outputs.append(made(IMAGES))
+    assert torch.equal(*outputs)
+
+
+def test_a_variable_of_old_is_a_tensor() -> None:
+    def body(unit: Any, x: Tensor) -> Tensor:
+        zeros = torch.autograd.Variable(torch.zeros(x.size(0), x.size(1)))
+        assert isinstance(x, torch.autograd.Variable)
+        return x * unit.excite(x.mean((2, 3)) + zeros)[:, :, None, None]
+
+    connected(network(body))
+
+
+def test_a_partial_forward_holds_the_block_itself() -> None:
+    def prepare(unit: nn.Module) -> None:
+        unit.forward = functools.partial(scaled, unit, scale=2.0)
+
+    model = network(Unit.attend, prepare)
+    made = connected(model)
+    plain = dcafy.revert(copy.deepcopy(made))
+    assert plain.units[1].forward.args == (plain.units[1],)
+    assert torch.equal(plain(IMAGES), model(IMAGES))
+
+
+def scaled(unit: Any, x: Tensor, scale: float = 1.0) -> Tensor:
+    return unit.attend(unit.conv(x)) * scale
+
+
+def counts(unit: Any, context: Tensor) -> Tensor:
+    unit.seen += 1
+    return context
+
+
+def averages_in_training(unit: Any, context: Tensor) -> Tensor:
+    if unit.training:
+        unit.usual = 0.9 * unit.usual + 0.1 * context.detach().mean(0)
+    return context - unit.usual
+
+
+@pytest.mark.parametrize("keeps", [counts, averages_in_training])
+def test_a_block_that_keeps_a_buffer_is_connected(keeps: Callable[[Any, Tensor], Tensor]) -> None:
+    def prepare(unit: nn.Module) -> None:
+        unit.register_buffer("seen", torch.zeros(()))
+        unit.register_buffer("usual", torch.zeros(16))
+
+    def body(unit: Any, x: Tensor) -> Tensor:
+        return x * unit.excite(keeps(unit, x.mean((2, 3))))[:, :, None, None]
+
+    made = connected(network(body, prepare), others=())
+    before = made.units[0].seen.clone(), made.units[0].usual.clone()
+    made.train()(IMAGES)
+    assert not all(torch.equal(*pair) for pair in zip(before, (made.units[0].seen, made.units[0].usual), strict=True))
+
+
+def test_why_training_cannot_be_followed_is_said() -> None:
+    def body(unit: Any, x: Tensor) -> Tensor:
+        context = x.mean((2, 3))
+        if unit.training:
+            with torch.no_grad():
+                unit.usual.lerp_(context.mean(0), 0.1)
+        return x * unit.excite(context - unit.usual)[:, :, None, None]
+
+    model = network(body, lambda unit: unit.register_buffer("usual", torch.zeros(16)))
+    with pytest.raises(dcafy.NoAttentionError, match=r"in training than in eval, and there .* under torch\.no_grad"):
+        dcafy.convert(model, example_inputs=IMAGES)
+
+
+def test_blocks_that_lie_beside_one_another_are_said_to() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = SE(3 * 4), SE(3 * 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.pixel_unshuffle(x, 2)
+            return self.left(x) + self.right(x)
+
+    with pytest.raises(dcafy.NoAttentionError, match="beside one another") as caught:
+        dcafy.convert(Beside().eval(), example_inputs=IMAGES)
+    assert "What was skipped" not in str(caught.value)
+
+
+def test_a_pooled_map_that_is_weighed_is_no_attention() -> None:
+    """What was pooled and spread again has a weight that says how far it is from X (CAN): the weight is no X."""
+
+    def body(unit: Any, x: Tensor) -> Tensor:
+        y = unit.attend(x)
+        around = F.interpolate(unit.of_context(F.adaptive_avg_pool2d(y, 1)), y.shape[2:])
+        weight = unit.of_difference(y - around).sigmoid()
+        return y + around * weight
+
+    def prepare(unit: nn.Module) -> None:
+        unit.of_context, unit.of_difference = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    connected(network(body, prepare))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import html.parser
+import io
 import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
 from functools import cache
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from networks import SELinear, with_attention
+from PIL import Image
 from torch import nn
 from trained import seeded
 
@@ -158,7 +162,7 @@ def test_a_plan_is_drawn_in_its_natural_size_beside_its_table():
 
 
 @pytest.mark.parametrize("name", ["connections", "usage", "contributions", "values", "block", "cams",
-                                                    "summary", "plan", "history"])  # fmt: skip
+                                                    "stage", "summary", "plan", "history"])  # fmt: skip
 def test_as_plain_data_and_as_a_data_frame(name, monkeypatch):
     result = measured()[name]
     data = result.to_dict()
@@ -290,3 +294,19 @@ def test_every_result_that_shows_itself_can_be_told_from_the_others():
 def test_nothing_that_draws_is_imported_before_something_is_drawn():
     code = "import sys, dcafy.analysis, dcafy.training; assert not {'matplotlib', 'pandas'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_heat_is_shown_from_nothing_to_its_most():
+    """A map of one value, or of equal ones, is all there is of it, not nothing; a map that never is 0 has no black."""
+    maps = torch.tensor([[[0.7, 0.7]], [[0.5, 1.0]], [[0.0, 0.0]]])
+    found = analysis.GradCam(torch.zeros(3, dtype=torch.long), (analysis.StageMaps("last", maps),))
+    shown = [
+        Image.open(io.BytesIO(base64.b64decode(data))).resize((2, 1), Image.Resampling.NEAREST).tobytes()
+        for data in re.findall(r"base64,([^\"]+)", found._repr_html_())
+    ]
+    assert list(shown[0]) == [255, 255]
+    assert 127 <= shown[1][0] < 200 < shown[1][1]
+    assert list(shown[2]) == [0, 0]
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    assert [ax.images[0].get_clim()[0] for ax in found.plot()] == [0, 0, 0]

@@ -36,6 +36,10 @@ class StageMaps(Shown):
     name: str
     maps: Tensor
 
+    def to_dict(self) -> dict[str, Any]:
+        """The maps as JSON-ready data: lists of rows for each image."""
+        return {"name": self.name, "maps": self.maps.tolist()}
+
     def _headline(self) -> str:
         return f"{self.name}, maps {list(self.maps.shape)}"
 
@@ -107,7 +111,8 @@ class GradCam(Shown):
 
 def _heat(heat: Tensor) -> str:
     """A map as a small picture, from nothing (black) to its most (white)."""
-    made = Image.fromarray((_visible(heat[None])[..., 0] * 255).astype("uint8"))
+    level = heat.detach().float().cpu() / heat.max().clamp_min(1e-12).cpu()
+    made = Image.fromarray((level * 255).round().to(torch.uint8).numpy())
     file = io.BytesIO()
     made.resize((96, 96), Image.Resampling.BILINEAR).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")

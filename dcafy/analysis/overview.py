@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from dcafy.amounts import fixed, metric, percent
+from dcafy.amounts import fixed, metric, operations, percent
 from dcafy.analysis.complexity import gflops_of
 from dcafy.analysis.contributions import contributions
 from dcafy.attention.inserted import HandedOn, handed_on
@@ -22,6 +22,7 @@ from dcafy.emit.wiring import costs
 from dcafy.errors import InputError
 from dcafy.graph.rewritten import original_class
 from dcafy.images.about import About, known
+from dcafy.link.topology import ways
 from dcafy.plan.blocks import Contribution, hearing
 from dcafy.plan.options import Conversion
 from dcafy.plan.plan import Plan
@@ -127,12 +128,11 @@ class Summary(Shown):
         own = f", {self.own:,} ({percent(self.own / max(self.parameters, 1))}) of them in connections"
         yield f"{self.parameters:,} parameters{own if self.connected else ''}"
         shape = "x".join(map(str, self.input))
-        cost = (
-            f"not counted: {self.uncounted}"
-            if self.gflops is None
-            else f"{fixed(self.gflops, 3)} for one {shape} input"
-        )
-        yield f"GFLOPs (multiply-adds of convolutions and matrix products): {cost}"
+        unit, (cost,) = operations(self.gflops or 0.0)
+        told = f"not counted: {self.uncounted}" if self.gflops is None else f"{cost} for one {shape} input"
+        yield f"{unit} (multiply-adds of convolutions and matrix products): {told}"
+        if self.connected:
+            yield from ways(self.plan.links)
         for one in self.handed_on:
             yield str(one)
             yield one.what

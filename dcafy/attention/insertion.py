@@ -39,7 +39,7 @@ from dcafy.plan.options import Init, Linking
 from dcafy.survey import survey
 from dcafy.trace.accepted import require_module
 from dcafy.trace.fold import CannotEnter, Folded, fold
-from dcafy.wording import few
+from dcafy.wording import few, shown
 
 
 def insert(
@@ -105,7 +105,7 @@ def put(
     copy: bool = True,
 ) -> nn.Module:
     """What :func:`insert` gives, before blocks are connected."""
-    _check(attention, reduction, init)
+    _check(attention, where, reduction, init)
     require_module(model)
     if is_connected(model):
         raise InputError("The model is connected already. Insert attention first, then convert the result.")
@@ -131,9 +131,11 @@ def put(
     return host
 
 
-def _check(attention: str, reduction: int | None, init: str) -> None:
-    if attention not in ATTENTIONS:
-        raise UsageError(f"attention={attention!r} is not known. Use one of: {', '.join(sorted(ATTENTIONS))}.")
+def _check(attention: str, where: str, reduction: int | None, init: str) -> None:
+    if not isinstance(attention, str) or attention not in ATTENTIONS:
+        raise UsageError(f"attention={shown(attention)} is not known. Use one of: {', '.join(sorted(ATTENTIONS))}.")
+    if not isinstance(where, str):
+        raise UsageError(f"where should be 'auto' or a glob of module paths, not {shown(where)}.")
     if init not in get_args(Init):
         raise UsageError(f"init={init!r} is not known. Use one of: {', '.join(get_args(Init))}.")
     if reduction is None:

@@ -131,7 +131,7 @@ def _explained(address: Address, name: str | None = None) -> Iterator[None]:
         if address.name.startswith("timm/"):
             hint = f" It is timm's own: name it timm:{address.name.partition('/')[2]}@DEFAULT."
         raise CheckpointError(f"{address} has no {name}, so dcafy did not write it.{hint}") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # its own errors, those of what it asks with, and RuntimeErrors of its uploads
         raise SourceError(f"{address} could not be reached ({printable(one_line(error)[:200])}).") from error
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -89,14 +91,22 @@ def _reported() -> Iterator[None]:
 
 
 def _complain(message: str) -> None:
-    print(f"dcafy: error: {message}", file=sys.stderr)
+    _said(f"dcafy: error: {message}")
+
+
+def _said(line: str) -> None:
+    """A line on stderr; a terminal gets as many as it takes for its words to stay whole."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = "\n".join(textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False))
+    print(line, file=sys.stderr)
 
 
 class _ToStderr(logging.Handler):
     """What the package logs, one line each, on what is stderr at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"dcafy: {short(record.getMessage(), 900)}", file=sys.stderr)
+        _said(f"dcafy: {short(record.getMessage(), 900)}")
 
 
 class _Commands(Commands):

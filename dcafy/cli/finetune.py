@@ -149,6 +149,14 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def _warn_of_random_weights(on: Subject, request: Request) -> None:
+    """What the header tells; under --quiet there is none, and a warning is no progress."""
+    from dcafy.runs.using import tell_random
+
+    if is_quiet():
+        tell_random(on.network, request.model)
+
+
 def _tried(asked: Asked, request: Request) -> list[RenderableType]:
     """One batch through everything, of each arm; what that took, for the main process."""
     from dcafy.runs.header import header, in_words
@@ -162,6 +170,7 @@ def _tried(asked: Asked, request: Request) -> list[RenderableType]:
             on = _looked_over(asked, request, arm)
             if is_main_process() and not trials:
                 _tell(header(request, on, None))
+                _warn_of_random_weights(on, request)
             trials[arm] = trial(request, on)
     return in_words(trials, request) if is_main_process() else []
 
@@ -188,6 +197,7 @@ def _trained(asked: Asked, request: Request) -> list[RenderableType]:
             before = read_request(output) if asked.goes_on and os.path.exists(output / REQUEST) else None
             _tell(header(request, on, output, trackers=asked.run.trackers, asked_before=before))
             if not asked.goes_on:
+                _warn_of_random_weights(on, request)
                 alone.enter_context(in_place_of_another(output))
             write_request(output, request)
         summary = _summary(asked, request, on, output)

@@ -64,7 +64,8 @@ def _panel(formatter: Any, title: str, rows: Iterable[Row]) -> None:
     names = min(max(len(name) for name, _ in found), NAMES)
     aside = formatter.width >= NARROW or names < NAMES // 2
     at = names + 4 if aside else 6
-    for name, text in found:
+    for name, told in found:
+        text = told.replace("  [", " [")
         lines = textwrap.wrap(text, formatter.width - at, break_on_hyphens=False, break_long_words=False)
         if aside and len(name) <= names:
             formatter.write(f"  {name:{names}}  {lines.pop(0) if lines else ''}".rstrip() + "\n")
@@ -106,6 +107,11 @@ def _by_topic(formatter: Any, told: Iterable[tuple[str, Row]]) -> None:
 
 class Command(TyperCommand):
     """A command whose help stands in panels and ends with an example."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The arguments by their names alone, in brackets where they may be left out."""
+        plainly = (piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx))
+        return [piece.replace("[[", "[").replace("]]", "]").replace("......", "...") for piece in plainly]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _by_topic(formatter, _options(self, ctx))

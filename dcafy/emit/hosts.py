@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -265,7 +265,12 @@ class _Edits:
             values = self._extract_again(calls[0], messages[0], outputs)
         else:
             each_call = zip(*([site.node for site in one.sites] for one in calls), strict=True)
-            values = tuple(self._unaltered(each, node) for node, each in zip(nodes, each_call, strict=True))
+            found = self.host.region[calls[0].source]
+            maps = {self._first(calls[0].sites[0], node) for node in (found.map, *messages[0].maps)}
+            values = tuple(
+                self._unaltered(each, node, found.fusions[0] if node in maps else None)
+                for node, each in zip(nodes, each_call, strict=True)
+            )
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         with self.graph.inserting_after(max(values, key=order.__getitem__)):
             return self.graph.call_function(tell, (self.dca, 0, *values))
@@ -275,24 +280,32 @@ class _Edits:
         assert isinstance(message, Message)
         return message
 
-    def _unaltered(self, calls: tuple[fx.Node, ...], node: fx.Node) -> fx.Node:
-        """The image of ``node``, copied where something alters it in place later, be it in one of the ``calls``."""
-        image = self.image[node]
+    def _unaltered(self, calls: tuple[fx.Node, ...], node: fx.Node, fusion: fx.Node | None = None) -> fx.Node:
+        """The image of ``node``, copied where something alters it in place later, be it in one of the ``calls``.
+
+        A map is as the ``fusion`` reads it: what is written into it before that belongs to it.
+        """
+        image, order = self.image[node], self.recording.order
         if node in self._kept or not any(self._is_altered(one) for one in calls):
             return self._kept.get(node, image)
-        with self.graph.inserting_after(image):
+        until = -1 if fusion is None else order[fusion]
+        own = (user for user in self._alterations(node) if order[user] < until and user in self.image)
+        with self.graph.inserting_after(self.image[max(own, key=order.__getitem__, default=node)]):
             self._kept[node] = self.graph.call_method("clone", (image,))
         return self._kept[node]
 
+    def _alterations(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What alters ``node`` in place, or what shares its memory, after it was made."""
+        order, modules = self.recording.order, self.recording.modules
+        for alias in self._aliases(node):
+            for user in alias.users:
+                if order[node] < order[user] and alters_argument(user, modules) and user.args[:1] == (alias,):
+                    yield user
+
     def _is_altered(self, node: fx.Node) -> bool:
         """Whether something alters ``node``, or may where it is handed on to what is not recorded."""
-        order, modules, is_part = self.recording.order, self.recording.modules, bool(self.host.region.path)
-        return any(
-            (order[node] < order[user] and alters_argument(user, modules) and user.args[:1] == (alias,))
-            or (is_part and user.op == "output")
-            for alias in self._aliases(node)
-            for user in alias.users
-        )
+        handed_on = (user.op == "output" for alias in self._aliases(node) for user in alias.users)
+        return any(self._alterations(node)) or (bool(self.host.region.path) and any(handed_on))
 
     def _aliases(self, node: fx.Node) -> set[fx.Node]:
         """Nodes that may share memory with ``node``: what it is a view of, and what is a view of it."""

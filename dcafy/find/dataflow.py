@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -69,9 +70,12 @@ class Dataflow:
     def _write(self, node: fx.Node, sources: list[fx.Node]) -> None:
         """What ``node`` writes into (``out[:, :k] = x``) holds from here on what the input brings."""
         altered, values = node.all_input_nodes[0], [n for n in sources if n is not node.all_input_nodes[0]]
+        base: fx.Node | None = altered
+        while base is not None and self.ops[base] in (Op.LAYOUT, Op.SLICE):  # a view of what was made before
+            base = self.first_tensor(base)
+        if base is None or base.op == "get_attr" or (base in self.depends and base not in self.written):
+            return
         while values:
-            if altered.op == "get_attr" or (altered in self.depends and altered not in self.written):
-                return
             self.depends.add(altered)
             self.written.setdefault(altered, []).extend(values)
             brought = frozenset().union(*(self.origins[value] for value in values))
@@ -138,6 +142,14 @@ class Dataflow:
     def is_connection(self, node: fx.Node) -> bool:
         """Whether ``node`` is where a connected block hears another."""
         return node.op == "call_function" and getattr(node.target, "is_connection", False)
+
+    def writers(self, nodes: Set[fx.Node]) -> frozenset[fx.Node]:
+        """What writes one of the ``nodes`` into another one of them (``out[:, :k] = x``)."""
+        values = {value for base in self.written.keys() & nodes for value in self.written[base] if value in nodes}
+        users = {user for value in values for user in value.users}
+        return frozenset(
+            user for user in users if alters_argument(user, self.modules) and user.all_input_nodes[0] not in values
+        )
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that ``node`` computes its own from, as far as they depend on the network's input."""

@@ -198,6 +198,7 @@ class Roles:
         kind: FusionKind,
     ) -> Found:
         layout = self.layouts.of(contexts[0])
+        between |= self.flow.writers({*contexts, *between})
         gates = [g for n in sorted(between, key=self.flow.order.__getitem__) if (g := gate_of(n, self.flow.modules))]
         extraction = sorted(self._extraction(contexts), key=self.flow.order.__getitem__)
         visible = sorted(

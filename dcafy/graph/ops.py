@@ -60,7 +60,8 @@ _NAMES: dict[Op, str] = {
     "Softshrink Tanhshrink nan_to_num LocalResponseNorm AvgPoolSame",
     Op.QUERY: "size dim numel getattr shape stride __len__ is_floating_point device dtype ndimension nelement "
     "_assert check_default check_decision",
-    Op.FRESH: "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full",
+    Op.FRESH: "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full "
+    "zeros ones empty rand randn arange linspace eye",
 }
 
 _ATTRIBUTES: dict[str, Op] = {

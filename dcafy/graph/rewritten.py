@@ -363,7 +363,8 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     make, args, *rest = reduced
     if any(getattr(kind, way) is not getattr(nn.Module, way, None) for way in _WAYS):
         rest[:1] = [_Beside(tuple(rest[:1]), *_held(self, forward))]
-    return (_remade, (kind, forward, make, tuple(kind if a is type(self) else a for a in args)), *rest)
+    make, *args = (kind if one is type(self) else one for one in (make, *args))
+    return (_remade, (kind, forward, make, tuple(args)), *rest)
 
 
 _WAYS = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")

@@ -34,6 +34,25 @@ def is_plain(name: object) -> bool:
     return f"_{name.replace('-', '_')}".isidentifier() and unicodedata.is_normalized("NFKC", name)
 
 
+def own_names(kind: type) -> set[str]:
+    """What instances of a class find in it: in source ``self.NAME`` is that, and not a module of the same name.
+
+    >>> {"forward", "call_super_init"} <= own_names(torch.nn.Linear), "mro" in own_names(torch.nn.Linear)
+    (True, False)
+    """
+    return {name for base in kind.__mro__ for name in vars(base)}
+
+
+def is_hidden(module: torch.nn.Module, name: str, held: object) -> bool:
+    """Whether ``self.NAME`` is another thing than what the module holds under that name; a property may be that."""
+    if name not in module.__dict__ and name not in own_names(type(module)):
+        return False
+    try:
+        return getattr(module, name) is not held
+    except Exception:  # a property of the user's may raise anything: it gives no module then
+        return True
+
+
 ALLOWED = "names have letters, digits, '_' and '-' only, as they become source of the connected model"
 
 

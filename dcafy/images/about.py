@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from torch import nn
 
 from dcafy.display import Brief
+from dcafy.errors import InputError
 from dcafy.graph.rewritten import original_class
 from dcafy.images.pictures import opened
 from dcafy.images.preparation import Preparation, Prepared, preparation
@@ -156,11 +157,15 @@ def transforms(model: nn.Module) -> Callable[[Any], Any]:
     It is the preprocessing of the validation images in the training of the folder that ``model`` is from; else that of
     the weights' own library, equal to it bit for bit. For a detector it is the values from 0 to 1.
 
+    Raises ``InputError`` for what is no network.
+
     >>> import dcafy, torchvision
     >>> from PIL import Image
     >>> dcafy.transforms(torchvision.models.mobilenet_v3_small())(Image.new("RGB", (300, 200))).shape
     torch.Size([3, 224, 224])
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"A torch.nn.Module is needed, not {type(model).__name__}: transforms(dcafy.load(FOLDER)).")
     return Transforms(about(model))
 
 

@@ -170,14 +170,16 @@ class Seeded(Dataset[Sample]):
         epoch, index = key
         unreadable: list[str] = []
         for offset in range(len(self.source)):
+            place, is_read = (index + offset) % len(self.source), False
             with seeded(self.seed, epoch, index + offset):
                 try:
-                    image, label = pair(self.source[(index + offset) % len(self.source)])
-                except UnreadableImage as error:
-                    unreadable.append(str(error))
+                    image, label = pair(self.source[place])
+                    is_read = True
+                    if self.transform is not None:
+                        image, label = self.transform(image, label)
+                except UnreadableImage as error:  # a transform does not know whose picture it has
+                    unreadable.append(f"image {place}: {error}" if is_read else str(error))
                     continue
-                if self.transform is not None:
-                    image, label = self.transform(image, label)
             if unreadable and not self.counts_stand_ins:
                 label = -1
             return Sample(image, label, key, tuple(unreadable))

@@ -97,6 +97,8 @@ class Sites:
         """Where ``context``, which is G, is taken for all that transforms it and for nothing else."""
         first: NoPlace | None = None
         below: Call | None = None
+        if between.isdisjoint(_readers(context)):
+            raise NoPlace(self._path(context), "what it pools is read in a way that no graph shows")
         for call in self._upwards(context):
             try:
                 return self._hears(call, below, context, between)
@@ -181,6 +183,10 @@ class Sites:
 
     def _turn(self, path: str, call: Call | None) -> int:
         return self.calls(path).index(call)
+
+    def _path(self, node: fx.Node) -> str:
+        call = self.recording.home.get(node)
+        return call.path if call else ""
 
     def _upwards(self, node: fx.Node) -> Iterator[Call | None]:
         """The call that makes ``node``, and those around it that it is handed on to."""

@@ -35,12 +35,14 @@ class Topology:
     ``mixing``: the file in ``dcafy/emit`` that says how what a block hears becomes one term (``dcafy.emit.mixing``);
     empty: it is added up, each with a β of its own.
     ``of``: what of a block is heard: its ``message`` T̃, or its ``context`` G.
+    ``what``: what it is, and where it comes from, where that is not the paper.
     """
 
     hears: Callable[[Any, Blocks[Any], Blocks[Any]], Blocks[Any]]
     every: bool = False
     mixing: str = ""
     of: Of = "message"
+    what: str = ""
 
 
 def _chain(block: B, earlier: Blocks[B], planned: Blocks[B]) -> Blocks[B]:
@@ -79,8 +81,19 @@ TOPOLOGIES: dict[str, Topology] = {
     "dense": Topology(_dense),
     "tree": Topology(_tree),
     "own": Topology(_own, every=True),
-    "depth": Topology(_dense, mixing="depth"),
-    "hub": Topology(_hub, mixing="hub", of="context"),
+    "depth": Topology(
+        _dense,
+        mixing="depth",
+        what="a block hears all earlier ones, weighed by a softmax over depth (layer attention: arXiv 2302.03985, "
+        "2406.13392, 2603.15031)",
+    ),
+    "hub": Topology(
+        _hub,
+        mixing="hub",
+        of="context",
+        what="a block hears the state of one LSTM cell for each stage, which reads every G (DIA: arXiv 1905.10671, "
+        "2210.16101)",
+    ),
 }
 """Name -> the topology."""
 
@@ -91,7 +104,14 @@ def _along(block: AttentionBlock, earlier: Blocks[AttentionBlock], planned: Bloc
     return planned or tuple(stage[-1:])
 
 
-BY_NATURE: dict[str, Topology] = {"along": Topology(_along, mixing="along")}
+BY_NATURE: dict[str, Topology] = {
+    "along": Topology(
+        _along,
+        mixing="along",
+        what="attention that is connected by nature, each unit of a stage to the one before (MRLA-light: arXiv "
+        "2302.03985, eq. 8)",
+    )
+}
 """Name -> the topology of blocks that are connected by nature, whatever is asked for: they hear those of their own."""
 
 
@@ -136,6 +156,13 @@ def links_in(
 def heard_of(link: Link) -> Of:
     """What of its source a link passes on; ``PlanError`` for a way of mixing that is not known."""
     return "message" if link.mixing is None else mixing_of(link).of
+
+
+def ways(links: Iterable[Link]) -> tuple[str, ...]:
+    """What these links are besides connections that are added up: each way by its name, and where it comes from."""
+    names = dict.fromkeys(link.mixing for link in links if link.mixing)
+    rows = {**TOPOLOGIES, **BY_NATURE}
+    return tuple(f"{name}: {rows[name].what}" for name in names if name in rows)
 
 
 def mixing_of(link: Link) -> Topology:

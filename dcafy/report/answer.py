@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dcafy.amounts import fixed, percent, points
+from dcafy.amounts import fixed, operations, percent, points
 from dcafy.analysis.listening import MIXED, NEGLIGIBLE, Effect, States, Usage, in_loss
 from dcafy.report.findings import Findings, Score
 from dcafy.runs.compare import LOSSES, Comparison
@@ -73,9 +73,8 @@ def _of_comparison(compared: Comparison, metric: str) -> tuple[str, tuple[str, .
     pair = compared.pairs[0]
     means = [statistics.fmean(row[metric] for row in compared.arms[arm].metrics) for arm in (pair.other, pair.one)]
     seeds = counted(len(compared.seeds), "seed")
-    because = [f"{named(metric)} on the validation images, {pair.other} → {pair.one}, mean over {seeds}."]
-    if metric in pair.differences:
-        because.append(difference_in_words(pair.differences[metric]))
+    because = [difference_in_words(pair.differences[metric])] if metric in pair.differences else []
+    because.append(f"{named(metric)} on the validation images, {pair.other} → {pair.one}, mean over {seeds}.")
     return f"{percent(means[0])} → {percent(means[1])}", tuple(because)
 
 
@@ -85,8 +84,9 @@ def _of_scores(found: Findings, own: Score) -> list[str]:
     if other is None:
         return [f"Top-1 accuracy on {on}: {_score(own)}."]
     titles = f"{found.sides[0].title} → {found.connected.title}"
-    told = [f"These two networks on {on}, {titles}: {_score(other)} → {_score(own)}."]
-    return told if found.gain is None else [*told, _over_images(found.gain)]
+    told = f"These two networks on {on}, {titles}: {_score(other)} → {_score(own)}."
+    gain = [] if found.gain is None else [_over_images(found.gain)]
+    return [told, *gain] if found.run.comparison is not None else [*gain, told]
 
 
 def _score(score: Score) -> str:
@@ -247,17 +247,23 @@ def _points(effect: Effect) -> str:
 # --- at what cost -------------------------------------------------------------------------------------
 
 
+STEADY = 1.3
+"""How many times as long as at best a network may take as a rule, for times to be compared."""
+
+
 def _cost(found: Findings) -> Answer:
     question = "What do they cost?"
     own = found.connected
     if len(found.sides) < 2:
         short = f"{own.complexity.parameters:,} parameters"
-        return Answer(question, short, (f"{own.complexity.gflops:.4g} GFLOPs an image.",))
+        unit, (cost,) = operations(own.complexity.gflops)
+        return Answer(question, short, (f"{cost} {unit} an image.",))
     other = found.sides[0]
     more = own.complexity.parameters - other.complexity.parameters
     because = [f"{other.complexity.parameters:,} → {own.complexity.parameters:,} parameters"
                f"{_relative(own.complexity.parameters, other.complexity.parameters)}."]  # fmt: skip
-    because.append(f"{other.complexity.gflops:.4g} → {own.complexity.gflops:.4g} GFLOPs an image.")
+    unit, (fewer, now) = operations(other.complexity.gflops, own.complexity.gflops)
+    because.append(f"{fewer} → {now} {unit} an image{_relative(own.complexity.gflops, other.complexity.gflops)}.")
     compared = found.run.comparison
     if compared is not None and compared.pairs:
         pair = compared.pairs[0]
@@ -265,8 +271,13 @@ def _cost(found: Findings) -> Answer:
         because.append(f"A training step took {_milliseconds(steps[0])} → {_milliseconds(steps[1])}"
                        f"{_relative(steps[1], steps[0])}.")  # fmt: skip
     images = counted(min(len(found.pictures), 2), "image")
-    because.append(f"{images[0].upper()}{images[1:]} took {_milliseconds(other.seconds)} → {_milliseconds(own.seconds)}"
-                   f"{_relative(own.seconds, other.seconds)} just now.")  # fmt: skip
+    took = f"{images[0].upper()}{images[1:]} took {_milliseconds(other.seconds)} → {_milliseconds(own.seconds)}"
+    unsteady = max(side.unsteady for side in found.sides)
+    if unsteady > STEADY:
+        because.append(f"{took} just now, which says little: the machine was busy, and as a rule the same network took "
+                       f"{unsteady:.1f} times as long as at best.")  # fmt: skip
+    else:
+        because.append(f"{took}{_relative(own.seconds, other.seconds)} just now.")
     return Answer(question, f"{more:+,} parameters", tuple(because))
 
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dcafy.text import cell
+
 
 @dataclass(frozen=True)
 class Download:
@@ -40,7 +42,4 @@ def download(name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
 
 
 def _cell(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula: names of files and modules may begin like one."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    return f"{value:.6g}" if isinstance(value, float) else cell(value) if isinstance(value, str) else value

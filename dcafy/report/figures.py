@@ -106,13 +106,13 @@ def share_plot(series: Mapping[str, Sequence[tuple[int, float]]], *, label: str,
 
 
 def epoch_plot(epochs: Sequence[int], series: Mapping[str, Sequence[float]], *, label: str, named: str) -> str:
-    """One line for each connection over epochs, from dark (first) to bright (last)."""
+    """One line for each connection over epochs, from blue (first) to green (last)."""
     with _axes(4.4, 2.3, label) as (axes, drawn):
         import matplotlib
 
         colours: Callable[[float], Any] = matplotlib.colormaps["viridis"]
         for number, heights in enumerate(series.values()):
-            colour = colours(0.9 * number / max(len(series) - 1, 1))
+            colour = colours(0.3 + 0.5 * number / max(len(series) - 1, 1))  # neither end is lost on its paper
             points = _thinned(epochs), _thinned(heights)
             axes.plot(*points, color=colour, lw=1.4, marker="." if len(epochs) < 30 else None)
         _label(axes, "epoch", named)

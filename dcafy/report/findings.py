@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import platform
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,7 +111,8 @@ class Side:
 
     ``values``       its attention values
     ``cams``         its Grad-CAM maps of the images that are shown
-    ``complexity``   its size and cost; ``seconds``: what two images take at best
+    ``complexity``   its size and cost; ``seconds``: what two images take at best, and ``unsteady``: how many times as
+                     long they take as a rule
     ``classes``      the names of its classes
     ``predictions``  what it sees in each image; empty for what is no classifier
     ``score``        how many of the labelled images it recognises
@@ -126,6 +128,7 @@ class Side:
     predictions: tuple[Prediction, ...] = ()
     score: Score | None = None
     seconds: float = 0.0
+    unsteady: float = 1.0
     outputs: int = 0
     random: bool = False
 
@@ -218,7 +221,7 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
     predicted = [_predictions(one) for one in looked]
     chosen = _chosen(pictures, predicted)
     reason = _no_cams(wanted, own)
-    seconds = {title: min(taken) for title, taken in forward_times(titled, _two(model, pictures)).items()}
+    taken = forward_times(titled, _two(model, pictures))
     sides, rights = [], []
     for one, predictions in zip(looked, predicted, strict=True):
         given = _like(one.network, pictures.tensor)
@@ -238,7 +241,8 @@ def look(model: nn.Module, pictures: Pictures, wanted: Wanted, *, told: Callable
                 _classes(model, wanted, one),
                 predictions,
                 None if rights[-1] is None else Score(sum(rights[-1]), len(rights[-1])),
-                seconds[one.title],
+                min(taken[one.title]),
+                statistics.median(taken[one.title]) / min(taken[one.title]),
                 one.outputs,
                 has_random_weights(one.network),
             )
@@ -293,21 +297,29 @@ def _plan(model: nn.Module, copy: Tapped, title: str, *, connected: bool) -> Pla
 
 def _lanes(copy: Tapped) -> tuple[Lane, ...]:
     """The stages with the size of their maps on these images, split wherever blocks work on another size."""
-    lanes = [lane for stage in copy.stages for lane in _lanes_of(stage)]
+    lanes = [lane for stage in copy.stages for lane in _lanes_of(stage, copy.sizes.get(stage.name, ())[2:])]
     placed = {name for lane in lanes for name in lane.blocks}
     left = tuple(block.name for block in copy.plan.blocks if block.name not in placed)
     return (*lanes, Lane("after the last stage", left)) if placed and left else tuple(lanes) or lanes_by_name(copy.plan)
 
 
-def _lanes_of(stage: Stage) -> Iterator[Lane]:
-    """A stage as a lane, and others for blocks in it that work on another size, in the order of the data."""
-    whole, last = Lane(stage.name, (), stage.size, stage.channels), None
+def _lanes_of(stage: Stage, seen: tuple[int, ...]) -> Iterator[Lane]:
+    """A stage as a lane, and others for blocks in it that work on another size, in the order of the data.
+
+    ``seen``: the size of its maps on these images; attention in small maps is found on larger images than these.
+    """
+
+    def real(size: tuple[int, ...]) -> tuple[int, ...]:
+        known = len(seen) == len(size) == len(stage.size)
+        return tuple(-(-n * s // r) for n, s, r in zip(size, seen, stage.size, strict=True)) if known else size
+
+    whole, last = Lane(stage.name, (), real(stage.size), stage.channels), None
     for size, run in itertools.groupby(zip(stage.blocks, stage.maps, strict=True), lambda each: each[1][-2:]):
         blocks, maps = zip(*run, strict=True)
         if len(maps[0]) < 3 or size == stage.size:
             last = dataclasses.replace(whole, blocks=blocks)
         else:
-            last = Lane(blocks[0].rpartition(".")[0] or blocks[0], blocks, size, maps[-1][-3])
+            last = Lane(blocks[0].rpartition(".")[0] or blocks[0], blocks, real(size), maps[-1][-3])
         yield last
     if last is None or last.title != stage.name:
         yield whole

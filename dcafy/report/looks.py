@@ -116,8 +116,14 @@ def _drawn(
 ) -> tuple[Thumbnail, ...]:
     """A picture for each of (name, map); ``alt``: what stands before and after the name in its alternative text."""
     return tuple(
-        Thumbnail(data_uri(overlaid(picture, map_, high=high, side=size)), name.join(alt), name) for name, map_ in maps
+        Thumbnail(data_uri(overlaid(picture, map_, high=high, side=size)), name.join(alt), _captioned(name, map_))
+        for name, map_ in maps
     )
+
+
+def _captioned(name: str, map_: Tensor) -> str:
+    """What stands above a map: where it is from, and its size."""
+    return f"{name}, {'×'.join(map(str, map_.shape))}"
 
 
 def _kind(findings: Findings, side: Side) -> str:
@@ -140,7 +146,7 @@ def _difference(
         Thumbnail(
             data_uri(differing(picture, after - before, side=size)),
             f"{minus}, {shown}: the difference in {name}",
-            shown,
+            _captioned(shown, after),
         )
         for (_, before), (shown, after) in zip(*stages, strict=True)
     )

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from dcafy.amounts import fixed, percent
+from dcafy.amounts import fixed, operations, percent
 from dcafy.analysis.listening import KINDS, Effect
+from dcafy.link.topology import ways
 from dcafy.plan.blocks import Contents, Contribution, hearing
 from dcafy.plan.drawing import Lane, Stroke, draw
-from dcafy.report.answer import answers, difference_in_words, effect_kind, headline, with_error, worth
+from dcafy.report.answer import answers, difference_in_words, effect_kind, headline, named, with_error, worth
 from dcafy.report.downloads import Download, download
 from dcafy.report.figures import SIDES
 from dcafy.report.findings import Findings
@@ -43,7 +44,7 @@ def _page(findings: Findings, room: Room) -> str:
     parts = {name: _part(name) for name in ("page.html.j2", "page.css", "page.js", "words.svg")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        percent=percent, drawn=Markup, printable=printable, counted=counted, fixed=fixed, whole=_whole
+        percent=percent, drawn=Markup, printable=printable, counted=counted, fixed=fixed, named=named, whole=_whole
     )
     environment.filters.update(
         effect=with_error, difference=difference_in_words, anchor=block_ids(findings).__getitem__
@@ -75,8 +76,11 @@ def _page(findings: Findings, room: Room) -> str:
         "shares": tuple(shares(findings, shown, room)),
         "curves": tuple(curves(findings.run, room)),
         "losses": LOSSES,
+        "arm_costs": operations(*_costs_of_arms(findings)),
+        "side_costs": operations(*(side.complexity.gflops for side in findings.sides)),
         "connection_data": _connection_data(findings, room),
         "usage_data": _usage_data(findings, room),
+        "ways": ways(findings.plan.links) if findings.contributions else (),
         "colours": dict(zip((side.title for side in findings.sides), SIDES, strict=False)),
     }
     return environment.from_string(parts["page.html.j2"]).render(context)
@@ -133,6 +137,12 @@ def _compared_by(findings: Findings) -> str:
     """The metric that stands for the others in a comparison."""
     compared = findings.run.comparison
     return "" if compared is None else headline(next(iter(compared.arms.values())).metrics[0])
+
+
+def _costs_of_arms(findings: Findings) -> list[float]:
+    """What an image costs in each network of a comparison, in 1e9 multiply-adds."""
+    compared = findings.run.comparison
+    return [] if compared is None else [arm.gflops for arm in compared.arms.values()]
 
 
 def _strokes(findings: Findings) -> Mapping[str, Stroke]:

@@ -125,7 +125,7 @@ def shares(findings: Findings, shown: Sequence[tuple[int, Contribution]], room: 
         label = f"The {named} of {len(lines)} connections over {len(log.epochs)} epochs."
         table: Iterable[tuple[object, ...]] = zip(log.epochs, *lines.values(), strict=True)
         file = download(title, ("epoch", *lines), table, room.data)
-        notes = ["One line for each connection, the first dark, the last bright."]
+        notes = ["One line for each connection, from the first, blue, to the last, green."]
         if len(lines) < len(log.contribution):
             notes.append(f"The first {len(lines):,} of {len(log.contribution):,}.")
         yield Plot(title, epoch_plot(log.epochs, lines, label=label, named=named), tuple(notes), file)

@@ -10,6 +10,7 @@ from rich.text import Text
 from dcafy.amounts import fixed, percent
 from dcafy.analysis.listening import usage_tables
 from dcafy.analysis.values import common_axes
+from dcafy.link.topology import ways
 from dcafy.plan.tables import plan_tables
 from dcafy.report.answer import answers
 from dcafy.report.findings import Findings
@@ -38,6 +39,8 @@ def print_findings(findings: Findings, console: Console) -> None:
         console.print(_values(findings))
     if findings.contributions:
         console.print(_connections(findings))
+        for what in ways(findings.plan.links):
+            console.print(Text(what))
     if findings.usage is not None:
         console.print(*usage_tables(findings.usage), sep="\n")
 

@@ -23,6 +23,7 @@ from dcafy.images.order import UnreadableImage
 from dcafy.images.pictures import leads_out, lies_in, opened, pictures_in
 from dcafy.runs.options import PredictOptions
 from dcafy.runs.using import fitting_names, require_task
+from dcafy.text import cell
 from dcafy.wording import counted, one_line, printable, quoted
 
 log = logging.getLogger("dcafy")
@@ -198,9 +199,9 @@ def in_words(seen: Prediction) -> str:
 
 
 def as_csv(seen: Prediction) -> list[list[object]]:
-    """A picture as rows of a table; :func:`csv_head` names the columns."""
+    """A picture as rows of a table, names as text; :func:`csv_head` names the columns."""
     rows = enumerate(zip(seen.classes, seen.scores, seen.boxes or [()] * len(seen.classes), strict=True), start=1)
-    return [[seen.file, rank, name, score, *box] for rank, (name, score, box) in rows]
+    return [[cell(seen.file), rank, cell(name), score, *box] for rank, (name, score, box) in rows]
 
 
 def csv_head(task: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from torch import nn
 
-from dcafy.amounts import fixed, metric, percent, points
+from dcafy.amounts import fixed, metric, operations, percent, points
 from dcafy.analysis.listening import usage_tables
 from dcafy.attention.inserted import handed_on
 from dcafy.checkpoint.folder import MARKER
@@ -53,10 +53,11 @@ def of_comparison(comparison: Comparison) -> list[RenderableType]:
     """All networks side by side, the paired differences with their intervals, and how the connections are used."""
     names = measured([row for side in comparison.arms.values() for row in side.metrics])
     rows: list[tuple[Cell, ...]] = []
-    for arm, side in comparison.arms.items():
+    unit, costs = operations(*(side.gflops for side in comparison.arms.values()))
+    for (arm, side), cost in zip(comparison.arms.items(), costs, strict=True):
         means = (metric(name, statistics.fmean(row[name] for row in side.metrics)) for name in names)
-        rows.append((arm, *means, f"{side.parameters:,}", fixed(side.gflops, 3), fixed(side.step_seconds)))
-    columns = (Column("network"), *(Column(name, "number") for name in (*names, "parameters", "GFLOPs", "s/step")))
+        rows.append((arm, *means, f"{side.parameters:,}", cost, fixed(side.step_seconds)))
+    columns = (Column("network"), *(Column(name, "number") for name in (*names, "parameters", unit, "s/step")))
     parts: list[RenderableType] = [Sheet(columns, tuple(rows), f"seeds {', '.join(map(str, comparison.seeds))}")]
     for pair in comparison.pairs:
         for name, one in pair.differences.items():
@@ -149,7 +150,8 @@ def of_evaluation(found: Evaluation, title: str) -> list[RenderableType]:
     ]
     if taken:
         head = (Column("class", "name"), Column("taken for", "name"), Column("images", "number"))
-        parts.append(Sheet(head, tuple(taken), "most often taken for another"))
+        more = f", the first {_SHOWN} of {len(wrong)}" if len(wrong) > _SHOWN else ""
+        parts.append(Sheet(head, tuple(taken), f"most often taken for another{more}"))
     return parts
 
 

@@ -50,13 +50,22 @@ def step_times(
 
 
 @torch.no_grad()
-def forward_times(models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 5) -> dict[str, list[float]]:
-    """Name -> seconds that ``images`` take in eval mode, in each of ``rounds``, the networks in turns."""
+def forward_times(
+    models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 5, most: int = 60, enough: float = 2.0
+) -> dict[str, list[float]]:
+    """Name -> seconds that ``images`` take in eval mode, in each of at least ``rounds``, the networks in turns.
+
+    Fast networks get up to ``most`` rounds, as long as all of it takes less than ``enough`` seconds: a few milliseconds
+    are lost in what else the machine does.
+    """
     taken: dict[str, list[float]] = {name: [] for name in models}
     with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
-        for number in range(rounds + 1):  # the first is to get warm
+        begun = time.perf_counter()
+        for number in range(most + 1):  # the first is to get warm
+            if number > rounds and time.perf_counter() - begun > enough:
+                break
             for name, model in list(models.items())[:: 1 if number % 2 else -1]:
                 _wait(model)
                 start = time.perf_counter()

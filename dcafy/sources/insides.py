@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcafy.graph.paths import joined
+from dcafy.graph.source import is_hidden, own_names
 from dcafy.sources.pickles import Unread
 from dcafy.wording import short
 
@@ -97,9 +98,12 @@ def _look_over(module: nn.Module, path: str, *, trusted: bool) -> None:
             raise Odd(f"{where} has no {name}")
         if not isinstance(attributes[name], type(usual)):
             raise Odd(f"{where}: {name} is a {type(attributes[name]).__name__}")
+    taken = own_names(cls) | attributes.keys()
     for holder, kinds in _HOLDERS.items():
         for name, value in attributes[holder].items():
-            if type(name) is not str or not name or "." in name or _is_of_the_class(cls, name) or name in attributes:
+            hides = name in taken and (value is not None or name in attributes or _is_of_the_class(cls, name))
+            hides = hides and (not trusted or is_hidden(module, name, value))
+            if type(name) is not str or not name or "." in name or hides:
                 raise Odd(f"{where} has something named {short(str(name))!r} in {holder}")
             if isinstance(value, Unread):
                 raise Odd(f"{joined(where, short(name))} is {value.what}, which dcafy does not work on")

@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dcafy.errors import InputError
 from dcafy.graph.paths import joined
-from dcafy.graph.source import ALLOWED, is_plain
+from dcafy.graph.source import ALLOWED, is_hidden, is_plain
 from dcafy.graph.usual import closed_over
 from dcafy.trace.recorder import REWRITE, is_layer
 from dcafy.wording import quoted
@@ -79,6 +79,17 @@ def _require_plain_names(model: nn.Module) -> None:
             for name in getattr(names, "keys", lambda given=names: given)():  # TorchScript's give out values, or pairs
                 if not is_plain(name):
                     raise InputError(f"A {what} is named {quoted(str(name))}; {ALLOWED}. Rename it.")
+        for what, things in (
+            ("module", module._modules),
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+        ):
+            for name, held_there in things.items():
+                if held_there is not None and is_hidden(module, name, held_there):
+                    raise InputError(
+                        f"A {what} is named {quoted(name)}, as something else that every {type(module).__name__} has: "
+                        "one hides the other. Rename it."
+                    )
         inner = [child for child in module._modules.values() if isinstance(child, nn.Module) and child not in seen]
         seen.update(inner)
         pending += inner

@@ -51,10 +51,9 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
         *_factories(tracer),
         *_questions(tracer),
         _function(tracer),
-        _VARIABLE,
         *_contexts(tracer),
     )
-    return Swap((*of_torch, *_seeds(), *leaves, *beside, *numbers(tracer, modules)))
+    return Swap((*of_torch, *_variables(scopes), *_seeds(), *leaves, *beside, *numbers(tracer, modules)))
 
 
 def _modules(tracer: ValueTracer) -> Iterator[Patch]:
@@ -166,12 +165,26 @@ def _function(tracer: ValueTracer) -> Patch:
     return torch.autograd.Function, "apply", apply
 
 
-def _variable(kind: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """``Variable(x)`` of old is ``x``."""
-    return data if _stands_for_tensor(data) else type.__call__(kind, data, *args, **kwargs)
+class _OfOld(type):
+    """``Variable(x)`` of old is ``x``, and every tensor is one."""
+
+    def __call__(cls, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return data if _stands_for_tensor(data) else _VARIABLE(data, *args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, Tensor) or _stands_for_tensor(value)
 
 
-_VARIABLE: Patch = type(torch.autograd.Variable), "__call__", _variable
+class _Variable(metaclass=_OfOld):
+    """Stands for ``torch.autograd.Variable``."""
+
+
+_VARIABLE: Any = torch.autograd.Variable
+
+
+def _variables(scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:
+    for scope in (vars(torch.autograd), *scopes):
+        yield from ((scope, name, _Variable) for name, value in list(scope.items()) if value is _VARIABLE)
 
 
 def _contexts(tracer: ValueTracer) -> Iterator[Patch]:

@@ -275,11 +275,13 @@ class Recorder(ValueTracer):
         for path in stored:
             own = self.modules[path].__dict__
             names = self._changing[path][1] if path in self._changing else []
-            tensors = {n: own[n].node for n in names if type(own.get(n)) is ValueProxy and _is_tensor(own[n])}
+            # A graph reads buffers where they stand, so that it may go by what the last call left in them.
+            buffers = {name: one for name, one in self.modules[path]._buffers.items() if holds_proxy(one)}
+            given = {name: own.get(name) for name in names} | buffers
+            tensors = {name: one.node for name, one in given.items() if type(one) is ValueProxy and _is_tensor(one)}
             once = not path or sum(call.path == path for call in self.calls) == 1
-            nothing_else = once and path not in self.unwritten and tensors.keys() == set(names)
-            buffers = any(holds_proxy(value) for value in self.modules[path]._buffers.values())
-            if names and nothing_else and not buffers and not self._goes_by(path, tensors.keys()):
+            nothing_else = once and path not in self.unwritten and tensors.keys() == given.keys()
+            if given and nothing_else and not (names and self._goes_by(path, set(names))):
                 found[path] = tensors
         return found
 

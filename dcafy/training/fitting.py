@@ -45,25 +45,31 @@ class _Schedule:
     _last_lr: tuple[Annotated[float, _finite], ...]
 
 
+def _above_zero(value: Any, where: str) -> Any:
+    if value <= 0:
+        raise Wrong(where, "above 0", value)
+    return value
+
+
 @dataclass(frozen=True)
 class _Scaler:
-    scale: Annotated[float, _finite]
-    growth_factor: Annotated[float, _finite]
-    backoff_factor: Annotated[float, _finite]
+    scale: Annotated[float, _finite, _above_zero]  # with 0 no step would ever be taken
+    growth_factor: Annotated[float, _finite, _above_zero]
+    backoff_factor: Annotated[float, _finite, _above_zero]
     growth_interval: Annotated[int, _COUNT]
     _growth_tracker: Annotated[int, _COUNT]
 
 
-def check_facts(facts: Mapping[str, Any], groups: int) -> None:
+def check_facts(facts: Mapping[str, Any], groups: int, *, scales: bool) -> None:
     """Nothing where what is no tensor in a checkpoint is of the right kinds; ``Wrong`` or ``Unknown`` says what is not.
 
-    ``groups``: how many groups of parameters the optimizer has.
+    ``groups``: how many groups of parameters the optimizer has. ``scales``: whether the loss is scaled, as with fp16.
     """
     read(_Progress, facts["progress"], "progress")
     schedule = read(_Schedule, facts["schedule"], "schedule", whole=True)
     if len(schedule._last_lr) != groups:
         raise Wrong("schedule._last_lr", f"{groups} rates", list(schedule._last_lr))
-    if facts["scaler"]:
+    if scales:
         read(_Scaler, facts["scaler"], "scaler", whole=True)
     read(dict[str, str], facts["tied"], "tied")
     read(tuple[str, ...], facts["skipped"], "skipped")

@@ -161,7 +161,7 @@ def restored(now: Standing, checkpoint: Checkpoint, file: Path) -> None:
             recipe = next(recipe for _, recipe in recipes(now.model))
             checkpoint = checkpoint.renamed(Keys(now.model, recipe.plan).now)
         facts, rank = checkpoint.facts, now.accelerator.process_index
-        check_facts(facts, len(now.optimizer.param_groups))
+        check_facts(facts, len(now.optimizer.param_groups), scales=now.accelerator.scaler is not None)
         own = _part(checkpoint, "model")
         own |= {name: own[original] for name, original in facts["tied"].items()}
         check_tensors(own, now.model.state_dict(), "model")

@@ -390,9 +390,11 @@ def test_flat_and_scripted(result: Any) -> None:
     plain = dcafy.flat(result)
     assert not any(type(module).__module__.startswith("dcafy") for module in plain.modules())
     assert plain.state_dict().keys() == result.state_dict().keys()
-    scripted = torch.jit.script(plain)
+    scripted, auto = torch.jit.script(plain), torch.export.Dim.AUTO
+    program = torch.export.export(plain, (X,), dynamic_shapes=({0: auto, 2: auto, 3: auto},)).module()
     for x in (X, images(1, 20, seed=3)):
         assert torch.equal(evaluate(plain, x), evaluate(result, x))
+        assert torch.equal(evaluate(program, x), evaluate(result, x))  # sizes that a forward asks for stay open
         assert torch.allclose(evaluate(scripted, x), evaluate(result, x), atol=1e-5)
     for one in (plain, result):
         one.zero_grad()

@@ -329,6 +329,10 @@ def test_refusals() -> None:
     model = torchvision.models.resnet18(num_classes=10)
     with pytest.raises(UsageError, match="bam, cbam, dia, eca"):
         dcafy.insert(model, "senet")
+    with pytest.raises(UsageError, match=r"attention=\['se'\] is not known"):
+        dcafy.insert(model, ["se"])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="glob of module paths, not 3"):
+        dcafy.insert(model, "se", where=3)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="identity, paper"):
         dcafy.insert(model, "se", init="zeros")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="at least 1"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_server import hub_here
 from torch import nn
 
 import dcafy
@@ -322,3 +323,44 @@ def test_no_card_tells_of_another_model(model: nn.Module, tmp_path: Path, monkey
         assert not (folder / CARD).exists() or (folder / CARD).read_bytes() == of[CARD]
         dcafy.load(folder)
     assert seen == {"done", "broken off"}
+
+
+# --- over HTTP ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the library, where it uploads
+def test_what_is_pushed_over_http_is_what_is_loaded(model: nn.Module, tmp_path: Path) -> None:
+    """The library's own requests, against a hub on this machine; a second model takes the place of the first."""
+    x = torch.rand(2, 3, 32, 48)
+    with hub_here(str(tmp_path / "cache")) as served:
+        assert dcafy.push_to_hub(model, "me/flowers", private=True) == "hf://me/flowers"
+        assert served.repositories == {"me/flowers": True}
+        (_, files) = served.commits["me/flowers", "main"][-1]
+        assert sorted(files) == ["README.md", "dcafy.json", "model.safetensors"]
+        assert b"somebody" not in b"".join(files.values())
+        assert torch.equal(dcafy.load("hf://me/flowers").eval()(x), model(x))
+        dcafy.save(model, tmp_path / "it", base=False)
+        assert dcafy.push_to_hub(tmp_path / "it", "me/flowers") == "hf://me/flowers"
+        assert sorted(served.commits["me/flowers", "main"][-1][1]) == [
+            "README.md",
+            "connections.safetensors",
+            "dcafy.json",
+        ]
+        served.asked.clear()
+        first = served.commits["me/flowers", "main"][1][0]
+        assert torch.equal(dcafy.load(f"hf://me/flowers@{first}").eval()(x), model(x))
+        assert all(first in line or "xet" in line for line in served.asked), served.asked
+        with pytest.raises(SourceError, match="has no revision 'v9'"):
+            dcafy.load("hf://me/flowers@v9")
+        with pytest.raises(SourceError, match="There is no hf://me/weeds on the Hub, or it is private"):
+            dcafy.load("hf://me/weeds")
+        served.refuses = True
+        with pytest.raises(SourceError, match=r"could not be reached .*uploading 'model.safetensors'"):
+            dcafy.push_to_hub(model, "me/trees")
+    with hub_here(str(tmp_path / "new")) as served:
+        served.shutdown()
+        served.server_close()
+        with pytest.raises(
+            SourceError, match="The Hub cannot be reached, and hf://me/flowers is not in its cache here"
+        ):
+            dcafy.load("hf://me/flowers")

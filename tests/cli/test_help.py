@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -34,6 +36,9 @@ def test_help_fits_in_panels_and_breaks_no_option(name, width, dcafy_command, mo
             assert declared in out.replace(",", " ").split(), declared
     panels = [line.split("─")[1].strip() for line in out.splitlines() if line.startswith("─ ")]
     assert panels[0] in ("Arguments", "Data")
+    usage = out.partition("\n\n")[0]
+    assert not re.search(r"[{}]|\[\[|\]\]|\.{4}", usage), usage
+    assert not re.search(r"\S  \[(default|required)", out)
     assert set(panels) <= {"Arguments", *TOPICS, "Options", "Example"}
     # One command after the other, each as a user would copy it.
     example = out[out.rindex("─\n") + 2 :].replace("\\\n", " ").strip()
@@ -88,3 +93,24 @@ def test_quiet_leaves_the_results(before, dcafy_command, tmp_path):
     assert "There is a model" in err
     assert code == 2
     assert "new parameters" in dcafy_command(*arguments, tmp_path / "again")[2]
+
+
+class Terminal(io.StringIO):
+    """What a command writes, as if a person looked at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_words_of_messages_stay_whole_in_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    spec = "torchvision:mobilenet_v3_smell"
+    seen = {}
+    for kind in (io.StringIO, Terminal):
+        monkeypatch.setattr(sys, "stderr", kind())
+        with pytest.raises(SystemExit):
+            app(["inspect", spec], prog_name="dcafy")
+        seen[kind] = sys.stderr.getvalue()
+    assert max(map(len, seen[Terminal].splitlines())) <= 60
+    assert seen[Terminal].split() == seen[io.StringIO].split()
+    assert len(seen[io.StringIO].splitlines()) == 1

@@ -217,7 +217,12 @@ def nn_resnet() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("names", "says"),
-    [(["blocks.9.attention"], "has no connection 'blocks.9.attention'"), ("blocks.1.attentio", "Did you mean")],
+    [
+        ([["a"]], "names should be those of connections"),
+        (3, "not 3: see dcafy.connections"),
+        (["blocks.9.attention"], "has no connection 'blocks.9.attention'"),
+        ("blocks.1.attentio", "Did you mean"),
+    ],
 )
 def test_a_name_that_there_is_not(names: Any, says: str) -> None:
     model = network()

@@ -124,11 +124,15 @@ def test_other_networks(suffix: str, network: str, pictures: Path, tmp_path: Pat
 def sure(model: nn.Module, head: str, *, beta: float = 0.5, scale: float = 1.0, statistics: bool = True) -> nn.Module:
     """The detector with scores that differ, as trained ones do, and connections that count."""
     connected = dcafy.convert(with_statistics(model) if statistics else model, verify=False).eval()
+    return _with_scores(connected, head, scale, beta)
+
+
+def _with_scores(connected: nn.Module, head: str, scale: float, beta: float = 0.0) -> nn.Module:
     with seeded(3), torch.no_grad():
         for name, parameter in connected.named_parameters():
             if head in name and name.endswith("weight"):
                 parameter.copy_(scale * torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
-        for connection in dcafy.connections(connected).values():
+        for connection in dcafy.connections(connected).values() if beta else ():
             connection.beta.fill_(beta)
     return connected
 
@@ -212,6 +216,16 @@ def test_torchvisions_detectors(name: str, pictures: Path, tmp_path: Path) -> No
     model = sure(model.eval(), head, statistics=False, scale=0.25)
     made = export(model, ExportOptions(output=tmp_path / "m.onnx", images=pictures))
     assert made.difference <= 1e-5
+
+
+@pytest.mark.zoo
+def test_a_detector_without_attention(pictures: Path, tmp_path: Path) -> None:
+    """SSD: one scale after another is told apart, and its sizes stay open."""
+    with seeded(0):
+        model = torchvision.models.get_model("ssd300_vgg16", weights=None, weights_backbone=None, num_classes=4)
+    model = _with_scores(model.eval(), "classification_head", 0.1)
+    made = export(model, ExportOptions(output=tmp_path / "m.onnx", images=pictures))
+    assert (made.open_size, made.difference <= 1e-5) == (True, True)
 
 
 def test_what_computes_otherwise_is_not_written(

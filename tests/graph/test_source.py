@@ -90,7 +90,28 @@ def test_names_with_anything_else_are_refused(name: Any, kind: str) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["block1-0", "0", "слой", "x_1", "global", "lambda", "None"])
+@pytest.mark.parametrize("name", ["forward", "call_super_init", "__class__", "state_dict", "_buffers"])
+@pytest.mark.parametrize("kind", ["_modules", "_parameters", "_buffers"])
+def test_names_that_something_of_the_class_hides_are_refused(name: str, kind: str) -> None:
+    """The user's code may reach it by its holder; in source it would be what the class has."""
+    model = network(Gated())
+    getattr(model[1], kind)[name] = nn.Identity() if kind == "_modules" else torch.zeros(1)
+    with pytest.raises(InputError, match=f"is named '{name}', as something else that every Gated has"):
+        dcafy.convert(model, example_inputs=X)
+
+
+def test_a_property_that_gives_what_it_hides_is_taken() -> None:
+    class Held(nn.Sequential):
+        @property
+        def gate(self) -> nn.Module:
+            return self._modules["gate"]  # type: ignore[return-value]
+
+    model = Held()
+    model._modules["gate"] = network(Gated())
+    assert len(dcafy.connections(dcafy.convert(model, example_inputs=X))) == 1
+
+
+@pytest.mark.parametrize("name", ["block1-0", "mro", "0", "слой", "x_1", "global", "lambda", "None"])
 def test_other_names_are_taken(name: str) -> None:
     model = network(Gated(name))
     connected = dcafy.convert(model, example_inputs=X)

@@ -18,7 +18,7 @@ from dcafy.images import pictures
 from dcafy.images.data import IndexedImages, read_idx
 from dcafy.images.options import DataOptions
 from dcafy.images.order import Seeded, UnreadableImage
-from dcafy.images.pictures import opened, pictures_in, size_of, with_channels
+from dcafy.images.pictures import MOST_PIXELS, opened, pictures_in, size_of, with_channels
 from dcafy.images.preparation import Preparation, Prepared
 from dcafy.images.sources import open_data
 from dcafy.report.pictures import read_pictures
@@ -269,3 +269,17 @@ def test_an_array_is_not_larger_than_it_says_and_than_is_read(tmp_path: Path, mo
     with pytest.raises(InputError, match="no regular file"):
         read_idx(path)
     assert data._LARGEST_ARRAY > 60_000 * 28 * 28
+
+
+def test_a_picture_too_large_once_it_is_resized_is_named_and_counted_as_unreadable_ones_are() -> None:
+    how = Preparation((8, 8), 6000, (0.5,) * 3, (0.5,) * 3)
+    both = [(Image.new("RGB", size), 0) for size in ((30, 30), (3000, 30))]
+    shown = Seeded(both, seed=0, transform=Prepared(how), counts_stand_ins=False)
+    assert shown[(0, 0)].unreadable == ()
+    stand_in = shown[(0, 1)]
+    assert stand_in.label == -1
+    assert stand_in.unreadable == (
+        f"image 1: it has 3000 x 30 pixels, and as large as the network wants it more than {MOST_PIXELS:,}",
+    )
+    with pytest.raises(InputError, match="None of the 1 images can be read; the first: image 0: it has 3000 x 30"):
+        Seeded(both[1:], seed=0, transform=Prepared(how))[(0, 0)]

@@ -245,6 +245,10 @@ def test_stages_are_split_where_the_stride_changes() -> None:
     found = make_report(model, torch.rand(2, 3, 32, 32), how=Preparation((32, 32), 32, (0.0,) * 3, (1.0,) * 3))
     works_on = {name.partition(".")[0]: lane.size for lane in found.lanes for name in lane.blocks}
     assert works_on == {"one": (32, 32), "two": (32, 32), "three": (16, 16), "up": (8, 8), "four": (16, 16)}
+    # on maps this small attention is told from other layers on larger images; the sizes are those of these images
+    small = make_report(model, torch.rand(2, 3, 8, 8), how=Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3))
+    works_on = {name.partition(".")[0]: lane.size for lane in small.lanes for name in lane.blocks}
+    assert works_on == {"one": (8, 8), "two": (8, 8), "three": (4, 4), "up": (2, 2), "four": (4, 4)}
     placed = [name for lane in found.lanes for name in lane.blocks]
     assert placed == [block.name for block in found.plan.blocks]  # in the order of the data
 
@@ -657,6 +661,20 @@ def test_whether_connections_are_used(usage: Usage, word: str, sentences: tuple[
     assert found == word
     for sentence in sentences:
         assert sentence in " ".join(told)
+
+
+def test_times_of_a_busy_machine_are_not_compared(tmp_path: Path, folder: Path) -> None:
+    model = dcafy.convert(Yields(lambda x: x.mean((2, 3))), example_inputs=torch.rand(2, 3, 8, 8))
+    how = Preparation((8, 8), 8, (0.0,) * 3, (1.0,) * 3)
+    found = make_report(model, torch.rand(2, 3, 8, 8), how=how)
+
+    def told(unsteady: float) -> str:
+        sides = tuple(dataclasses.replace(side, seconds=0.002, unsteady=unsteady) for side in found.sides)
+        return answers(dataclasses.replace(found, sides=sides))[2].because[-1]
+
+    assert told(1.1) == "2 images took 2 ms → 2 ms (+0.0%) just now."
+    assert "(+0.0%)" not in told(2.5)
+    assert "as a rule the same network took 2.5 times as long as at best" in told(2.5)
 
 
 def test_intervals_by_hand() -> None:

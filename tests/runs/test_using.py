@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from dcafy.images.about import About, put_about
 from dcafy.images.options import DataOptions
 from dcafy.runs.evaluating import evaluation, paired
 from dcafy.runs.options import EvaluateOptions, PredictOptions
-from dcafy.runs.predicting import Prediction, Unreadable, files_in, predictions
+from dcafy.runs.predicting import Prediction, Unreadable, as_csv, files_in, predictions
 from dcafy.training import TrainingConfig
 from dcafy.training.tasks import Classification
 
@@ -329,3 +330,11 @@ def test_detectors(network: str, dcafy_command: Run, tmp_path: Path, monkeypatch
             assert box["class"] in names[1:]
             assert 0 <= box["box"][0] <= box["box"][2] <= width
             assert 0 <= box["box"][1] <= box["box"][3] <= height
+
+
+def test_names_in_a_table_are_text_whatever_they_say() -> None:
+    """Of files that no text can name, and of classes that a stranger's folder names: for spreadsheets and terminals."""
+    seen = Prediction(os.fsdecode(b"\xff.png"), ("=HYPERLINK(0)", "\x1b[31m", "-1"), (0.5, 0.25, 0.25))
+    assert [row[:3] for row in as_csv(seen)] == [
+        ["\\udcff.png", 1, "'=HYPERLINK(0)"], ["\\udcff.png", 2, "\\x1b[31m"], ["\\udcff.png", 3, "'-1"]
+    ]  # fmt: skip

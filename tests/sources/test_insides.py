@@ -48,6 +48,7 @@ ODD = {
     "a property that is data": lambda m: vars(m).update(__class__=1),
     "a child named like a method": lambda m: m._modules.update(forward=nn.ReLU()),
     "a child named like a dunder": lambda m: m._modules.update(__class__=nn.ReLU()),
+    "a child that a plain attribute of its class hides": lambda m: m._modules.update(call_super_init=nn.ReLU()),
     "a child without a name": lambda m: m._modules.update({"": nn.ReLU()}),
     "a child with a dot": lambda m: m._modules.update({"a.b": nn.ReLU()}),
     "a child that is a class": lambda m: m._modules.update(x=nn.ReLU),

@@ -339,6 +339,38 @@ def precision(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def scaled(monkeypatch):
+    """fp16 as on a GPU, with a scaled loss, which torch has for the CPU, and Accelerate does not use there."""
+
+    def halved(options: TrainingConfig):
+        accelerator = accelerator_for(dataclasses.replace(options, precision="bf16"))
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr("dcafy.training.loop.accelerator_for", halved)
+
+
+@pytest.mark.slow
+def test_a_scaled_loss_goes_on_as_it_was_and_a_strangers_scale_costs_nothing(scaled, tmp_path):
+    options = config(precision="fp16", clip_norm=0.5, checkpoint_steps=2)
+    unbroken, resumed = connected(), connected()
+    finetune(unbroken, TRAIN, VAL, options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(connected(), TRAIN, VAL, options, directory=tmp_path, listener=StopAfter(3))
+    good = read_checkpoint(tmp_path / CHECKPOINT)
+    assert good.facts["scaler"]["scale"] != 2.0**17
+    for scaler in (None, {}, {**good.facts["scaler"], "scale": 0.0}, {**good.facts["scaler"], "growth_interval": "x"}):
+        write_checkpoint(tmp_path / CHECKPOINT, Checkpoint(good.tensors, {**good.facts, "scaler": scaler}))
+        with pytest.raises(CheckpointError, match="does not fit this network"):
+            finetune(resumed, TRAIN, VAL, options, directory=tmp_path, resume=True)
+        assert same(weights(resumed), weights(connected()))
+    write_checkpoint(tmp_path / CHECKPOINT, good)
+    finetune(resumed, TRAIN, VAL, options, directory=tmp_path, resume=True)
+    assert same(weights(resumed), weights(unbroken))
+
+
 def test_fp16_is_never_float32_without_a_word():
     with pytest.raises(UsageError, match="bf16"):
         finetune(connected(), TRAIN, VAL, config(precision="fp16"))
