@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import platform
 import statistics
 from collections.abc import Iterable
@@ -80,9 +79,11 @@ def spreads(rows: list[Row], settings: Iterable[Setting] = tuple(SETTINGS.values
         values = [100 * row["accuracy"] for row in by_seed(rows, setting, "vanilla").values()]
         if not values or home(setting, "vanilla") != name:
             continue
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        word = "one seed" if len(values) < 2 else "as wanted" if spread < WANTED else f"over {WANTED}"
-        lines.append(f"| {name} | {len(values)} | {statistics.fmean(values):.2f} | {spread:.2f} | {word} |")
+        shown, word = "", "one seed"
+        if len(values) > 1:
+            spread = statistics.stdev(values)
+            shown, word = f"{spread:.2f}", "as wanted" if spread < WANTED else f"over {WANTED}"
+        lines.append(f"| {name} | {len(values)} | {statistics.fmean(values):.2f} | {shown} | {word} |")
     return "\n".join(lines)
 
 
