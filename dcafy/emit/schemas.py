@@ -41,8 +41,10 @@ class Schema:
 
 def _as(scale: Tensor, G: Tensor) -> Tensor:
     """α or β in the dtype of G, which autocast may have changed."""
+    import torch
+
     dtype = G.dtype  # where G is traced, this is a proxy, too, and no dtype to go by
-    return scale if type(dtype) is type(scale.dtype) and dtype == scale.dtype else scale.to(dtype)
+    return scale if isinstance(dtype, torch.dtype) and dtype == scale.dtype else scale.to(dtype)
 
 
 def _direct(a: Tensor, b: Tensor) -> Tensor:
