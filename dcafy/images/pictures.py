@@ -141,11 +141,12 @@ def _recognised(file: IO[bytes]) -> Image.Image:
         raise OSError(f"cannot identify it as one of {', '.join(FORMATS)}") from error
     width, height = image.size
     longer, shorter = max(width, height), min(width, height)
-    if shorter < 1 or longer > MOST_SIDE or width * height > MOST_PIXELS or longer > MOST_UNEQUAL * shorter:
+    most = MOST_PIXELS // 2 if image.format == "WEBP" else MOST_PIXELS  # whose decoder holds all of it several times
+    if shorter < 1 or longer > MOST_SIDE or width * height > most or longer > MOST_UNEQUAL * shorter:
         image.close()
         raise OSError(
             f"it has {width} x {height} pixels; sides of 1 to {MOST_SIDE:,}, of which the longer is at most "
-            f"{MOST_UNEQUAL} times the other, and {MOST_PIXELS:,} pixels in all are taken"
+            f"{MOST_UNEQUAL} times the other, and {most:,} pixels in all are taken"
         )
     return image
 
