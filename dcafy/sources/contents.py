@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -96,7 +97,12 @@ def _is_state_dict(content: Any) -> bool:
     if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
         return False
     kept = [value for key, value in content.items() if not key.endswith("_extra_state")]
-    return bool(kept) and all(isinstance(value, torch.Tensor | Unread) for value in kept)
+    return bool(kept) and all(isinstance(value, torch.Tensor | Unread) or _is_array(value) for value in kept)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is numbers of numpy's, as Detectron2 and others keep weights."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.isnative and value.itemsize <= 8
 
 
 def _everything(content: Any) -> Iterator[tuple[str, Any]]:
@@ -137,6 +143,7 @@ def _under(prefix: str, states: tuple[Mapping[str, Any], ...], shown: str) -> di
 
 def _dense(state: Mapping[str, Any], shown: str) -> dict[str, torch.Tensor]:
     """The state dict, if a network's parameters can be what it holds."""
+    state = {key: torch.from_numpy(value.copy()) if _is_array(value) else value for key, value in state.items()}
     for key, value in state.items():
         what = value.what if isinstance(value, Unread) else None
         if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_nested):
@@ -145,7 +152,7 @@ def _dense(state: Mapping[str, Any], shown: str) -> dict[str, torch.Tensor]:
             what = "a tensor without data (of the meta device)"
         if what is not None:
             raise SourceError(f"{shown}: {short(key)} is {what}, and dcafy works on networks of dense tensors.")
-    return dict(state)
+    return state
 
 
 def _described(content: Any) -> str:

@@ -230,6 +230,11 @@ TRAINERS = {
         "best": np.float32(1),
     },
     "numbers among the weights": lambda state, optimizer: {"state_dict": {**state, "epoch": 3}},
+    "Detectron2, in numpy's arrays": lambda state, optimizer: {
+        "model": {key: value.numpy() for key, value in prefixed(state, "backbone.").items()},
+        "__author__": "somebody",
+        "matching_heuristics": True,
+    },
     "a detector's backbone": lambda state, optimizer: {
         "model": {**prefixed(state, "backbone.body."), "rpn.head.conv.weight": torch.zeros(8, 8, 3, 3)}
     },
