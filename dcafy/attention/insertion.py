@@ -12,6 +12,7 @@ attention: :func:`dcafy.inspect` finds the blocks by dataflow like any others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -117,7 +118,7 @@ def put(
         for unit in chosen.units:
             inside = host.get_submodule(unit.path)
             if made is None:
-                with torch.device(device_of(inside)):
+                with _beside(inside):
                     _attend(unit, inside, attention, _made(kind, unit, inside, reduction, init))
             elif unit.path in made:
                 _attend(unit, inside, attention, made[unit.path])
@@ -151,6 +152,12 @@ def _check(attention: str, where: str, reduction: int | None, init: str) -> None
         )
 
 
+def _beside(module: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Inside it new layers lie where the module does; nothing where they do anyway, as torch's way stands no Ctrl-C."""
+    device = device_of(module)
+    return contextlib.nullcontext() if device == torch.get_default_device() else device
+
+
 def _made(kind: Attention, unit: Unit, host: nn.Module, reduction: int | None, init: Init) -> nn.Module:
     if kind.of_unit is not None:
         return kind.of_unit(unit, host, reduction, init)
@@ -163,7 +170,7 @@ def _along(
 ) -> tuple[dict[str, nn.Module], dict[str, Calls]]:
     """The modules of attention that hands a state on from unit to unit, and who hears whom."""
     assert kind.along is not None
-    with OwnDraws(), torch.device(device_of(model)):
+    with OwnDraws(), _beside(model):
         made, calls = kind.along(chosen.units, order(model, chosen), reduction, init)
     if not made:
         raise InputError(

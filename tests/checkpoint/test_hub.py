@@ -328,6 +328,7 @@ def test_no_card_tells_of_another_model(model: nn.Module, tmp_path: Path, monkey
 # --- over HTTP ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the library tries a refused upload again and again
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the library, where it uploads
 def test_what_is_pushed_over_http_is_what_is_loaded(model: nn.Module, tmp_path: Path) -> None:
     """The library's own requests, against a hub on this machine; a second model takes the place of the first."""
