@@ -20,9 +20,14 @@ def inserted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def kinds_inserted(model: nn.Module) -> set[str]:
+    """The names of the attentions that were put into ``model``."""
+    return {module.__dict__[KIND] for _, module in inserted(model)}
+
+
 def hands_on(model: nn.Module) -> bool:
     """Whether attention was put in whose units hand a state on: it is connected by nature."""
-    return any(ATTENTIONS[module.__dict__[KIND]].along is not None for _, module in inserted(model))
+    return any(ATTENTIONS[kind].along is not None for kind in kinds_inserted(model))
 
 
 @dataclass(frozen=True)

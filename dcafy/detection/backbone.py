@@ -70,14 +70,14 @@ def with_settled_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Modu
     (``norm_eval``, ``frozen_stages=1``). A detector that leaves out some of its backbone itself chooses what.
     """
     place = _place(detector, _own(classifier))
-    settled = copy.deepcopy(detector)
-    body = settled.get_submodule(place.ours.rstrip("."))
-    stages = dict(body.named_children())
-    if all(name in stages for name in _STAGES) and all(parameter.requires_grad for parameter in body.parameters()):
-        for name, child in stages.items():
-            child.requires_grad_(name in _STAGES[1:])
-    made = with_backbone(settled, classifier)
-    for module in made.get_submodule(place.ours.rstrip(".")).modules():
+    stages = dict(detector.get_submodule(place.ours.rstrip(".")).named_children())
+    untouched = all(parameter.requires_grad for child in stages.values() for parameter in child.parameters())
+    made = with_backbone(detector, classifier)
+    body = made.get_submodule(place.ours.rstrip("."))
+    if untouched and all(name in stages for name in _STAGES):
+        for name, child in body.named_children():
+            child.requires_grad_(name in _STAGES[1:])  # with the attention and the connections that came along
+    for module in body.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             keep_in_eval(module)
     return made

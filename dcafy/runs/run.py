@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from dcafy.attention.inserted import hands_on
+from dcafy.attention.inserted import hands_on, kinds_inserted
 from dcafy.checkpoint import load
 from dcafy.checkpoint.description import FILES
 from dcafy.checkpoint.folder import MARKER, Folder
@@ -85,6 +85,9 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
                 "--backbone puts a trained network under a detector. Add --task detection, or leave it out."
             )
         network = with_settled_backbone(network, trained_in(Path(request.backbone), arm))
+    conversion = request.conversion
+    if request.backbone is not None and conversion.attention in kinds_inserted(network):
+        conversion = dataclasses.replace(conversion, attention=None)  # it came along with the backbone
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
         if is_connected(network):
@@ -95,10 +98,10 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
             if arm != "connected":
                 network = _without_connections(network, request.model)
         elif arm == "connected":
-            options = dataclasses.asdict(request.conversion)
+            options = dataclasses.asdict(conversion)
             network = convert(network, example_inputs=ready.example, copy=False, **options)
         elif arm != "plain":
-            network = with_attention(network, request.conversion, example_inputs=ready.example, copy=False)
+            network = with_attention(network, conversion, example_inputs=ready.example, copy=False)
         _require_difference(request, network, arm, ready.example)
     return Subject(network, data, ready)
 

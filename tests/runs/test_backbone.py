@@ -16,6 +16,7 @@ from torch import nn
 from trained import moved, seeded
 
 import dcafy
+from dcafy.attention.inserted import inserted
 from dcafy.detection import write_shapes
 from dcafy.detection.backbone import with_settled_backbone
 from dcafy.errors import CheckpointError, UsageError
@@ -120,6 +121,7 @@ def test_it_lies_under_the_detector(tmp_path: Path, arm: str) -> None:
     network = subject(asked, seed=0).network
     _require_settled(network.train(), arm)
     state = network.state_dict()
+    assert len(list(inserted(network))) == len(list(inserted(model))), "no attention is put in twice"
     assert any("dca" in key.split(".") for key in state) == (arm == "connected")
     compared = 0
     for key, value in model.state_dict().items():
