@@ -114,7 +114,7 @@ class Linking:
     schema: str = setting("direct", "How a block's own context and what it hears are joined (paper 3.2).")
     channel_match: str = setting("fc2", "The layers that match widths (paper 3.3).", choices=("fc1", "fc2"))
     reduction: int = setting(16, "A block's channels over the hidden width of fc2.", least=1)
-    min_hidden: int = setting(8, "The least hidden width of fc2, in channels.", least=1)
+    min_hidden: int = setting(8, "The least hidden width of fc2, in channels.", least=1, below=16_385)
     spatial_match: str = setting("avg", "What shrinks maps (paper 3.3).", choices=("avg", "max", "conv"))
     message: str = setting(
         "plain",

@@ -86,7 +86,9 @@ class TrainingConfig:
     freeze_base: bool = setting(False, "Train the connections only (and a new classifier, where there is one).")
     freeze_base_epochs: int = setting(0, "Epochs at the start in which the connections train alone.", least=0)
     seed: int = setting(0, "Decides the new weights, the order of the images, augmentation and dropout.", least=0)
-    workers: int = setting(0, "Processes that read images, for each training process; 0 reads them in it.", least=0)
+    workers: int = setting(
+        0, "Processes that read images, for each training process; 0 reads them in it.", least=0, below=1025
+    )
     checkpoint_steps: int = setting(0, "Steps between two checkpoints. [default: one after each epoch]", least=0)
     usage_images: int = setting(
         1024, "Validation images on which connections are cut and shuffled at the end; 0 is none.", least=0
