@@ -28,7 +28,7 @@ from dcafy.graph.paths import joined, outermost
 from dcafy.graph.rewritten import CONTAINERS, refusal, taken_of_graphs
 from dcafy.link.message import Message, message_of
 from dcafy.link.network import Network
-from dcafy.link.region import Region, Training, earlier, training_of
+from dcafy.link.region import InTraining, Region, earlier, training_of
 from dcafy.link.sites import NoPlace
 from dcafy.link.topology import grouped, links_in
 from dcafy.plan.blocks import Link, Skipped
@@ -347,7 +347,7 @@ class _Surveyor:
             self.recordables[path] = recordable
         region = Region(path, recording, found, messages, before, skipped, flow.order)
         trainings = {inner: self._training(region, inner, recordable) for inner in sorted(recording.mode_read)}
-        known = {inner: training for inner, training in trainings.items() if isinstance(training, Training)}
+        known = {inner: training for inner, training in trainings.items() if isinstance(training, InTraining)}
         why = {inner: training for inner, training in trainings.items() if isinstance(training, str)}
         if why:
             region = dataclasses.replace(
@@ -355,7 +355,7 @@ class _Surveyor:
             )
         return dataclasses.replace(region, trainings=known) if known else region
 
-    def _training(self, region: Region, inner: str, recordable: Recordable) -> Training | str | None:
+    def _training(self, region: Region, inner: str, recordable: Recordable) -> InTraining | str | None:
         """What a module that decides by its mode does in training, where it holds attention and that stays the same.
 
         In words: why that cannot be written down.
@@ -373,7 +373,7 @@ class _Surveyor:
         try:
             trained = self._region(joined(region.path, inner), itself)
             trained = dataclasses.replace(trained, recording=judged(itself, trained.recording, {""}))
-            training = training_of(region, inner, dataclasses.replace(trained, trainings={"": Training(trained, {})}))
+            training = training_of(region, inner, dataclasses.replace(trained, trainings={"": InTraining(trained, {})}))
             if training is not None:
                 training.region.sites.folded("")
         except (CannotEnter, NoPlace) as error:

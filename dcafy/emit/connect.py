@@ -36,7 +36,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     that no connection can make.
     """
     links, below = recipe.plan.links, forward_of(model)
-    asked = _Asked(network, dict(model.named_modules(remove_duplicate=False)))
+    asked = _Connecting(network, dict(model.named_modules(remove_duplicate=False)))
     for target, heard in hearing(links).items():
         asked.hear(target, tuple(heard))
     for one in recipe.plan.alone:
@@ -50,7 +50,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
 
 
 @dataclass
-class _Asked:
+class _Connecting:
     """Who is to hear what of whom, in which modules, before any is rewritten.
 
     ``hosts``     (region, module) -> what it hears and tells

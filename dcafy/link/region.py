@@ -20,7 +20,7 @@ from dcafy.trace.recording import Recording
 
 
 @dataclass(frozen=True)
-class Training:
+class InTraining:
     """A module that decides by its mode, as it is recorded in training by itself.
 
     ``blocks``  the blocks of its first call in the other recording -> what they are in this one
@@ -43,7 +43,7 @@ def _made(region: Region, found: Found) -> tuple[fx.Node, ...]:
     return (found.map, *found.contexts, *(message.maps if isinstance(message, Message) else ()))
 
 
-def training_of(region: Region, path: str, trained: Region) -> Training | None:
+def training_of(region: Region, path: str, trained: Region) -> InTraining | None:
     """The module at ``path`` as it is in training, where its attention is the same; ``trained``: recorded by itself."""
     call = region.sites.calls(path)[0]
     nodes = set(call.nodes if call else region.recording.graph.nodes)
@@ -56,7 +56,7 @@ def training_of(region: Region, path: str, trained: Region) -> Training | None:
         for one, other in pairs
     }
     messages = {one.name: trained.messages[other.name] for one, other in pairs}
-    return Training(dataclasses.replace(trained, found=tuple(named.values()), messages=messages), named)
+    return InTraining(dataclasses.replace(trained, found=tuple(named.values()), messages=messages), named)
 
 
 def _alike(region: Region, one: Found, trained: Region, other: Found) -> bool:
@@ -88,7 +88,7 @@ class Region:
     earlier: dict[str, tuple[str, ...]]
     skipped: tuple[Skipped, ...]
     order: dict[fx.Node, int] = field(repr=False)
-    trainings: dict[str, Training] = field(default_factory=dict, repr=False)
+    trainings: dict[str, InTraining] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Found:
         return self._by_name[name]
