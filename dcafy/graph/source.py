@@ -45,7 +45,7 @@ def own_names(kind: type) -> set[str]:
 
 def is_hidden(module: torch.nn.Module, name: str, held: object) -> bool:
     """Whether ``self.NAME`` is another thing than what the module holds under that name; a property may be that."""
-    if name not in module.__dict__ and name not in own_names(type(module)):
+    if name not in module.__dict__ and not any(name in vars(base) for base in type(module).__mro__):
         return False
     try:
         return getattr(module, name) is not held

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -69,23 +69,15 @@ def _require_plain_names(model: nn.Module) -> None:
     pending, seen = [model], {model}
     while pending:
         module = pending.pop()
-        held: dict[str, Iterable[Any]] = {
-            "module": module._modules,
-            "parameter": module._parameters,
-            "buffer": module._buffers,
-            "tensor": [name for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)],
-        }
-        for what, names in held.items():
+        held: dict[str, Any] = {"module": module._modules, "parameter": module._parameters, "buffer": module._buffers}
+        tensors = [name for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)]
+        for what, names in {**held, "tensor": tensors}.items():
             for name in getattr(names, "keys", lambda given=names: given)():  # TorchScript's give out values, or pairs
                 if not is_plain(name):
                     raise InputError(f"A {what} is named {quoted(str(name))}; {ALLOWED}. Rename it.")
-        for what, things in (
-            ("module", module._modules),
-            ("parameter", module._parameters),
-            ("buffer", module._buffers),
-        ):
-            for name, held_there in things.items():
-                if held_there is not None and is_hidden(module, name, held_there):
+        for what, things in held.items():
+            for name, thing in things.items():
+                if thing is not None and is_hidden(module, name, thing):
                     raise InputError(
                         f"A {what} is named {quoted(name)}, as something else that every {type(module).__name__} has: "
                         "one hides the other. Rename it."

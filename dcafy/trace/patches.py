@@ -46,13 +46,7 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
     leaves = list(_leaves(tracer, scopes))
     taken = {(id(scope), name) for scope, name, _ in leaves}
     beside = [patch for patch in _functions(scopes, call) if (id(patch[0]), patch[1]) not in taken]
-    of_torch = (
-        *_modules(tracer),
-        *_factories(tracer),
-        *_questions(tracer),
-        _function(tracer),
-        *_contexts(tracer),
-    )
+    of_torch = *_modules(tracer), *_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)
     return Swap((*of_torch, *_variables(scopes), *_seeds(), *leaves, *beside, *numbers(tracer, modules)))
 
 
