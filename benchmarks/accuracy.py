@@ -2,10 +2,12 @@
 
     python benchmarks/accuracy.py                        # the main comparison, then what is exploratory
     python benchmarks/accuracy.py --only 'switch/*' --seeds 3
+    python benchmarks/accuracy.py --device cuda --share 0/4   # a quarter of it on a GPU, all arms of a seed at once
     python benchmarks/accuracy.py --report               # the tables alone, from the rows that there are
 
 One row of ``results/accuracy.jsonl`` is one training of one network under one seed; the same command goes on where a
-stopped one was. Arms of one setting and seed start from the same weights and see the same images in the same order.
+stopped one was. Arms of one setting and seed start from the same weights and see the same images in the same order, on
+every device.
 
 What is expected, written down before any run that counts:
 
@@ -308,10 +310,11 @@ def shuffled(network: nn.Module, connection: Connection) -> None:
 def own_message(network: nn.Module, connection: Connection) -> None:
     """The very layers of *centred*, but for the width that goes in, fed with the block's own G."""
     if isinstance(connection.match, nn.Sequential):
-        first, last = connection.match[0], connection.match[-2]
-        assert isinstance(first, nn.Linear)
-        assert isinstance(last, nn.Linear)
-        connection.match[0] = nn.Linear(last.out_features, first.out_features)
+        layers = [layer for layer in connection.match if isinstance(layer, nn.Linear)]
+        if layers:
+            connection.match[0] = nn.Linear(layers[-1].out_features, layers[0].out_features)
+        else:
+            connection.match = nn.Identity()  # a map of places, of the block's own size
     connection.bounded = False
     connection.register_forward_pre_hook(lambda module, given: (given[0], given[0], None))
 
@@ -348,17 +351,17 @@ def normalised_first(network: nn.Module, connection: Connection) -> None:
         connection.match = nn.Sequential(nn.BatchNorm1d(first.in_features, affine=False), *connection.match)
 
 
-CENTRED = {"message": "centred"}
+PLAIN, CENTRED = {"message": "plain"}, {"message": "centred"}
 
 MAIN = {
     "vanilla": Arm("the network as it is"),
-    "connected": Arm("eq. 3", {}),
+    "connected": Arm("eq. 3", PLAIN),
     "centred": Arm("eq. 3 with centred messages", CENTRED),
     "own message": Arm("the same layers on the block's own G", CENTRED, own_message),
     "shuffled": Arm("centred messages of another image", CENTRED, shuffled),
-    "normalised": Arm("f as published: LayerNorm and ReLU", {"schema": "normalised"}),
-    "α alone": Arm("eq. 3 with β = 0 for good", {}, alpha_alone),
-    "connected x1": Arm("eq. 3, connections at the rate of the base", {}, rates=(1.0, 1.0)),
+    "normalised": Arm("f as published: LayerNorm and ReLU", {**PLAIN, "schema": "normalised"}),
+    "α alone": Arm("eq. 3 with β = 0 for good", PLAIN, alpha_alone),
+    "connected x1": Arm("eq. 3, connections at the rate of the base", PLAIN, rates=(1.0, 1.0)),
     "centred x1": Arm("centred, connections at the rate of the base", CENTRED, rates=(1.0, 1.0)),
 }
 """The main comparison; where not said, connections have 10 times the rate of the base."""
@@ -369,7 +372,7 @@ CONTROLS = {
 }
 
 OPTIONS = {
-    "topology own": Arm("each block hears itself, centred, without layers", {"topology": "own"}),
+    "topology own": Arm("each block hears itself, centred, without layers", {**CENTRED, "topology": "own"}),
     "tree": Arm("a binary tree, centred", {**CENTRED, "topology": "tree"}),
     "dense": Arm("all earlier blocks, centred", {**CENTRED, "topology": "dense"}),
     "depth": Arm("all earlier blocks, weighed by a softmax over depth, centred", {**CENTRED, "topology": "depth"}),
@@ -385,7 +388,7 @@ OPTIONS = {
 FAMILY = {
     "dense": OPTIONS["dense"],
     "depth": OPTIONS["depth"],
-    "hub": Arm("each block hears an LSTM cell that has read all before it in its stage", {"topology": "hub"}),
+    "hub": Arm("each block hears an LSTM cell that has read all before it in its stage", {**PLAIN, "topology": "hub"}),
     "rla": Arm("a recurrent map along the units, beside their attention", inserted="rla"),
     "rla alone": Arm("a recurrent map along the units, and no attention", attention=False, inserted="rla"),
     "mrla": Arm("recurrent layer attention in the place of its attention", attention=False, inserted="mrla"),
@@ -398,7 +401,7 @@ SE_PUT_IN = "SE put into the units"
 INSERTED = {
     "vanilla": MAIN["vanilla"],
     "inserted": Arm(f"{SE_PUT_IN}", inserted="se"),
-    "inserted, connected": Arm(f"{SE_PUT_IN}, connected by eq. 3", {}, inserted="se"),
+    "inserted, connected": Arm(f"{SE_PUT_IN}, connected by eq. 3", PLAIN, inserted="se"),
     "inserted, centred": Arm(f"{SE_PUT_IN}, connected, centred", CENTRED, inserted="se"),
     "inserted, own message": Arm(f"{SE_PUT_IN}, centred layers on its own G", CENTRED, own_message, inserted="se"),
 }
@@ -492,7 +495,6 @@ SETTINGS = {
             SWITCH_TUNED,
             *(switch, Narrow),
             **TUNED,
-            of="tuned",
             arms={name: arm for name, arm in {**FEW, **OPTIONS}.items() if arm.attention},
         ),
         Setting(
@@ -516,13 +518,43 @@ def home(setting: Setting, arm: str) -> str:
 VALIDATION = 10_000
 
 
+Trained = list[tuple[nn.Module, torch.optim.Optimizer]]
+"""Networks that are trained side by side, on the same images, each with its optimizer."""
+
+
+def stepped(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """One step of training."""
+    loss = F.cross_entropy(network(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+class InTurn:
+    """A step of each network after the other."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for _, optimizer in trained]
+
+    def __call__(self, x: Tensor, y: Tensor, part: float) -> None:
+        for (network, optimizer), rates in zip(self.trained, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = part * rate
+            stepped(network, optimizer, x, y)
+
+
 class Study:
     """The data, and the networks that others are fine-tuned from; ``gates``: what their attention values come from."""
 
     gates: tuple[type[nn.Module], ...] = (Gate,)
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder = folder
+        self.device = torch.device(device)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "one core of a CPU"
+        self.machine = f"{name}, torch {torch.__version__}"
+        self.layout = torch.channels_last if device == "cpu" else torch.contiguous_format  # a third faster on a CPU
         self._garments: dict[Any, Garments] = {}
         self._trained: dict[Any, nn.Module] = {}
 
@@ -537,8 +569,8 @@ class Study:
         images, labels = self.garments(part, setting.classes)
         one, other = (torch.randint(0, len(labels), (count,), generator=chance) for _ in range(2))
         x, asked = setting.pairs(images[one], images[other], chance)
-        x = x.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
-        return x, torch.where(asked == 0, labels[one], labels[other])
+        y = torch.where(asked == 0, labels[one], labels[other])
+        return x.to(self.device).contiguous(memory_format=self.layout), y.to(self.device)
 
     def validation(self, setting: Setting) -> Iterator[tuple[Tensor, Tensor]]:
         """The same images for every network."""
@@ -550,8 +582,10 @@ class Study:
         torch.manual_seed(seed)
         x, _ = self.batch(setting, "train", 2, torch.Generator().manual_seed(0))
         attend = ATTENTION[setting.attention if attention else "none"]
-        network = setting.network(x.shape[1], len(setting.classes), attend)
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return self._placed(setting.network(x.shape[1], len(setting.classes), attend))
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        return network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload, no-any-return]
 
     def start(self, setting: Setting, seed: int, *, attention: bool) -> nn.Module:
         """What an arm begins with: an untrained network, or one that was trained on other classes."""
@@ -561,28 +595,31 @@ class Study:
         if key not in self._trained:
             first = dataclasses.replace(setting, classes=setting.before, before=None, steps=2 * setting.steps, lr=0.1)
             network = self.network(first, seed)
-            self.train(network, first, MAIN["vanilla"], seed + 5000)
+            self.train([(network, MAIN["vanilla"])], first, seed + 5000)
             self._trained = {key: network}
         network = copy.deepcopy(self._trained[key])
         torch.manual_seed(seed)
         network.fc = nn.Linear(network.fc.in_features, len(setting.classes))  # type: ignore[arg-type, union-attr]
-        return network
+        return self._placed(network)
 
-    def train(self, network: nn.Module, setting: Setting, arm: Arm, seed: int) -> None:
-        """SGD with Nesterov momentum (paper 4.1), a short warm-up, and a cosine to 0."""
-        optimizer = torch.optim.SGD(_groups(network, setting, arm), lr=setting.lr, momentum=0.9, nesterov=True)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        chance = torch.Generator().manual_seed(seed + arm.order)
-        network.train()
-        for step in range(setting.steps):
-            part = min(1.0, 20 * (step + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * step / setting.steps))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = part * rate
-            x, y = self.batch(setting, "train", setting.batch, chance)
-            loss = F.cross_entropy(network(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def train(self, arms: list[tuple[nn.Module, Arm]], setting: Setting, seed: int) -> None:
+        """SGD with Nesterov momentum (paper 4.1), a short warm-up, and a cosine to 0: networks of one order."""
+        cuda = self.device.type == "cuda"
+        trained: Trained = []
+        for network, arm in arms:
+            groups = _groups(network.train(), setting, arm)
+            trained.append((network, torch.optim.SGD(groups, lr=setting.lr, momentum=0.9, nesterov=True, fused=cuda)))
+        (order,) = {arm.order for _, arm in arms}
+        chance = torch.Generator().manual_seed(seed + order)
+        if cuda:
+            from accuracy_cuda import SideBySide
+
+            step: Callable[[Tensor, Tensor, float], None] = SideBySide(trained)
+        else:
+            step = InTurn(trained)
+        for number in range(setting.steps):
+            part = min(1.0, 20 * (number + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * number / setting.steps))
+            step(*self.batch(setting, "train", setting.batch, chance), part)
 
     @torch.no_grad()
     def scores(self, network: nn.Module, setting: Setting) -> tuple[Tensor, float]:
@@ -593,30 +630,45 @@ class Study:
             output = network(x)
             right.append(output.argmax(1) == y)
             loss += float(F.cross_entropy(output, y, reduction="sum"))
-        named = torch.cat(right)
+        named = torch.cat(right).cpu()
         return named, loss / len(named)
 
-    def run(self, setting: Setting, name: str, seed: int) -> dict[str, Any]:
-        """One training: what it measured."""
-        arm, began = setting.arms[name], time.process_time()
+    def run(self, setting: Setting, names: Iterable[str], seed: int) -> Iterator[dict[str, Any]]:
+        """Trains arms that see the images in one order, and gives what each of them measured."""
+        began = time.process_time()
+        made = {name: self.made(setting, setting.arms[name], seed) for name in names}
+        self.train([(network, setting.arms[name]) for name, (network, _) in made.items()], setting, seed)
+        seconds = (time.process_time() - began) / len(made)
+        for name, (network, base) in made.items():
+            yield self.measured(network, base, setting, name, seed, seconds)
+
+    def made(self, setting: Setting, arm: Arm, seed: int) -> tuple[nn.Module, int]:
+        """The network that an arm trains, and how many parameters it had before anything was connected."""
         network = self.start(setting, seed, attention=arm.attention)
         base = sum(p.numel() for p in network.parameters())
         if arm.options is not None or arm.inserted is not None:
             torch.manual_seed(7000 + seed)
             x, _ = self.batch(setting, "train", 2, torch.Generator().manual_seed(0))
-            network = _converted(network, x, arm)
-        added = sum(p.numel() for p in network.parameters() if p.requires_grad) - base
-        self.train(network, setting, arm, seed)
+            network = self._placed(_converted(network.cpu(), x.cpu(), arm))
+        return network, base
+
+    def measured(
+        self, network: nn.Module, base: int, setting: Setting, name: str, seed: int, seconds: float
+    ) -> dict[str, Any]:
+        """A row: what a network that was trained says of the validation images."""
+        arm, began = setting.arms[name], time.process_time()
         right, loss = self.scores(network, setting)
         row = {
             "setting": setting.name,
             "arm": name,
             "seed": seed,
             **setting.budget,
+            "device": self.device.type,
+            "machine": self.machine,
             "accuracy": round(float(right.double().mean()), 5),
             "loss": round(loss, 5),
             "parameters": base,
-            "added": added,
+            "added": sum(p.numel() for p in network.parameters() if p.requires_grad) - base,
             **self.maps(network, setting),
         }
         if arm.options is not None:
@@ -626,7 +678,7 @@ class Study:
                 beta.data.zero_()
             cut, cut_loss = self.scores(network, setting)
             row["cut"], row["cut_loss"] = round(float(cut.double().mean()), 5), round(cut_loss, 5)
-        row["seconds"] = round(time.process_time() - began, 1)
+        row["seconds"] = round(seconds + time.process_time() - began, 1)
         row["right"] = packed(right)
         return row
 
@@ -724,16 +776,27 @@ def due(settings: list[Setting], seeds: int | None) -> Iterator[Key]:
 def carried_on(
     study: Study, path: Path, rows: list[dict[str, Any]], keys: Iterable[Key], settings: Mapping[str, Setting]
 ) -> None:
-    """Makes what is not there yet of the runs asked for, into ``rows`` and the file, one after the other."""
+    """Makes what is not there yet of the runs asked for, into ``rows`` and the file; on a GPU a seed's all at once."""
     done = {(row["setting"], row["arm"], row["seed"]) for row in rows}
+    groups: dict[Any, list[str]] = {}
     for name, arm, seed in dict.fromkeys(keys):
-        if (name, arm, seed) in done:
-            continue
-        row = study.run(settings[name], arm, seed)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        rows.append(row)
-        print(f"{name}, {arm}, seed {seed}: {row['accuracy']:.2%} in {row['seconds']} s", flush=True)
+        if (name, arm, seed) not in done:
+            alone = arm if study.device.type == "cpu" else settings[name].arms[arm].order
+            groups.setdefault((name, seed, alone), []).append(arm)
+    for (name, seed, _), arms in groups.items():
+        for row in study.run(settings[name], arms, seed):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows.append(row)
+            print(f"{name}, {row['arm']}, seed {seed}: {row['accuracy']:.2%} in {row['seconds']} s", flush=True)
+
+
+def shared(text: str) -> tuple[int, int]:
+    """``"1/4"`` -> 1, 4."""
+    mine, _, all_of_them = text.partition("/")
+    if not 0 <= int(mine) < int(all_of_them):
+        raise ValueError
+    return int(mine), int(all_of_them)
 
 
 def main() -> None:
@@ -742,14 +805,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="another number of them")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="Fashion-MNIST")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--share", type=shared, default=(0, 1), metavar="I/N", help="every N-th seed from the I-th on")
     parser.add_argument("--report", action="store_true", help="write the tables, and run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, globs = [row for row in read(options.results) if valid(row)], options.only or ["*"]
     if not options.report:
-        keys = due(list(SETTINGS.values()), options.seeds)
-        asked = ((name, arm, seed) for name, arm, seed in keys if any(fnmatch(f"{name}/{arm}", glob) for glob in globs))
-        carried_on(Study(options.data), options.results, rows, asked, SETTINGS)
+        mine, all_of_them = options.share
+        keys = [
+            (name, arm, seed)
+            for name, arm, seed in due(list(SETTINGS.values()), options.seeds)
+            if seed % all_of_them == mine and any(fnmatch(f"{name}/{arm}", glob) for glob in globs)
+        ]
+        carried_on(Study(options.data, options.device), options.results, rows, keys, SETTINGS)
     from accuracy_report import report, spreads
 
     print(spreads(rows))

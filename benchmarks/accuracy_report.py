@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-import platform
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -50,9 +50,15 @@ def by_seed(rows: list[Row], setting: Setting, arm: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if (row["setting"], row["arm"]) == key and row["seed"] in seeds}
 
 
+def _paired(mine: dict[int, Row], theirs: dict[int, Row]) -> list[int]:
+    """The seeds that both have, trained on one kind of device: what was rounded otherwise is another training."""
+    both = sorted(mine.keys() & theirs.keys())
+    return [seed for seed in both if mine[seed].get("device", "cpu") == theirs[seed].get("device", "cpu")]
+
+
 def _compared(mine: dict[int, Row], theirs: dict[int, Row]) -> tuple[str, str]:
     """Differences of accuracy, in points, and of loss, over the seeds that both have."""
-    both = sorted(mine.keys() & theirs.keys())
+    both = _paired(mine, theirs)
     if not both:
         return "", ""
     right = (torch.stack([unpacked(rows[seed]["right"]) for seed in both]).double() for rows in (mine, theirs))
@@ -126,7 +132,7 @@ def table(setting: Setting, rows: list[Row]) -> list[str]:
     for name, others in AGAINST.items():
         for other in others:
             mine, theirs = by_seed(rows, setting, name), by_seed(rows, setting, other)
-            both = len(mine.keys() & theirs.keys())
+            both = len(_paired(mine, theirs))
             accuracy, loss = _compared(mine, theirs)
             if both and name in setting.arms:
                 lines.append(f"| {name} minus {other} | {both} | | {accuracy} | | {loss} | | | | | |")
@@ -140,7 +146,7 @@ def maps(rows: list[Row], settings: Iterable[Setting] = tuple(SETTINGS.values())
         if other not in setting.arms or home(setting, one) != setting.name:
             continue
         ours, theirs = by_seed(rows, setting, one), by_seed(rows, setting, other)
-        both = [seed for seed in sorted(ours.keys() & theirs.keys()) if "near_half" in ours[seed]]
+        both = [seed for seed in _paired(ours, theirs) if "near_half" in ours[seed]]
         if both:
             cells = []
             for what in ("near_half", "spread"):
@@ -161,7 +167,7 @@ def _per_parameter(rows: list[Row]) -> list[str]:
         arm = setting.arms[name]
         base = "vanilla" if arm.attention else "no attention"
         mine, theirs = by_seed(rows, setting, name), by_seed(rows, setting, base)
-        both = sorted(mine.keys() & theirs.keys())
+        both = _paired(mine, theirs)
         if not both:
             continue
         gain = 100 * statistics.fmean(mine[s]["accuracy"] - theirs[s]["accuracy"] for s in both)
@@ -176,6 +182,12 @@ def missing(rows: list[Row], setting: Setting) -> int:
     return sum(len(set(range(setting.seeds)) - by_seed(rows, setting, arm).keys()) for arm in setting.arms)
 
 
+def _machines(rows: list[Row]) -> list[str]:
+    """On what the runs were trained, and how many of them."""
+    counts = collections.Counter(row.get("machine", "one core of a CPU") for row in rows)
+    return [f"{machine} ({number})" for machine, number in counts.most_common()]
+
+
 def report(rows: list[Row]) -> str:
     """All tables as Markdown; what is incomplete says so."""
     left = {name: missing(rows, setting) for name, setting in SETTINGS.items()}
@@ -186,8 +198,8 @@ def report(rows: list[Row]) -> str:
         "",
         f"**Incomplete**: {len(rows)} runs are here, and {to_come} are still to come." if to_come else "",
         "",
-        f"dcafy {dcafy.__version__}, torch {torch.__version__}, Python {platform.python_version()}, one core of a CPU. "
-        "Made by `python benchmarks/accuracy.py` from `accuracy.jsonl`; the same command goes on where it was.",
+        f"dcafy {dcafy.__version__}. Made by `python benchmarks/accuracy.py` from `accuracy.jsonl`; the same command goes "
+        f"on where it was. Trained on {'; '.join(_machines(rows))}; in float32 everywhere.",
         "",
         f"Accuracy in % of {VALIDATION:,} validation pairs. Differences are paired by seed and by image, with 95% "
         "intervals over both (`dcafy.runs.evidence`), ** where they exclude zero. *cut*: what setting β = 0 "

@@ -239,7 +239,7 @@ class Lines(Study):
         network = Angle(self.weights, attention=attention)
         torch.manual_seed(seed)
         network.fc = nn.Linear(network.fc.in_features, len(setting.classes))
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return self._placed(network)
 
 
 def report(rows: list[dict[str, Any]]) -> str:

@@ -65,15 +65,29 @@ class OwnDraws(OwnThread, TorchDispatchMode):  # type: ignore[no-untyped-call]
         generator = self._generator(device)
         drawing, place = _with_generator(func)
         if drawing is None:
-            devices = [] if device.type == "cpu" else [device]
-            with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
-                return func(*args, **kwargs)
+            return _from_global(generator, functools.partial(func, *args, **kwargs))
         if place < len(args):  # some take it by position
             args = (*args[:place], args[place] or generator, *args[place + 1 :])
         else:
             kwargs = {**kwargs, "generator": kwargs.get("generator") or generator}
         return drawing(*args, **kwargs)
+
+
+def _from_global(generator: torch.Generator, call: Callable[[], Any]) -> Any:
+    """What an operation that takes no generator draws, if the global one of the device stood where ``generator`` leads.
+
+    Only that device's is moved and put back: ``torch.manual_seed`` would reach for every GPU's.
+    """
+    device = generator.device
+    seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return call()
+    module = torch.get_device_module(device)
+    with torch.random.fork_rng([device], device_type=device.type), module.device(device):
+        module.manual_seed(seed)
+        return call()
 
 
 def plain_draws() -> Iterator[Patch]:

@@ -52,10 +52,10 @@ ARMS = ["vanilla", "own message", "shuffled", "α alone", "no attention"]
 @pytest.mark.parametrize("name", ARMS)
 def test_an_arm_is_what_it_says(name: str, study: Any, modules: tuple[Any, Any]) -> None:
     accuracy, _ = modules
-    row = study.run(short(accuracy.SETTINGS["switch"]), name, 0)
+    (row,) = study.run(short(accuracy.SETTINGS["switch"]), [name], 0)
     assert len(accuracy.unpacked(row["right"])) == 1000
     assert row["accuracy"] == pytest.approx(float(accuracy.unpacked(row["right"]).double().mean()))
-    again = study.run(short(accuracy.SETTINGS["switch"]), name, 0)
+    (again,) = study.run(short(accuracy.SETTINGS["switch"]), [name], 0)
     assert {**again, "seconds": row["seconds"]} == row, "a run is a function of setting, arm and seed"
     assert ("beta" in row) == (name not in ("vanilla", "no attention"))
     assert (row.get("beta") == 0.0) == (name == "α alone")
@@ -137,7 +137,7 @@ def test_inserting_starts_from_the_trained_network(study: Any, modules: tuple[An
     assert len([module for module in made.modules() if isinstance(module, accuracy.SE)]) == 6
     with pytest.raises(dcafy.InputError, match="no connections"):
         dcafy.connections(made)
-    row = study.run(setting, "inserted, connected", 0)
+    (row,) = study.run(setting, ["inserted, connected"], 0)
     assert row["added"] > 0
     assert row.keys() >= {"near_half", "spread"}
     assert "beta" in row

@@ -155,7 +155,7 @@ def test_words_are_drawn_alike_each_time_and_half_of_them_upside_down(module: An
 @pytest.mark.parametrize("name", ["centred", "no attention"])
 def test_an_arm_is_what_it_says(name: str, study: Any, module: Any) -> None:
     setting = dataclasses.replace(module.SETTING, steps=1, batch=4)
-    row = study.run(setting, name, 0)
+    (row,) = study.run(setting, [name], 0)
     assert ("beta" in row) == (name == "centred")
     assert ("spread" in row) == (name != "no attention")
     start, other = (study.start(setting, 3, attention=attention) for attention in (True, False))

@@ -389,3 +389,18 @@ def test_draws_of_ones_own_are_those_that_would_have_been_drawn() -> None:
     seeded = drawing_apart(lambda: (torch.manual_seed(3), torch.rand(4))[1])
     assert torch.equal(seeded, torch.rand(4, generator=torch.Generator().manual_seed(3)))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_operations_that_take_no_generator_go_on_from_draw_to_draw() -> None:
+    """Also where whoever draws may set torch's seed, which is his own there."""
+
+    def masks() -> list[Tensor]:
+        return [torch.ops.aten.native_dropout(torch.ones(64), 0.5, True)[1] for _ in range(3)]
+
+    before = torch.get_rng_state()
+    first, second, third = drawing_apart(masks)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert all(map(torch.equal, drawing_apart(masks), (first, second, third)))
+    assert not torch.equal(drawing_apart(masks, seed=1)[0], first)
+    assert torch.equal(torch.get_rng_state(), before)

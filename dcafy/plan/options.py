@@ -118,7 +118,8 @@ class Linking:
     spatial_match: str = setting("avg", "What shrinks maps (paper 3.3).", choices=("avg", "max", "conv"))
     message: str = setting(
         "plain",
-        "What of a message is heard: plain (all of it, as in the paper) or centred (how it differs between images).",
+        "What of a message is heard: plain (all of it, as in the paper) or centred (how it differs between images), "
+        "which dcafy finetune takes for classifiers.",
         choices=("plain", "centred"),
     )
 

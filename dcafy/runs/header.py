@@ -66,8 +66,9 @@ def _network(request: Request, network: nn.Module, *, goes_on: bool) -> str:
         parts.append(f"with {conversion.attention} put in")
     if request.backbone is not None:
         parts.append(f"on the network of {request.backbone}")
-    count = len(connections(network)) if is_connected(network) else 0
-    parts.append(counted(count, "connection") if count else "no connections")
+    own = connections(network) if is_connected(network) else {}
+    centred = " with centred messages" if any(one.centre is not None for one in own.values()) else ""
+    parts.append(f"{counted(len(own), 'connection')}{centred}" if own else "no connections")
     begun = RANDOM if has_random_weights(network) else "weights: loaded"
     return f"{', '.join(parts)}; {'weights: as far as the run has come' if goes_on else begun}"
 

@@ -17,7 +17,9 @@ from dcafy.training.options import TrainingConfig
 from dcafy.wording import nearest, quoted
 
 TASKS: dict[str, dict[str, Any]] = {
-    "classification": {},
+    # What the study supports where a trained network is trained on (benchmarks/results/accuracy.md, "tuned"). A detector
+    # sees too few images at a time to centre by.
+    "classification": {"message": "centred"},
     "detection": {"optimizer": "sgd", "schedule": "multistep", "epochs": 12, "batch_size": 16},
 }
 """What a network can be trained for -> the defaults that are others for it."""
@@ -46,7 +48,8 @@ class RunOptions:
     )
     task: str = setting(
         "classification",
-        "What the network is trained for. Detectors are measured by average precision, and have other defaults: sgd, "
+        "What the network is trained for. Classifiers hear centred messages (--message), but under --recipe and with a "
+        "--schema other than direct. Detectors are measured by average precision, and have other defaults: sgd, "
         "12 epochs, 16 images in a batch, --schedule multistep, a learning rate of 0.01 for 16 images (in proportion).",
         choices=tuple(TASKS),
     )
@@ -217,7 +220,7 @@ def chosen(
 ) -> Chosen:
     """The options with what the recipe (:data:`dcafy.runs.paper.RECIPES`), else the task, says of what was not given.
 
-    Under a recipe, another batch has its rate in proportion, another number of epochs its milestones, and connections
+    A schema that is no plain sum is the paper's own, and so are its messages then. Under a recipe, another batch has its rate in proportion, another number of epochs its milestones, and connections
     have the base's rate.
 
     >>> found = chosen(RunOptions(recipe="paper"), TrainingConfig(epochs=5), DataOptions(), Conversion(), ["epochs"])
@@ -226,7 +229,8 @@ def chosen(
     """
     kept = set(given)
     if run.recipe is None:
-        return Chosen(run.task, with_defaults_of(run.task, training, kept), images, conversion)
+        own = _with(conversion, TASKS[run.task], kept | {"message"} if conversion.schema != "direct" else kept)
+        return Chosen(run.task, with_defaults_of(run.task, training, kept), images, own)
     recipe = RECIPES[run.recipe]
     if "task" in kept and run.task != recipe.task:
         raise UsageError(f"--recipe {run.recipe} is for --task {recipe.task}, not {run.task}. Leave one of them out.")

@@ -191,3 +191,29 @@ def test_every_option_of_a_recipe_is_an_option() -> None:
 def test_validation_images_that_would_be_smaller_than_what_is_cut_out() -> None:
     with pytest.raises(UsageError, match="--val-resize 200"):
         with_resize(preparation(torchvision.models.resnet18(), "torchvision:resnet18"), 200)
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "message"),
+    [
+        ({}, [], "centred"),
+        ({"message": "plain"}, ["message"], "plain"),
+        ({"schema": "normalised"}, ["schema"], "plain"),
+        ({"schema": "direct"}, ["schema"], "centred"),
+        ({"topology": "dense", "attention": "se"}, ["topology", "attention"], "centred"),
+    ],
+)
+def test_classifiers_hear_centred_messages_where_nothing_else_is_asked_for(
+    options: dict[str, str], given: list[str], message: str
+) -> None:
+    """What the study supports for trained networks; the paper's own forms stay what they are."""
+
+    def asked(run: RunOptions) -> str:
+        found = chosen(run, TrainingConfig(), DataOptions(), Conversion(**options), [*given, "task", "recipe"])
+        return found.conversion.message
+
+    assert asked(RunOptions()) == message
+    assert asked(RunOptions(task="detection")) == "plain"
+    assert asked(RunOptions(task="detection", recipe="paper-detection")) == "plain"
+    for recipe in ("paper", "paper-mobile"):
+        assert asked(RunOptions(recipe=recipe)) == "plain"
