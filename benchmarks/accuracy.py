@@ -52,6 +52,7 @@ from torch.nn import functional as F
 import dcafy
 from dcafy.attention import CBAM, ECA, GC, SE
 from dcafy.attention.gate import Gate
+from dcafy.attention.inserted import inserted_parameters
 from dcafy.converted import undecayed
 from dcafy.emit.connection import Connection
 
@@ -279,6 +280,7 @@ class Arm:
     ``inserted``  what is put in first, as an exact no-op
     ``order``     added to the seed of the order of the images
     ``rates``     rates of the matching layers, and of α and β, over that of the base
+    ``faster``    the rate of what was put in over that of the base
     """
 
     words: str
@@ -288,6 +290,7 @@ class Arm:
     inserted: str | None = None
     order: int = 0
     rates: tuple[float, float] = (10.0, 10.0)
+    faster: float = 1.0
 
 
 class Roll(nn.Module):
@@ -401,6 +404,7 @@ SE_PUT_IN = "SE put into the units"
 INSERTED = {
     "vanilla": MAIN["vanilla"],
     "inserted": Arm(f"{SE_PUT_IN}", inserted="se"),
+    "inserted x10": Arm(f"{SE_PUT_IN}, at 10 times the rate", inserted="se", faster=10.0),
     "inserted, connected": Arm(f"{SE_PUT_IN}, connected by eq. 3", PLAIN, inserted="se"),
     "inserted, centred": Arm(f"{SE_PUT_IN}, connected, centred", CENTRED, inserted="se"),
     "inserted, own message": Arm(f"{SE_PUT_IN}, centred layers on its own G", CENTRED, own_message, inserted="se"),
@@ -720,12 +724,13 @@ def _groups(network: nn.Module, setting: Setting, arm: Arm) -> list[dict[str, An
     if arm.options is not None:
         match, scale = (setting.lr * rate for rate in arm.rates)
         return dcafy.parameter_groups(network, lr=setting.lr, connection_lr=match, scale_lr=scale, weight_decay=1e-4)
+    own = inserted_parameters(network)
     apart = undecayed(network)
-    split = (
-        ([p for p in network.parameters() if id(p) not in apart], 1e-4),
-        ([p for p in network.parameters() if id(p) in apart], 0),
-    )
-    return [{"params": part, "weight_decay": decay} for part, decay in split]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for p in network.parameters():
+        rate = setting.lr * (arm.faster if id(p) in own else 1.0)
+        groups.setdefault((rate, 0.0 if id(p) in apart else 1e-4), []).append(p)
+    return [{"params": part, "lr": rate, "weight_decay": decay} for (rate, decay), part in groups.items()]
 
 
 def packed(right: Tensor) -> str:

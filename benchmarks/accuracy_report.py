@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ AGAINST = {
     "rla alone": ("no attention",),
     "mrla": ("no attention",),
     "dia": ("no attention",),
-    "inserted, connected": ("inserted",),
-    "inserted, centred": ("inserted", "inserted, connected", "inserted, own message"),
+    "inserted x10": ("inserted",),
+    "inserted, connected": ("inserted", "inserted x10"),
+    "inserted, centred": ("inserted", "inserted x10", "inserted, connected", "inserted, own message"),
     "inserted, own message": ("inserted",),
 }
 """Arm -> what it is compared with besides *vanilla*."""
@@ -42,6 +43,63 @@ MAPPED = (
     ("inserted, centred", "inserted"),
 )
 """Whose attention values are compared (paper Fig. 1)."""
+
+
+Verdict = Callable[[float, float], str]
+"""From the ends of an interval, in points, whether it is as it was expected."""
+
+
+def _above(low: float, high: float) -> str:
+    return "yes" if low > 0 else "no: it is below" if high < 0 else "open"
+
+
+def _not_above(low: float, high: float) -> str:
+    return "no: it is above" if low > 0 else "not contradicted"
+
+
+def _within_half(low: float, high: float) -> str:
+    return "yes" if low > -0.5 and high < 0.5 else "no" if low > 0.5 or high < -0.5 else "open"
+
+
+def _under_half(low: float, high: float) -> str:
+    return "yes" if high < 0.5 else "no" if low > 0.5 else "open"
+
+
+JUDGED: tuple[tuple[int, tuple[str, ...], str, str, str, Verdict], ...] = (
+    (1, ("switch", "cued"), "centred", "vanilla", "above", _above),
+    (1, ("switch", "cued"), "centred", "connected", "above", _above),
+    (1, ("switch", "cued"), "connected", "vanilla", "not above", _not_above),
+    (2, ("switch", "cued"), "own message", "vanilla", "above", _above),
+    (2, ("switch", "cued"), "centred", "own message", "less than half a point above", _under_half),
+    (3, ("switch", "cued", "tuned"), "shuffled", "vanilla", "not above", _not_above),
+    (4, ("switch", "cued"), "connected x1", "connected", "within half a point of", _within_half),
+    (5, ("switch", "cued"), "α alone", "vanilla", "within half a point of", _within_half),
+    (5, ("switch", "cued"), "normalised", "centred", "not above", _not_above),
+    (6, ("gain", "noise"), "centred", "vanilla", "above", _above),
+    (6, ("wide",), "centred", "vanilla", "not above", _not_above),
+    (7, ("tuned",), "centred", "vanilla", "above", _above),
+    (7, ("tuned",), "centred", "connected", "above", _above),
+    (8, ("inserted",), "inserted", "vanilla", "above", _above),
+    (8, ("inserted",), "inserted, connected", "inserted", "within half a point of", _within_half),
+    (8, ("inserted",), "inserted, centred", "inserted", "above", _above),
+    (8, ("inserted",), "inserted, centred", "inserted, connected", "above", _above),
+    (9, ("blur", "cast"), "centred", "vanilla", "above", _above),
+)
+"""What was expected, by its number: in which settings which arm is what of which other."""
+
+
+def judged(rows: list[Row]) -> list[str]:
+    """What came of what was expected, as far as there are runs."""
+    lines = ["| expected | setting | seeds | | difference, points | as expected? |", "|---|---|---|---|---|---|"]
+    for number, settings, name, other, words, verdict in JUDGED:
+        for setting in (SETTINGS[one] for one in settings):
+            found = _difference(by_seed(rows, setting, name), by_seed(rows, setting, other))
+            if found is None or found.low is None or found.high is None:
+                continue
+            seeds = len(_paired(by_seed(rows, setting, name), by_seed(rows, setting, other)))
+            cells = [str(number), setting.name, str(seeds), f"{name} is {words} {other}", _shown(found, "{:+.2f}", 100)]
+            lines.append(f"| {' | '.join(cells)} | {verdict(100 * found.low, 100 * found.high)} |")
+    return lines
 
 
 def by_seed(rows: list[Row], setting: Setting, arm: str) -> dict[int, Row]:
@@ -58,12 +116,21 @@ def _paired(mine: dict[int, Row], theirs: dict[int, Row]) -> list[int]:
 
 def _compared(mine: dict[int, Row], theirs: dict[int, Row]) -> tuple[str, str]:
     """Differences of accuracy, in points, and of loss, over the seeds that both have."""
+    both, found = _paired(mine, theirs), _difference(mine, theirs)
+    if found is None:
+        return "", ""
+    losses = ([rows[seed]["loss"] for seed in both] for rows in (mine, theirs))
+    return _shown(found, "{:+.2f}", 100), _shown(paired_difference(*losses), "{:+.4f}")
+
+
+def _difference(mine: dict[int, Row], theirs: dict[int, Row]) -> Difference | None:
+    """That of accuracy, over seeds and images; ``None`` where no seed is in both."""
     both = _paired(mine, theirs)
     if not both:
-        return "", ""
-    right = (torch.stack([unpacked(rows[seed]["right"]) for seed in both]).double() for rows in (mine, theirs))
-    losses = ([rows[seed]["loss"] for seed in both] for rows in (mine, theirs))
-    return _shown(crossed_difference(*right), "{:+.2f}", 100), _shown(paired_difference(*losses), "{:+.4f}")
+        return None
+    return crossed_difference(
+        *(torch.stack([unpacked(rows[seed]["right"]) for seed in both]).double() for rows in (mine, theirs))
+    )
 
 
 def _shown(found: Difference, form: str, scale: float = 1.0) -> str:
@@ -198,8 +265,8 @@ def report(rows: list[Row]) -> str:
         "",
         f"**Incomplete**: {len(rows)} runs are here, and {to_come} are still to come." if to_come else "",
         "",
-        f"dcafy {dcafy.__version__}. Made by `python benchmarks/accuracy.py` from `accuracy.jsonl`; the same command goes "
-        f"on where it was. Trained on {'; '.join(_machines(rows))}; in float32 everywhere.",
+        f"dcafy {dcafy.__version__}. Made by `python benchmarks/accuracy.py` from `accuracy.jsonl`; the same command "
+        f"goes on where it was. Trained on {'; '.join(_machines(rows))}; in float32 everywhere.",
         "",
         f"Accuracy in % of {VALIDATION:,} validation pairs. Differences are paired by seed and by image, with 95% "
         "intervals over both (`dcafy.runs.evidence`), ** where they exclude zero. *cut*: what setting β = 0 "
@@ -209,6 +276,10 @@ def report(rows: list[Row]) -> str:
         "## Expected",
         "",
         (EXPECTED or "").partition("What is expected, ")[2].strip(),
+        "",
+        "## What came of it",
+        "",
+        *judged(rows),
         "",
         "## Can the settings show it?",
         "",

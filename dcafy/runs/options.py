@@ -17,8 +17,8 @@ from dcafy.training.options import TrainingConfig
 from dcafy.wording import nearest, quoted
 
 TASKS: dict[str, dict[str, Any]] = {
-    # What the study supports where a trained network is trained on (benchmarks/results/accuracy.md, "tuned"). A detector
-    # sees too few images at a time to centre by.
+    # What the study supports where a trained network is trained on (benchmarks/results/accuracy.md, "tuned"); a
+    # detector sees too few images at a time to centre by.
     "classification": {"message": "centred"},
     "detection": {"optimizer": "sgd", "schedule": "multistep", "epochs": 12, "batch_size": 16},
 }
@@ -220,8 +220,8 @@ def chosen(
 ) -> Chosen:
     """The options with what the recipe (:data:`dcafy.runs.paper.RECIPES`), else the task, says of what was not given.
 
-    A schema that is no plain sum is the paper's own, and so are its messages then. Under a recipe, another batch has its rate in proportion, another number of epochs its milestones, and connections
-    have the base's rate.
+    A schema that is no plain sum is the paper's own, and so are its messages then. Under a recipe, another batch has
+    its rate in proportion, another number of epochs its milestones, and connections have the base's rate.
 
     >>> found = chosen(RunOptions(recipe="paper"), TrainingConfig(epochs=5), DataOptions(), Conversion(), ["epochs"])
     >>> found.training.lr, found.training.epochs, found.images.crop_scale, found.conversion.attention_init
