@@ -249,9 +249,9 @@ def chosen(
     return Chosen(recipe.task, made, _with(images, options, kept), _with(conversion, options, kept))
 
 
-def conversion_of(recipe: str | None) -> Conversion:
-    """The options of a conversion that a recipe has, if any."""
-    return _with(Conversion(), RECIPES[recipe].options if recipe else {}, ())
+def conversion_of(task: str, recipe: str | None) -> Conversion:
+    """The options of a conversion where none is given: the recipe's, else the task's."""
+    return _with(Conversion(), RECIPES[recipe].options if recipe else TASKS[task], ())
 
 
 Configuration = TypeVar("Configuration", TrainingConfig, DataOptions, Conversion)

@@ -91,7 +91,7 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
         if is_connected(network):
-            if request.conversion not in (Conversion(), conversion_of(request.recipe)):
+            if request.conversion not in (Conversion(), conversion_of(request.task, request.recipe)):
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
                 )

@@ -62,7 +62,10 @@ def test_names_and_cases_of_other_trainers_are_understood(dcafy_command: Run, fl
     code, out, err = dcafy_command("finetune", *TRY, *options, "--balance", "-o", "run")
     assert code == 0, err
     told = {line.partition(" ")[0]: " ".join(line.split()) for line in err.splitlines()}
-    assert "with se put in, 3 connections; weights: random (add @DEFAULT for trained ones)" in told["network"]
+    assert (
+        "with se put in, 3 connections with centred messages; weights: random (add @DEFAULT for trained ones)"
+        in told["network"]
+    )
     assert f"imagefolder:{flowers}: 17 images to train on, 3 to validate on, 3 classes: daisy, rose" in told["data"]
     assert "32 x 32 pixels, 3 channels" in told["images"]
     assert "new classifier: fc; classes weighed by how rare they are" in told["trained"]
