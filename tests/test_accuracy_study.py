@@ -62,6 +62,25 @@ def test_an_arm_is_what_it_says(name: str, study: Any, modules: tuple[Any, Any])
     assert json.loads(json.dumps(row)) == row
 
 
+SLOW = ("cued eca", "cued gc", "cued, family", "switch, options", "inserted", "plain")
+
+
+@pytest.mark.filterwarnings("ignore:The schema 'normalised' is not the identity")
+@pytest.mark.parametrize("name", ["cued cbam", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_all_arms_of_a_setting_train_side_by_side(name: str, study: Any, modules: tuple[Any, Any]) -> None:
+    """One after the other they end in the same rows."""
+    accuracy, _ = modules
+    setting = short(accuracy.SETTINGS[name])
+    arms = [arm for arm in setting.arms if not setting.arms[arm].order]
+    rows = list(study.run(setting, arms, 0))
+    assert [row["arm"] for row in rows] == arms
+    for row in rows:
+        arm = setting.arms[row["arm"]]
+        assert (row["added"] > 0) == (arm.options is not None or arm.inserted is not None)
+    (alone,) = study.run(setting, arms[-1:], 0)
+    assert {**alone, "seconds": 0} == {**rows[-1], "seconds": 0}
+
+
 def test_arms_start_from_the_same_weights_and_outputs(study: Any, modules: tuple[Any, Any]) -> None:
     """All but *normalised*, whose f is another from the start."""
     accuracy, _ = modules
