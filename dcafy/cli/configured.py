@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -51,7 +51,7 @@ def _options(configuration: type[Any]) -> list[inspect.Parameter]:
         option = typer.Option(
             *((f"--{item.name.replace('_', '-')}", *others) if others else ()),
             callback=_in_any_case(choices) if choices else None,
-            help=item.metadata["help"] + _told(item),
+            help=item.metadata["help"] + _explained(choices) + _told(item),
             metavar=item.metadata["metavar"] or ("|".join(choices) if choices else None),
             show_default=False,
             autocompletion=completing(choices),
@@ -72,6 +72,13 @@ def _in_any_case(choices: Collection[str]) -> Callable[[str | None], str | None]
         return meant(value, choices)  # type: ignore[no-any-return]
 
     return as_known
+
+
+def _explained(choices: Collection[str]) -> str:
+    """What each of the choices is, where their table says it."""
+    rows = choices.items() if isinstance(choices, Mapping) else ()
+    told = [f"{name}: {row.words}" for name, row in rows if hasattr(row, "words")]
+    return f" {'; '.join(told)}." if told else ""
 
 
 def _told(item: dataclasses.Field[Any]) -> str:

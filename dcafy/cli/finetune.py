@@ -16,12 +16,13 @@ from dcafy.cli.app import command
 from dcafy.cli.configured import given_options, with_options
 from dcafy.cli.help import Command, is_quiet
 from dcafy.cli.options import MODEL, Settings, settings_given
+from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
 from dcafy.plan.options import Conversion
 from dcafy.runs.options import ARMS, RunOptions
 from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
-from dcafy.wording import printable, require_extra
+from dcafy.wording import printable, quoted, require_extra
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -135,6 +136,12 @@ def _looked_over(asked: Asked, request: Request, arm: str) -> Subject:
     for other in request.arms:
         require_arm(request, other)
     on = subject(request, seed=request.training.seed, arm=arm, file=asked.file)
+    said = [item.name for item in dataclasses.fields(Conversion) if item.name in asked.given]
+    if on.came_connected and said and not asked.goes_on:
+        raise UsageError(
+            f"{quoted(request.model, 200)} is connected already, so that --{said[0].replace('_', '-')} is of no use. "
+            "Leave it out."
+        )
     if is_main_process():
         amiss = on.data.amiss
         for text in amiss[:10]:

@@ -35,10 +35,12 @@ class Topology:
     ``mixing``: the file in ``dcafy/emit`` that says how what a block hears becomes one term (``dcafy.emit.mixing``);
     empty: it is added up, each with a β of its own.
     ``of``: what of a block is heard: its ``message`` T̃, or its ``context`` G.
+    ``words``: what a block hears, as the help says it.
     ``what``: what it is, and where it comes from, where that is not the paper.
     """
 
     hears: Callable[[Any, Blocks[Any], Blocks[Any]], Blocks[Any]]
+    words: str
     every: bool = False
     mixing: str = ""
     of: Of = "message"
@@ -77,18 +79,20 @@ def _hub(block: Any, earlier: Blocks[Any], planned: Blocks[Any]) -> Blocks[Any]:
 
 
 TOPOLOGIES: dict[str, Topology] = {
-    "chain": Topology(_chain),
-    "dense": Topology(_dense),
-    "tree": Topology(_tree),
-    "own": Topology(_own, every=True),
+    "chain": Topology(_chain, "the one before it"),
+    "dense": Topology(_dense, "all before it"),
+    "tree": Topology(_tree, "some before it, as a binary tree"),
+    "own": Topology(_own, "itself", every=True),
     "depth": Topology(
         _dense,
+        "all before it, weighed by a softmax over depth",
         mixing="depth",
         what="a block hears all earlier ones, weighed by a softmax over depth (layer attention: arXiv 2302.03985, "
         "2406.13392, 2603.15031)",
     ),
     "hub": Topology(
         _hub,
+        "an LSTM cell that has read all before it",
         mixing="hub",
         of="context",
         what="a block hears the state of one LSTM cell for each stage, which reads every G (DIA: arXiv 1905.10671, "
@@ -107,6 +111,7 @@ def _along(block: AttentionBlock, earlier: Blocks[AttentionBlock], planned: Bloc
 BY_NATURE: dict[str, Topology] = {
     "along": Topology(
         _along,
+        "the one before it in its stage",
         mixing="along",
         what="attention that is connected by nature, each unit of a stage to the one before (MRLA-light: arXiv "
         "2302.03985, eq. 8)",

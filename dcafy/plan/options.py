@@ -118,8 +118,8 @@ class Linking:
     spatial_match: str = setting("avg", "What shrinks maps (paper 3.3).", choices=("avg", "max", "conv"))
     message: str = setting(
         "plain",
-        "What of a message is heard: plain (all of it, as in the paper) or centred (how it differs between images), "
-        "which dcafy finetune takes for classifiers.",
+        "What of a message is heard: plain (all of it, as in the paper) or centred (how it differs between images). "
+        "[default: plain; where dcafy finetune trains a classifier: centred]",
         choices=("plain", "centred"),
     )
 
@@ -157,7 +157,7 @@ class Conversion(Linking, Inserting):
     dimension: str = setting("all", "What is connected (paper 4.2).", choices=(*get_args(Dimension), "all"))
     topology: str = setting(
         "chain",
-        "Who hears whom: each block the one before it, all before it, some of them as a binary tree, or itself.",
+        "What each block hears.",
     )
 
 

@@ -19,7 +19,11 @@ WORDS: dict[str, tuple[str, str]] = {
         "its own G alone (T̃ is T, made to fit in size). At α = 1 and β = 0 the network computes what it did before.",
     ),
     "alpha": ("α", "the learned weight of the block's own G. It begins at 1."),
-    "beta": ("β", "the learned weight of the message from the block before. It begins at 0: nothing is heard yet."),
+    "beta": (
+        "β",
+        "the learned weight of the message from the block before. It begins at 0, where nothing is heard yet; "
+        "behind attention that was put in as a no-op, at 0.5, where what is heard changes nothing yet.",
+    ),
     "contribution": (
         "contribution",
         "|β| / (|α| + |β|): how large β is beside α (paper 4.5). It does not say whether anything depends on it.",

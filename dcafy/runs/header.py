@@ -59,6 +59,10 @@ def header(
     return "\n".join(f"{name:<8} {printable(text)}" for name, text in rows.items())
 
 
+_FEW = 8
+"""Images with fewer of which the mean of a batch says little of that of all."""
+
+
 def _network(request: Request, network: nn.Module, *, goes_on: bool) -> str:
     conversion = request.conversion
     parts = [request.model if request.arch is None else f"{request.model} ({request.arch})"]
@@ -67,8 +71,11 @@ def _network(request: Request, network: nn.Module, *, goes_on: bool) -> str:
     if request.backbone is not None:
         parts.append(f"on the network of {request.backbone}")
     own = connections(network) if is_connected(network) else {}
-    centred = " with centred messages" if any(one.centre is not None for one in own.values()) else ""
-    parts.append(f"{counted(len(own), 'connection')}{centred}" if own else "no connections")
+    centred = any(one.centre is not None for one in own.values())
+    at_once = request.training.batch_size // int(os.environ.get("WORLD_SIZE", "1"))
+    few = f", of {counted(at_once, 'image')} at once, which is few: --message plain" if at_once < _FEW else ""
+    told = f" with centred messages{few}" if centred else ""
+    parts.append(f"{counted(len(own), 'connection')}{told}" if own else "no connections")
     begun = RANDOM if has_random_weights(network) else "weights: loaded"
     return f"{', '.join(parts)}; {'weights: as far as the run has come' if goes_on else begun}"
 

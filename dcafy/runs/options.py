@@ -48,9 +48,10 @@ class RunOptions:
     )
     task: str = setting(
         "classification",
-        "What the network is trained for. Classifiers hear centred messages (--message), but under --recipe and with a "
-        "--schema other than direct. Detectors are measured by average precision, and have other defaults: sgd, "
-        "12 epochs, 16 images in a batch, --schedule multistep, a learning rate of 0.01 for 16 images (in proportion).",
+        "What the network is trained for. Classifiers hear centred messages (--message), but under --recipe, with "
+        "--topology hub and with a --schema other than direct. Detectors are measured by average precision, and have "
+        "other defaults: sgd, 12 epochs, 16 images in a batch, --schedule multistep, a learning rate of 0.01 for 16 "
+        "images (in proportion).",
         choices=tuple(TASKS),
     )
     recipe: str | None = setting(
@@ -220,8 +221,9 @@ def chosen(
 ) -> Chosen:
     """The options with what the recipe (:data:`dcafy.runs.paper.RECIPES`), else the task, says of what was not given.
 
-    A schema that is no plain sum is the paper's own, and so are its messages then. Under a recipe, another batch has
-    its rate in proportion, another number of epochs its milestones, and connections have the base's rate.
+    A schema that is no plain sum, and the hub, are others' published forms, and so are their messages. Under a recipe,
+    another batch has its rate in proportion, another number of epochs its milestones, and connections have the base's
+    rate.
 
     >>> found = chosen(RunOptions(recipe="paper"), TrainingConfig(epochs=5), DataOptions(), Conversion(), ["epochs"])
     >>> found.training.lr, found.training.epochs, found.images.crop_scale, found.conversion.attention_init
@@ -229,7 +231,8 @@ def chosen(
     """
     kept = set(given)
     if run.recipe is None:
-        own = _with(conversion, TASKS[run.task], kept | {"message"} if conversion.schema != "direct" else kept)
+        as_published = conversion.schema != "direct" or conversion.topology == "hub"
+        own = _with(conversion, TASKS[run.task], kept | {"message"} if as_published else kept)
         return Chosen(run.task, with_defaults_of(run.task, training, kept), images, own)
     recipe = RECIPES[run.recipe]
     if "task" in kept and run.task != recipe.task:

@@ -56,11 +56,15 @@ from dcafy.zoos.specs import runs_code
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained on what: a network, connected or not, its data, and the data made ready for it."""
+    """What is trained on what: a network, connected or not, its data, and the data made ready for it.
+
+    ``came_connected``: whether the network was connected before it was opened here.
+    """
 
     network: nn.Module
     data: Data
     ready: Ready
+    came_connected: bool = False
 
 
 def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOptions | None = None) -> Subject:
@@ -90,7 +94,8 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
         conversion = dataclasses.replace(conversion, attention=None)  # it came along with the backbone
     with seeded(seed, 2):
         ready = purpose.ready(network, data, request)
-        if is_connected(network):
+        came_connected = is_connected(network)
+        if came_connected:
             if request.conversion not in (Conversion(), conversion_of(request.task, request.recipe)):
                 raise UsageError(
                     f"{request.model!r} is connected already, so the options of a conversion do not apply."
@@ -103,7 +108,7 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
         elif arm != "plain":
             network = with_attention(network, conversion, example_inputs=ready.example, copy=False)
         _require_difference(request, network, arm, ready.example)
-    return Subject(network, data, ready)
+    return Subject(network, data, ready, came_connected)
 
 
 def _require_difference(request: Request, network: nn.Module, arm: str, example: Any) -> None:

@@ -201,6 +201,7 @@ def test_validation_images_that_would_be_smaller_than_what_is_cut_out() -> None:
         ({"schema": "normalised"}, ["schema"], "plain"),
         ({"schema": "direct"}, ["schema"], "centred"),
         ({"topology": "dense", "attention": "se"}, ["topology", "attention"], "centred"),
+        ({"topology": "hub"}, ["topology"], "plain"),
     ],
 )
 def test_classifiers_hear_centred_messages_where_nothing_else_is_asked_for(
