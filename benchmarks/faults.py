@@ -59,6 +59,10 @@ _PROGRAMS = (
 """What an opened file has no reason to do, as Python's audit events call it."""
 
 
+_OWN_WORKER = re.compile(r"^\(<socket\.socket [^>]*family=1,[^>]*>, '[^']*/pymp-\w+/listener-\w+'\)$")
+"""Where a process of ``--workers`` hands over what it has read: a file socket of multiprocessing's."""
+
+
 @dataclass
 class Verdict:
     """What became of one input.
@@ -109,7 +113,7 @@ def _watch(found: dict[str, str]) -> None:
                 found["file"] = os.fsdecode(path)
         elif event in ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree") and is_elsewhere(str(given[0])):
             found["file"] = f"{event} {given[0]}"
-        elif event in _PROGRAMS:
+        elif event in _PROGRAMS and not _OWN_WORKER.search(repr(given)):
             found["program"] = f"{event} {given!r}"[:300]
 
     sys.addaudithook(hook)

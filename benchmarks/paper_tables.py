@@ -1,6 +1,7 @@
 """Tables 1, 2a to 2e and the GC row of DCANet (arXiv 2007.05099), rebuilt: parameters and GFLOPs beside the paper's.
 
     python benchmarks/paper_tables.py
+    python benchmarks/paper_tables.py --commands         # each row as a training by the paper's recipe
 
 Every network is a torchvision base with dcafy.insert and dcafy.convert, on the meta device: nothing is computed.
 
@@ -104,6 +105,23 @@ class Row:
                 alpha = connection._parameters.pop("alpha")
                 connection.register_buffer("alpha", alpha)
         return model
+
+    def command(self) -> str:
+        """The training of this row by the paper's recipe; empty where it takes two insertions, which are Python's."""
+        if len(self.insertions) > 1:
+            return ""
+        recipe = "paper" if self.base.startswith("ResNet") else "paper-mobile"
+        options: dict[str, Any] = {"recipe": recipe}
+        for arguments in self.insertions:
+            options |= {"attention": NAMES[self.attention], "attention_reduction": arguments["reduction"]}
+        options |= self.options or {}
+        flags = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+        arm = "" if self.options is not None else " --compare attention" if self.insertions else " --plain"
+        name = "-".join(
+            [self.base, *(NAMES[self.attention] for _ in self.insertions), *map(str, (self.options or {}).values())]
+        )
+        network, data = f"torchvision:{BASES[self.base].__name__}", "--data imagefolder:imagenet"
+        return f"dcafy finetune {network} {' '.join(flags)}{arm} {data} -o runs/{name}"
 
     def unused(self) -> int:
         """How many parameters the published code has besides, which nothing depends on."""
@@ -322,7 +340,12 @@ def _difference(parameters: int, row: Row) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commands", action="store_true", help="print each row as a training, and count nothing")
+    if parser.parse_args().commands:
+        for row in ROWS:
+            print(row.command() or f"# {row.base} {row.attention}: dcafy.insert twice, with {row.insertions}")
+        return
     console = Console(width=180)
     shown, notes = table(measured())
     console.print(shown)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+import torchvision
 
 import dcafy
+from dcafy.plan.options import Conversion
+from dcafy.runs.options import RunOptions, chosen
+from dcafy.training import DataOptions, TrainingConfig
 
 SOURCE = Path(__file__).parents[1] / "benchmarks" / "paper_tables.py"
 
@@ -157,6 +165,41 @@ def test_published(row: paper_tables.Row) -> None:
     assert (working, unused) == PUBLISHED[key(row)]
     assert f"{(working + unused) / 1e6:.2f}" == f"{row.paper[0]:.2f}"
     assert working + unused == TOTALS.get(key(row), working + unused)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=[] if row.base == "MobileNetV2" else pytest.mark.zoo)
+        for row in paper_tables.ROWS
+        if row.command()
+    ],
+    ids=lambda row: "-".join(key(row)).replace(" ", "_"),
+)
+def test_the_command_of_a_row_trains_its_network(row: paper_tables.Row) -> None:
+    """By what the recipe makes of its options, as ``dcafy finetune`` does."""
+    network, *words = shlex.split(row.command())[2:]
+    assert torchvision.models.get_model_builder(network.removeprefix("torchvision:")) is paper_tables.BASES[row.base]
+    given = {name[2:].replace("-", "_"): value for name, value in itertools.pairwise(words) if name.startswith("--")}
+    own = {item.name: item.type for item in dataclasses.fields(Conversion)}
+    typed = {name: int(given[name]) if "int" in str(own[name]) else given[name] for name in given.keys() & own}
+    run = RunOptions(recipe=given["recipe"])
+    conversion = chosen(run, TrainingConfig(), DataOptions(), Conversion(**typed), given).conversion
+    assert conversion.message == "plain"
+    with torch.device("meta"):
+        model = paper_tables.BASES[row.base]().eval()
+    if row.options is not None:
+        model = dcafy.convert(model, verify=False, copy=False, **dataclasses.asdict(conversion))
+    elif row.insertions:
+        inserted = {"reduction": conversion.attention_reduction, "init": conversion.attention_init}
+        model = dcafy.insert(model, str(conversion.attention), copy=False, **inserted)
+    assert paper_tables.parameters(model) == PARAMETERS[key(row)]
+
+
+def test_rows_with_two_insertions_are_the_only_ones_without_a_command() -> None:
+    without = [row for row in paper_tables.ROWS if not row.command()]
+    assert [(row.base, row.attention) for row in without] == [("MnasNet1_0", "SE")]
+    assert len({row.command() for row in paper_tables.ROWS}) == len(paper_tables.ROWS)
 
 
 def test_what_is_unused_of_the_first_block() -> None:
