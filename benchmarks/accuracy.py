@@ -55,6 +55,7 @@ from dcafy.attention.gate import Gate
 from dcafy.attention.inserted import inserted_parameters
 from dcafy.converted import undecayed
 from dcafy.emit.connection import Connection
+from dcafy.emit.dca import own_parameters, scale_parameters
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -408,8 +409,20 @@ INSERTED = {
     "inserted, connected": Arm(f"{SE_PUT_IN}, connected by eq. 3", PLAIN, inserted="se"),
     "inserted, centred": Arm(f"{SE_PUT_IN}, connected, centred", CENTRED, inserted="se"),
     "inserted, own message": Arm(f"{SE_PUT_IN}, centred layers on its own G", CENTRED, own_message, inserted="se"),
+    "inserted x10, connected": Arm(f"{SE_PUT_IN}, at 10 times the rate, by eq. 3", PLAIN, inserted="se", faster=10.0),
+    "inserted x10, centred": Arm(f"{SE_PUT_IN}, at 10 times the rate, centred", CENTRED, inserted="se", faster=10.0),
 }
 """Attention for a trained network that has none: what of it is the attention's, and what the connections'."""
+
+INSERTED_FAMILY = {
+    "vanilla": MAIN["vanilla"],
+    **{name: Arm(f"{name} put into the units", inserted=name) for name in ("rla", "mrla", "dia")},
+    **{
+        f"{name} x10": Arm(f"{name} put into the units, at 10 times the rate", inserted=name, faster=10.0)
+        for name in ("rla", "mrla", "dia")
+    },
+}
+"""Other ways to connect attention, for a trained network that has none."""
 
 FEW = {name: {**MAIN, **CONTROLS}[name] for name in ("vanilla", "no attention", "connected", "centred", "own message")}
 
@@ -507,6 +520,14 @@ SETTINGS = {
             *(cued, local, "none"),
             **TUNED,
             arms=INSERTED,
+        ),
+        Setting(
+            "inserted, family",
+            f"{CUED}; residual units without attention, {FIVE_TO_FIVE}",
+            *(cued, local, "none"),
+            **TUNED,
+            of="inserted",
+            arms=INSERTED_FAMILY,
         ),
     )
 }
@@ -721,15 +742,16 @@ def _converted(network: nn.Module, example: Tensor, arm: Arm) -> nn.Module:
 
 
 def _groups(network: nn.Module, setting: Setting, arm: Arm) -> list[dict[str, Any]]:
-    if arm.options is not None:
-        match, scale = (setting.lr * rate for rate in arm.rates)
-        return dcafy.parameter_groups(network, lr=setting.lr, connection_lr=match, scale_lr=scale, weight_decay=1e-4)
-    own = inserted_parameters(network)
+    match, scale = (setting.lr * (1.0 if arm.options is None else rate) for rate in arm.rates)
+    own, scales, put_in = own_parameters(network), scale_parameters(network), inserted_parameters(network)
     apart = undecayed(network)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in network.parameters():
-        rate = setting.lr * (arm.faster if id(p) in own else 1.0)
-        groups.setdefault((rate, 0.0 if id(p) in apart else 1e-4), []).append(p)
+        if p.requires_grad:
+            rate = setting.lr * arm.faster if id(p) in put_in else setting.lr
+            if id(p) not in put_in or arm.options is not None:
+                rate = scale if id(p) in scales else match if id(p) in own else rate
+            groups.setdefault((rate, 0.0 if id(p) in apart else 1e-4), []).append(p)
     return [{"params": part, "lr": rate, "weight_decay": decay} for (rate, decay), part in groups.items()]
 
 

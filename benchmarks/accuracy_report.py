@@ -32,6 +32,11 @@ AGAINST = {
     "dia": ("no attention",),
     "inserted x10": ("inserted",),
     "inserted, connected": ("inserted", "inserted x10"),
+    "inserted x10, connected": ("inserted x10",),
+    "inserted x10, centred": ("inserted x10", "inserted x10, connected"),
+    "rla x10": ("rla",),
+    "mrla x10": ("mrla",),
+    "dia x10": ("dia",),
     "inserted, centred": ("inserted", "inserted x10", "inserted, connected", "inserted, own message"),
     "inserted, own message": ("inserted",),
 }
