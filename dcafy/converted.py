@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dcafy.attention.inserted import hands_on, inserted_modules, inserted_parameters
+from dcafy.attention.inserted import inserted_modules, inserted_parameters
 from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
 from dcafy.emit.connection import Connection
@@ -51,11 +51,12 @@ def parameter_groups(
     scale_lr: float | None = None,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: the base, the matching layers' weights, α and β, and what no decay may shrink.
+    """Optimizer groups: the base, the weights of what is new, α and β, and what no decay may shrink.
 
     No decay on α, β, norms and biases (all that has one dimension, and norms over maps). ``connection_lr`` (default:
-    ``lr``) is the rate of everything under ``dca``; ``scale_lr`` is that of α and β, where they have their own.
-    Inserted attention has that of the base. Parameters that do not require a gradient are left out.
+    ``lr``) is the rate of what is new: everything under ``dca``, and inserted attention, which starts as a no-op as
+    well. ``scale_lr`` is that of α and β, where they have their own. Parameters that do not require a gradient are left
+    out. Raises ``InputError`` where nothing is new.
 
     >>> import dcafy, torch, torchvision
     >>> model = dcafy.convert(torchvision.models.mobilenet_v3_small(), verify=False)
@@ -64,14 +65,14 @@ def parameter_groups(
     [0.01, 0.1]
     """
     _require_new(model)
-    own, scales = own_parameters(model), scale_parameters(model)
+    new, scales = own_parameters(model) | inserted_parameters(model), scale_parameters(model)
     connection_lr = lr if connection_lr is None else connection_lr
     scale_lr = connection_lr if scale_lr is None else scale_lr
     spared = undecayed(model)
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            ours = id(parameter) in own
+            ours = id(parameter) in new
             rate = scale_lr if id(parameter) in scales else connection_lr if ours else lr
             groups.setdefault((ours, rate, id(parameter) not in spared), []).append(parameter)
     return [
@@ -99,7 +100,7 @@ def undecayed(model: nn.Module) -> set[int]:
 def freeze_base(model: nn.Module) -> nn.Module:
     """``model`` with only ``dca.*`` and inserted attention trainable, like an adapter; its batch norms stay in eval.
 
-    Raises ``InputError`` for a model without connections, and without attention that hands a state on (``rla``).
+    Raises ``InputError`` for a model without connections and inserted attention.
 
     Frozen running statistics must not drift, so the base's batch norms stay in eval through ``.train()``. Attention
     that :func:`dcafy.insert` put in is no base: it starts as a no-op, and with its last layer frozen at zero nothing
@@ -117,7 +118,7 @@ def freeze_base(model: nn.Module) -> nn.Module:
 
 
 def _require_new(model: nn.Module) -> None:
-    if not hands_on(model):
+    if not inserted_modules(model):
         require_connected(model)
 
 

@@ -93,7 +93,7 @@ def test_arms_start_from_the_same_weights_and_outputs(study: Any, modules: tuple
 
 
 def test_controls_differ_in_one_thing(study: Any, modules: tuple[Any, Any]) -> None:
-    """*shuffled* hears another image, *own message* nothing of the block before, with as many parameters or nearly."""
+    """*shuffled* hears another image, *own message* nothing of the block before, with a quarter more parameters."""
     accuracy, _ = modules
     setting = accuracy.SETTINGS["switch"]
     x, _ = study.batch(setting, "train", 6, torch.Generator().manual_seed(1))
@@ -102,9 +102,10 @@ def test_controls_differ_in_one_thing(study: Any, modules: tuple[Any, Any]) -> N
         torch.manual_seed(7)
         made[name] = accuracy._converted(study.network(setting, 3), x, accuracy.MAIN[name]).eval()
     own, shuffled = made["own message"], made["shuffled"]
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in made.items()}
-    assert counts["centred"] == counts["shuffled"]
-    assert abs(counts["own message"] - counts["centred"]) < 0.02 * counts["centred"]
+    base = sum(p.numel() for p in study.network(setting, 3).parameters())
+    added = {name: sum(p.numel() for p in model.parameters()) - base for name, model in made.items()}
+    assert added["centred"] == added["shuffled"]
+    assert 1.0 < added["own message"] / added["centred"] < 1.3
     T, G_prev = torch.rand(6, 32, 1, 1), torch.rand(6, 32, 1, 1)
     G = torch.rand(6, 32, 1, 1)
     first, rolled = (dcafy.connections(model)["units.1.6"] for model in (made["centred"], shuffled))

@@ -10,6 +10,7 @@ import torch
 from rich.console import RenderableType
 from torch import nn
 
+from dcafy.attention.inserted import inserted_modules
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.emit.dca import connections, is_connected
 from dcafy.images.about import about
@@ -115,6 +116,7 @@ def _trained(on: Subject, config: TrainingConfig) -> str:
 
 def _rates(config: TrainingConfig, network: nn.Module) -> str:
     own = f", connections {config.connection_rate:g}, α and β {config.scale_rate:g}" if is_connected(network) else ""
+    own += f", attention that was put in {config.connection_rate:g}" if inserted_modules(network) else ""
     warmup = f" after {config.warmup_steps} steps of warm-up" if config.warmup_steps else ""
     warmup = f" after {config.warmup_epochs:g} epochs of warm-up" if config.warmup_epochs else warmup
     return (

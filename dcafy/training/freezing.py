@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from dcafy.attention.inserted import hands_on, inserted
+from dcafy.attention.inserted import inserted_modules
 from dcafy.converted import freeze_base
 from dcafy.emit.dca import is_connected
 from dcafy.graph.modes import stays_in_eval
@@ -21,12 +21,10 @@ def frozen_base(model: nn.Module, new_layers: Sequence[nn.Module] = ()) -> Itera
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = {id(module) for module in model.modules() if stays_in_eval(module)}
-    if is_connected(model) or hands_on(model):
+    if is_connected(model) or inserted_modules(model):
         freeze_base(model)
     else:
         model.requires_grad_(False)
-        for _, attention in inserted(model):
-            attention.requires_grad_(True)
     for layer in new_layers:
         layer.requires_grad_(True)
     try:

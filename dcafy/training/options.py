@@ -34,8 +34,8 @@ class TrainingConfig:
     )
     connection_lr: float | None = setting(
         None,
-        "Learning rate of the connections. [default: 10 times --lr, but at most 0.005 with adamw, 0.1 with sgd, and at "
-        "least --lr]",
+        "Learning rate of the connections and of inserted attention. [default: 10 times --lr, but at most 0.005 with "
+        "adamw, 0.1 with sgd, and at least --lr]",
         least=0,
     )
     scale_lr: float | None = setting(None, "Learning rate of α and β. [default: that of the connections]", least=0)
@@ -136,7 +136,7 @@ class TrainingConfig:
 
     @property
     def connection_rate(self) -> float:
-        """The learning rate of everything under ``dca``, α and β apart."""
+        """The learning rate of everything under ``dca``, α and β apart, and of inserted attention."""
         if self.connection_lr is not None:
             return self.connection_lr
         return max(min(TIMES * self.base_rate, TIMES * LEARNING_RATES[self.optimizer]), self.base_rate)

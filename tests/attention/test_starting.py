@@ -153,7 +153,7 @@ def test_alpha_and_beta_have_a_rate_of_their_own(topology: str) -> None:
     d = d.double()
     connections = dcafy.connections(d).values()
     scales = {id(value) for connection in connections for value in (connection.alpha, connection.beta)}
-    own = {id(p) for key, p in d.named_parameters() if "dca" in key.split(".")}
+    new = {id(p) for key, p in d.named_parameters() if {"dca", "se"} & {*key.split(".")}}
     groups = dcafy.parameter_groups(d, lr=0.01, connection_lr=0.05, scale_lr=0.3, weight_decay=0.1)
     assert sum(len(group["params"]) for group in groups) == len(list(d.parameters()))
     optimizer = torch.optim.SGD(groups)
@@ -162,9 +162,28 @@ def test_alpha_and_beta_have_a_rate_of_their_own(topology: str) -> None:
         parameter.grad = torch.full_like(parameter, 2.0)
     optimizer.step()
     for key, parameter in d.named_parameters():
-        rate = 0.3 if id(parameter) in scales else 0.05 if id(parameter) in own else 0.01
+        rate = 0.3 if id(parameter) in scales else 0.05 if id(parameter) in new else 0.01
         decay = 0.1 * before[key] if parameter.ndim > 1 else 0.0
         torch.testing.assert_close(parameter.detach(), before[key] - rate * (2.0 + decay), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["se", "rla", "mrla", "dia"])
+def test_inserted_attention_learns_at_the_rate_of_what_is_new(name: str) -> None:
+    """Also where nothing is connected; and alone under ``freeze_base``."""
+    model = dcafy.insert(Network(), name, reduction=4, example_inputs=X)
+    theirs = {id(p) for key, p in model.named_parameters() if key in BASE}
+    for groups in (dcafy.parameter_groups(model, lr=0.01, connection_lr=0.1), groups_of(model, TrainingConfig())):
+        rates = sorted({group["lr"] for group in groups})
+        assert rates[1] == pytest.approx(10 * rates[0])
+        for group in groups:
+            assert {id(p) in theirs for p in group["params"]} == {group["lr"] == rates[0]}
+    free = {key for key, p in dcafy.freeze_base(model).named_parameters() if p.requires_grad}
+    assert free == {key for key, _ in model.named_parameters()} - BASE
+    with pytest.raises(dcafy.InputError, match="no connections"):
+        dcafy.parameter_groups(Network(), lr=0.01)
+
+
+BASE = {key for key, _ in Network().named_parameters()}
 
 
 @pytest.mark.parametrize("converted", [True, False])
