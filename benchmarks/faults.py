@@ -98,23 +98,35 @@ def _limit() -> None:
             os.dup2(nowhere.fileno(), number)
 
 
-def _watch(found: dict[str, str]) -> None:
-    """Has what this process does that no input may make it do written into ``found``."""
-    inside = (tempfile.gettempdir(), "/dev/", "/proc/")
+class Elsewhere(PermissionError):
+    """What the fuzzer keeps an input from."""
 
-    def is_elsewhere(path: str) -> bool:
-        return os.path.isabs(path) and not path.startswith(inside)
+
+def _watch(found: dict[str, str]) -> None:
+    """Has what this process does that no input may make it do written into ``found``, and keeps it from writing."""
+    inside = tuple(os.path.realpath(folder) + os.sep for folder in (tempfile.gettempdir(), "/dev", "/proc"))
+
+    def is_elsewhere(path: Any, *, itself: bool = False) -> bool:
+        """Whether it leads out of the temporary folders, by links too; ``itself``: the link, where it is one."""
+        if not isinstance(path, str | bytes | os.PathLike) or b"\0" in os.fsencode(path):
+            return False
+        folder, name = os.path.split(os.fsdecode(path))
+        real = os.path.join(os.path.realpath(folder), name) if itself else os.path.realpath(os.fsdecode(path))
+        return not real.startswith(inside)
 
     def hook(event: str, given: tuple[Any, ...]) -> None:
+        touched = ""
         if event == "open":
             path, _, flags = given
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writes and isinstance(path, str | bytes) and is_elsewhere(os.fsdecode(path)):
-                found["file"] = os.fsdecode(path)
-        elif event in ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree") and is_elsewhere(str(given[0])):
-            found["file"] = f"{event} {given[0]}"
+            touched = os.fsdecode(path) if writes and is_elsewhere(path) else ""
+        elif event in ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree"):
+            touched = f"{event} {given[0]}" if is_elsewhere(given[0], itself=True) else ""
         elif event in _PROGRAMS and not _OWN_WORKER.search(repr(given)):
             found["program"] = f"{event} {given!r}"[:300]
+        if touched:
+            found["file"] = touched
+            raise Elsewhere(f"the fuzzer lets no input touch {touched}")
 
     sys.addaudithook(hook)
 
@@ -146,6 +158,8 @@ def _judged(act: Callable[[], None], work: Path, found: dict[str, str]) -> Verdi
         lines = said.split("\n") if isinstance(error, NoAttentionError) else [said]
         if not all(line.isprintable() for line in lines) or len(said) > LONGEST:
             findings["message"] = f"{type(error).__name__}, {len(said)} characters: {said[:200]!a}"
+    except Elsewhere as error:
+        end, said = "traceback", str(error)
     except BaseException as error:
         end, said = "traceback", f"{type(error).__name__}: {str(error)[:200]!a} @ {_where(error)}"
         findings["traceback"] = said

@@ -175,6 +175,13 @@ def written(document: Any) -> bytes:
         sys.setrecursionlimit(1000)
 
 
+def put(path: Path, content: bytes) -> None:
+    """Writes a file of the input's own: where a link lies, by another part of the input, it is not written through."""
+    if path.is_symlink():
+        path.unlink()
+    path.write_bytes(content)
+
+
 def edited(content: bytes, edits: list[Any]) -> bytes:
     """The bytes with the edits."""
     data = bytearray(content)
@@ -441,7 +448,7 @@ def pt(seeds: Seeds, place: Path, plan: Any) -> None:
         else:
             content = _archive(whole, _odd_records(whole, rest), packed=which % 3 == 0)
     path = place / "x.pt"
-    path.write_bytes(content)
+    put(path, content)
     _open(path, None if kind in ("network", "program") else "given:network")
 
 
@@ -606,7 +613,7 @@ def odd_tensors(content: bytes, plan: Any) -> bytes:
 def safetensors(seeds: Seeds, place: Path, plan: Any) -> None:
     """A file of safetensors, opened."""
     path = place / "x.safetensors"
-    path.write_bytes(odd_tensors(seeds.pickled["safetensors"], plan))
+    put(path, odd_tensors(seeds.pickled["safetensors"], plan))
     _open(path, "given:network")
 
 
@@ -632,11 +639,11 @@ def folders(seeds: Seeds, place: Path, plan: Any) -> None:
     marker = folder / "dcafy.json"
     tensors = next(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if kind == "document":
-        marker.write_bytes(written(changed(seeds.documents[name], rest)))
+        put(marker, written(changed(seeds.documents[name], rest)))
     elif kind == "bytes":
-        marker.write_bytes(edited(marker.read_bytes(), rest))
+        put(marker, edited(marker.read_bytes(), rest))
     elif kind == "tensors":
-        tensors.write_bytes(odd_tensors(tensors.read_bytes(), rest))
+        put(tensors, odd_tensors(tensors.read_bytes(), rest))
     elif kind == "consistent":
         _consistent(folder, tensors, seeds.documents[name], rest)
     else:
@@ -657,7 +664,7 @@ def _consistent(folder: Path, file: Path, document: Any, rest: list[Any]) -> Non
     save_file({key: value.contiguous() for key, value in held.items()}, file)
     again = copy.deepcopy(document)
     again["weights"]["sha256"] = fingerprint({key: facts(value) for key, value in held.items()})
-    (folder / "dcafy.json").write_bytes(written(again))
+    put(folder / "dcafy.json", written(again))
 
 
 def _swap(held: dict[str, torch.Tensor], which: int, how: int) -> None:
@@ -691,7 +698,7 @@ def _odd_file(path: Path, how: int, seeds: Seeds) -> None:
         lambda: path.symlink_to("/nowhere"),
         lambda: path.symlink_to(seeds.root),
         lambda: [path.touch(), os.truncate(path, 3 << 30)],
-        lambda: path.write_bytes(b""),
+        lambda: put(path, b""),
         lambda: None,
     ]
     ways[how % len(ways)]()
@@ -718,20 +725,20 @@ def run_files(seeds: Seeds, place: Path, plan: Any) -> None:
     shutil.copytree(seeds.root / "run", folder)
     request, log, checkpoint = (folder / name for name in ("finetune.json", "log.jsonl", "checkpoint.safetensors"))
     rows = [written(row) for row in seeds.documents["log"]]
-    log.write_bytes(b"\n".join(rows) + b"\n")
+    put(log, b"\n".join(rows) + b"\n")
     if kind == "request":
-        request.write_bytes(written(changed(seeds.documents["request"], rest)))
+        put(request, written(changed(seeds.documents["request"], rest)))
     elif kind == "request bytes":
-        request.write_bytes(edited(request.read_bytes(), rest))
+        put(request, edited(request.read_bytes(), rest))
     elif kind == "log":
         made = changed(seeds.documents["log"], rest)
-        log.write_bytes(b"\n".join(map(written, made)) + b"\n")
+        put(log, b"\n".join(map(written, made)) + b"\n")
     elif kind == "log bytes":
-        log.write_bytes(edited(log.read_bytes(), rest))
+        put(log, edited(log.read_bytes(), rest))
     elif kind == "files":
         _odd_file((request, log, checkpoint)[rest[0] % 3], rest[1], seeds)
     elif kind == "checkpoint":
-        checkpoint.write_bytes(odd_tensors(checkpoint.read_bytes(), rest))
+        put(checkpoint, odd_tensors(checkpoint.read_bytes(), rest))
     else:
         _odd_checkpoint(checkpoint, seeds, kind, rest)
     if kind in ("checkpoint", "facts", "state") or (kind == "files" and rest[0] % 3 == 2):
@@ -867,9 +874,9 @@ def config(seeds: Seeds, place: Path, plan: Any) -> None:
     lines = [f"{key}: {json.dumps(value)}" for key, value in _OPTIONS.items()]
     if kind == "options":
         document = changed(_OPTIONS, rest)
-        file.write_bytes(written(document) if which % 2 else _as_yaml(document))
+        put(file, written(document) if which % 2 else _as_yaml(document))
     elif kind == "request":
-        file.write_bytes(written(changed(seeds.documents["request"], rest)))
+        put(file, written(changed(seeds.documents["request"], rest)))
     elif kind == "yaml":
         for where, value in rest:
             number = where % len(lines)
@@ -878,11 +885,11 @@ def config(seeds: Seeds, place: Path, plan: Any) -> None:
         text = "\n".join(lines)
         encoding = _ENCODINGS[which % len(_ENCODINGS)] if which % 5 == 0 else "utf-8"
         errors = "surrogatepass" if encoding.startswith("utf") and encoding != "utf-7" else "replace"
-        file.write_bytes(text.encode(encoding, errors))
+        put(file, text.encode(encoding, errors))
     elif kind == "tried":
-        file.write_bytes(written({**_TRIED, **dict(_as_it_should_be(*one) for one in rest)}))
+        put(file, written({**_TRIED, **dict(_as_it_should_be(*one) for one in rest)}))
     elif kind == "bytes":
-        file.write_bytes(edited(written(_OPTIONS) if which % 2 else "\n".join(lines).encode(), rest))
+        put(file, edited(written(_OPTIONS) if which % 2 else "\n".join(lines).encode(), rest))
     else:
         file.write_text("\n".join(lines))
         _odd_file(file, rest, seeds)
@@ -929,7 +936,7 @@ def coco(seeds: Seeds, place: Path, plan: Any) -> None:
     elif kind == "document":
         document = changed(document, rest)
     content = written(document)
-    file.write_bytes(edited(content, rest) if kind == "bytes" else content)
+    put(file, edited(content, rest) if kind == "bytes" else content)
     if kind == "files":
         _odd_file(file, rest, seeds)
     from dcafy.detection.task import Boxes
@@ -984,7 +991,7 @@ def pictures(seeds: Seeds, place: Path, plan: Any) -> None:
     for name in "ab":
         (folder / name).mkdir(parents=True)
         for number in range(2):
-            (folder / name / f"good{number}.png").write_bytes(seeds.images["PNG"])
+            put(folder / name / f"good{number}.png", seeds.images["PNG"])
     for kind, which, other, edits in plan:
         path = folder / "ab"[other % 2] / NAMES[(other // 2) % len(NAMES)]
         with contextlib.suppress(OSError, ValueError):  # names that this disk cannot have
@@ -1011,7 +1018,8 @@ def pictures(seeds: Seeds, place: Path, plan: Any) -> None:
 def _odd_picture(seeds: Seeds, path: Path, kind: str, which: int, other: int, edits: Any) -> None:
     content = list(seeds.images.values())[which % len(seeds.images)]
     if kind == "link":
-        targets = ["/etc/passwd", path.name, "/dev/zero", "/dev/urandom", "..", "../..", "/", "/nowhere", "../b"]
+        bait = str(seeds.root / "given.py")
+        targets = [bait, path.name, "/dev/zero", "/dev/urandom", "..", "../..", "/", "/nowhere", "../b"]
         path.symlink_to(targets[which % len(targets)])
         return
     if kind == "odd":
@@ -1024,7 +1032,7 @@ def _odd_picture(seeds: Seeds, path: Path, kind: str, which: int, other: int, ed
         "bomb": lambda: _bomb(_SIDES[which % 8], _SIDES[other % 8], [1, 8, 16][which % 3], [0, 2, 6][other % 3]),
         "text": lambda: _TEXTS[which % len(_TEXTS)],
     }
-    path.write_bytes(ways[kind]())
+    put(path, ways[kind]())
 
 
 def _bomb(width: int, height: int, depth: int, colour: int) -> bytes:
@@ -1110,7 +1118,7 @@ EXITS = (0, 2, 3, 4, 5, 6)
 
 def arguments(seeds: Seeds, place: Path, plan: Any) -> None:
     """The command with these arguments, in an empty folder."""
-    (place / "state.pt").write_bytes(seeds.pickled["state"])
+    put(place / "state.pt", seeds.pickled["state"])
     os.chdir(place)
     sys.argv = ["dcafy", *plan]
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
@@ -1164,7 +1172,7 @@ def use(seeds: Seeds, place: Path, plan: Any) -> None:
     for name in "ab":
         (images / name).mkdir(parents=True)
         for number in range(2):
-            (images / name / f"good{number}.png").write_bytes(seeds.images["PNG"])
+            put(images / name / f"good{number}.png", seeds.images["PNG"])
     document, options, named = seeds.documents["used"], list[str](), str(folder)
     if kind == "about":
         document = {**document, "about": changed(document["about"], rest)}
@@ -1181,7 +1189,7 @@ def use(seeds: Seeds, place: Path, plan: Any) -> None:
             options += [option] if _ASKED[option] == [""] else [f"{option}={given}"]
     elif kind == "names":
         named = rest
-    (folder / "dcafy.json").write_bytes(written(document))
+    put(folder / "dcafy.json", written(document))
     if kind == "tensors":
         _consistent(folder, folder / "model.safetensors", document, rest)
     if command == "list":

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,15 @@ def faults() -> Any:
     del sys.modules[spec.name]
 
 
+ELSEWHERE = Path("/var/tmp/dcafy-elsewhere")
+
+
+def _through_a_link() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "link").symlink_to(ELSEWHERE)
+        (Path(folder) / "link").write_bytes(b"x")
+
+
 def _refused(text: str) -> None:
     error = UsageError("")
     error.args = (text,)  # past what keeps messages short
@@ -71,7 +81,8 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
     "crash": ("crash", lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "message": ("refused", lambda: _refused("x" * 2000)),
     "program": ("accepted", lambda: subprocess.run(["true"])),
-    "file": ("accepted", lambda: Path("/var/tmp/dcafy-elsewhere").touch()),
+    "file": ("traceback", lambda: ELSEWHERE.touch()),
+    "link": ("traceback", lambda: _through_a_link()),
     "slow": ("slow", lambda: any(time.process_time() < 0 for _ in itertools.repeat(0))),
     "hang": ("hang", lambda: time.sleep(100)),
     "memory": ("accepted", lambda: (b"x" * 1100 * 2**20).count(b"y")),
@@ -93,8 +104,10 @@ def test_every_kind_of_finding_is_found(
         monkeypatch.setattr(faults, "SECONDS", 0.5)
     end, act = FOUND[kind]
     before, it, after = faults.opened([(one, tmp_path) for one in (lambda: None, act, lambda: _refused("no"))])
-    Path("/var/tmp/dcafy-elsewhere").unlink(missing_ok=True)
-    assert (it.end, list(it.findings)) == (end, [kind])
+    made = ELSEWHERE.exists()
+    ELSEWHERE.unlink(missing_ok=True)
+    assert not made, "it is found before it is done"
+    assert (it.end, list(it.findings)) == (end, ["file" if kind == "link" else kind])
     assert (before.end, before.findings) == ("accepted", {})
     assert (after.end, after.said, after.findings) == ("refused", "no", {})
 
@@ -130,3 +143,17 @@ def test_what_lowers_a_guard_is_off_by_default_and_named_in_python_too() -> None
     for name in re.findall(r"`(\w+)`", line):
         assert fields[name] is False
         assert f"`--{name.replace('_', '-')}`" in page
+
+
+def test_what_an_input_is_made_of_is_not_written_through_links(faults: Any, tmp_path: Path) -> None:
+    """Two parts of an input may have one name, and the first of them be a link to somewhere else."""
+    sys.path.insert(0, str(FAULTS.parent))
+    try:
+        put = importlib.import_module("hostile").put
+    finally:
+        sys.path.remove(str(FAULTS.parent))
+    (tmp_path / "elsewhere").write_text("theirs")
+    (tmp_path / "a.png").symlink_to(tmp_path / "elsewhere")
+    put(tmp_path / "a.png", b"ours")
+    assert (tmp_path / "elsewhere").read_text() == "theirs"
+    assert (tmp_path / "a.png").read_bytes() == b"ours"
