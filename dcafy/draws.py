@@ -127,8 +127,10 @@ R = TypeVar("R")
 
 def _device(args: Any, kwargs: Any) -> torch.device:
     tensor = next((value for value in args if isinstance(value, Tensor)), None)
-    given = kwargs.get("device") or (torch.get_default_device() if tensor is None else tensor.device)
-    return torch.device(given)
+    device = torch.device(kwargs.get("device") or (torch.get_default_device() if tensor is None else tensor.device))
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device
+    return torch.device(device.type, torch.get_device_module(device).current_device())  # one generator for "cuda"
 
 
 @functools.cache

@@ -1,16 +1,18 @@
 """What holds on a GPU as well: exact outputs, precisions in every epoch, runs that go on, and the study's fast steps.
 
-Without a GPU all of it is skipped.
+Without a GPU all of it is skipped. ``pytest -n 4 --dist load tests/test_gpu.py`` takes some minutes.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,24 +266,40 @@ SETTINGS = ["switch", "switch, options", "cued, family", "cued cbam", "cued gc",
 @pytest.mark.filterwarnings("ignore:The schema 'normalised' is not the identity")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_recorded_steps_of_the_study_are_its_steps(name: str, study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All arms at once, each as a graph, against one after the other: as near as rounding leaves them."""
-    import dataclasses
-
+    """All arms at once, each as a graph, against one after the other; in double, for training makes rounding large."""
     accuracy, made = study
     setting = dataclasses.replace(accuracy.SETTINGS[name], steps=8, batch=32, lr=0.02)
-    arms = [arm for arm in setting.arms if not setting.arms[arm].order]
-    recorded = [made.made(setting, setting.arms[arm], 1)[0] for arm in arms]
-    made.train(list(zip(recorded, (setting.arms[arm] for arm in arms), strict=True)), setting, 1)
-    monkeypatch.setitem(sys.modules, "accuracy_cuda", type(sys)("accuracy_cuda"))
-    sys.modules["accuracy_cuda"].SideBySide = accuracy.InTurn  # type: ignore[attr-defined]
-    for arm, network_ in zip(arms, recorded, strict=True):
-        alone = made.made(setting, setting.arms[arm], 1)[0]
-        start = copy.deepcopy(alone.state_dict())
-        made.train([(alone, setting.arms[arm])], setting, 1)
-        moved = {key: value for key, value in alone.state_dict().items() if not torch.equal(value, start[key])}
-        assert moved
-        for key, value in moved.items():
-            torch.testing.assert_close(network_.state_dict()[key], value, rtol=2e-2, atol=2e-4, msg=f"{arm}: {key}")
+    arms = {name: arm for name, arm in setting.arms.items() if not arm.order}
+    drawn = made.batch
+
+    def in_double(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = drawn(*arguments)
+        return x.double(), y
+
+    class InTurn(accuracy.InTurn):
+        """With rates as a recorded step has them: in float32."""
+
+        def __call__(self, x: torch.Tensor, y: torch.Tensor, part: float) -> None:
+            for (one, optimizer), rates in zip(self.trained, self.rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = float(torch.tensor(part * rate))
+                accuracy.stepped(one, optimizer, x, y)
+
+    def networks() -> dict[str, nn.Module]:
+        return {name: made.made(setting, arm, 1)[0].double() for name, arm in arms.items()}
+
+    recorded, alone = networks(), networks()
+    before = {name: copy.deepcopy(one.state_dict()) for name, one in alone.items()}
+    with monkeypatch.context() as patched:
+        patched.setattr(made, "batch", in_double)
+        made.train([(recorded[name], arm) for name, arm in arms.items()], setting, 1)
+        patched.setitem(sys.modules, "accuracy_cuda", SimpleNamespace(SideBySide=InTurn))
+        for name, arm in arms.items():
+            made.train([(alone[name], arm)], setting, 1)
+    for name, one in alone.items():
+        assert any(not torch.equal(value, before[name][key]) for key, value in one.state_dict().items())
+        for key, value in one.state_dict().items():
+            torch.testing.assert_close(recorded[name].state_dict()[key], value, rtol=1e-6, atol=1e-9)
     rows = list(made.run(setting, arms, 1))
-    assert [row["arm"] for row in rows] == arms
+    assert [row["arm"] for row in rows] == list(arms)
     assert {row["device"] for row in rows} == {"cuda"}

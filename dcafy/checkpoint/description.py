@@ -104,6 +104,7 @@ def _plan(value: Any, where: str) -> Plan | None:
         if isinstance(cause, Unknown):
             raise Unknown(where, cause.path, []) from error
         raise Wrong(where, f"a plan ({short(cause if isinstance(cause, Wrong) else error)})", "this") from error
+    _of_its_own_blocks(plan, where)
     for link in plan.links:
         set_ = {name: item for name, item in dataclasses.asdict(link).items() if item is not None}
         _sized(set_, f"{where}.chains.links")
@@ -122,6 +123,14 @@ def _sized(options: dict[str, Any], where: str) -> dict[str, Any]:
         if item.type == "int" and item.name in options:
             within(1, _WIDEST)(options[item.name], f"{where}.{item.name}")
     return options
+
+
+def _of_its_own_blocks(plan: Plan, where: str) -> None:
+    known = {block.name for block in plan.blocks}
+    for chain in plan.chains:
+        for name in (*chain.blocks, *(end for link in chain.links for end in (link.source, link.target))):
+            if name not in known:
+                raise Wrong(f"{where}.chains", "of blocks of the plan", name)
 
 
 _UNSAID = {"message": "plain"}

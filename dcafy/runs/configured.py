@@ -178,8 +178,10 @@ def _loader(yaml: Any) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value]
             for key in keys:
-                if not isinstance(key, str) or keys.count(key) > 1:
-                    raise yaml.YAMLError(f"{str(key)[:60]} stands in it twice, or is no name")
+                if not isinstance(key, str):
+                    raise yaml.YAMLError("a name in it is no text")
+                if keys.count(key) > 1:
+                    raise yaml.YAMLError(f"{key[:60]} stands in it twice")
             return super().construct_mapping(node, deep)
 
     for tag, pattern, first in _PLAIN:

@@ -115,6 +115,7 @@ def evaluation(
         collate_fn=functools.partial(task.collate, training=False),
         num_workers=options.workers,
         multiprocessing_context="spawn" if options.workers else None,
+        generator=torch.Generator(),  # else it draws a seed for its workers from the global one
     )
     meter: Any = task.meter()
     pairs: dict[int, tuple[int, int]] = {}

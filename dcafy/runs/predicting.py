@@ -107,7 +107,7 @@ class _Files(Dataset["tuple[str, Tensor | str]"]):
         try:
             return file, self.transforms(opened(file))
         except UnreadableImage as error:
-            return file, str(error).removeprefix(f"{file}: ")
+            return file, str(error).removeprefix(f"{printable(file)}: ")
 
 
 @torch.no_grad()
@@ -133,6 +133,7 @@ def predictions(
         collate_fn=list,
         num_workers=options.workers,
         multiprocessing_context="spawn" if options.workers else None,
+        generator=torch.Generator(),  # else it draws a seed for its workers from the global one
     )
     device = next(model.parameters()).device
     for rows in loader:

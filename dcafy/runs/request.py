@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from dcafy.choices import CHOICES
 from dcafy.disk import content, replace_file
 from dcafy.errors import CheckpointError, UsageError
 from dcafy.images.options import DataOptions
 from dcafy.images.sources import anchored
-from dcafy.plan.options import Conversion
+from dcafy.plan.options import Conversion, check
 from dcafy.records import Format, OtherVersion, Unknown, Wrong, one_of, parsed, read, written
 from dcafy.runs.options import ARMS, KEPT, TASKS
 from dcafy.runs.paper import RECIPES
@@ -116,7 +117,9 @@ def read_request(directory: Path) -> Request:
     except OtherVersion as other:
         raise CheckpointError(f"{shown} was not written by this version of dcafy finetune.") from other
     except (Wrong, Unknown, UsageError) as error:
-        raise CheckpointError(f"{shown} is damaged: {printable(str(error)[:200])}. Start the run anew.") from error
+        raise CheckpointError(
+            f"{shown} is damaged: {printable(str(error)[:200]).removesuffix('.')}. Start the run anew."
+        ) from error
 
 
 def request_in(data: Any) -> Request:
@@ -126,4 +129,5 @@ def request_in(data: Any) -> Request:
     if missing:
         raise UsageError(f"it does not say its {sorted(missing)[0]}")
     request: Request = read(Request, entries)
+    check(request.conversion, CHOICES, dashes=False)
     return request

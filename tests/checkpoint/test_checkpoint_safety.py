@@ -156,7 +156,11 @@ DAMAGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a layer beyond all bounds": (_link("min_hidden", 10**12), "min_hidden should be a whole number from 1"),
     "option beyond all bounds": (_set("options", "min_hidden", 10**12), "min_hidden should be a whole number"),
     "option of another kind": (_set("options", "schema", None), "options.schema should be text"),
-    "link to nowhere": (_link("source", "../x"), "no attention block of this model"),
+    "link to nowhere": (_link("source", "../x"), r"plan\.chains should be of blocks of the plan, not '\.\./x'"),
+    "block of another name": (
+        lambda data: data["plan"]["blocks"][0].update(name="other"),
+        r"plan\.chains should be of blocks of the plan, not 'blocks\.0",
+    ),
     "inputs": (_set("inputs", {"call": "os.system"}), "inputs should be a description of inputs"),
     "inputs of another kind": (_set("inputs", [1]), "inputs should be a description of inputs"),
     "inputs without a tensor": (_set("inputs", {"tuple": [{"value": 1}]}), "no tuple with a tensor"),

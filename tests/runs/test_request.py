@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from dcafy.errors import CheckpointError
 from dcafy.runs.request import REQUEST, Request, read_request, write_request
 
 
@@ -19,3 +22,13 @@ def test_a_request_from_before_there_were_such_places(tmp_path):
     del data["prefix"], data["ignore_head"]
     (tmp_path / REQUEST).write_text(json.dumps({**data, "version": 1}))
     assert read_request(tmp_path) == Request("w.pth", "digits")
+
+
+@pytest.mark.parametrize(("name", "value"), [("message", "x"), ("schema", "softMax"), ("reduction", -1)])
+def test_a_request_with_another_value_is_damaged_and_named(tmp_path, name, value):
+    write_request(tmp_path, Request("w.pth", "digits"))
+    data = json.loads((tmp_path / REQUEST).read_text())
+    data["conversion"][name] = value
+    (tmp_path / REQUEST).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=rf"finetune\.json' is damaged: {name}.*[^.]\. Start the run anew\."):
+        read_request(tmp_path)

@@ -145,6 +145,14 @@ def classifier(classes: int = 3) -> torch.nn.Module:
     return model
 
 
+def test_global_random_numbers_stay_where_they_are(pictures: Path) -> None:
+    model, files = classifier(), files_in([str(pictures / "val")])
+    before = torch.get_rng_state()
+    list(predictions(model, files, PredictOptions()))
+    evaluation(model, f"imagefolder:{pictures}", EvaluateOptions())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_probabilities_are_those_of_the_network(pictures: Path) -> None:
     model = classifier()
     files = files_in([str(pictures / "val")])
