@@ -390,9 +390,10 @@ class _Surveyor:
                 yield Skipped(path, f"nothing was looked for in it, as it could not be run by itself either: {inside}")
                 return
             if isinstance(inside, str):
+                again = "" if inside in reason else f" ({inside})"
                 raise TracingError(
-                    f"{path or self.name} could not be traced: {reason}. It could not be run on the example either "
-                    f"({inside}), so its submodules were not tried. Pass example_inputs that the model accepts."
+                    f"{path or self.name} could not be traced: {reason}. It could not be run on the example "
+                    f"either{again}, so its submodules were not tried. Pass example_inputs that the model accepts."
                 )
             known = {joined(path, child): inputs for child, inputs in inside.items()}
         yield from self._children(path, known)

@@ -159,6 +159,8 @@ def decoded(read: Callable[[], Any], name: str) -> Any:
             return read()
     except DcafyError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(f"{named(name)}: it has more pixels than the {MOST_PIXELS:,} that are taken") from error
     except Exception as error:  # decoders raise whatever comes of wrong bytes
         reason = refused(error) if isinstance(error, OSError) else printable(one_line(error))
         raise UnreadableImage(f"{named(name)}: {reason[:250]}") from error
