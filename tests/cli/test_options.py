@@ -80,6 +80,26 @@ def test_names_and_cases_of_other_trainers_are_understood(dcafy_command: Run, fl
     assert sorted(path.name for path in flowers.parent.iterdir()) == ["flowers"]
 
 
+def test_few_images_at_once_are_told_where_messages_are_centred(dcafy_command: Run, flowers: Path) -> None:
+    pytest.importorskip("timm")
+    for options, told in ((("--bs", 4), True), (("--bs", 4, "--message", "plain"), False), (("--bs", 8), False)):
+        code, _, err = dcafy_command("finetune", *TRY, "--attention", "se", *options)
+        assert code == 0, err
+        assert ("of 4 images at once, which is few: --message plain" in err) == told
+
+
+def test_a_connected_network_has_no_use_for_the_options_of_a_conversion(
+    dcafy_command: Run, flowers: Path, tmp_path: Path
+) -> None:
+    """Nor for one that says what it would be by default."""
+    pytest.importorskip("timm")
+    assert dcafy_command("convert", "timm:test_efficientnet", "-o", tmp_path / "m")[0] == 0
+    rest = TRY[1:]
+    for option in (("--message", "centred"), ("--topology", "chain")):
+        code, _, err = dcafy_command("finetune", tmp_path / "m", *rest, *option)
+        assert (code, f"is connected already, so that {option[0]} is of no use" in err) == (2, True), err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -78,7 +78,10 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "everything": (lambda place: (place / "odd").symlink_to("/"), "a link to a folder around it"),
     "a thin line": (lambda place: Image.new("1", (1, 3_000_000)).save(place / "odd.png"), "1 x 3000000 pixels"),
     "a thin short line": (lambda place: Image.new("1", (40_000, 3)).save(place / "odd.png"), "40000 x 3 pixels"),
-    "many pixels": (lambda place: Image.new("1", (13000, 13000)).save(place / "odd.png"), "more pixels than the 89,478,485"),
+    "many pixels": (
+        lambda place: Image.new("1", (13000, 13000)).save(place / "odd.png"),
+        "more pixels than the 89,478,485",
+    ),
 }
 
 
