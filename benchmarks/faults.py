@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,14 @@ def _limit() -> None:
             os.dup2(nowhere.fileno(), number)
 
 
+def _reads() -> bool:
+    """Whether multiprocessing makes a process now, which ``--workers`` asks for: it has the same code and limits."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.endswith("multiprocessing/popen_fork.py"):
+        frame = frame.f_back
+    return frame is not None
+
+
 class Elsewhere(PermissionError):
     """What the fuzzer keeps an input from."""
 
@@ -122,7 +131,7 @@ def _watch(found: dict[str, str]) -> None:
             touched = os.fsdecode(path) if writes and is_elsewhere(path) else ""
         elif event in ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree"):
             touched = f"{event} {given[0]}" if is_elsewhere(given[0], itself=True) else ""
-        elif event in _PROGRAMS and not _OWN_WORKER.search(repr(given)):
+        elif event in _PROGRAMS and not (_OWN_WORKER.search(repr(given)) or (event == "os.fork" and _reads())):
             found["program"] = f"{event} {given!r}"[:300]
         if touched:
             found["file"] = touched

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from dcafy.cli import app
@@ -88,6 +89,24 @@ FOUND: dict[str, tuple[str, Callable[[], Any]]] = {
     "memory": ("accepted", lambda: (b"x" * 1100 * 2**20).count(b"y")),
 }
 """What is found -> how it ends, and what does that."""
+
+
+def test_a_process_that_reads_is_no_program(faults: Any, tmp_path: Path) -> None:
+    """``workers: 1`` in a file of options asks for one; a fork of an input's own is found."""
+
+    def read() -> None:
+        loader = torch.utils.data.DataLoader([1, 2, 3], num_workers=1)
+        assert len(list(loader)) == 3
+
+    def fork() -> None:
+        if not (child := os.fork()):
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    reads, forks = faults.opened([(read, tmp_path), (fork, tmp_path)])
+    assert (reads.end, reads.findings) == ("accepted", {})
+    assert list(forks.findings) == ["program"]
+
 
 _LONG = {"slow", "hang", "memory"}
 
