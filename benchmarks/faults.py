@@ -7,7 +7,7 @@ Inputs are opened in forks of one warm process, with limits on the time and memo
 that is not dcafy's own, a crash, more than 5 s of processor time, more than 1 GB beyond the file, a message that is not
 one short printable line, a file written elsewhere, a program or a connection started, or code of the input's that ran.
 The last line has the totals as JSON (after SIGINT or SIGTERM, of the inputs until then); the exit code is 1 where there
-is any finding. ``hostile.py`` has the inputs.
+is any finding. ``hostile.py`` has the inputs. They are hostile: run it where nothing is to lose, and not as root.
 """
 
 from __future__ import annotations
