@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from garments import with_garments
 
 import dcafy
 
@@ -32,13 +33,7 @@ def study(modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     accuracy, _ = modules
     monkeypatch.setattr(accuracy, "VALIDATION", 1000)
     made = accuracy.Study(Path("nowhere"))
-    chance = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(60, 1, 28, 28, generator=chance), torch.arange(60) % 10
-    for part in ("train", "t10k"):
-        for classes in (range(10), range(5), range(5, 10)):
-            kept = (labels >= classes.start) & (labels < classes.stop)
-            made._garments[part, classes] = images[kept], labels[kept] - classes.start
-    return made
+    return with_garments(made)
 
 
 def short(setting: Any, steps: int = 2) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from garments import with_garments
 from PIL import Image
 from torch import nn
 from training_data import Stripes, connected, network
@@ -251,13 +252,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     accuracy = importlib.import_module("accuracy")
     monkeypatch.setattr(accuracy, "VALIDATION", 1000)
     made = accuracy.Study(Path("nowhere"), "cuda")
-    chance = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(60, 1, 28, 28, generator=chance), torch.arange(60) % 10
-    for part in ("train", "t10k"):
-        for classes in (range(10), range(5), range(5, 10)):
-            kept = (labels >= classes.start) & (labels < classes.stop)
-            made._garments[part, classes] = images[kept], labels[kept] - classes.start
-    return accuracy, made
+    return accuracy, with_garments(made)
 
 
 SETTINGS = ["switch", "switch, options", "cued, family", "cued cbam", "cued gc", "cued eca", "inserted", "tuned"]
