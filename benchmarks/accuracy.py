@@ -52,10 +52,10 @@ from torch.nn import functional as F
 import dcafy
 from dcafy.attention import CBAM, ECA, GC, SE
 from dcafy.attention.gate import Gate
-from dcafy.attention.inserted import inserted_parameters
+from dcafy.attention.inserted import hearing_states, inserted_parameters
 from dcafy.converted import undecayed
 from dcafy.emit.connection import Connection
-from dcafy.emit.dca import own_parameters, scale_parameters
+from dcafy.emit.dca import is_connected, own_parameters, scale_parameters
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -282,6 +282,7 @@ class Arm:
     ``order``     added to the seed of the order of the images
     ``rates``     rates of the matching layers, and of α and β, over that of the base
     ``faster``    the rate of what was put in over that of the base
+    ``heard``     what becomes of everything that is handed on from unit to unit
     """
 
     words: str
@@ -292,6 +293,7 @@ class Arm:
     order: int = 0
     rates: tuple[float, float] = (10.0, 10.0)
     faster: float = 1.0
+    heard: Callable[[Tensor], Tensor] | None = None
 
 
 class Roll(nn.Module):
@@ -414,12 +416,21 @@ INSERTED = {
 }
 """Attention for a trained network that has none: what of it is the attention's, and what the connections'."""
 
+ALONG = ("rla", "mrla", "dia")
+CHANGED: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "": None,
+    ", shuffled": lambda heard: heard.roll(1, 0),
+    ", unheard": torch.zeros_like,
+}
+"""Control -> what becomes of what is handed on: another image's, or nothing."""
+
 INSERTED_FAMILY = {
     "vanilla": MAIN["vanilla"],
-    **{name: Arm(f"{name} put into the units", inserted=name) for name in ("rla", "mrla", "dia")},
+    **{name: Arm(f"{name} put into the units", inserted=name) for name in ALONG},
     **{
-        f"{name} x10": Arm(f"{name} put into the units, at 10 times the rate", inserted=name, faster=10.0)
-        for name in ("rla", "mrla", "dia")
+        f"{name} x10{control}": Arm(f"{name}, at 10 times the rate{control}", inserted=name, faster=10.0, heard=heard)
+        for control, heard in CHANGED.items()
+        for name in ALONG
     },
 }
 """Other ways to connect attention, for a trained network that has none."""
@@ -732,6 +743,8 @@ class Study:
 def _converted(network: nn.Module, example: Tensor, arm: Arm) -> nn.Module:
     if arm.inserted is not None:
         network = dcafy.insert(network, arm.inserted, reduction=8, example_inputs=example)
+    if arm.heard is not None:
+        _hear(network, arm.heard)
     if arm.options is None:
         return network
     converted: nn.Module = dcafy.convert(network, example_inputs=example, verify=False, **arm.options)
@@ -739,6 +752,18 @@ def _converted(network: nn.Module, example: Tensor, arm: Arm) -> nn.Module:
         for connection in dcafy.connections(converted).values():
             arm.prepare(converted, connection)
     return converted
+
+
+def _hear(network: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Has every unit hear what ``change`` makes of what the units before hand on: states, or messages."""
+
+    def changed(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: change(own(*given))
+
+    for relay in hearing_states(network).values():
+        relay.__dict__["heard"] = changed(relay.heard)
+    for connection in dcafy.connections(network).values() if is_connected(network) else ():
+        connection.__dict__["matched"] = changed(connection.matched)
 
 
 def _groups(network: nn.Module, setting: Setting, arm: Arm) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accuracy import FAMILY, SETTINGS, VALIDATION, Setting, due, home, unpacked
+from accuracy import ALONG, FAMILY, SETTINGS, VALIDATION, Setting, due, home, unpacked
 from accuracy import __doc__ as EXPECTED
 
 import dcafy
@@ -34,9 +34,7 @@ AGAINST = {
     "inserted, connected": ("inserted", "inserted x10"),
     "inserted x10, connected": ("inserted x10",),
     "inserted x10, centred": ("inserted x10", "inserted x10, connected"),
-    "rla x10": ("rla",),
-    "mrla x10": ("mrla",),
-    "dia x10": ("dia",),
+    **{f"{name} x10": (name, f"{name} x10, shuffled", f"{name} x10, unheard") for name in ALONG},
     "inserted, centred": ("inserted", "inserted x10", "inserted, connected", "inserted, own message"),
     "inserted, own message": ("inserted",),
 }

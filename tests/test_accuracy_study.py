@@ -57,7 +57,7 @@ def test_an_arm_is_what_it_says(name: str, study: Any, modules: tuple[Any, Any])
     assert json.loads(json.dumps(row)) == row
 
 
-SLOW = ("cued eca", "cued gc", "cued, family", "switch, options", "inserted", "plain")
+SLOW = ("cued eca", "cued gc", "cued, family", "switch, options", "inserted", "inserted, family", "plain")
 
 
 @pytest.mark.filterwarnings("ignore:The schema 'normalised' is not the identity")
@@ -256,3 +256,21 @@ def test_the_rows_that_are_committed_make_the_tables(modules: tuple[Any, Any]) -
     written = accuracy.RESULTS.with_suffix(".md").read_text(encoding="utf-8").splitlines()
     tables = [line for line in report.report(rows).splitlines() if line.startswith("|")]
     assert [line for line in written if line.startswith("|")] == tables
+
+
+@pytest.mark.parametrize("kind", ["rla", "mrla", "dia"])
+def test_what_is_handed_on_is_changed_in_the_controls(kind: str, study: Any, modules: tuple[Any, Any]) -> None:
+    """The same network: another image's state moves its outputs, so does none, and two equal images hear each other."""
+    accuracy, _ = modules
+    setting = short(accuracy.SETTINGS["inserted, family"])
+    x, _ = study.batch(setting, "train", 4, torch.Generator().manual_seed(1))
+    made = {}
+    for control in accuracy.CHANGED:
+        network = study.made(setting, setting.arms[f"{kind} x10{control}"], 0)[0].eval()
+        with torch.no_grad():
+            for index, p in enumerate(network.parameters()):
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(index)))
+            made[control] = network(x)
+            alike = network(x[:1].expand(4, -1, -1, -1))
+        assert torch.allclose(alike[0], alike[1], atol=1e-5)
+        assert not torch.allclose(made[control], made[""]) or not control
