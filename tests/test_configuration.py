@@ -48,7 +48,7 @@ def test_the_signature_of_convert_says_the_options():
 
 @pytest.mark.parametrize("item", dataclasses.fields(Conversion), ids=lambda item: item.name)
 def test_every_option_has_help(item):
-    assert item.metadata["help"].endswith(".")
+    assert item.metadata["help"].endswith((".", "]"))
 
 
 def test_a_wrong_choice_names_the_nearest():
