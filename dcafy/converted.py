@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dcafy.attention.inserted import inserted_modules, inserted_parameters
+from dcafy.attention.inserted import inserted, inserted_modules, inserted_parameters
 from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
 from dcafy.emit.connection import Connection
@@ -117,8 +117,13 @@ def freeze_base(model: nn.Module) -> nn.Module:
     return model
 
 
+def has_new(model: nn.Module) -> bool:
+    """Whether there are connections in ``model``, or attention that was put in."""
+    return is_connected(model) or next(inserted(model), None) is not None
+
+
 def _require_new(model: nn.Module) -> None:
-    if not inserted_modules(model):
+    if not has_new(model):
         require_connected(model)
 
 

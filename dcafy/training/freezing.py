@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from dcafy.attention.inserted import inserted_modules
-from dcafy.converted import freeze_base
-from dcafy.emit.dca import is_connected
+from dcafy.converted import freeze_base, has_new
 from dcafy.graph.modes import stays_in_eval
 
 
@@ -21,7 +19,7 @@ def frozen_base(model: nn.Module, new_layers: Sequence[nn.Module] = ()) -> Itera
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = {id(module) for module in model.modules() if stays_in_eval(module)}
-    if is_connected(model) or inserted_modules(model):
+    if has_new(model):
         freeze_base(model)
     else:
         model.requires_grad_(False)

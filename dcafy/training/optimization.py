@@ -10,16 +10,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dcafy.attention.inserted import inserted_modules
-from dcafy.converted import parameter_groups, undecayed
-from dcafy.emit.dca import is_connected
+from dcafy.converted import has_new, parameter_groups, undecayed
 from dcafy.errors import InputError
 from dcafy.training.options import TrainingConfig
 
 
 def groups_of(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups, with decay on what ``config`` says; what is new in the model has the connections' rate."""
-    if is_connected(model) or inserted_modules(model):
+    if has_new(model):
         groups = parameter_groups(
             model,
             lr=config.base_rate,
