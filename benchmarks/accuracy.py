@@ -296,21 +296,14 @@ class Arm:
     heard: Callable[[Tensor], Tensor] | None = None
 
 
-class Roll(nn.Module):
-    """The message of another image of the batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.roll(1, 0)
+def of_another(heard: Tensor) -> Tensor:
+    """What another image of the batch hears."""
+    return heard.roll(1, 0)
 
 
 def alpha_alone(network: nn.Module, connection: Connection) -> None:
     connection.beta.requires_grad_(False)
     connection.match.requires_grad_(False)
-
-
-def shuffled(network: nn.Module, connection: Connection) -> None:
-    assert connection.centre is not None
-    connection.centre = nn.Sequential(connection.centre, Roll())
 
 
 def own_message(network: nn.Module, connection: Connection) -> None:
@@ -364,7 +357,7 @@ MAIN = {
     "connected": Arm("eq. 3", PLAIN),
     "centred": Arm("eq. 3 with centred messages", CENTRED),
     "own message": Arm("the same layers on the block's own G", CENTRED, own_message),
-    "shuffled": Arm("centred messages of another image", CENTRED, shuffled),
+    "shuffled": Arm("centred messages of another image", CENTRED, heard=of_another),
     "normalised": Arm("f as published: LayerNorm and ReLU", {**PLAIN, "schema": "normalised"}),
     "α alone": Arm("eq. 3 with β = 0 for good", PLAIN, alpha_alone),
     "connected x1": Arm("eq. 3, connections at the rate of the base", PLAIN, rates=(1.0, 1.0)),
@@ -419,7 +412,7 @@ INSERTED = {
 ALONG = ("rla", "mrla", "dia")
 CHANGED: dict[str, Callable[[Tensor], Tensor] | None] = {
     "": None,
-    ", shuffled": lambda heard: heard.roll(1, 0),
+    ", shuffled": of_another,
     ", unheard": torch.zeros_like,
 }
 """Control -> what becomes of what is handed on: another image's, or nothing."""
@@ -743,15 +736,13 @@ class Study:
 def _converted(network: nn.Module, example: Tensor, arm: Arm) -> nn.Module:
     if arm.inserted is not None:
         network = dcafy.insert(network, arm.inserted, reduction=8, example_inputs=example)
+    if arm.options is not None:
+        network = dcafy.convert(network, example_inputs=example, verify=False, **arm.options)
+    for connection in dcafy.connections(network).values() if arm.prepare is not None else ():
+        arm.prepare(network, connection)
     if arm.heard is not None:
         _hear(network, arm.heard)
-    if arm.options is None:
-        return network
-    converted: nn.Module = dcafy.convert(network, example_inputs=example, verify=False, **arm.options)
-    if arm.prepare is not None:
-        for connection in dcafy.connections(converted).values():
-            arm.prepare(converted, connection)
-    return converted
+    return network
 
 
 def _hear(network: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
