@@ -688,8 +688,7 @@ def _swap(held: dict[str, torch.Tensor], which: int, how: int) -> None:
 
 def _odd_file(path: Path, how: int, seeds: Seeds) -> None:
     """Something else in a file's place."""
-    if path.exists():
-        path.unlink()
+    path.unlink(missing_ok=True)
     ways: list[Callable[[], Any]] = [
         lambda: os.mkfifo(path),
         lambda: path.mkdir(),

@@ -37,7 +37,7 @@ from dcafy.training.history import ConnectionState
 
 HOSTILE = "<script>alert(1)</script>\"' onload=x \x1b[31m\u202e$a_b$ "
 NAMES = [f"{HOSTILE}.layer{n}" + n % 7 * "x" for n in range(100)]
-EFFECT = Effect(-1e-9, 0.01, -0.02, 0.01)
+EFFECT = Effect(-1e-9, 0.01, -0.02, 0.01, 100)
 
 
 def plan_of(names: list[str]) -> dcafy.Plan:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dcafy import plots
 from dcafy.amounts import fixed, percent, points
+from dcafy.analysis.student import student
 from dcafy.display import Shown
 from dcafy.tables import NONE, Cell, Column, Sheet
 from dcafy.wording import counted, printable
@@ -33,19 +34,31 @@ NEGLIGIBLE = 1e-3
 class Effect:
     """What changing messages does: the change of the mean cross-entropy and of the top-1 accuracy (a fraction).
 
-    ``loss_error`` and ``accuracy_error`` are standard errors, from the differences image by image; ``None`` for a
-    single image. A loss above 0 and an accuracy below 0 mean that the network did better as it is.
+    ``loss_error`` and ``accuracy_error`` are standard errors, from the differences image by image, of which there are
+    ``images``; ``None`` for a single image. A loss above 0 and an accuracy below 0 mean that the network did better as
+    it is.
     """
 
     loss: float
     loss_error: float | None
     accuracy: float
     accuracy_error: float | None
+    images: int
+
+    @property
+    def half(self) -> float | None:
+        """Half of the 95% interval of the change of the loss (Student's t)."""
+        return None if self.loss_error is None else student(self.images - 1) * self.loss_error
 
     @property
     def is_negligible(self) -> bool:
         """Whether the loss rises by less than a thousandth, with a confidence of 97.5%."""
-        return self.loss_error is not None and self.loss + 1.96 * self.loss_error < NEGLIGIBLE
+        return self.half is not None and self.loss + self.half < NEGLIGIBLE
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the loss changes by more than chance would have it change in 95 of 100 cases."""
+        return self.half is not None and self.loss != 0 and abs(self.loss) > self.half
 
 
 class _Cut:
@@ -173,7 +186,7 @@ class Usage(Shown, _Cut):
         for kind in KINDS:
             effects = [getattr(row, kind) for row in rows]
             if None not in effects:
-                errors = [1.96 * (one.loss_error or 0.0) for one in effects]
+                errors = [one.half or 0.0 for one in effects]
                 series[f"if {kind}"] = [one.loss for one in effects], errors
         return plots.points(chosen, [row.name for row in rows], series, x="change of the loss")
 

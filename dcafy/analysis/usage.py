@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from dcafy.analysis.contributions import contributions
 from dcafy.analysis.listening import ALL, KINDS, ConnectionUsage, Effect, States, StateUsage, Usage
 from dcafy.analysis.tapped import Tap, tapped
 from dcafy.attention.inserted import hearing_states
+from dcafy.attention.starting import unspoken
 from dcafy.emit.connection import Connection
 from dcafy.emit.dca import connections, is_connected, recipes
 from dcafy.emit.relay import Relay
@@ -61,6 +62,8 @@ def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str
     """
     units = hearing_states(_plain(model))
     own = contributions(model) if is_connected(model) or not units else ()
+    if not own and not units:
+        raise InputError(f"{type(model).__name__} has no connections any more: all of them have been dropped.")
     look = _Looked(_plain(model), loader, device or next(model.parameters()).device)
     with look.listening():
         look.measure()
@@ -69,13 +72,13 @@ def usage(model: nn.Module, loader: Iterable[Any], *, device: torch.device | str
         asked |= {(name, kind): {name: kind} for name in map(_state, units) for kind in KINDS}
         asked |= {(_state(ALL), kind): dict.fromkeys(map(_state, units), kind) for kind in KINDS}
         effects = {key: _effect(rows) for key, rows in look.changed(asked).items()}
-        unheard, without = _unheard(own, effects), None
-        while unheard:
+        links, without = _unheard(own, effects, unspoken(look.model) if own else frozenset()), None
+        while unheard := look.leaving_last(links):
             together = look.changed({(ALL, "cut"): {name: "cut" for link in unheard for name in link}})
             without = _known(_effect(together[ALL, "cut"]))
             if without.is_negligible:
                 break
-            unheard = unheard[: len(unheard) // 2]  # together they are worth something: those of least effect, then
+            links = unheard[: len(unheard) // 2]  # together they are worth something: those of least effect, then
         images, loss, accuracy = look.as_it_is()
     rows = tuple(
         ConnectionUsage(
@@ -146,20 +149,22 @@ def _effect(differences: Tensor) -> Effect | None:
         return None
     loss, accuracy = differences.mean(0).tolist()
     if number == 1:
-        return Effect(loss, None, accuracy, None)
+        return Effect(loss, None, accuracy, None, number)
     errors = (differences.std(0) / number**0.5).tolist()
-    return Effect(loss, errors[0], accuracy, errors[1])
+    return Effect(loss, errors[0], accuracy, errors[1], number)
 
 
-def _unheard(own: Sequence[Contribution], effects: Mapping[tuple[str, str], Effect | None]) -> list[list[str]]:
+def _unheard(
+    own: Sequence[Contribution], effects: Mapping[tuple[str, str], Effect | None], unspoken: Collection[str]
+) -> list[list[str]]:
     """The links that cost nothing when they are cut, each by its connections, those that cost least first.
 
-    One with β = 0 has said nothing yet, which is another thing than not being listened to.
+    To have said nothing yet is another thing than not being listened to.
     """
     links: dict[str, list[str]] = {}
     for row in own:
         links.setdefault(re.sub(r"\[\d+\]", "", row.name), []).append(row.name)
-    spoken = {row.name for row in own if row.beta != 0}
+    spoken = {row.name for row in own} - set(unspoken)
     cut = {row.name: _known(effects[row.name, "cut"]) for row in own}
     whole = [names for names in links.values() if all(cut[name].is_negligible for name in names)]
     whole = [names for names in whole if not spoken.isdisjoint(names)]
@@ -191,6 +196,8 @@ class _Ear:
     """
 
     is_weighed = False
+    cell: nn.Module | None = None
+    """What has read messages, and hands its state on, where that is what is heard."""
 
     def __init__(self) -> None:
         self.measures = False
@@ -250,6 +257,7 @@ class _OfConnection(_Ear):
         self.connection = connection
         self.own = connection.matched
         self.is_weighed = connection.is_weighed
+        self.cell = getattr(connection, "cell", None)
 
     @property
     def stands_in(self) -> tuple[nn.Module, dict[str, Any]]:
@@ -257,15 +265,17 @@ class _OfConnection(_Ear):
 
     def matched(self, G: Tensor, T_prev: Tensor, G_prev: Tensor | None = None) -> Tensor | None:
         """What goes in beside G; ``None``: nothing, where messages are weighed against one another."""
-        return self.noted(self.own(G, T_prev, G_prev))
+        message = self.own(G, T_prev, G_prev)
+        return message if self.connection.is_read else self.noted(message)
 
-    def heard(self, G: Tensor, message: Tensor) -> Tensor:
-        """What goes into f, as it is: of what is matched, as much as is mixed in."""
+    def heard(self, G: Tensor, message: Tensor) -> Tensor | None:
+        """What goes into f: of what is matched, as much as is mixed in; or the state of the cell that has read it."""
+        heard = self.noted(message) if self.connection.is_read else message
         if self.measures:
             alpha, beta = (value.to(G.dtype) for value in (self.connection.alpha, self.connection.beta))
             self._add(0, alpha * G)
             self._add(1, beta * message)
-        return message
+        return heard
 
 
 class _OfState(_Ear):
@@ -310,8 +320,10 @@ _CHANGES = {"cut": _cut, "shuffled": _shuffled, "mean": _mean}
 def _listening(model: nn.Module) -> Iterator[dict[str, _Ear]]:
     """Inside it every connection hears through an ear of its own, and so does every unit to which a state is handed."""
     ears: dict[str, _Ear] = {_state(path): _OfState(relay) for path, relay in hearing_states(model).items()}
-    if is_connected(model):
-        ears |= {name: _OfConnection(connection) for name, connection in connections(model).items()}
+    of_cells: dict[Any, _Ear] = {}  # all that a block's cell has read is heard at one place
+    for name, connection in connections(model).items() if is_connected(model) else ():
+        ear = _OfConnection(connection)
+        ears[name] = of_cells.setdefault(connection.beta, ear) if connection.is_read else ear
     places = [ear.stands_in for ear in ears.values()]
     try:
         for module, own in places:
@@ -468,7 +480,7 @@ class _Looked:
         Goes through the loader once, and compares only what was computed on one and the same batch.
         """
         found: dict[tuple[str, str], list[Tensor]] = {key: [] for key in asked}
-        others, same = 0, 0
+        others, same, number = 0, 0, -1
         for number, (inputs, labels) in enumerate(self._batches()):
             order = _other(len(labels), number).to(labels.device)
             counted = labels >= 0
@@ -483,6 +495,11 @@ class _Looked:
                     self._note(key[0], maps.get(key[0]))
             if order.numel() > 1:
                 others, same = others + int(counted.sum()), same + int(((labels == labels[order]) & counted).sum())
+        if number < 0:
+            raise InputError(
+                "The loader gave batches once, and none the second time that it was gone through. Pass a DataLoader or "
+                "a list of batches, and no generator or iterator, which is used up."
+            )
         self.alike = same / others if others else 0.0
         for key, changes in asked.items():
             if not all(self.ears[name].could_shuffle for name, kind in changes.items() if kind == "shuffled"):
@@ -503,6 +520,20 @@ class _Looked:
         after = self.taps[name].seen if before is not None else None
         if before is not None and after is not None:
             self.moves.setdefault(name, _Moved()).add(before, after)
+
+    def leaving_last(self, links: list[list[str]]) -> list[list[str]]:
+        """Those of the links without which nothing changes but what they are heard in.
+
+        A cell hands its state on: what it has read on its way is left out at the end of that only.
+        """
+        whole = {name: link for link in links for name in link}
+        gone, heard_behind = set(whole), set()
+        for name, ear in reversed(self.ears.items()):
+            if ear.cell in heard_behind:
+                gone.difference_update(whole.get(name, ()))
+            if ear.cell is not None and name not in gone:
+                heard_behind.add(ear.cell)
+        return [link for link in links if gone.issuperset(link)]
 
     def moved(self, name: str) -> float | None:
         """How far cutting a connection moves the T of its block."""

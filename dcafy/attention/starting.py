@@ -7,7 +7,7 @@ from torch import nn
 from dcafy.attention.inserted import silent
 from dcafy.draws import OwnDraws
 from dcafy.emit.connect import connect
-from dcafy.emit.dca import Recipe, connections
+from dcafy.emit.dca import Recipe, connections, recipes, target_of
 from dcafy.plan.options import Linking, Overrides
 from dcafy.plan.plan import Plan
 from dcafy.survey import Survey, uncollected
@@ -24,6 +24,21 @@ def started(host: nn.Module, known: Survey, plan: Plan, options: Linking) -> nn.
         recipe = Recipe(plan, options.overridden(Overrides()), inputs=as_data(known.inputs))
         connect(host, known.network, recipe, probe(known.inputs), whole=known.whole)
     for name, connection in connections(host).items():
-        if name.partition("<-")[0].partition("[")[0] in starting:
+        if target_of(name) in starting:
             nn.init.constant_(connection.beta, START)
     return host
+
+
+def unspoken(model: nn.Module) -> frozenset[str]:
+    """Those of the connections of ``model`` whose messages have shown in nothing yet: β is 0, or T the same for all."""
+    host = model.get_submodule(next((path for path, _ in recipes(model)), ""))
+    own = connections(model)
+    deaf = silent(host, map(target_of, own))
+    return frozenset(name for name, one in own.items() if target_of(name) in deaf or one.beta.item() == 0)
+
+
+def trained(model: nn.Module) -> tuple[str, ...]:
+    """Those of the connections of ``model`` that are not as :func:`started` left them."""
+    fresh = unspoken(model)
+    own = connections(model).items()
+    return tuple(n for n, one in own if n not in fresh or one.alpha.item() != 1 or one.beta.item() not in (0, START))

@@ -35,6 +35,9 @@ class Connection(nn.Module):
     is_weighed = False
     """Whether its message is weighed against others: to leave it out is more than to hear zeros."""
 
+    is_read = False
+    """Whether a cell reads its message: what goes into f is the state of that."""
+
     def __init__(
         self,
         dimension: Dimension,

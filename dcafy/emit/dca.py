@@ -201,7 +201,7 @@ def connections(model: nn.Module) -> ConnectionsByName:
     found = {name: one for name, one in _by_name(model) if not _hears_nobody(one)}
     links = [link for _, recipe in recipes(model) for link in recipe.plan.links]
     order = {link.target: i for _, recipe in recipes(model) for i, link in enumerate(recipe.plan.links)}
-    ordered = sorted(found.items(), key=lambda item: order.get(item[0].partition("<-")[0].partition("[")[0], 0))
+    ordered = sorted(found.items(), key=lambda item: order.get(target_of(item[0]), 0))
     heard = {name: link_of(name, links).source for name, _ in ordered if links}  # a part of a model has no recipe
     blocks = (block.name for _, recipe in recipes(model) for block in recipe.plan.blocks)
     return ConnectionsByName(dict(ordered), heard, blocks)

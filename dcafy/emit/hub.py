@@ -36,6 +36,7 @@ class HubConnection(JoinedConnection):
         super().__init__(parts)
         for part in parts:
             part.beta = parts[0].beta
+            part.is_read = True
         parts[0].cell = cell
         parts[0].relay = Relay(2 * cell.channels, rank)
 

@@ -11,8 +11,8 @@ from typing import Literal
 from dcafy.amounts import fixed, operations, percent, points
 from dcafy.analysis.listening import MIXED, NEGLIGIBLE, Effect, States, Usage, in_loss
 from dcafy.report.findings import Findings, Score
-from dcafy.runs.compare import LOSSES, Comparison
-from dcafy.runs.evidence import Difference
+from dcafy.runs.compare import Comparison
+from dcafy.runs.evidence import LOSSES, Difference
 from dcafy.wording import counted
 
 
@@ -108,15 +108,14 @@ def _over_images(gain: Difference) -> str:
     """A difference on images that both networks have seen, which says nothing of other trainings."""
     if gain.low is None or gain.high is None:
         return "Both are right on the very same images." if not gain.mean else f"{points(gain.mean)} points."
-    verdict = "no difference that these images could show" if gain.low <= 0 <= gain.high else (
-        "better on these images" if gain.mean > 0 else "worse on these images"
-    )  # fmt: skip
+    verdict = "more" if gain.mean > 0 else "fewer"
+    verdict = f"{verdict} of these are named rightly; of other trainings of the two it says nothing"
+    if gain.low <= 0 <= gain.high:
+        verdict = "no difference that these images could show"
     return f"{points(gain.mean)} points{_interval(gain)} over the images: {verdict}."
 
 
 # --- are they used ------------------------------------------------------------------------------------
-
-_SURE = 1.959964
 
 
 def _used(found: Findings) -> Answer:
@@ -150,7 +149,7 @@ def _handed(found: Findings) -> Answer:
 
 def _alone(states: States) -> str:
     """How many of the modules that hear it matter one by one."""
-    alone = [row for row in states.units if _is_sure(row.cut) and row.cut.loss > NEGLIGIBLE]
+    alone = [row for row in states.units if row.cut.is_sure and row.cut.loss > NEGLIGIBLE]
     of = counted(len(states.units), "module")
     return f"Cut one at a time, {len(alone)} of {of} cost a loss that is clear of chance (at 95% each)."
 
@@ -184,11 +183,11 @@ _HARM = "it does harm"
 def _judged(cut: Effect, usage: Usage, without: str) -> tuple[str, str]:
     """In a word and in a sentence, which is still without its end, what cutting does to the loss."""
     on = f"on {counted(usage.images, 'image')}"
-    if _is_sure(cut) and cut.loss < -NEGLIGIBLE:
+    if cut.is_sure and cut.loss < -NEGLIGIBLE:
         return _HARM, f"{without} the loss falls by {_loss(cut, -1)} (from {usage.loss:.4f}) {on}"
     if cut.is_negligible:
         return "no", f"{without} the loss stays what it is ({_change(cut)}) {on}"
-    if _is_sure(cut):
+    if cut.is_sure:
         return "yes", f"{without} the loss rises by {_loss(cut)} (from {usage.loss:.4f}) {on}"
     return "it cannot be told", f"{without} the loss changes by {_change(cut)} {on}, which chance can do"
 
@@ -196,20 +195,20 @@ def _judged(cut: Effect, usage: Usage, without: str) -> tuple[str, str]:
 def _content(usage: Usage) -> list[str]:
     """What of the use is a bias, what differs between images, and what is of the very image."""
     mean, shuffled = usage.mean, usage.shuffled
-    if not (_is_sure(mean) and mean.loss > 0):
+    if not (mean.is_sure and mean.loss > 0):
         told = f"The average message does as well ({_change(mean)}): what they add is mostly a constant"
         return [f"{told}, the same for every image."]
     told = f"It matters that messages differ between images: with the average one it rises by {_loss(mean)}"
     if shuffled is None:
         return [f"{told}."]
-    own = _is_sure(shuffled) and shuffled.loss > 0
+    own = shuffled.is_sure and shuffled.loss > 0
     after = f"by {_loss(shuffled)}" if own else f"only by what chance can do ({_change(shuffled)})"
     return [f"{told}; with another image's, {after}."]
 
 
 def _each(usage: Usage) -> list[str]:
     """How many matter one by one."""
-    alone = [row for row in usage.connections if _is_sure(row.cut) and row.cut.loss > NEGLIGIBLE]
+    alone = [row for row in usage.connections if row.cut.is_sure and row.cut.loss > NEGLIGIBLE]
     of = counted(len(usage.connections), "connection")
     told = [f"Cut one at a time, {len(alone)} of {of} cost a loss that is clear of chance (at 95% each)."]
     if usage.unheard:
@@ -219,14 +218,9 @@ def _each(usage: Usage) -> list[str]:
 
 def effect_kind(effect: Effect) -> Literal["costs", "chance", "helps"]:
     """What cutting does, as the picture of the network colours it: a name in ``dcafy.plan.drawing.EFFECTS``."""
-    if not _is_sure(effect):
+    if not effect.is_sure:
         return "chance"
     return "costs" if effect.loss > 0 else "helps"
-
-
-def _is_sure(effect: Effect) -> bool:
-    """Whether the loss changes by more than chance would have it change in 95 of 100 cases."""
-    return effect.loss_error is not None and effect.loss != 0 and abs(effect.loss) > _SURE * effect.loss_error
 
 
 def _loss(effect: Effect, sign: int = 1) -> str:

@@ -35,7 +35,7 @@ from dcafy.plan.plan import Plan
 from dcafy.report.epochs import RunLog
 from dcafy.report.labelled import Labelled
 from dcafy.report.pictures import Pictures
-from dcafy.runs.evidence import Difference, paired_difference
+from dcafy.runs.evidence import Difference, over_images
 from dcafy.runs.timing import forward_times
 from dcafy.version import __version__
 from dcafy.zoos.specs import blueprint_of, has_random_weights
@@ -373,7 +373,7 @@ def _gain(rights: Sequence[list[bool] | None]) -> Difference | None:
     """The connected network's accuracy minus the other's, paired over the images."""
     if len(rights) < 2 or rights[0] is None or rights[1] is None:
         return None
-    return paired_difference(list(map(float, rights[1])), list(map(float, rights[0])))
+    return over_images(list(map(float, rights[1])), list(map(float, rights[0])))
 
 
 def _no_cams(wanted: Wanted, looked: _Looked) -> str:

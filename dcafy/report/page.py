@@ -22,7 +22,7 @@ from dcafy.report.looks import looks
 from dcafy.report.plots import block_ids, curves, histograms, shares
 from dcafy.report.room import MOST, Room, excerpt, left_out, weightiest
 from dcafy.report.words import FIRST, WORDS
-from dcafy.runs.compare import LOSSES
+from dcafy.runs.evidence import LOSSES
 from dcafy.wording import counted, needing, printable
 from dcafy.zoos.specs import RANDOM
 

@@ -20,7 +20,7 @@ from dcafy.analysis.listening import Usage
 from dcafy.disk import replace_file
 from dcafy.display import Brief
 from dcafy.errors import CheckpointError, Interrupted
-from dcafy.runs.evidence import Difference, crossed_difference, paired_difference
+from dcafy.runs.evidence import LOSSES, Difference, crossed_difference, paired_difference
 from dcafy.runs.recipes import PURPOSES
 from dcafy.runs.request import Request
 from dcafy.runs.run import Subject, finish, subject, train
@@ -34,9 +34,6 @@ from dcafy.wording import printable
 
 COMPARISON = "compare.json"
 """The name of the comparison in the folder of a run."""
-
-LOSSES = ("loss",)
-"""Metrics of which less is better; they have no bounds, as fractions have."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from dcafy.images.options import DataOptions
 from dcafy.images.order import Batches, Seeded
 from dcafy.images.preparation import Prepared
 from dcafy.images.sources import anchored, open_data
-from dcafy.runs.evidence import Difference, paired_difference
+from dcafy.runs.evidence import LOSSES, Difference, over_images
 from dcafy.runs.options import EvaluateOptions
 from dcafy.runs.using import require_task
 from dcafy.training.options import TrainingConfig
@@ -265,18 +264,14 @@ def paired(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
     """
     both = sorted(one.rows.keys() & other.rows.keys())
     if both:
+        measured = [name for name in one.rows[both[0]] if name in other.rows[both[0]]]
         return {
-            name: paired_difference([one.rows[i][name] for i in both], [other.rows[i][name] for i in both])
-            for name in one.rows[both[0]]
-            if name in other.rows[both[0]]
+            name: over_images(
+                *([run.rows[i][name] for i in both] for run in (one, other)), lower_is_better=name in LOSSES
+            )
+            for name in measured
         }
     return {
         name: Difference(mean, low, high, 1, images)
         for name, (mean, low, high, images) in paired_precisions(one.seen, other.seen).items()
     }
-
-
-def mean_recall(found: Evaluation) -> float | None:
-    """The mean over the classes of the fraction that was recognised; ``None`` for a detector."""
-    recalls = [row.recall for row in found.classes if row.recall is not None]
-    return statistics.fmean(recalls) if recalls else None

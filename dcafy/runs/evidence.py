@@ -14,7 +14,7 @@ within a point of 95% whatever w is. ``benchmarks/coverage.py`` measures how oft
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,6 +22,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dcafy.analysis.student import student
+
+LOSSES = ("loss",)
+"""Metrics of which less is better; they have no bounds, as fractions have."""
 
 LEAST_SEEDS = 3
 """With fewer there is no verdict: two seeds say next to nothing of how much seeds differ."""
@@ -48,6 +53,8 @@ class Difference:
     @property
     def verdict(self) -> str:
         """``better`` or ``worse`` only where three seeds or more give an interval that excludes zero."""
+        if not math.isfinite(self.mean):
+            return "a value that is no finite number, with which nothing can be compared"
         if self.seeds == 1:
             return "one seed says nothing about chance: run more with --seeds"
         if self.seeds < LEAST_SEEDS:
@@ -74,13 +81,26 @@ def paired_difference(
     """
     differences = [a - b for a, b in zip(one, other, strict=True)]
     mean, seeds = statistics.fmean(differences), len(differences)
-    if seeds < 2:
+    if seeds < 2 or not math.isfinite(mean):
         return Difference(mean, None, None, seeds, 0, lower_is_better)
     half = student(seeds - 1) * statistics.stdev(differences) / math.sqrt(seeds)
     half = max(half, _Z * math.sqrt(2) / of if of else 0.0)
     if not half:
         return Difference(mean, None, None, seeds, 0, lower_is_better)
     return Difference(mean, mean - half, mean + half, seeds, 0, lower_is_better)
+
+
+def over_images(one: Sequence[float], other: Sequence[float], *, lower_is_better: bool = False) -> Difference:
+    """Mean and 95% interval of ``one`` minus ``other``, a value for each image, of one network each (Student's t).
+
+    It says nothing of other trainings, so there is no verdict.
+
+    >>> found = over_images([1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0])
+    >>> found.mean, found.images, found.verdict
+    (0.25, 4, 'one seed says nothing about chance: run more with --seeds')
+    """
+    found = paired_difference(one, other, lower_is_better=lower_is_better)
+    return dataclasses.replace(found, seeds=1, images=found.seeds)
 
 
 def crossed_difference(
@@ -101,7 +121,7 @@ def crossed_difference(
     differences = one.double() - other.double()
     seeds, images = differences.shape
     mean = float(differences.mean())
-    if seeds < 2:
+    if seeds < 2 or not math.isfinite(mean):
         return Difference(mean, None, None, seeds, images, lower_is_better)
     if unit is None:
         unit = _size(differences) or _size(torch.stack([one, other])) or 1.0
@@ -120,25 +140,3 @@ def crossed_difference(
 
 def _size(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
-
-
-@functools.cache
-def student(freedom: int) -> float:
-    """The 97.5% point of Student's t distribution.
-
-    >>> round(student(2), 3), round(student(30), 3)
-    (4.303, 2.042)
-    """
-    scale = 2 * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if scale * _half(freedom, middle) < 0.95 else (low, middle)
-    return low
-
-
-def _half(freedom: int, point: float) -> float:
-    """The integral of cos(x)^(freedom - 1) from 0 to atan(point / √freedom), by Simpson's rule."""
-    end, steps = math.atan(point / math.sqrt(freedom)), 400
-    values = [math.cos(end * i / steps) ** (freedom - 1) for i in range(steps + 1)]
-    return end / (3 * steps) * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcafy.attention.inserted import hands_on, kinds_inserted
+from dcafy.attention.starting import trained
 from dcafy.checkpoint import load
 from dcafy.checkpoint.description import FILES
 from dcafy.checkpoint.folder import MARKER, Folder
@@ -187,13 +188,13 @@ def _fill(network: nn.Module, tensors: Mapping[str, torch.Tensor], shown: str) -
 
 def _without_connections(network: nn.Module, name: str) -> nn.Module:
     """What a connected network was converted from; ``UsageError`` where its connections have been trained."""
-    for path, connection in connections(network).items():
-        if connection.beta.item() != 0 or connection.alpha.item() != 1:
-            raise UsageError(
-                f"The connections of {name!r} have been trained already ({path}: α {connection.alpha.item():.3g}, β "
-                f"{connection.beta.item():.3g}), so there is no original that begins where it does. Compare from the "
-                "network that it was converted from."
-            )
+    for path in trained(network):
+        one = connections(network)[path]
+        raise UsageError(
+            f"The connections of {name!r} have been trained already ({path}: α {one.alpha.item():.3g}, β "
+            f"{one.beta.item():.3g}), so there is no original that begins where it does. Compare from the network that "
+            "it was converted from."
+        )
     return revert(network)
 
 

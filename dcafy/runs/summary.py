@@ -17,9 +17,9 @@ from dcafy.checkpoint.folder import MARKER
 from dcafy.detection.resampling import RESAMPLES
 from dcafy.emit.dca import connections, is_connected
 from dcafy.images.about import About, known
-from dcafy.runs.compare import LOSSES, Comparison, measured
+from dcafy.runs.compare import Comparison, measured
 from dcafy.runs.evaluating import Evaluation
-from dcafy.runs.evidence import Difference
+from dcafy.runs.evidence import LOSSES, Difference
 from dcafy.tables import NONE, Cell, Column, Sheet
 from dcafy.training.history import History
 from dcafy.training.telling import metrics_in_words

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from networks import CBAM, SELinear, with_attention
 from torch import nn
 from torch.nn import functional as F
@@ -50,9 +51,9 @@ def with_beta(model: nn.Module, name: str, value: float) -> nn.Module:
     return twin
 
 
-def converted(attention: Callable[..., nn.Module], topology: str) -> nn.Module:
+def converted(attention: Callable[..., nn.Module], topology: str, widths: tuple[int, ...] = (8, 8, 12)) -> nn.Module:
     with seeded(0):
-        network = trained_like(with_attention(attention, (8, 8, 12)), torch.cat([images for images, _ in batches()]))
+        network = trained_like(with_attention(attention, widths), torch.cat([images for images, _ in batches()]))
         return dcafy.convert(network, example_inputs=torch.zeros(2, 3, SIZE, SIZE), topology=topology)
 
 
@@ -63,8 +64,10 @@ def scores(model: nn.Module, data) -> tuple[float, float]:
     return F.cross_entropy(outputs, labels).item(), (outputs.argmax(1) == labels).double().mean().item()
 
 
-def test_cutting_is_what_setting_beta_to_zero_does():
-    model, data = with_betas(connected(), 0.4, 0.1).eval(), batches()
+@pytest.mark.parametrize("topology", ["chain", "tree", "hub"])
+def test_cutting_is_what_setting_beta_to_zero_does(topology):
+    model = connected() if topology == "chain" else converted(SELinear, topology, (8, 8, 8, 8))
+    model, data = with_betas(model, 0.4, 0.1).eval(), batches()
     found = dcafy.usage(model, data)
     loss, accuracy = scores(model, data)
     assert found.images == 24
@@ -250,7 +253,7 @@ def test_what_nobody_listens_to_is_named_and_what_is_listened_to_is_not():
 def test_what_is_worth_something_together_is_not_dropped_together(monkeypatch):
     model = with_betas(converted(SELinear, "chain"), 2.0, 2.0).eval()
     found = dcafy.usage(model, batches())
-    uppers = [effect.loss + 1.96 * effect.loss_error for _, effect, _, _ in found.rows("all")]
+    uppers = [effect.loss + effect.half for _, effect, _, _ in found.rows("all")]
     assert uppers[2] > max(uppers[:2])
     monkeypatch.setattr("dcafy.analysis.listening.NEGLIGIBLE", uppers[2] + 1e-9)
     assert len(dcafy.usage(model, batches()).unheard) == 2
@@ -258,6 +261,59 @@ def test_what_is_worth_something_together_is_not_dropped_together(monkeypatch):
     again = dcafy.usage(model, batches())
     assert again.unheard == (min(found.connections, key=lambda row: row.cut.loss).name,)
     assert again.without == min((row.cut for row in found.connections), key=lambda cut: cut.loss)
+
+
+def test_what_a_cell_has_read_is_left_out_at_the_end_only():
+    """Without the others, what the ones behind hear would be another state; the call does what is said of it."""
+    model = moved(converted(SELinear, "hub", (8, 8, 8, 8))).eval()
+    first, middle, last = dcafy.connections(model)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+        for name in (middle, last):
+            dcafy.connections(model)[name].beta.fill_(1e-7)
+    found, data = dcafy.usage(model, batches()), batches()
+    assert found.unheard == (middle, last)
+    after = scores(dcafy.drop(model, found.unheard).eval(), data)
+    assert found.without.loss == pytest.approx(after[0] - found.loss, abs=1e-6)
+    model = with_beta(model, first, 1e-7)
+    looks = ((twin, dcafy.usage(twin, data)) for twin in (with_beta(model, last, value) for value in (2.0, -2.0)))
+    model, found = next(look for look in looks if not look[1].connections[-1].cut.is_negligible)
+    assert [row.cut.is_negligible for row in found.connections] == [True, True, False]
+    assert found.unheard == ()
+    assert scores(dcafy.drop(model, middle).eval(), data) != pytest.approx(scores(model, data), abs=1e-5)
+
+
+def test_attention_that_was_put_in_and_is_not_trained_has_said_nothing_yet():
+    model = dcafy.convert(torchvision.models.resnet18(num_classes=CLASSES), attention="se")
+    assert all(connection.beta.item() == 0.5 for connection in dcafy.connections(model).values())
+    found = dcafy.usage(model, batches())
+    assert found.cut.loss == 0
+    assert found.unheard == ()
+
+
+def test_two_images_are_too_few_to_say_that_nobody_listens():
+    model = with_betas(converted(SELinear, "chain"), 1e-7).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(3000)
+    found = dcafy.usage(model, [(images[:2], labels[:2]) for images, labels in batches()[:1]])
+    assert found.cut.half == pytest.approx(12.706 * found.cut.loss_error, rel=1e-3)
+    assert dcafy.usage(model, batches()).cut.half == pytest.approx(
+        2.0687 * dcafy.usage(model, batches()).cut.loss_error, rel=1e-3
+    )
+
+
+def test_a_loader_that_is_used_up_is_told():
+    model = moved(connected())
+    for loader in ((batch for batch in batches()), iter(batches())):
+        with pytest.raises(InputError, match=r"none the second time.*no generator"):
+            dcafy.usage(model, loader)
+
+
+def test_a_model_of_which_all_connections_were_dropped():
+    model = moved(connected())
+    model = dcafy.drop(model, list(dcafy.connections(model)))
+    with pytest.raises(InputError, match="all of them have been dropped"):
+        dcafy.usage(model, batches())
 
 
 def test_batches_that_are_sorted_by_class_are_told():

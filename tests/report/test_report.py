@@ -632,7 +632,7 @@ def test_nothing_to_look_at_is_told(command: Run, connected: Path) -> None:
     assert "--images FOLDER, or labelled ones, --data DATA" in one_line(err)
 
 
-NOTHING = Effect(0.0, 0.0, 0.0, 0.0)
+NOTHING = Effect(0.0, 0.0, 0.0, 0.0, 100)
 
 
 def used(cut: Effect, mean: Effect = NOTHING, shuffled: Effect = NOTHING, beta: float = 0.1) -> Usage:
@@ -640,7 +640,7 @@ def used(cut: Effect, mean: Effect = NOTHING, shuffled: Effect = NOTHING, beta: 
     return Usage(100, 0.5, 0.8, (row,), cut, shuffled, mean)
 
 
-COSTS, CHANCE = Effect(0.1, 0.01, -0.02, 0.005), Effect(0.1, 0.09, -0.02, 0.05)
+COSTS, CHANCE = Effect(0.1, 0.01, -0.02, 0.005, 100), Effect(0.1, 0.09, -0.02, 0.05, 100)
 
 
 @pytest.mark.parametrize(
@@ -650,9 +650,9 @@ COSTS, CHANCE = Effect(0.1, 0.01, -0.02, 0.005), Effect(0.1, 0.09, -0.02, 0.05)
         (used(COSTS, COSTS), "yes", ("another image's, only by what chance can do",)),
         (used(COSTS), "yes", ("mostly a constant", "1 of 1 connection cost")),
         (used(CHANCE), "it cannot be told", ("which chance can do", "0 of 1 connection cost")),
-        (used(Effect(0.0001, 0.0001, 0.0, 0.0)), "no", ("stays what it is",)),
-        (used(Effect(-0.1, 0.01, 0.01, 0.0)), "they do harm", ("falls by 0.1000",)),
-        (used(Effect(0.1, None, 0.0, None)), "it cannot be told", ("changes by +0.1000 on 100 images",)),
+        (used(Effect(0.0001, 0.0001, 0.0, 0.0, 100)), "no", ("stays what it is",)),
+        (used(Effect(-0.1, 0.01, 0.01, 0.0, 100)), "they do harm", ("falls by 0.1000",)),
+        (used(Effect(0.1, None, 0.0, None, 1)), "it cannot be told", ("changes by +0.1000 on 100 images",)),
         (used(NOTHING, beta=0.0), "no", ("Every β is 0",)),
     ],
 )
@@ -713,7 +713,7 @@ def enormous(found: Findings, blocks: int, connections: int) -> Findings:
         tuple(Skipped(f"{name}.x", "a reason that takes a line " * 4) for name in names),
         model="enormous",
     )
-    effects = [Effect(1e-6 * place, 0.1, 0.0, 0.1) for place in range(connections)]
+    effects = [Effect(1e-6 * place, 0.1, 0.0, 0.1, 100) for place in range(connections)]
     usage = Usage(300, 1.0, 0.5, tuple(
         ConnectionUsage(row.name, "channel", 1.0, 0.5, 1 / 3, 0.2, 0.1, 1.5, effect, effect, effect)
         for row, effect in zip(rows, effects, strict=True)

@@ -56,7 +56,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = root / "report.html"
     how = prepared_for(model, image_size=64)
     curves = {"training loss": (2.0, 1.0), "loss": (2.0, 1.5), "top1": (0.1, 0.2)}
-    effects = [Effect(loss, 0.0123, -loss / 10, 0.0012) for loss in (0.1234, 0.0012, -0.1)]
+    effects = [Effect(loss, 0.0123, -loss / 10, 0.0012, 100) for loss in (0.1234, 0.0012, -0.1)]
     rows = [
         ConnectionUsage(name, "channel", 1.0, 0.5, 1 / 3, 0.2, 0.1 * (i % 9), 1.5, *(effects[i % 3],) * 3)
         for i, name in enumerate(over)

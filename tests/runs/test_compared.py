@@ -15,7 +15,7 @@ from dcafy.runs.evidence import Difference
 
 
 def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
-    effect = Effect(0.1, 0.01, -0.1, None)
+    effect = Effect(0.1, 0.01, -0.1, None, 100)
     row = ConnectionUsage("a", "channel", 1.0, 0.1, 0.1, 0.2, 0.3, None, effect, None, effect)
     usage = Usage(3, 0.5, 0.6, (row,), effect, None, effect, unheard=("a",), without=effect)
     arms = {

@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from dcafy.runs.evidence import Difference, crossed_difference, paired_difference, student
+from dcafy.analysis.student import student
+from dcafy.runs.evidence import Difference, crossed_difference, paired_difference
 
 
 @pytest.mark.parametrize(

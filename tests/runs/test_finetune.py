@@ -369,9 +369,12 @@ def test_both_sides_begin_with_the_same_weights_of_a_network_without_any(command
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_connected_is_compared_with_what_it_was_before(command: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "attention"), [("test_byobnet", None), ("test_resnet", "se")])
+def test_a_folder_that_is_connected_is_compared_with_what_it_was_before(
+    name: str, attention: str | None, command: Run, tmp_path: Path
+) -> None:
     pytest.importorskip("timm")
-    dcafy.save(dcafy.convert(timm_network("test_byobnet")), tmp_path / "connected")
+    dcafy.save(dcafy.convert(timm_network(name), attention=attention), tmp_path / "connected")
     assert command("connected", *QUICK, *UNMOVED, "--compare", "-o", "run")[0] == 0
     found = json.loads((tmp_path / "run/compare.json").read_text())
     assert found["connected"]["parameters"] > found["original"]["parameters"]
