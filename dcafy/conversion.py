@@ -27,7 +27,7 @@ from dcafy.graph.nodes import mapped_tensors
 from dcafy.link.given import checked
 from dcafy.link.topology import shaped
 from dcafy.plan.blocks import Cost
-from dcafy.plan.options import Conversion, Inserting, check, takes
+from dcafy.plan.options import Conversion, Inserting, check, require_heeded, takes
 from dcafy.plan.plan import Plan
 from dcafy.survey import survey, uncollected
 from dcafy.trace.accepted import require_module
@@ -109,7 +109,8 @@ def convert(
     result is then what :func:`dcafy.insert` gives. Blocks that are connected by nature (``mrla``) stay so.
     ``copy``: share nothing with ``model``; ``False`` shares its parameters and buffers.
     ``verify``: run both in eval mode on the example and raise unless the outputs are bit-identical. ``softmax`` and
-    ``normalised`` are not the identity at the start: a warning tells how far the outputs have moved.
+    ``normalised`` are not the identity at the start, nor is attention in its paper's own form: a warning tells how far
+    the outputs have moved.
 
     Raises ``NoAttentionError`` where there is nothing to connect, ``PlanError`` for a plan that does not
     fit, ``VerificationError``, and what :func:`inspect` raises; ``model`` is as it was in every case.
@@ -126,6 +127,7 @@ def convert(
         raise TypeError(f"convert() got an unexpected keyword argument {name!r}.{nearest(name, known)}")
     conversion = Conversion(**options)
     check(conversion, CHOICES, dashes=False)
+    require_heeded(conversion, options, dashes=False)
     require_module(model)
     given = model
     model, natures = apart_by_nature(given, copy=copy)
@@ -137,14 +139,18 @@ def convert(
         )
     if verify and any(p.device.type == "meta" for p in model.parameters()):
         raise InputError("A model on the meta device computes nothing to compare. Pass verify=False.")
-    original = given if conversion.attention_init == "identity" else model  # the paper's own form is no no-op
-    check_outputs = functools.partial(verify_outputs, original, inputs=seen.inputs, copied=copy)
+    moved: list[str] = []
+    if conversion.attention is not None and conversion.attention_init == "paper":
+        moved.append(f"{conversion.attention!r} in its paper's own form")
+    check_outputs = functools.partial(verify_outputs, model if moved else given, inputs=seen.inputs, copied=copy)
     chosen = checked(seen.plan if plan is None else plan, seen.plan, seen.network)
     chosen = shaped(chosen, seen.network, dimension=conversion.dimension, topology=conversion.topology)
     if not chosen.links and not chosen.alone:
         if model is given or not hands_on(model):
             raise NoAttentionError(_nothing_to_connect(model, chosen, seen.lost))
-        if verify and original is given:
+        if moved:
+            tell_drift(moved, given, model, seen.inputs if verify else None)
+        elif verify:
             check_outputs(model)
         return model  # type: ignore[return-value]
     chosen = chosen.with_links(lambda link: completed(link, conversion))
@@ -158,10 +164,11 @@ def convert(
         converted = started(own, seen, chosen, conversion)
         take_over(converted, natures)
         inexact = sorted({str(link.schema) for link in chosen.links if not SCHEMAS[str(link.schema)].exact})
-        if inexact:
-            tell_drift(inexact[0], original, converted, seen.inputs if verify else None)
-        elif verify:
+        if verify and not inexact:
             check_outputs(converted)
+        moved = [*(f"The schema {schema!r}" for schema in inexact), *moved]
+        if moved:
+            tell_drift(moved, given, converted, seen.inputs if verify else None)
     return converted  # type: ignore[return-value]
 
 
@@ -172,7 +179,7 @@ def with_attention(model: nn.Module, options: Inserting, *, example_inputs: Any 
     return put(
         model,
         options.attention,
-        reduction=options.attention_reduction or None,
+        reduction=options.attention_reduction,
         where=options.where,
         init=options.attention_init,  # type: ignore[arg-type]
         example_inputs=example_inputs,

@@ -429,6 +429,17 @@ def test_unknown_options(options: dict[str, Any]) -> None:
     assert str(value) in message
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"where": "layer9.*"}, {"attention_init": "paper"}, {"attention_reduction": 4}, {"message": "plain"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_nothing_would_go_by(options: dict[str, Any]) -> None:
+    own = {"topology": "own"} if "message" in options else {}
+    message = refused(dcafy.convert, se_network(), dcafy.DcafyError, example_inputs=IMAGES, **options, **own)
+    assert next(iter(options)) in message
+
+
 def test_plan_names() -> None:
     plan = dcafy.inspect(se_network(), example_inputs=IMAGES)
     with pytest.raises(PlanError, match=r"blocks\.0\.attention"):

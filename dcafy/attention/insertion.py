@@ -60,7 +60,7 @@ def insert(
     units' first convolutions and the classifier see besides); or ``mrla``, whose units are blocks that hear one another
     by nature along each stage: the result is connected then, as by :func:`dcafy.convert`, and that connects what else
     there is where it inserts this one itself (``attention="mrla"``). ``docs/family.md`` has them.
-    ``reduction``: channels over the width of the attention's bottleneck, where it has one; ``None`` leaves that of
+    ``reduction``: channels over the width of the attention's bottleneck, where it has one; ``None`` or 0 leaves that of
     ``gc`` out (one 1x1 convolution in its place: the simplified non-local block).
     ``where``: ``auto`` finds residual and bottleneck units by their structure and puts attention at the end of
     the main branch, before the addition (``sk`` gives the unit's k x k convolution a second branch); a glob of module
@@ -107,6 +107,7 @@ def put(
 ) -> nn.Module:
     """What :func:`insert` gives, before blocks are connected."""
     _check(attention, where, reduction, init)
+    reduction = reduction or None
     require_module(model)
     if is_connected(model):
         raise InputError("The model is connected already. Insert attention first, then convert the result.")
@@ -139,16 +140,19 @@ def _check(attention: str, where: str, reduction: int | None, init: str) -> None
         raise UsageError(f"where should be 'auto' or a glob of module paths, not {shown(where)}.")
     if init not in get_args(Init):
         raise UsageError(f"init={init!r} is not known. Use one of: {', '.join(get_args(Init))}.")
-    if reduction is None:
+    if reduction is None or (reduction == 0 and not isinstance(reduction, bool)):
         if not ATTENTIONS[attention].without_bottleneck:
             able = ", ".join(name for name, kind in ATTENTIONS.items() if kind.without_bottleneck)
-            raise UsageError(f"reduction=None leaves the bottleneck out, which {attention!r} cannot do; {able} can.")
+            raise UsageError(
+                f"A reduction of {reduction} leaves the bottleneck out, which {attention!r} cannot do; {able} can."
+            )
     elif not isinstance(reduction, int) or isinstance(reduction, bool) or reduction < 1:
         raise UsageError(f"reduction must be a whole number of at least 1, not {reduction!r}.")
     if init == "identity" and ATTENTIONS[attention].obstacle:
         raise UsageError(
-            f"{attention!r} cannot start as an exact no-op: {ATTENTIONS[attention].obstacle}. Use dcafy.insert(model, "
-            f"{attention!r}, init='paper'), and expect other outputs until the network has been trained again."
+            f"{attention!r} cannot start as an exact no-op: {ATTENTIONS[attention].obstacle}. Use its paper's "
+            "own form (init='paper' of dcafy.insert, attention_init='paper' of dcafy.convert, --attention-init paper), "
+            "and expect other outputs until the network has been trained again."
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dcafy.attention.inserted import inserted
 from dcafy.checkpoint.architecture import built
 from dcafy.checkpoint.description import Description, Facts, installed_versions
 from dcafy.checkpoint.folder import Folder
@@ -40,8 +41,9 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     No other code runs, whatever the folder says. What is known of the network besides comes with it:
     :func:`dcafy.about` gives its classes, preprocessing and results, :func:`dcafy.transforms` the preprocessing.
 
-    ``model``: the network as it was before :func:`dcafy.convert`. Its weights do not matter if the folder holds
-    them; a folder saved with ``base=False`` needs the very weights that the connections were trained on.
+    ``model``: the network as it was before :func:`dcafy.convert`; with the attention in it that was put in by
+    :func:`dcafy.insert` or ``convert(attention=...)``. Its weights do not matter if the folder holds them; a folder
+    saved with ``base=False`` needs the very weights that the connections were trained on.
 
     Raises ``CheckpointError`` for a folder that is damaged, was not written by dcafy, or does not fit the
     network, and says where they differ; ``InputError`` where ``model`` is not a plain module.
@@ -80,7 +82,8 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
     else:
         network = model
         own = {key: fact for key, fact in _state(model).items() if not is_connection(key)}  # it may have a dca itself
-        _compare(base, own, "the network that was given")
+        has_attention = next(inserted(model), None) is not None
+        _compare(base, own, "the network that was given", "" if has_attention else _AS_IT_WAS)
     if not description.weights.with_base:
         _require_same_weights(network, base)
     converted = _converted(network, description, copy=model is not None)
@@ -186,13 +189,16 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _compare(saved: Mapping[str, Facts], network: Mapping[str, Tensor], what: str) -> None:
+_AS_IT_WAS = " If attention was put in, pass the network with it: dcafy.insert(model, ...), with the options of then."
+
+
+def _compare(saved: Mapping[str, Facts], network: Mapping[str, Tensor], what: str, advice: str = "") -> None:
     """Nothing where keys and shapes agree; else ``CheckpointError`` names what differs."""
     differs = difference(
         {key: fact.shape for key, fact in saved.items()}, {key: tuple(value.shape) for key, value in network.items()}
     )
     if differs:
-        raise CheckpointError(f"its tensors do not fit {what}: {differs}.")
+        raise CheckpointError(f"its tensors do not fit {what}: {differs}.{advice}")
 
 
 def _require_same_weights(network: nn.Module, base: Mapping[str, Facts]) -> None:
@@ -218,7 +224,7 @@ def _converted(network: nn.Module, description: Description, *, copy: bool) -> n
     inputs = None if description.inputs is None else in_dtype_of(network, from_data(description.inputs))
     with warnings.catch_warnings():
         # Where the connections start says nothing about those that are loaded next.
-        warnings.filterwarnings("ignore", message="The schema .* is not the identity")
+        warnings.filterwarnings("ignore", message=".* not the identity at the start")
         try:
             converted: nn.Module = convert(
                 network, example_inputs=inputs, plan=description.plan, copy=copy, verify=False, **description.options

@@ -13,9 +13,9 @@ import typer
 
 from dcafy import errors
 from dcafy.cli.app import command
-from dcafy.cli.configured import with_options
+from dcafy.cli.configured import given_options, with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
-from dcafy.plan.options import Conversion
+from dcafy.plan.options import Conversion, require_heeded
 from dcafy.sources.options import FileOptions
 from dcafy.wording import counted, printable, quoted
 
@@ -23,6 +23,7 @@ from dcafy.wording import counted, printable, quoted
 @command("convert", "dcafy convert torchvision:resnet50 --attention se -o se")
 @with_options
 def convert_command(
+    context: typer.Context,
     model: Model,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False)
@@ -41,6 +42,7 @@ def convert_command(
 ) -> None:
     """Connect the attention blocks of a network and save the result as a folder."""
     given, example = settings_given(settings), example_input(input_size)
+    require_heeded(conversion, given_options(context), dashes=True)
     _require_free(output, overwrite)
     with contextlib.redirect_stdout(sys.stderr):
         from dcafy.checkpoint import save
@@ -53,7 +55,7 @@ def convert_command(
         network = open_model(model, settings=given, **dataclasses.asdict(file)).model
         tell_random(network, model)
         before = sum(parameter.numel() for parameter in network.parameters())
-        connected = convert(network, example_inputs=example, verify=verify, **dataclasses.asdict(conversion))
+        connected = convert(network, example_inputs=example, verify=verify, **conversion.said())
         save(connected, output, base=base)
     own = sum(p.numel() for name, p in connected.named_parameters() if is_connection(name))
     added = sum(p.numel() for p in connected.parameters()) - before - own

@@ -18,11 +18,11 @@ from dcafy.cli.help import Command, is_quiet
 from dcafy.cli.options import MODEL, Settings, settings_given
 from dcafy.errors import UsageError
 from dcafy.images.options import DataOptions
-from dcafy.plan.options import Conversion
+from dcafy.plan.options import Conversion, require_heeded
 from dcafy.runs.options import ARMS, RunOptions
 from dcafy.sources.options import FileOptions
 from dcafy.training.options import TrainingConfig
-from dcafy.wording import printable, quoted, require_extra
+from dcafy.wording import nearest, printable, quoted, require_extra
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,6 +42,13 @@ class _Comparing(Command):
         return super().parse_args(ctx, list(_with_arms(args)))
 
 
+def _is_meant_as_arms(word: str) -> bool:
+    """Whether a word behind ``--compare`` is no model: arms, or what is misspelt of one."""
+    if word.startswith("-"):
+        return False
+    return word in ARMS or "," in word or (bool(nearest(word, ARMS)) and not os.path.exists(word))
+
+
 def _with_arms(args: list[str]) -> Iterator[str]:
     """The arguments with one value behind each ``--compare``: the arms that stand there, or the usual two."""
     left = list(args)
@@ -51,7 +58,7 @@ def _with_arms(args: list[str]) -> Iterator[str]:
             yield argument
             continue
         arms = []
-        while left and (left[0] in ARMS or ("," in left[0] and not left[0].startswith("-"))):
+        while left and _is_meant_as_arms(left[0]):
             arms.append(left.pop(0))
         yield f"--compare={','.join(arms) or 'original,connected'}"
 
@@ -91,6 +98,7 @@ def finetune_command(
         if output is not None and is_main_process() and locked and not run.dry_run:
             alone.enter_context(alone_in(output))
         request = request_of(asked)
+        require_heeded(request.conversion, given, dashes=True)
         _require_place(asked, request)
         require_extra("dcafy finetune", "train")
         if request.task == "detection":

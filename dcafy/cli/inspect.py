@@ -12,9 +12,9 @@ import typer
 
 from dcafy import errors
 from dcafy.cli.app import command
-from dcafy.cli.configured import with_options
+from dcafy.cli.configured import given_options, with_options
 from dcafy.cli.options import InputSize, Model, Settings, example_input, settings_given
-from dcafy.plan.options import Inserting
+from dcafy.plan.options import Inserting, require_heeded
 from dcafy.sources.options import FileOptions
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @command("inspect", "dcafy inspect timm:seresnet50")
 @with_options
 def inspect_command(
+    context: typer.Context,
     model: Model,
     inserting: Inserting,
     file: FileOptions,
@@ -38,6 +39,7 @@ def inspect_command(
 ) -> None:
     """Show the attention blocks of a network and how they will be connected. Changes nothing."""
     chosen, example = settings_given(settings), example_input(input_size)
+    require_heeded(inserting, given_options(context), dashes=True)
     # What the user's code prints while it is imported must not end up in the document.
     with contextlib.redirect_stdout(sys.stderr):
         plan, network = _found(model, example, inserting, settings=chosen, **dataclasses.asdict(file))

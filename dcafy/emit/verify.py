@@ -82,12 +82,15 @@ def _size(value: Tensor) -> float:
     return float(_wide(value).abs().max()) if value.numel() else 0.0
 
 
-def tell_drift(schema: str, model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...] | None) -> None:
-    """Warns that a schema is not the identity at the start, and tells by how much where ``inputs`` are given."""
-    message = f"The schema {schema!r} is not the identity at α = 1, β = 0, so that the outputs have moved"
+def tell_drift(what: list[str], model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...] | None) -> None:
+    """Warns that this is not the identity at the start; with ``inputs``, where outputs have moved, and by how much."""
+    are = "is" if len(what) == 1 else "are"
+    message = f"{' and '.join(what)} {are} not the identity at the start, so that the outputs have moved"
     if inputs is not None:
         _, expected, actual = _both(model, converted, inputs)
-        drift, largest = _difference(actual, expected) or 0.0, max(map(_size, expected), default=0.0)
+        drift, largest = _difference(actual, expected), max(map(_size, expected), default=0.0)
+        if drift is None:
+            return
         message += f": by up to {drift:.3g} on the example, where the largest output is {largest:.3g}"
     warn(f"{message}. Train before you use it.")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -159,6 +159,40 @@ class Conversion(Linking, Inserting):
         "chain",
         "What each block hears.",
     )
+
+    def said(self) -> dict[str, Any]:
+        """The options that are others than the defaults; of an insertion, where there is one."""
+        options = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        silent = _OF_INSERTION if self.attention is None else ()
+        return {name: value for name, value in options.items() if name not in silent and value != _DEFAULTS[name]}
+
+
+_DEFAULTS = dataclasses.asdict(Conversion())
+_OF_INSERTION = [item.name for item in dataclasses.fields(Inserting) if item.name != "attention"]
+
+
+def require_heeded(options: Inserting, given: Iterable[str], *, dashes: bool) -> None:
+    """``UsageError`` where an option of a conversion was given that nothing would go by.
+
+    ``dashes``: whether the message names the command's options.
+    """
+
+    def written(name: str) -> str:
+        return f"--{name.replace('_', '-')}" if dashes else name
+
+    given = set(given)
+    idle = [] if options.attention is not None else [name for name in _OF_INSERTION if name in given]
+    if idle:
+        raise UsageError(
+            f"{written(idle[0])} is for attention that is put in, and none is. Add {written('attention')}, or leave it "
+            "out."
+        )
+    hears_itself = isinstance(options, Conversion) and (options.topology, options.message) == ("own", "plain")
+    if hears_itself and "message" in given:
+        raise UsageError(
+            f"With {written('topology')} own each block hears itself, of which a plain message is G once more. Leave "
+            f"{written('message')} out, or use centred."
+        )
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -84,6 +84,8 @@ def _network(request: Request, network: nn.Module, *, goes_on: bool) -> str:
 def _images(request: Request, on: Subject) -> str:
     how = about(on.network).preparation
     size = "as the detector resizes them" if how is None else f"{' x '.join(map(str, how.size))} pixels"
+    if how is not None and how.crop == "center" and how.resize != min(how.size):
+        size += f" (to validate on, the centre of {how.resize})"
     channels = "" if how is None else f", {counted(how.channels, 'channel')}"
     augment = request.images.augment
     if augment == "auto":

@@ -57,7 +57,8 @@ class RunOptions:
     recipe: str | None = setting(
         None,
         f"One of the paper's own trainings; options that are given beat it, and connections have the base's rate. "
-        f"{explained()} With another batch the rate is in proportion.",
+        f"{explained()} With another batch the rate is in proportion, with another --image-size the "
+        "resize.",
         choices=tuple(RECIPES),
     )
     output: Path | None = setting(None, "The folder of the run.", metavar="DIR", short="-o")
@@ -222,8 +223,8 @@ def chosen(
     """The options with what the recipe (:data:`dcafy.runs.paper.RECIPES`), else the task, says of what was not given.
 
     A schema that is no plain sum, and the hub, are others' published forms, and so are their messages. Under a recipe,
-    another batch has its rate in proportion, another number of epochs its milestones, and connections have the base's
-    rate.
+    another batch has its rate in proportion, another number of epochs its milestones, another size of images what they
+    are resized to, and connections have the base's rate.
 
     >>> found = chosen(RunOptions(recipe="paper"), TrainingConfig(epochs=5), DataOptions(), Conversion(), ["epochs"])
     >>> found.training.lr, found.training.epochs, found.images.crop_scale, found.conversion.attention_init
@@ -241,6 +242,8 @@ def chosen(
     if "epochs" in kept and "milestones" in options:
         part = training.epochs / options["epochs"]
         options["milestones"] = ",".join(f"{float(epoch) * part:g}" for epoch in options["milestones"].split(","))
+    if images.image_size is not None and "val_resize" in options:
+        options["val_resize"] = round(options["val_resize"] * images.image_size / options["image_size"])
     if {"warmup_epochs", "warmup_steps"} & kept:
         options = {name: value for name, value in options.items() if not name.startswith("warmup")}
     made = _with(training, options, kept)

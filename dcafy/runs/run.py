@@ -104,8 +104,7 @@ def subject(request: Request, *, seed: int, arm: str | None = None, file: FileOp
             if arm != "connected":
                 network = _without_connections(network, request.model)
         elif arm == "connected":
-            options = dataclasses.asdict(conversion)
-            network = convert(network, example_inputs=ready.example, copy=False, **options)
+            network = convert(network, example_inputs=ready.example, copy=False, **conversion.said())
         elif arm != "plain":
             network = with_attention(network, conversion, example_inputs=ready.example, copy=False)
         _require_difference(request, network, arm, ready.example)

@@ -83,8 +83,8 @@ class TrainingConfig:
     )
     clip_norm: float = setting(0.0, "The largest norm of all gradients together; 0 is no limit.", least=0)
     precision: str = setting("no", "Mixed precision.", choices=("no", "bf16", "fp16"))
-    freeze_base: bool = setting(False, "Train the connections only (and a new classifier, where there is one).")
-    freeze_base_epochs: int = setting(0, "Epochs at the start in which the connections train alone.", least=0)
+    freeze_base: bool = setting(False, "Train only the connections, inserted attention, and a new classifier.")
+    freeze_base_epochs: int = setting(0, "Epochs at the start in which only that is trained.", least=0)
     seed: int = setting(0, "Decides the new weights, the order of the images, augmentation and dropout.", least=0)
     workers: int = setting(
         0, "Processes that read images, for each training process; 0 reads them in it.", least=0, below=1025

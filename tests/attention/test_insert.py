@@ -336,6 +336,8 @@ def test_refusals() -> None:
     with pytest.raises(UsageError, match="identity, paper"):
         dcafy.insert(model, "se", init="zeros")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="at least 1"):
+        dcafy.insert(model, "se", reduction=-1)
+    with pytest.raises(UsageError, match="leaves the bottleneck out, which 'se' cannot do; gc can"):
         dcafy.insert(model, "se", reduction=0)
     with pytest.raises(InputError, match="Module"):
         dcafy.insert(torchvision.models.resnet18, "se")  # type: ignore[arg-type]

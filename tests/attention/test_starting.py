@@ -109,7 +109,10 @@ def test_one_trained_block_among_others_starts_at_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["ge", "sk"])
 def test_what_cannot_start_as_a_no_op_can_be_asked_for(name: str) -> None:
-    _, d = connected(name, attention_init="paper")
+    with pytest.warns(UserWarning, match=f"'{name}' in its paper's own form is not the identity .* by up to \\d"):
+        _, d = connected(name, attention_init="paper")
+    with pytest.warns(UserWarning, match=f"The schema 'softmax' and '{name}' in its paper's own form are not"):
+        connected(name, attention_init="paper", schema="softmax")
     assert set(betas(d)) == {0.0}
     assert dcafy.freeze_base(d).train() is d
     F.cross_entropy(d(X), Y).backward()

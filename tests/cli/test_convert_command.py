@@ -93,3 +93,23 @@ def test_mistakes(command: Run, tmp_path: Path, arguments: list[str], code: int,
     assert says in err
     assert "Traceback" not in err
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--where", "layer9.*"), "--where is for attention that is put in"),
+        (("--init", "paper"), "--attention-init is for attention that is put in"),
+        (("--topology", "own", "--message", "plain"), "a plain message is G once more"),
+    ],
+)
+def test_an_option_that_nothing_would_go_by_is_refused(
+    options: tuple[str, ...], named: str, dcafy_command: Run, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    commands = [("convert", "-o", made), ("finetune", "--data", "digits", "-o", made)]
+    for command, *more in commands + [("inspect",)] * (options[0] != "--topology"):
+        code, out, err = dcafy_command(command, SMALL, *options, *more)
+        assert (code, out) == (2, "")
+        assert named in " ".join(err.split())
+    assert not made.exists()

@@ -67,7 +67,7 @@ def test_names_and_cases_of_other_trainers_are_understood(dcafy_command: Run, fl
         in told["network"]
     )
     assert f"imagefolder:{flowers}: 17 images to train on, 3 to validate on, 3 classes: daisy, rose" in told["data"]
-    assert "32 x 32 pixels, 3 channels" in told["images"]
+    assert "32 x 32 pixels (to validate on, the centre of 34), 3 channels" in told["images"]
     assert "new classifier: fc; classes weighed by how rare they are" in told["trained"]
     assert "adamw, base 0.0625, connections 0.0625" in told["rates"]
     assert told["rates"].endswith("constant; weight decay 0.125")

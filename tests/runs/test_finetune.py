@@ -149,6 +149,7 @@ def test_a_folder_does_not_choose_what_is_read_elsewhere_or_fetched(command: Run
         ([FACTORY, "-o", "run"], 2, "--data names no images"),
         ([FACTORY, "--data", "digits", "-o", "run", "--seeds", "3"], 2, "Add --compare"),
         ([FACTORY, "--data", "digits", "-o", "run", "--compare", "plain,conected"], 2, "Did you mean 'connected'"),
+        ([FACTORY, "--data", "digits", "-o", "run", "--compare", "conected"], 2, "Did you mean 'connected'"),
         ([FACTORY, *QUICK, "-o", "run", "--compare", "attention", "connected"], 2, "--attention names none"),
         ([FACTORY, "--data", "digits", "-o", "run", "--plain", "--compare"], 2, "Leave one of them out"),
         (

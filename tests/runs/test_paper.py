@@ -131,6 +131,13 @@ def test_what_is_given_beats_a_recipe() -> None:
     assert found.training.momentum == 0.9
 
 
+def test_what_images_are_resized_to_is_in_proportion() -> None:
+    assert asked("paper").images.val_resize == asked("paper", image_size=224).images.val_resize == 256
+    assert asked("paper", image_size=32).images.val_resize == 37
+    assert asked("paper-mobile", image_size=299).images.val_resize == 342
+    assert asked("paper", image_size=32, val_resize=40).images.val_resize == 40
+
+
 def test_rates_and_milestones_are_in_proportion() -> None:
     assert asked("paper", batch_size=32).training.lr == pytest.approx(0.1 / 8)
     assert asked("paper", batch_size=32, accumulate=8).training.lr == pytest.approx(0.1)
