@@ -1,6 +1,6 @@
 """How often the 95% intervals of ``dcafy finetune --compare`` cover the true difference.
 
-    python benchmarks/coverage.py [--trials 8000]
+    python benchmarks/coverage.py [--trials 6000]
 
 Two networks are drawn instead of trained: each image has a difficulty, each seed a strength, and the second network a
 gain that may hang on the image. From these follow, image by image, whether a network is right, and its loss. The true
@@ -91,7 +91,7 @@ def coverage(world: World, seeds: int, trials: int, seed: int = 0) -> tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=8000)
+    parser.add_argument("--trials", type=int, default=6000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "coverage.md")
     options = parser.parse_args()
     error = 100 * math.sqrt(0.95 * 0.05 / options.trials)

@@ -37,7 +37,6 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
 
 import dcafy
-from dcafy.analysis.usage import message_shares
 from dcafy.detection import Boxes, Detection, open_coco, write_shapes
 from dcafy.runs.evidence import paired_difference
 from dcafy.training import DataOptions, TrainingConfig, finetune
@@ -204,8 +203,6 @@ def one_run(work: Path, attention: str, seed: int, *, connected: bool, config: T
               "configuration": dataclasses.asdict(config)}  # fmt: skip
     if connected and attention in ATTENTIONS:
         last = history.epochs[-1].connections
-        images = [[Boxes()(*data.val[index])[0]] for index in range(16)]
-        result["shares"] = message_shares(model, images)
         result["betas"] = {block: state.beta for block, state in last.items()}
     file.write_text(json.dumps(result) + "\n")
     return result
@@ -274,13 +271,6 @@ def report(work: Path) -> str:
         both = [s for s in sorted({run["seed"] for run in own}) if sum(run["seed"] == s for run in own) == 2]
         if both:
             lines += compared(work, attention, both)
-    shares = [share for run in runs for share in run.get("shares", {}).values()]
-    if shares:
-        lines += [
-            "",
-            f"After training the messages make up {statistics.median(shares):.1%} of what a block hears (median over "
-            f"connections and runs; {min(shares):.1%} to {max(shares):.1%}).",
-        ]
     lines += [
         "",
         "These are synthetic shapes, a small network and a training that ends long before either side has learned "

@@ -119,37 +119,49 @@ def test_the_network_has_all_of_the_weights(module: Any) -> None:
     assert torch.allclose(module.HardSigmoid()(z), torch.tensor([0.0, 0.3, 0.5, 0.7, 1.0]))
 
 
-def test_the_whole_image_says_which_of_two_words_is_asked_for(module: Any) -> None:
-    """And no few pixels of it; each word is in a channel of its own, and tells nothing of that."""
+def test_a_mark_says_which_of_two_words_is_asked_for(module: Any) -> None:
+    """And nothing else does; each word is in a channel of its own."""
     one, other = torch.zeros(300, 1, *module.SIZE), torch.zeros(300, 1, *module.SIZE)
     one[:, :, 4:8], other[:, :, 20:24] = 1.0, 1.0
     x, asked = module.two_words(one, other, torch.Generator().manual_seed(0))
-    assert x.shape == (300, 3, *module.SIZE)
+    height, width = module.SIZE
+    assert x.shape == (300, 3, height, module.MARGIN + width)
     assert 100 < int(asked.sum()) < 200
-    green = x[:, 1]
-    assert torch.equal(green.mean((1, 2)) > 0, asked == 1)
-    near = (green[:, :5, :5].mean((1, 2)) > 0) == (asked == 1)
-    assert near.float().mean() < 0.98
-    red, blue = (x[:, channel].mean(2) for channel in (0, 2))
+    assert torch.equal(x[:, 1, :, : module.MARK].mean((1, 2)) > 0, asked == 1)
+    red, blue = (x[:, channel, :, module.MARGIN :].mean(2) for channel in (0, 2))
     assert (red[:, 10:] - red[:, 4:8].mean(1, keepdim=True)).mean() > 0.7
     assert (blue[:, :18] - blue[:, 20:24].mean(1, keepdim=True)).mean() > 0.7
-    assert abs(torch.corrcoef(torch.stack((red.mean(1), asked.float())))[0, 1]) < 0.2
+    said = (x[:, 1, :, module.MARK :], x[:, 0], x[:, 2])
+    means = torch.stack([part.flatten(1).mean(1) for part in said] + [asked.float()])
+    assert torch.corrcoef(means)[-1, :-1].abs().max() < 0.2
+
+
+def test_only_attention_brings_the_mark_to_the_words(module: Any) -> None:
+    """The trained network's convolutions do not see so far."""
+    for attention in (False, True):
+        network = module.Angle(made_up(), attention=attention).eval()
+        x = torch.rand(1, 3, module.SIZE[0], module.MARGIN + module.SIZE[1], requires_grad=True)
+        features = network.last(network.units(network.stem(x)))
+        features[..., module.MARGIN // 4 :].sum().backward()
+        assert x.grad is not None
+        assert bool(x.grad[..., : module.MARK].any()) == attention
+        assert x.grad[..., module.MARGIN :].any()
 
 
 def test_words_are_drawn_alike_each_time_and_half_of_them_upside_down(module: Any, monkeypatch: Any) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.setattr(module, "FACES", ("DejaVuSans", "DejaVuSerif-Bold"))
-    monkeypatch.setattr(module, "DRAWN", {"train": (1, 40), "t10k": (2, 40)})
+    monkeypatch.setattr(module, "DRAWN", {"train": (1, 160), "t10k": (2, 160)})
     fonts = Path(matplotlib.get_data_path()) / "fonts"
     (ink, turned), (again, _), (others, _) = (module.drawn(fonts, part) for part in ("train", "train", "t10k"))
     assert torch.equal(ink, again)
     assert not torch.equal(ink, others)
-    assert ink.shape == (40, 1, *module.SIZE)
-    assert int(turned.sum()) == 20
+    assert ink.shape == (160, 1, *module.SIZE)
+    assert int(turned.sum()) == 80
     assert ink.amax((1, 2, 3)).min() > 0.8, "no word is out of the picture"
-    left, right = (ink[:, 0, :, part].mean((1, 2)) for part in (slice(0, 20), slice(52, 72)))
+    left, right = (ink[:, 0, :, part].mean((1, 2)) for part in (slice(4, 12), slice(-8, None)))
     words = (left > right).float()
-    assert words[turned == 0].mean() > 0.6 > 0.4 > words[turned == 1].mean(), "words begin at the left"
+    assert words[turned == 0].mean() > 0.55 > 0.45 > words[turned == 1].mean(), "words begin at the left"
 
 
 @pytest.mark.parametrize("name", ["centred", "no attention"])
