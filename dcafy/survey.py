@@ -22,6 +22,7 @@ from dcafy.find.fusions import find
 from dcafy.find.natures import with_natures
 from dcafy.find.selfattention import self_attention
 from dcafy.find.unfound import unfound_gates
+from dcafy.graph.copies import has_own_hooks
 from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import mapped_tensors, node_value, values_of
 from dcafy.graph.paths import joined, outermost
@@ -168,7 +169,10 @@ class _Surveyor:
             return "its forward could not be traced as a whole"
         entered = {""}.union(*(region.entered(link.source, link.target) for link in links))
         recording = region.recording
-        for path in entered & (recording.mode_read.keys() | recording.unwritten.keys()):
+        hooked = next((path for path in sorted(entered) if has_own_hooks(self.model.get_submodule(path))), None)
+        if hooked is not None:
+            return f"{hooked or self.name} has a forward hook, and a graph goes past its call"
+        for path in sorted(entered & (recording.mode_read.keys() | recording.unwritten.keys())):
             what = recording.unwritten.get(path, "its forward takes another path in training than in eval")
             return f"{path or self.name}: {what}"
         try:

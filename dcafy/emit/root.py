@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from dcafy.emit.dca import Connections, Example, Recipe, dca_of, ends_of
 from dcafy.emit.ends import WIRES, Wire, add_wire, keep_wires, wires_of
-from dcafy.emit.whole import written
+from dcafy.emit.whole import require_no_hooks, written
 from dcafy.emit.wire import Opened
 from dcafy.graph.rewritten import Forward, forward_of, hold, refusal, rewrite
 from dcafy.graph.rows import rows_of
@@ -43,9 +43,15 @@ class Whole(fx.GraphModule):
 
     @property
     def graph(self) -> fx.Graph:
-        """The whole connected network, with its connections as plain edges."""
+        """The whole connected network, with its connections as plain edges.
+
+        Raises ``TracingError`` where none can be written, and while hooks act on a module that is no call in it.
+        """
         if self not in _GRAPHS:
             _GRAPHS[self] = written(self)
+        forward = forward_of(self)
+        if forward is None or forward.rows is None:  # what runs is the network, and not the graph
+            require_no_hooks(self, _GRAPHS[self])
         return _GRAPHS[self]
 
     @graph.setter

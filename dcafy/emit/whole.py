@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import operator
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dcafy.emit.dca import example_of, require_recipe
+from dcafy.emit.dca import connected_hosts, ends_of, example_of, require_recipe
 from dcafy.errors import TracingError
-from dcafy.graph.copies import own_copy
+from dcafy.graph.copies import has_own_hooks, own_copy
 from dcafy.graph.evaluator import Evaluator, device_of
-from dcafy.graph.rewritten import is_rewritten, taken_of_graphs
+from dcafy.graph.rewritten import forward_of, is_rewritten, taken_of_graphs
 from dcafy.graph.source import require_writable
 from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace import Recordable, judged, recorded
@@ -42,19 +43,70 @@ def _written(model: nn.Module, entered: bool) -> fx.Graph:
     assert example is not None
     inputs = Observed(in_dtype_of(model, example.inputs), {})
     recordable = Recordable(model, inputs, Evaluator(device_of(model)), connections="entered" if entered else "called")
-    try:
-        recording = judged(recordable, recorded(recordable))
-        folded = fold(recording, _of_dcafy(recording))
+    with _refused(model):
+        recording = recorded(recordable)
+        _require_every_connection(model, recording)
+        own = frozenset(_of_dcafy(recording))
+        # What is folded back stays the user's, and may go by whatever it likes.
+        recording = judged(recordable, recording, {"", *fold(recording, own).entered})
+        folded = fold(recording, own)
         called = {node.target for node in folded.graph.nodes if node.op == "call_module"}
         require_one_form(recording, called.__contains__)
+    for node in folded.graph.nodes:
+        node.meta = {}
+    require_no_hooks(model, folded.graph)
+    return folded.graph
+
+
+def require_no_hooks(model: nn.Module, graph: fx.Graph) -> None:
+    """Raises ``TracingError`` where hooks act on a call of ``model``, or of a module in it, that ``graph`` goes past."""
+    hooked = [(path, module) for path, module in model.named_modules() if has_own_hooks(module)]
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"} if hooked else set()
+    inside = {id(inner) for path in called for inner in model.get_submodule(path).modules()}
+    for path, module in hooked:
+        if id(module) not in inside:
+            raise TracingError(
+                f"No graph of the whole {type(model).__name__} can be written: {path or 'the network itself'} has a "
+                "forward hook, and a graph goes past its call. Take the hook off (handle.remove()), or export with "
+                "torch.export.export(..., strict=True), which needs no graph."
+            )
+
+
+@contextlib.contextmanager
+def _refused(model: nn.Module) -> Iterator[None]:
+    """Inside it what cannot be entered becomes the error that is documented."""
+    try:
+        yield
     except CannotEnter as error:
         where = f"{error.path}: " if error.path else ""
         raise TracingError(
             f"No graph of the whole {type(model).__name__} can be written: {where}{error.reason}."
         ) from error
-    for node in folded.graph.nodes:
-        node.meta = {}
-    return folded.graph
+
+
+def _require_every_connection(model: nn.Module, recording: Recording) -> None:
+    """Raises :class:`CannotEnter` where something connected is no nodes: what it hears and tells would be no edges."""
+    for node in recording.graph.nodes:
+        path = str(node.target)
+        module = recording.modules[path] if node.op == "call_module" else None
+        if module is not None and not getattr(module, "is_connection", False) and _is_on_wire(module):
+            why = recording.kept_whole.get(path, "it is called as a whole")
+            raise CannotEnter({path: f"what is connected in it cannot be written out: {why}"})
+    _require_alike(model, recording.model)
+
+
+def _require_alike(model: nn.Module, twin: nn.Module) -> None:
+    """Raises :class:`CannotEnter` for a host that is connected in ``model`` and not in ``twin``, a copy of it."""
+    for path, host, _ in connected_hosts(model):
+        forward = forward_of(host)
+        usual = None if forward is None else forward.usual
+        name = None if usual is None or usual.differs(host) else usual.differs(twin.get_submodule(path))
+        if name is not None:
+            raise CannotEnter({path: f"its self.{name} is another object in every copy, so that no copy is connected"})
+
+
+def _is_on_wire(module: nn.Module) -> bool:
+    return next(connected_hosts(module), None) is not None or any(map(ends_of, module.modules()))
 
 
 def _of_dcafy(recording: Recording) -> Iterator[fx.Node]:
@@ -91,6 +143,8 @@ def flat(model: nn.Module) -> fx.GraphModule:
     if taken is not None:
         raise TracingError(f"No GraphModule can have a {taken!r} of its own, as {type(model).__name__} does.")
     twin = own_copy(model)
+    with _refused(model):
+        _require_alike(model, twin)
     graph = written(twin, entered=True)
     for node in list(graph.nodes):
         if node.target is check_decision:

@@ -259,7 +259,10 @@ def _messages(wire: Wire, heard: Any, G: Tensor, traced: bool) -> tuple[Any, ...
                 torch._dynamo.graph_break()  # whether a block was taken out is no question for a compiled graph
             T, G_prev = _instead(wire, heard)
         missing = T is None or (second is not None and G_prev is None)
-        if missing or not _is_for(T, G, same_batch, traced):
+        if not missing and not _is_for(T, G, same_batch, traced):
+            _tell_lost(heard, T, G)
+            missing = True
+        if missing:
             T = G_prev = None
         if T is not None and not traced and T.device != G.device:  # a model that is spread over devices
             T, G_prev = T.to(G.device), None if G_prev is None else G_prev.to(G.device)
@@ -299,6 +302,13 @@ def _is_for(message: Any, G: Any, same_batch: bool, traced: bool) -> bool:
         return True
     ours, theirs = G.shape[0], message.shape[0]
     return type(ours) is not int or type(theirs) is not int or ours == theirs
+
+
+def _tell_lost(heard: Any, *ends: Any) -> None:
+    """Tells a recorder of a message that its graph would not have, as one end of the wire is no node of it."""
+    for tracer in (value.tracer for value in ends if _is_proxy(value)):
+        if hasattr(tracer, "unwritten"):
+            tracer.unwritten.setdefault(tracer.owner, f"what {heard.reader} hears would be lost in it")
 
 
 def _is_proxy(value: Any) -> bool:

@@ -44,6 +44,12 @@ def _bare(twin: nn.Module) -> nn.Module:
     return twin
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks of the user's see, and may change, what ``module`` is given or returns; no recording has them."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(str(getattr(hook, "__module__", "")).startswith("dcafy.") for hook in hooks)
+
+
 def own_copy(model: nn.Module) -> nn.Module:
     """A deep copy of ``model``; of a tensor with a history (a pruned weight, a kept activation) it has the values.
 

@@ -151,6 +151,15 @@ def forward_of(module: nn.Module) -> Forward | None:
     return None if written is None else written[1]
 
 
+def written_globals(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The global names of the code that was written for ``module``: what its graphs call is found there."""
+    forward, kind = forward_of(module), original_class(module)
+    while forward is not None:
+        scope = rewritten_class(kind, forward).forward.__globals__
+        yield from scope["scopes"]
+        forward = forward.below
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The user's class of ``module``."""
     written = type(module).__dict__.get(_WRITTEN)
@@ -260,6 +269,7 @@ def _forward(kind: type[nn.Module], forward: Forward, codes: list[Any]) -> Calla
     if written:
         one = written[0] if len(written) == 1 else _by_mode(*written)
         scope["written"] = _storing(one) if forward.stores else one
+    scope["scopes"] = tuple(one.__globals__ for one in written)
     made = _compiled(_TEMPLATE.format(body=body), "forward", scope)
     return functools.update_wrapper(made, original)
 

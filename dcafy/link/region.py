@@ -140,18 +140,15 @@ class Region:
             yield Mark(found.name, reads, makes, turns[0], turns[1], (len(calls[0]), len(calls[1])))
 
     def entered(self, source: str, target: str) -> set[str]:
-        """The modules that one graph of both blocks cannot call: those that what is told leaves, or is heard in."""
+        """The modules that no graph of both blocks can call: all around what is told and what is heard."""
         recording = self.recording
-        ends = []
-        for node in (self[source].fusions[0], self[target].contexts[0]):
-            around = []
+        paths = set()
+        for node in (*self[source].contexts, *self[source].fusions, *self[target].contexts, *self[target].fusions):
             call = recording.home.get(node)
             while call is not None:
-                around.append(call)
+                paths.add(call.path)
                 call = recording.around[call]
-            ends.append(around)
-        common = set(ends[0]) & set(ends[1])
-        return {call.path for around in ends for call in around if call not in common or call is around[0]}
+        return paths
 
     def without(self, names: Collection[str]) -> Region:
         """The region in which these blocks are none."""

@@ -40,13 +40,15 @@ class CannotEnter(Exception):
 class Folded:
     """``graph``: the shallow graph; ``image``: deep node -> its node there; ``inside``: shallow node -> deep nodes.
 
-    ``stores``: attribute of the module -> the node that makes what its forward stores there.
+    ``stores``: attribute of the module -> the node that makes what its forward stores there. ``entered``: the paths of
+    the modules inside that are no calls there.
     """
 
     graph: fx.Graph
     image: dict[fx.Node, fx.Node]
     inside: dict[fx.Node, tuple[fx.Node, ...]]
     stores: dict[str, fx.Node]
+    entered: tuple[str, ...] = ()
 
 
 def fold(recording: Recording, visible: Iterable[fx.Node] = ()) -> Folded:
@@ -120,7 +122,7 @@ class _Fold:
         if not self.image.keys() >= {*self.stores.values()}:
             raise CannotEnter({self.path: self.recording.unwritten[self.path]})
         stores = {name: self.image[node] for name, node in self.stores.items()}
-        return Folded(self.graph, self.image, self.inside, stores)
+        return Folded(self.graph, self.image, self.inside, stores, entered)
 
     def _nodes(self) -> Iterable[fx.Node]:
         return self.recording.graph.nodes

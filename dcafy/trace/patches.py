@@ -17,6 +17,7 @@ from torch.fx import _symbolic_trace
 
 from dcafy.draws import plain_draws
 from dcafy.graph.nodes import VALUE, leaves, mapped_tensors, values_of
+from dcafy.graph.rewritten import written_globals
 from dcafy.threads import Patch, Swap
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.named import Applied, Scripted
@@ -86,13 +87,18 @@ def _leaves(tracer: ValueTracer, scopes: Iterable[dict[str, Any]]) -> Iterator[P
 
         return call
 
+    wrapped = [
+        (scope, name, scope[name] if name in scope else getattr(builtins, name))
+        for (_, name), scope in _symbolic_trace._wrapped_fns_to_patch.copy().items()
+    ]
     known = {id(value) for name, value in vars(math).items() if not name.startswith("_") and callable(value)}
+    written = known.union(id(function) for *_, function in wrapped)  # code that was written calls them by other names
     for scope in (vars(math), *scopes):
         for name, value in list(scope.items()):
-            if id(value) in known and not name.startswith("_"):
+            if id(value) in (known if "__name__" in scope else written) and not name.startswith("_"):
                 yield scope, name, leaf(value)
-    for (_, name), scope in _symbolic_trace._wrapped_fns_to_patch.copy().items():
-        yield scope, name, leaf(scope[name] if name in scope else getattr(builtins, name))
+    for scope, name, function in wrapped:
+        yield scope, name, leaf(function)
     for kind, name in _symbolic_trace._wrapped_methods_to_patch:
         yield kind, name, _leaf_method(tracer, getattr(kind, name), name)
 
@@ -209,9 +215,12 @@ def _contexts(tracer: ValueTracer) -> Iterator[Patch]:
 
 def _scopes(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """The names that the modules' forwards find beside their classes, and in others' modules among those."""
+    modules = list(modules)
     scopes = {id(scope): scope for scope in (forward_globals(module) for module in modules)}
     for scope in list(scopes.values()):  # ``einops.reduce``: a function in a module
         scopes.update((id(vars(v)), vars(v)) for v in scope.values() if isinstance(v, ModuleType) and _is_others(v))
+    # What was a node of its own when a host was recorded is one again: code that was written calls it by itself.
+    scopes.update((id(scope), scope) for module in modules for scope in written_globals(module))
     return list(scopes.values())
 
 
@@ -219,9 +228,9 @@ def _functions(scopes: Iterable[dict[str, Any]], call: Callable[..., Any]) -> It
     """``isinstance`` is another one there: asked whether a proxy is a tensor, it looks at what the proxy stands for."""
     for scope in scopes:
         for name, value in list(scope.items()):
-            if type(value) is FunctionType and _is_users(value.__module__):
+            if isinstance(value, Scripted) or (type(value) is FunctionType and _is_users(value.__module__)):
                 yield scope, name, functools.partial(call, value)
-            elif isinstance(value, torch.jit.ScriptFunction):
+            elif isinstance(value, torch.jit.ScriptFunction) and "__name__" in scope:
                 yield scope, name, functools.partial(call, Scripted(value, scope["__name__"], name))
         if "isinstance" not in scope and _is_users(scope.get("__name__")):
             yield scope, "isinstance", _isinstance
@@ -232,8 +241,11 @@ def _is_users(module: str | None) -> bool:
 
 
 def _is_others(module: ModuleType) -> bool:
-    """Whether a module that a forward finds beside its class belongs neither to Python nor to PyTorch."""
-    return module.__name__.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "numpy"}
+    """Whether a module that a forward finds beside its class belongs neither to Python nor to PyTorch, nor here."""
+    return module.__name__.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "numpy", _HERE}
+
+
+_HERE = __name__.partition(".")[0]
 
 
 def _isinstance(value: Any, kinds: Any, /) -> bool:

@@ -9,12 +9,14 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import operator
 import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import networks
 import pytest
 import torch
@@ -22,13 +24,16 @@ import users_classes
 from networks import Classifier, SELinear, with_attention
 from subjects import cases, subject
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.optimization import fuse
 from trained import evaluate, images, moved, seeded, trained, with_betas
 from users_classes import ATTENTIONS, ROOTS, WITHOUT_GRAPH, SEReading, blocks, inline_reading, trained_network
 from zoo import BY_NAME, EVERY_HOST, HAND_WRITTEN_NETWORKS
 
 import dcafy
+from dcafy.emit import wire
+from dcafy.errors import TracingError
+from dcafy.trace import patches
 
 LATER = ("blocks.1.attention", "blocks.2.attention", "blocks.3.attention")
 """The blocks that hear another, in every network of four blocks."""
@@ -642,6 +647,174 @@ def test_passes_of_fx_work_on_the_result() -> None:
     assert not any(isinstance(node, nn.BatchNorm2d) for node in fused.modules())
     torch.testing.assert_close(value(fused), value(d), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(value(fused), value(dcafy.revert(d).eval()), rtol=1e-3, atol=1e-3)
+
+
+# Functions that take no proxies ------------------------------------------------------------------
+
+
+@torch.jit.script
+def scripted_swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def particular(x: Any) -> Tensor:
+    """Takes tensors, and nothing that stands for one."""
+    if type(x) is not Tensor and not isinstance(x, FakeTensor):
+        raise TypeError("a tensor, please")
+    return x * 0.5
+
+
+def dropped(x: Tensor, p: float, training: bool) -> Tensor:
+    """Another path in training than in eval, as EfficientNet-PyTorch has it."""
+    if not training:
+        return x
+    return x / (1 - p) * torch.floor(1 - p + torch.rand([x.shape[0], 1], dtype=x.dtype, device=x.device))
+
+
+class EinopsSE(SELinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(einops.reduce(x, "n c h w -> n c", "mean"))[..., None, None]
+
+
+class ScriptedSE(SELinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(scripted_swish(self.excite(x.mean((2, 3)))))[..., None, None]
+
+
+class ParticularSE(SELinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(particular(x.mean((2, 3))))[..., None, None]
+
+
+class DroppingSE(SELinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * dropped(self.excite(x.mean((2, 3))), 0.2, self.training)[..., None, None]
+
+
+PARTICULAR: tuple[type[SELinear], ...] = (EinopsSE, ScriptedSE, ParticularSE, DroppingSE)
+
+
+def mixed(kind: type[SELinear], *, first: bool) -> Classifier:
+    """Blocks of that kind and plain ones in turns."""
+    kinds = itertools.cycle((kind, SELinear) if first else (SELinear, kind))
+    return with_attention(lambda channels: next(kinds)(channels))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@named(PARTICULAR)
+def test_the_graph_has_connections_beside_functions_that_take_no_proxies(kind: type[SELinear], first: bool) -> None:
+    """What was a node when the block was recorded is one when the whole is."""
+    model, d = started(trained_network(lambda: mixed(kind, first=first)))
+    assert len(dcafy.connections(d)) == 3
+    moved(d)
+    for twin in (d, copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
+        expected = value(twin)
+        assert not torch.equal(expected, value(model))
+        assert torch.equal(value(fx.GraphModule(twin, twin.graph)), expected)
+        if kind is not ScriptedSE:  # which only dcafy's own function can call and pickle
+            assert torch.equal(value(dcafy.flat(twin).eval()), expected)
+    outputs = []
+    for run in (d, fx.GraphModule(d, d.graph)):
+        with seeded(5), torch.no_grad():
+            outputs.append(copy.deepcopy(run).train()(batch()))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.slow
+@named(PARTICULAR)
+def test_an_export_has_connections_beside_functions_that_take_no_proxies(kind: type[SELinear]) -> None:
+    model, d = started(trained_network(lambda: mixed(kind, first=False)))
+    moved(d)
+    exported = torch.export.export(d, (batch(),)).module()
+    with torch.no_grad():
+        assert torch.equal(exported(batch()), value(d))
+    assert not torch.equal(value(d), value(model))
+
+
+def test_a_graph_that_would_lack_a_connection_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a recording cannot enter, and for whatever reason: it is said, with its name."""
+    _, d = started(trained_network(lambda: mixed(EinopsSE, first=False)))
+    monkeypatch.setattr(patches, "written_globals", lambda module: iter(()))
+    for ask in (lambda: d.graph, lambda: dcafy.flat(d), lambda: torch.export.export(d, (batch(),))):
+        with pytest.raises(TracingError, match=r"blocks\.1\.attention: what is connected in it"):
+            ask()
+    monkeypatch.undo()
+    assert d.graph is d.graph
+
+
+def test_a_message_that_a_recording_loses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, d = started(with_attention(SELinear))
+    monkeypatch.setattr(wire, "_is_for", lambda message, G, *_: not isinstance(G, fx.Proxy))
+    with pytest.raises(TracingError, match=r"blocks\.1\.attention: what blocks\.1\.attention hears would be lost"):
+        _ = d.graph
+
+
+# Hooks -------------------------------------------------------------------------------------------
+
+
+def doubles(_module: nn.Module, _given: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def halves(_module: nn.Module, given: Any) -> Any:
+    return (given[0] / 2,)
+
+
+PAST = ("", "blocks", "blocks.1", "blocks.1.attention")
+"""Modules whose calls the graph goes past; the others are called in it."""
+
+
+@pytest.mark.parametrize("hook", [doubles, halves])
+@pytest.mark.parametrize("path", [*PAST, "stem", "blocks.1.conv1", "head"])
+def test_hooks_that_were_there_act_in_an_export(path: str, hook: Callable[..., Any]) -> None:
+    """A network with hooks that a graph would not have is no ``GraphModule``: an export runs it as it is."""
+    model = trained_network(_with(SELinear))
+    module = model.get_submodule(path)
+    (module.register_forward_hook if hook is doubles else module.register_forward_pre_hook)(hook)
+    _, d = started(model)
+    assert isinstance(d, fx.GraphModule) is (path not in PAST)
+    reasons = [item.reason for item in d.dca.recipe.plan.skipped]
+    assert [f"{path or 'Classifier'} has a forward hook" in reason for reason in reasons] == [True] * (path in PAST)
+    moved(d)
+    assert not torch.equal(value(d), value(dcafy.revert(d)))
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(d, (batch(),)).module()(batch()), value(d))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("path", PAST)
+def test_hooks_put_on_a_result_are_in_its_graph_or_there_is_none(path: str, asked: bool) -> None:
+    """Also where the graph was written before; it is there again once the hook is off."""
+    _, d = started(trained_network(_with(SELinear)))
+    moved(d)
+    assert not asked or d.graph is not None
+    handle = d.get_submodule(path).register_forward_hook(doubles)
+    for ask in (lambda: d.graph, lambda: d.code, lambda: dcafy.flat(d), lambda: torch.export.export(d, (batch(),))):
+        with pytest.raises(TracingError, match=f"{path or 'the network itself'} has a forward hook.*strict=True"):
+            ask()
+    handle.remove()
+    assert torch.equal(value(fx.GraphModule(d, d.graph)), value(d))
+
+
+def test_hooks_on_what_the_graph_calls_act_in_it() -> None:
+    _, d = started(trained_network(_with(SELinear)))
+    moved(d)
+    before = value(d)
+    for path in ("stem", "blocks.1.conv1", "blocks.1.attention.excite"):
+        d.get_submodule(path).register_forward_hook(doubles)
+    assert not torch.equal(value(d), before)
+    assert torch.equal(value(fx.GraphModule(d, d.graph)), value(d))
+    assert torch.equal(value(dcafy.flat(d).eval()), value(d))
+
+
+def test_a_graph_that_was_assigned_runs_whatever_hooks_there_are() -> None:
+    """Then the network is that graph, and hooks act on its calls."""
+    _, d = started(trained_network(_with(SELinear)))
+    d.graph = d.graph
+    expected = value(d)
+    d.register_forward_hook(doubles)
+    assert d.graph is d.graph
+    assert torch.equal(value(d), expected * 2)
 
 
 # Without a graph of the whole --------------------------------------------------------------------
