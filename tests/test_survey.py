@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import zoo
 from networks import SELinear, conv_norm
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from trained import seeded
 
 import dcafy
@@ -93,6 +94,50 @@ def test_a_size_that_is_baked_around_attention_costs_no_connection(recorded: lis
     with torch.no_grad():
         for images in (IMAGES, torch.rand(3, 3, 96, 80)):
             assert torch.equal(connected(images), model(images))
+
+
+class Between(nn.Module):
+    """Two attention blocks, and between them what no graph can have."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.first, self.second, self.between = SELinear(8), SELinear(8), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.between == "mode" and self.training:
+            x = x + torch.randn_like(x)
+        with torch.no_grad() if self.between == "switch" else contextlib.nullcontext():
+            x = x + len(range(x.shape[-1])) if self.between == "size" else x * 2
+        return self.second(x)
+
+
+@pytest.mark.parametrize("between", ["mode", "switch", "size"])
+def test_the_plan_says_what_around_two_blocks_no_graph_can_have(between: str) -> None:
+    """A link inside one module: that module, too, is written out in the graph of the whole."""
+    with seeded(1):
+        model = Units(Between(between)).eval()
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    (skipped,) = dcafy.inspect(model, example_inputs=IMAGES).skipped
+    assert "no graph of the whole can be written" in skipped.reason
+    assert not isinstance(connected, fx.GraphModule)
+    dcafy.connections(connected)["units.0.second"].beta.data.fill_(1.0)
+    exported = torch.export.export(connected, (IMAGES,)).module()
+    with torch.no_grad():
+        assert torch.equal(exported(IMAGES), connected(IMAGES))
+        assert not torch.equal(connected(IMAGES), model(IMAGES))
+
+
+def test_the_graph_calls_what_bakes_a_size_and_holds_nothing_connected() -> None:
+    with seeded(1):
+        model = Units(SELinear(8), BakingAttention(8), SELinear(8)).eval()
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert isinstance(connected, fx.GraphModule)
+    dcafy.connections(connected)["units.2"].beta.data.fill_(1.0)
+    with torch.no_grad():
+        for images in (IMAGES, torch.rand(3, 3, 96, 80)):
+            assert torch.equal(fx.GraphModule(connected, connected.graph)(images), connected(images))
+            assert torch.equal(dcafy.flat(connected)(images), connected(images))
 
 
 def test_a_baked_size_is_no_news_where_nothing_is_emitted(recorded: list[str]) -> None:

@@ -59,7 +59,7 @@ def _written(model: nn.Module, entered: bool) -> fx.Graph:
 
 
 def require_no_hooks(model: nn.Module, graph: fx.Graph) -> None:
-    """Raises ``TracingError`` where hooks act on a call of ``model``, or of a module in it, that ``graph`` goes past."""
+    """Raises ``TracingError`` where the user's hooks act on the call of a module that ``graph`` goes past."""
     hooked = [(path, module) for path, module in model.named_modules() if has_own_hooks(module)]
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"} if hooked else set()
     inside = {id(inner) for path in called for inner in model.get_submodule(path).modules()}
