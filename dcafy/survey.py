@@ -27,6 +27,7 @@ from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import mapped_tensors, node_value, values_of
 from dcafy.graph.paths import joined, outermost
 from dcafy.graph.rewritten import CONTAINERS, refusal, taken_of_graphs
+from dcafy.link.batches import batches
 from dcafy.link.message import Message, message_of
 from dcafy.link.network import Network
 from dcafy.link.region import InTraining, Region, earlier, training_of
@@ -346,10 +347,11 @@ class _Surveyor:
         found = with_natures(recording, plain, path)
         messages = {f.name: message_of(f, modules, self.evaluator) for f in found}
         before = earlier(recording.graph, modules, found)
+        samples = batches(recording, found, self.evaluator)
         skipped = (*self_attention(flow, plain, path), *unfound_gates(flow, plain, path))
         if not recordable.training:
             self.recordables[path] = recordable
-        region = Region(path, recording, found, messages, before, skipped, flow.order)
+        region = Region(path, recording, found, messages, samples, before, skipped, flow.order)
         trainings = {inner: self._training(region, inner, recordable) for inner in sorted(recording.mode_read)}
         known = {inner: training for inner, training in trainings.items() if isinstance(training, InTraining)}
         why = {inner: training for inner, training in trainings.items() if isinstance(training, str)}

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from dcafy.find.roles import Found
+from dcafy.link.batches import other_batch
 from dcafy.link.message import Message, Unlinkable, extents, mismatch
 from dcafy.link.region import Region
 from dcafy.link.sites import NoPlace
@@ -67,9 +68,22 @@ class Network:
         return self._home[name].message(name, of)
 
     def nearest(self, target: str) -> tuple[str, ...]:
-        """The earlier blocks that reach one, nearest last, those of its own kind of map behind all others."""
+        """The earlier blocks that reach one, nearest last, those of its own kind of map behind all others.
+
+        Behind these are those of its own batch: the others it could not hear.
+        """
         kinds = self[target].kinds
-        return tuple(sorted(self.earlier.get(target, ()), key=lambda name: self[name].kinds[:1] == kinds[:1]))
+
+        def alike(name: str) -> tuple[bool, bool]:
+            return self._other_batch(name, target) is None, self[name].kinds[:1] == kinds[:1]
+
+        return tuple(sorted(self.earlier.get(target, ()), key=alike))
+
+    def _other_batch(self, source: str, target: str) -> str | None:
+        """Why two blocks are not of the same samples, if they are not."""
+        home, ours = self.region(source), self.region(target)
+        theirs = home.batches[source]
+        return other_batch(theirs if home is ours else theirs[:1], ours.batches[target])
 
     def obstacle(self, source: str, target: str, of: Of = "message") -> str | None:
         """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
@@ -79,7 +93,9 @@ class Network:
                 self.region(source).telling(source, of)
             except NoPlace as error:
                 return error.reason
-        return str(message) if isinstance(message, Unlinkable) else mismatch(message, self[target])
+        if isinstance(message, Unlinkable):
+            return str(message)
+        return self._other_batch(source, target) or mismatch(message, self[target])
 
     def apart(self, source: str, target: str) -> bool:
         """Whether two blocks lie in different regions, and the first is not known to reach the second."""

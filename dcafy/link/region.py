@@ -12,6 +12,7 @@ from torch import fx, nn
 from dcafy.find.roles import Found
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import joined
+from dcafy.link.batches import Batch
 from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.sites import Site, Sites, placed
 from dcafy.plan.blocks import Of, Skipped
@@ -76,6 +77,7 @@ class Region:
     """A module with a graph of its own: its blocks, what each passes on, and who could hear whom.
 
     ``messages``  block name -> what it passes on, or why it cannot
+    ``batches``   block name -> of how many samples its maps are
     ``earlier``   block name -> the earlier blocks of its dimension whose outputs reach it, nearest last
     ``skipped``   what was seen in it and is no block to connect
     ``trainings`` what modules that decide by their mode do in training
@@ -85,6 +87,7 @@ class Region:
     recording: Recording
     found: tuple[Found, ...]
     messages: dict[str, Message | Unlinkable]
+    batches: dict[str, Batch]
     earlier: dict[str, tuple[str, ...]]
     skipped: tuple[Skipped, ...]
     order: dict[fx.Node, int] = field(repr=False)
