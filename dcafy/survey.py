@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dcafy.errors import InputError, TracingError
+from dcafy.find.axes import Axes
 from dcafy.find.dataflow import Dataflow
 from dcafy.find.fusions import find
 from dcafy.find.natures import with_natures
@@ -345,7 +346,8 @@ class _Surveyor:
         flow = Dataflow(recording.graph, modules)
         plain = find(flow, path)
         found = with_natures(recording, plain, path)
-        messages = {f.name: message_of(f, modules, self.evaluator) for f in found}
+        axes = Axes(flow)
+        messages = {f.name: message_of(f, axes, self.evaluator) for f in found}
         before = earlier(recording.graph, modules, found)
         samples = batches(recording, found, self.evaluator)
         skipped = (*self_attention(flow, plain, path), *unfound_gates(flow, plain, path))

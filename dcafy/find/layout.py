@@ -68,7 +68,7 @@ class Maps:
         theirs = self.extent(map_, map_axis)
         for context in contexts:
             own = self.extent(context, axis)
-            if theirs is None or own is None or theirs[0] not in (1, own[0]):
+            if theirs is None or own is None or theirs[0] not in (1, own[0]) or map_.shape[:1] != context.shape[:1]:
                 return False
             sizes = (theirs[1] or (), own[1] or ())
             if len(sizes[0]) != len(sizes[1]) or any(a not in (1, b) for a, b in zip(*sizes, strict=True)):

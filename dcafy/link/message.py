@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from dcafy.find.axes import Origins
+from dcafy.find.axes import Axes, Origins, first_shape
 from dcafy.find.dataflow import REDUCES
 from dcafy.find.layout import DIMENSIONS, Extent
 from dcafy.find.roles import Found
@@ -79,8 +79,8 @@ def mismatch(message: Message, target: Found) -> str | None:
     return None
 
 
-def message_of(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> Message | Unlinkable:
-    """What a block passes on, or why it cannot pass on anything; ``modules``: the traced model's, by path."""
+def message_of(found: Found, axes: Axes, evaluator: Evaluator) -> Message | Unlinkable:
+    """What a block passes on, or why it cannot pass on anything; ``axes``: of the recorded graph it is in."""
     context, map_ = node_value(found.contexts[0]), node_value(found.map)
     if not isinstance(map_, Tensor) or not isinstance(context, Tensor):
         return Unlinkable("its attention map is not one tensor")
@@ -93,7 +93,7 @@ def message_of(found: Found, modules: dict[str, nn.Module], evaluator: Evaluator
     for axis in maps.axis_of_map(map_, contexts, found.axis) if len(set(found.kinds)) == 1 else []:
         return Message("product", own, found.kinds, axis)
     try:
-        return _Refusion(found, modules, evaluator).message()
+        return _Refusion(found, axes, evaluator).message()
     except Unlinkable as reason:
         return reason
 
@@ -132,6 +132,7 @@ _FUSES = REDUCES | {Op.JOIN, Op.ADD, Op.SLICE, Op.LAYOUT, Op.EXPAND, Op.ELEMENTW
 
 
 _SEVERAL = "its extraction reads more than one tensor"
+_OTHER_AXES = "its fused output has other axes than what it extracts from"
 
 
 def _numel(node: fx.Node) -> int:
@@ -141,9 +142,10 @@ def _numel(node: fx.Node) -> int:
 class _Refusion:
     """The extraction, applied once more to the fused output."""
 
-    def __init__(self, found: Found, modules: dict[str, nn.Module], evaluator: Evaluator) -> None:
+    def __init__(self, found: Found, axes: Axes, evaluator: Evaluator) -> None:
         self.found = found
-        self.modules = modules
+        self.axes = axes
+        self.modules = axes.flow.modules
         self.evaluator = evaluator
 
     def message(self) -> Message:
@@ -207,12 +209,14 @@ class _Refusion:
     def _fused(self, sources: tuple[fx.Node, ...]) -> tuple[tuple[fx.Node, fx.Node], ...]:
         """Each source, and what takes its place: of several, the output of the fusion that reads it."""
         if len(sources) == 1:
-            return ((sources[0], self._fused_output(node_value(sources[0]).ndim)),)
+            return ((sources[0], self._fused_output(sources[0])),)
         pairs = []
         for source in sources:
             own = [fusion for fusion in self.found.fusions if source in fusion.all_input_nodes]
             if len(own) != 1:
                 raise Unlinkable(_SEVERAL)
+            if not self._has_axes_of(own[0], source):
+                raise Unlinkable(_OTHER_AXES)
             pairs.append((source, own[0]))
         return tuple(pairs)
 
@@ -239,21 +243,28 @@ class _Refusion:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         return list(module.modules()) if module is not None else []
 
-    def _fused_output(self, rank: int) -> fx.Node:
-        """The first tensor of X's rank that all of the block's fusions have gone into."""
+    def _has_axes_of(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether ``node`` has samples, channels, rows and columns where ``source`` has them, and as many samples."""
+        ours, theirs = self.axes.of(node), self.axes.of(source)
+        known = [(a, b) for a, b in zip(ours, theirs, strict=False) if a and b]
+        same_batch = first_shape(node)[:1] == first_shape(source)[:1]
+        return len(ours) == len(theirs) and same_batch and all(a == b for a, b in known)
+
+    def _fused_output(self, source: fx.Node) -> fx.Node:
+        """The first tensor with the axes of X, the ``source``, that all of the block's fusions have gone into."""
         wanted = set(self.found.fusions)
         seen: dict[fx.Node, set[fx.Node]] = {}
         for node in _from(self.found.fusions[0].prev, set()):
             through = {node} & wanted
-            for source in node.all_input_nodes:
-                through |= seen.get(source, set())
+            for operand in node.all_input_nodes:
+                through |= seen.get(operand, set())
             if not through or (node not in wanted and op_of(node, self.modules) not in _FUSES):
                 continue
             seen[node] = through
             value = node_value(node)
-            if through == wanted and isinstance(value, Tensor) and value.ndim == rank:
+            if through == wanted and isinstance(value, Tensor) and self._has_axes_of(node, source):
                 return node
-        raise Unlinkable("its fused output has other axes than what it extracts from")
+        raise Unlinkable(_OTHER_AXES)
 
     def _evaluate(self, fused: tuple[tuple[fx.Node, fx.Node], ...], steps: tuple[fx.Node, ...]) -> dict[fx.Node, Any]:
         values: dict[fx.Node, Any] = {source: node_value(output) for source, output in fused}
