@@ -31,6 +31,7 @@ class Axes:
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
         self._known: dict[fx.Node, Origins] = {}
+        self._guessed: set[fx.Node] = set()
 
     def of(self, node: fx.Node) -> Origins:
         """The origin of each axis of what ``node`` yields (of the first, where it yields several)."""
@@ -44,6 +45,24 @@ class Axes:
                 self._known[step] = self._seen(step)
             assert len(self._known[node]) == len(shape)
         return self._known[node]
+
+    def are_sure(self, node: fx.Node) -> bool:
+        """Whether a layer says where the axes of ``node`` come from; else they are those that maps usually have."""
+        layer = self._layer(node)
+        name = op_name(layer, self.flow.modules).lower() if layer else ""
+        if layer is None or not name.startswith(_SURELY_LAST):
+            return name.startswith(_SURELY_SECOND)
+        given = self.flow.inputs(layer)[0]  # of which it may work along an axis of space (MLP-Mixer)
+        return not (extends_over_space(self.of(given)[-1:]) and self._layer(given))
+
+    def _layer(self, node: fx.Node) -> fx.Node | None:
+        """The layer whose map ``node`` is, where each step from that map is understood."""
+        self.of(node)
+        while (source := self._source(node)) is not None:
+            if node in self._guessed:
+                return None
+            node = source
+        return node if self.flow.ops[node] is Op.PARAMETRIC and self.flow.inputs(node) else None
 
     def _source(self, node: fx.Node) -> fx.Node | None:
         """The tensor whose axes ``node`` has, in some way; ``None`` where it makes a map of its own."""
@@ -67,8 +86,11 @@ class Axes:
         elif op is Op.CONTRACT:
             origins = self._contracted(node, name, shape)
         elif len(given) != len(shape) or (op is Op.LAYOUT and given != shape):
-            origins = _kept(node, origins, given, shape) or _regrouped(origins, given, shape) or _usual(shape)
-        return _without_single(origins, shape) if len(origins) == len(shape) else _usual(shape)
+            origins = _kept(node, origins, given, shape) or _regrouped(origins, given, shape) or ()
+        if len(origins) == len(shape):
+            return _without_single(origins, shape)
+        self._guessed.add(node)
+        return _usual(shape)
 
     def _made(self, node: fx.Node, shape: tuple[int, ...]) -> Origins:
         """A layer's map has its channels second, or last behind a Linear and what makes sequences."""
@@ -101,7 +123,7 @@ class Axes:
                 for letter, origin in zip(term, one, strict=False)
             }
             return tuple(known.get(letter, "") for letter in result)
-        return _usual(shape)
+        return ()
 
 
 def first_shape(node: fx.Node) -> tuple[int, ...]:
@@ -116,6 +138,18 @@ _CHANNELS_LAST = frozenset({"layernorm", "layer_norm", "rnn", "lstm", "gru", "mu
 def puts_channels_last(name: str) -> bool:
     """Whether a layer whose operation has this name yields its channels behind the places."""
     return "linear" in name.lower() or name.lower() in _CHANNELS_LAST
+
+
+_SURELY_SECOND = ("conv", "lazyconv", "batchnorm", "batch_norm", "groupnorm", "group_norm")
+"""How the names of layers begin that have the channels of a map second, whatever it is."""
+
+_SURELY_LAST = ("linear", "rnn", "lstm", "gru", "multiheadattention")
+"""How the names of layers begin that have them last."""
+
+
+def extends_over_space(origins: Origins) -> bool:
+    """Whether axes of these origins extend over rows or columns, and over nothing else."""
+    return bool("".join(origins)) and "".join(origins).replace("+", "").isdigit()
 
 
 def _space(axes: int) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from dcafy.find.axes import PERMUTES, Axes, Origins, axes_named, first_shape, puts_channels_last
+from dcafy.find.axes import PERMUTES, Axes, Origins, axes_named, extends_over_space, first_shape, puts_channels_last
 from dcafy.find.dataflow import Dataflow
 from dcafy.graph.nodes import node_value
 from dcafy.graph.ops import Op, gate_of, op_name
@@ -150,9 +150,13 @@ class Layouts:
         shape = tuple(node_value(node).shape)
         wide = [i for i, n in enumerate(shape) if i and n > 1]
         axis = self._axis(node, len(shape), len(wide))
-        if len(wide) <= 1 and (len(shape) > 3 or axis is None or axis % len(shape) in (*wide, 0)):
-            return Layout("channel", 1, math.prod(shape[1:]), None)
         origins = self.axes.of(node)
+        # What is left of X decides: the mean over channels of a signal [N, C, L] is [N, L], as that over L is [N, C].
+        places = len(wide) == 1 and extends_over_space(origins[wide[0] :][:1]) and self.axes.are_sure(node)
+        if places and axis is not None and axis % len(shape) in wide:
+            axis = next((i for i in (1, len(shape) - 1) if i not in wide), None)
+        elif not places and len(wide) <= 1 and (len(shape) > 3 or axis is None or axis % len(shape) in (*wide, 0)):
+            return Layout("channel", 1, math.prod(shape[1:]), None)
         if axis is None and len(shape) > 3 and shape[1] == 1:
             axis = 1
         if axis is None:
