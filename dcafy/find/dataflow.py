@@ -16,6 +16,7 @@ REARRANGES = frozenset({Op.LAYOUT, Op.EXPAND, Op.SLICE})
 _SUMS = frozenset({"add", "iadd"})
 _DIFFERENCES = frozenset({"sub", "isub", "subtract"})
 REDUCES = frozenset({Op.REDUCE, Op.POOL, Op.CONTRACT})
+QUOTIENTS = frozenset({"div", "truediv", "itruediv", "true_divide"})
 
 
 class Dataflow:
@@ -156,6 +157,16 @@ class Dataflow:
         if node not in self._inputs:
             self._inputs[node] = self._read(node)
         return self._inputs[node]
+
+    def counts(self, node: fx.Node, quotient: fx.Node) -> bool:
+        """Whether ``node`` is what a ``quotient`` divides by, and an input gives: a length for each sample."""
+        if op_name(quotient, self.modules) not in QUOTIENTS or self.inputs(quotient)[-1:] != [node]:
+            return False
+        value, source = node_value(node), node
+        while len(self.inputs(source)) == 1 and self.sizes[source] == self.sizes[node]:
+            (source,) = self.inputs(source)
+        single = isinstance(value, Tensor) and value.numel() == value.shape[:1].numel()
+        return single and source.op == "placeholder" and self.sizes[source] == self.sizes[node]
 
     def covers(self, node: fx.Node) -> bool:
         """Whether a pooling to one place looks at the whole map, and would at other sizes.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from dcafy.find.axes import PERMUTES, Origins
-from dcafy.find.dataflow import REDUCES, Dataflow, is_vector
+from dcafy.find.dataflow import QUOTIENTS, REDUCES, Dataflow, is_vector
 from dcafy.find.layout import Layouts, is_arithmetic
 from dcafy.graph.nodes import PLACE, node_value
 from dcafy.graph.ops import Op, gate_of, op_name
@@ -43,8 +43,6 @@ class Found:
         """The block's name."""
         return self.block.name
 
-
-_QUOTIENTS = frozenset({"div", "truediv", "itruediv", "true_divide"})
 
 _SHUFFLES = frozenset({"channel_shuffle", "ChannelShuffle"})
 _TOTALS = frozenset({"sum", "nansum", "cumsum"})
@@ -126,7 +124,7 @@ class Roles:
         """The frontier, with reductions replaced by what only joins them: a concatenation (CBAM), a quotient."""
         frontier = {self._mean(node, candidate.between) for node in candidate.frontier}
         for node in sorted(candidate.between, key=self.flow.order.__getitem__):
-            if op_name(node, self.flow.modules) in _QUOTIENTS:
+            if op_name(node, self.flow.modules) in QUOTIENTS:
                 frontier = self._with_quotient(node, frontier, candidate.between)
             if self.flow.ops[node] not in (Op.JOIN, Op.ADD):
                 continue
@@ -163,10 +161,11 @@ class Roles:
         """The mean that a number makes of the sum ``node``, where nothing reads the sum itself; else ``node``."""
         if op_name(node, self.flow.modules) in _TOTALS or node in self.flow.windows:
             readers = _readers(node, self.flow)
-            scales = {*_QUOTIENTS, "mul", "imul", "multiply"}
+            scales = {*QUOTIENTS, "mul", "imul", "multiply"}
             if len(readers) == 1 and readers[0] in between and op_name(readers[0], self.flow.modules) in scales:
                 (mean,) = readers
-                if self.flow.inputs(mean) == [node] and self.flow.sizes[mean] == self.flow.sizes[node]:
+                sums = [source for source in self.flow.inputs(mean) if not self.flow.counts(source, mean)]
+                if sums == [node] and self.flow.sizes[mean] == self.flow.sizes[node]:
                     return mean
         return node
 
@@ -240,7 +239,7 @@ class Roles:
     def _is_extraction_step(self, node: fx.Node) -> bool:
         """Part of the pooling rather than of X: a reduction, softmax weights, a 1-channel mask."""
         op = self.flow.ops[node]
-        if op in (Op.SLICE, Op.ADD) or op_name(node, self.flow.modules) in _QUOTIENTS:
+        if op in (Op.SLICE, Op.ADD) or op_name(node, self.flow.modules) in QUOTIENTS:
             return any(self.flow.ops[source] in REDUCES for source in self.flow.inputs(node))
         if op in REDUCES or op is Op.MULTIPLY or gate_of(node, self.flow.modules) == "softmax":
             return True

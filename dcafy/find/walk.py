@@ -87,7 +87,7 @@ class Walk:
                 return False
         elif op is Op.QUERY:
             return True
-        return self._pass(node, ref, inputs)
+        return self._pass(node, ref, [source for source in inputs if not self.flow.counts(source, node)])
 
     def _pass(self, node: fx.Node, ref: float, inputs: list[fx.Node]) -> bool:
         self.between.add(node)
@@ -234,13 +234,9 @@ class Walk:
                 return True
             self.frontier, self.between, self.verdicts, self.local = snapshot
         value, source = node_value(node), node_value(inputs[0])
-        squeezes = isinstance(value, Tensor) and isinstance(source, Tensor) and value.ndim == source.ndim >= 3
-        if (
-            squeezes
-            and positions(node) > 1
-            and value.numel() * 2 <= source.numel() <= self.flow.sizes[self.other]
-            and 1 in (value.shape[1], value.shape[-1])
-        ):
+        ranks = isinstance(value, Tensor) and isinstance(source, Tensor) and value.ndim == source.ndim >= 3
+        squeezes = ranks and any(value.shape[i] == 1 < source.shape[i] for i in (1, -1))
+        if squeezes and positions(node) > 1 and value.numel() * 2 <= source.numel() <= self.flow.sizes[self.other]:
             self.local = True
             return self._mark(node)
         return False
