@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from dcafy.emit.dca import Connections
@@ -25,12 +26,13 @@ from dcafy.emit.ends import Ends, Heard, Line, Port, Told, Wire
 from dcafy.emit.wire import behind_layer, hear, tell
 from dcafy.emit.wiring import Wiring
 from dcafy.find.roles import Found
+from dcafy.graph.nodes import values_of
 from dcafy.graph.ops import Op, alters_argument, op_of
 from dcafy.graph.paths import below, joined
 from dcafy.graph.rewritten import Forward, forward_of, hold, original_class, rewrite, taken_forward
 from dcafy.graph.rows import rows_of
 from dcafy.graph.source import require_writable
-from dcafy.graph.usual import reads, template
+from dcafy.graph.usual import Usual, dtypes_of, reads, template
 from dcafy.link.message import Message
 from dcafy.link.region import Region
 from dcafy.link.sites import Site
@@ -92,12 +94,8 @@ class Host:
             ports = _Edits(self, folded, places).ports()
             training = self._in_training(places)
             stores = _return_stores([folded] if training is None else [folded, training])
-            call = self.region.sites.calls(self.path)[0]
-            usual = reads(module, original_class(module), stores)
-            if call is not None:
-                named = tuple((key, template(value)) for key, value in call.kwargs.items())
-                usual = dataclasses.replace(usual, arguments=template(call.args), named=named)
-            usual = dataclasses.replace(usual, modes=self._modes())
+            usual = dataclasses.replace(reads(module, original_class(module), stores), modes=self._modes())
+            usual = self._called(usual)
             rows = None if training is None else rows_of(training.graph)
             forward = Forward(rows_of(folded.graph), usual, training=rows, stores=bool(stores))
         dca.ends = Ends(wire, None if self.repeats else wire.counts[number], ports, addresses)  # type: ignore[assignment]
@@ -109,6 +107,23 @@ class Host:
             module.graph = folded.graph
             return
         rewrite(module, dataclasses.replace(forward, own=taken_forward(module), below=forward_of(module)))
+
+    def _called(self, usual: Usual) -> Usual:
+        """With what the module was called, and what it asked of torch, in either mode."""
+        call, recording, training = self.region.sites.calls(self.path)[0], self.region.recording, None
+        if self.path in self.region.trainings:
+            training = self.region.trainings[self.path].region.recording
+        asked = dict.fromkeys(recording.asked.get(self.path, ()))
+        asked.update(dict.fromkeys(() if training is None else training.asked.get("", ())))
+        by_dtype = self.path in recording.by_dtype or (training is not None and "" in training.by_dtype)
+        if by_dtype:  # what autocast has casted is no argument
+            asked.update({("is_autocast_enabled", (kind,), torch.is_autocast_enabled(kind)): None for kind in _DEVICES})
+        usual = dataclasses.replace(usual, asked=tuple(asked))
+        if call is None:
+            return usual
+        named = tuple((key, template(value)) for key, value in call.kwargs.items())
+        dtypes = dtypes_of(values_of((call.args, tuple(call.kwargs.values())))) if by_dtype else None
+        return dataclasses.replace(usual, arguments=template(call.args), named=named, dtypes=dtypes)
 
     def _modes(self) -> tuple[str, ...]:
         """The parts of the module by whose mode it decides, in either mode of its own."""
@@ -173,6 +188,9 @@ class Host:
                 parent = parent.get_submodule(part)
             parent.add_module(last, wiring.module)
         return dca, tuple(addresses), places
+
+
+_DEVICES = ("cpu", "cuda")
 
 
 def _return_stores(graphs: list[Folded]) -> set[str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import dis
 import enum
+import functools
 import inspect
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
-from dcafy.graph.nodes import mapped, node_value
+from dcafy.graph.nodes import leaves, mapped, node_value
+from dcafy.graph.reading import Global, Named, is_pythons, named
 
 
 @dataclass(frozen=True)
@@ -22,35 +24,42 @@ class Usual:
 
     ``arguments``   what the call was given by position, with :class:`Varies` for what may differ; ``None``: whatever
     ``named``       the same, by keyword
-    ``attributes``  plain values of the module that its class reads
-    ``children``    names of submodules that its class reads -> whether there is one
-    ``absent``      what its class reads of itself, and the module has no value of its own for
+    ``dtypes``      of the tensors that the call was given, where the forward decides by a dtype
+    ``attributes``  what its class reads of the module: plain values, and what is in containers, objects and parts
+    ``children``    names of submodules that its class reads, and that are there
     ``modes``       paths of its parts by whose mode it decides, which was the module's own
+    ``beside``      what it reads beside the module: global names
+    ``asked``       what it asks of torch: the function's name, with what, and the answer
     """
 
     arguments: tuple[Any, ...] | None = None
     named: tuple[tuple[str, Any], ...] = ()
+    dtypes: tuple[torch.dtype, ...] | None = None
     attributes: tuple[tuple[str, Any], ...] = ()
-    children: tuple[tuple[str, bool], ...] = ()
-    absent: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    beside: tuple[tuple[Global, Any], ...] = ()
+    asked: tuple[tuple[str, tuple[Any, ...], Any], ...] = ()
 
     def differs(self, module: nn.Module) -> str | None:
-        """The attribute of ``module``, or of a part of it, that has another value, if there is one."""
+        """What has another value, if anything: of the ``module``, of a part of it, or beside it."""
         own = module.__dict__
-        for name, value in self.attributes:
-            if name not in own or not same(own[name], value):
-                return name
-        for name in self.absent:
-            if name in own:
+        for name, wanted in self.attributes:
+            if not same(own[name] if name in own else _got(module, name), wanted):
                 return name
         modules = own["_modules"]
-        for name, there in self.children:
-            if (modules.get(name) is not None) is not there:
+        for name in self.children:
+            if modules.get(name) is None:
                 return name
         for path in self.modes:
             if module.get_submodule(path).training is not module.training:
                 return f"{path}.training"
+        for one, wanted in self.beside:
+            if not same(one.read(), wanted):
+                return one.name
+        for function, given, answer in self.asked:
+            if getattr(torch, function)(*given) != answer:
+                return f"torch.{function}()"
         return None
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -62,7 +71,14 @@ class Usual:
         for wanted, value in zip(self.arguments, args, strict=True):
             if not _fits(wanted, value):
                 return False
-        return all(name in kwargs and _fits(wanted, kwargs[name]) for name, wanted in self.named)
+        if not all(name in kwargs and _fits(wanted, kwargs[name]) for name, wanted in self.named):
+            return False
+        return self.dtypes is None or self.dtypes == dtypes_of((args, tuple(kwargs[name] for name, _ in self.named)))
+
+
+def dtypes_of(arguments: Any) -> tuple[Any, ...]:
+    """The dtypes of the tensors, or of what stands for some, in arguments."""
+    return tuple(leaf.dtype for leaf in leaves(arguments) if isinstance(leaf, _TENSORS))
 
 
 class Varies(enum.Enum):
@@ -72,16 +88,68 @@ class Varies(enum.Enum):
     VALUE = "anything"
 
 
+class Held(enum.Enum):
+    """Stands for what is known of something that a module, an object or a container has, besides plain values."""
+
+    ANYTHING = "not compared"
+    SOMETHING = "there, and not None"
+    NOTHING = "not there"
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Of an object or a part: what is known of its attributes."""
+
+    fields: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """An array of numpy's."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_ATOMS = (*_PLAIN, enum.Enum, np.generic, torch.dtype, torch.memory_format, torch.layout)
+_SAME_IN_COPIES = (types.FunctionType, types.BuiltinFunctionType, type)
 
 
 def same(value: Any, wanted: Any) -> bool:
-    """Whether a plain value, or one in a list or dictionary, is the one that was noted."""
+    """Whether a value is the one that was noted; one in a container, an object or a part is looked at there."""
+    kind = type(wanted)
+    if kind is Held:
+        return wanted is Held.ANYTHING or (value is _ABSENT if wanted is Held.NOTHING else value is not None)
+    if kind is Inside:
+        return value is not None and all(same(_got(value, name), inner) for name, inner in wanted.fields)
+    if kind is Numbers:
+        return isinstance(value, np.ndarray) and numbers(value) == wanted
     if isinstance(wanted, tuple) and isinstance(value, dict):
         return same(tuple(value.items()), wanted)
     if isinstance(wanted, tuple) and isinstance(value, tuple | list):
         return len(value) == len(wanted) and all(map(same, value, wanted))
     return value is wanted or (type(value) is type(wanted) and bool(value == wanted))
+
+
+def numbers(value: Any) -> Numbers:
+    """What an array holds now."""
+    return Numbers(str(value.dtype), value.shape, value.tobytes())
+
+
+_ABSENT = object()
+
+
+def _got(holder: Any, name: str) -> Any:
+    """What ``holder`` has under the name, as its code would find it; properties do not run."""
+    if isinstance(holder, nn.Module):
+        own = holder.__dict__
+        for there in (own, own["_modules"], own["_parameters"], own["_buffers"]):
+            if name in there:
+                return there[name]
+        return getattr(type(holder), name, _ABSENT)
+    return getattr(holder, name, _ABSENT)
 
 
 _TENSORS = (Tensor, fx.Proxy)
@@ -115,90 +183,107 @@ def template(arguments: Any) -> Any:
 
 
 def reads(module: nn.Module, kind: type[nn.Module], stores: Iterable[str] = ()) -> Usual:
-    """The plain values and the submodules of ``module`` that ``kind``, its class, or a forward of its own speaks of.
+    """What ``module`` holds, and what is beside it, of what ``kind``, its class, or a forward of its own speaks of.
 
     ``stores``: attributes that its forward only writes.
     """
-    names = _names(kind, module.__dict__.get("forward")) - {*stores}
-    own = module.__dict__
-    attributes: list[tuple[str, Any]] = []
-    for name in sorted(names & own.keys() - _BOOKKEEPING - {"forward"}):
-        value = own[name]
-        if isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
-            attributes.append((name, tuple(value)))
-        elif isinstance(value, dict) and all(isinstance(item, _PLAIN) for pair in value.items() for item in pair):
-            attributes.append((name, tuple(value.items())))
-        elif isinstance(value, _PLAIN) or callable(value):
-            attributes.append((name, value))
-    shadowed = tuple(
-        name for name in sorted(names - own.keys() - own["_modules"].keys()) if _is_plain_of_class(kind, name)
-    )
-    children = tuple((name, own["_modules"][name] is not None) for name in sorted(names & own["_modules"].keys()))
-    return Usual(attributes=tuple(attributes), absent=shadowed, children=children)
+    spoken = named(module, kind)
+    note = _Notes(module, spoken, stores)
+    own = note.fields(module, kind, note.depth)
+    children = tuple(name for name, noted in own if noted is Held.SOMETHING and name in module._modules)
+    attributes = tuple((name, noted) for name, noted in own if name not in children)
+    beside = []
+    for one in spoken.globals.values():
+        noted = note.value(one.read(), note.depth)
+        if noted is not Held.ANYTHING and noted is not Held.SOMETHING and not isinstance(noted, _SAME_IN_COPIES):
+            beside.append((one, noted))
+    return Usual(attributes=attributes, children=children, beside=tuple(beside))
 
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
 
 
-def _is_plain_of_class(kind: type, name: str) -> bool:
-    """Whether ``name`` is a plain value that the class has and its instances may have one of their own for."""
-    return isinstance(inspect.getattr_static(kind, name, ...), (*_PLAIN, tuple, list))
+class _Notes:
+    """What is noted of values, as far as code speaks of what is in them.
 
-
-def loaded(module: nn.Module, kind: type[nn.Module]) -> set[str]:
-    """The attributes that its forward, and whatever function that reaches, may ask for, of whatever."""
-    names: set[str] = set()
-    seen: set[int] = set()
-    pending: list[Any] = [module.__dict__.get("forward"), inspect.getattr_static(kind, "forward", None)]
-    while pending:
-        function = _plain_function(pending.pop())
-        if function is None or id(function) in seen:
-            continue
-        seen.add(id(function))
-        scopes = [module.__dict__, function.__globals__, *(vars(base) for base in kind.__mro__)]
-        scopes += [vars(value) for value in function.__globals__.values() if isinstance(value, types.ModuleType)]
-        pending += closed_over(function)
-        for code in _codes(function):
-            steps = list(dis.get_instructions(code))
-            names.update(step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD"))
-            names.update(const for const in code.co_consts if isinstance(const, str))  # getattr(self, "name")
-            pending += [scope[name] for name in code.co_names for scope in scopes if name in scope]
-    return names
-
-
-def _names(kind: Any, own: Any = None) -> frozenset[str]:
-    """Every name that the forward looks up, and what it calls of its own class.
-
-    ``own``: a forward that the module itself has.
+    ``names``: attributes that it looks up. ``strings``: by which it may ask for some that are not there. ``its_own``:
+    what is looked up of the module itself, and not of its parts.
     """
-    names: set[str] = set()
-    pending = [own, inspect.getattr_static(kind, "forward", None)]
-    while pending:
-        function = _plain_function(pending.pop())
-        new = {name for code in _codes(function) for name in code.co_names} - names
-        names |= new
-        pending += [inspect.getattr_static(kind, name, None) for name in new]
-    return frozenset(names)
 
+    depth = 6
 
-def _plain_function(value: Any) -> types.FunctionType | None:
-    """The user's function in a method, property, partial or wrapper, if there is one."""
-    value = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
-    value = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
-    of_user = isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith("torch.")
-    return value if of_user else None
+    def __init__(self, module: nn.Module, spoken: Named, stores: Iterable[str]) -> None:
+        not_read = _BOOKKEEPING | {"forward", *stores}
+        self.strings = spoken.strings - not_read
+        self.names = sorted((spoken.attributes | spoken.strings) - not_read)
+        self.its_own = vars(module).keys() - spoken.behind
+        self._module = module
+        self._around: set[int] = set()
 
+    def value(self, value: Any, depth: int) -> Any:
+        """The value as :func:`same` compares it."""
+        if isinstance(value, type):
+            fields = self.fields(value, value, depth) if depth and not is_pythons(value.__module__) else ()
+            return Inside(fields) if fields else value
+        if isinstance(value, (*_ATOMS, *_SAME_IN_COPIES)):
+            return value
+        if isinstance(value, _TENSORS):
+            return Held.SOMETHING
+        if not depth or isinstance(value, set | frozenset):
+            return Held.ANYTHING
+        if isinstance(value, np.ndarray):
+            return numbers(value) if value.dtype != object else Held.ANYTHING
+        if isinstance(value, dict):
+            plain = all(isinstance(key, _ATOMS) for key in value)
+            items = tuple((key, self.value(item, depth - 1)) for key, item in value.items())
+            return items if plain else Held.ANYTHING
+        if isinstance(value, tuple | list):
+            return tuple(self.value(item, depth - 1) for item in value)
+        if isinstance(value, types.MethodType):  # which a copy has of its own
+            return Inside((("__func__", value.__func__),))
+        if isinstance(value, functools.partial):
+            given = ("func", "args", "keywords")
+            return Inside(tuple((name, self.value(getattr(value, name), depth - 1)) for name in given))
+        if id(value) in self._around:
+            return Held.ANYTHING
+        self._around.add(id(value))
+        fields = self.fields(value, type(value), depth)
+        self._around.remove(id(value))
+        return Inside(fields) if fields else Held.SOMETHING if isinstance(value, nn.Module) else Held.ANYTHING
 
-def _codes(function: types.FunctionType | None) -> list[types.CodeType]:
-    """The code of a function, and of the functions inside it."""
-    codes = [] if function is None else [function.__code__]
-    for code in codes:
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return codes
+    def fields(self, holder: Any, kind: type, depth: int) -> tuple[tuple[str, Any], ...]:
+        """What is noted of the attributes of a module, an object, a class or a module of Python."""
+        if isinstance(holder, type | types.ModuleType) and is_pythons(holder.__name__):
+            return ()
+        if not isinstance(holder, nn.Module) and kind.__module__.startswith(("torch.", "numpy.")):
+            return ()
+        if isinstance(holder, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            inner = ((name, self.value(part, depth - 1)) for name, part in holder._modules.items())
+            return tuple((name, noted) for name, noted in inner if noted is not Held.SOMETHING)
+        found = []
+        for name in self.names:
+            if self._is_value(holder, kind, name):
+                noted = self.value(_got(holder, name), depth - 1)
+            elif name in self.strings and not hasattr(kind, name) and not hasattr(holder, name):
+                noted = Held.NOTHING
+            else:
+                continue
+            if noted is not Held.ANYTHING:
+                found.append((name, noted))
+        return tuple(found)
 
-
-def closed_over(function: Any) -> Iterator[Any]:
-    """What the cells of a function's closure hold; some hold nothing yet."""
-    for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):
-            yield cell.cell_contents
+    def _is_value(self, holder: Any, kind: type, name: str) -> bool:
+        """Whether ``holder`` has a value of its own under the name, or its class one for all."""
+        own = getattr(holder, "__dict__", {})
+        if isinstance(holder, nn.Module):
+            own = own["_modules"] | own["_parameters"] | own["_buffers"] | own
+        if isinstance(holder, nn.Module) and holder is not self._module and name in self.its_own:
+            return False
+        if name in own and not isinstance(holder, type):
+            return not (isinstance(holder, types.ModuleType) and isinstance(own[name], _SAME_IN_COPIES))
+        of_class = inspect.getattr_static(kind, name, _ABSENT)
+        if isinstance(of_class, types.MemberDescriptorType):  # of __slots__
+            return hasattr(holder, name)
+        if of_class is _ABSENT:
+            return not isinstance(holder, nn.Module) and hasattr(kind, "__getattr__") and hasattr(holder, name)
+        return isinstance(of_class, (*_ATOMS, tuple, list, dict))

@@ -15,8 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dcafy.errors import InputError
 from dcafy.graph.paths import joined
+from dcafy.graph.reading import closed_over
 from dcafy.graph.source import ALLOWED, is_hidden, is_plain
-from dcafy.graph.usual import closed_over
 from dcafy.trace.recorder import REWRITE, is_layer
 from dcafy.wording import quoted
 

@@ -11,13 +11,16 @@ import contextlib
 import inspect
 import itertools
 import operator
+import random
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, fx, nn
 
 from dcafy.graph.nodes import OWNER, leaves
+from dcafy.graph.reading import Global
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _CONTAINERS = (list, tuple, set, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
@@ -33,6 +36,21 @@ def python_state(module: nn.Module) -> State:
     return {name: _described(value) for name, value in module.__dict__.items() if name not in BOOKKEEPING}
 
 
+GLOBAL = "global "
+"""With what the name of a global value begins in a state."""
+
+
+def globals_state(beside: Iterable[Global]) -> State:
+    """What stands under global names, but for functions, classes and modules."""
+    state: State = {}
+    for one in beside:
+        with contextlib.suppress(NameError):
+            value = one.read()
+            if not isinstance(value, _OPAQUE) and not callable(value):
+                state[GLOBAL + one.name] = _described(value)
+    return state
+
+
 def changed(before: State, after: State) -> list[str]:
     """The attributes in which two states of a module differ."""
     names = dict.fromkeys((*before, *after))
@@ -40,6 +58,12 @@ def changed(before: State, after: State) -> list[str]:
 
 
 def _described(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, random.Random):
+        return type(value), value.getstate()
+    if isinstance(value, np.random.Generator):
+        return type(value), repr(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return type(value), repr(value.get_state())
     return (type(value), *_items(value)) if type(value) in _CONTAINERS else (value, *_items(value))
 
 

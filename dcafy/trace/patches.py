@@ -6,7 +6,9 @@ import builtins
 import functools
 import importlib
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ from torch.fx import _symbolic_trace
 
 from dcafy.draws import plain_draws
 from dcafy.graph.nodes import VALUE, leaves, mapped_tensors, values_of
+from dcafy.graph.reading import is_pythons
 from dcafy.graph.rewritten import written_globals
 from dcafy.threads import Patch, Swap
 from dcafy.trace.effects import forward_globals
@@ -48,7 +51,8 @@ def swap_for(tracer: ValueTracer, modules: Iterable[nn.Module], call: Callable[.
     taken = {(id(scope), name) for scope, name, _ in leaves}
     beside = [patch for patch in _functions(scopes, call) if (id(patch[0]), patch[1]) not in taken]
     of_torch = *_modules(tracer), *_factories(tracer), *_questions(tracer), _function(tracer), *_contexts(tracer)
-    return Swap((*of_torch, *_variables(scopes), *_seeds(), *leaves, *beside, *numbers(tracer, modules)))
+    unsteady = *_draws(tracer, scopes), *_surroundings(tracer, scopes), *_asked(tracer, scopes)
+    return Swap((*of_torch, *_variables(scopes), *_seeds(), *unsteady, *leaves, *beside, *numbers(tracer, modules)))
 
 
 def _modules(tracer: ValueTracer) -> Iterator[Patch]:
@@ -138,7 +142,73 @@ def _seeds() -> Iterator[Patch]:
     """A forward that sets the seed sets it when the graph runs, too: by its user, not by who looks at it."""
     for owner in (torch, torch.random):
         yield owner, "manual_seed", lambda seed: torch.default_generator
-    yield from plain_draws()
+
+
+def _draws(tracer: ValueTracer, scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:
+    """What Python and numpy draw would be the same for ever."""
+    for owner, name, draw in plain_draws():
+        what = f"what {owner.__name__}.{name} draws"
+
+        def told(*args: Any, draw: Callable[..., Any] = draw, what: str = what, **kwargs: Any) -> Any:
+            tracer.goes_by(what)
+            return draw(*args, **kwargs)
+
+        yield from _wherever(owner, name, told, scopes)
+
+
+def _surroundings(tracer: ValueTracer, scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:
+    """What the clock and the environment say may be another thing at the next call."""
+    clocks = ("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time")
+    environment: Any = type(os.environ)
+    places = [(time, name, f"time.{name}()") for name in clocks] + [(os, "getenv", "os.getenv()")]
+    places += [(environment, name, "os.environ") for name in ("__getitem__", "__contains__", "get")]
+    for owner, name, what in places:
+        real = getattr(owner, name)
+
+        def told(*args: Any, real: Callable[..., Any] = real, what: str = what, **kwargs: Any) -> Any:
+            if _asked_by_user():
+                tracer.goes_by(what)
+            return real(*args, **kwargs)
+
+        yield from _wherever(owner, name, told, scopes)
+
+
+_IN_ONE_MODE = ("is_grad_enabled", "is_inference_mode_enabled")
+"""What differs between training and evaluation: a graph would be right in one of them."""
+
+_STAYING = (
+    *("is_autocast_enabled", "is_autocast_cpu_enabled", "get_autocast_dtype", "get_autocast_gpu_dtype"),
+    *("get_autocast_cpu_dtype", "get_default_dtype", "are_deterministic_algorithms_enabled"),
+)
+"""What stays as it is for long, and is compared. (Not what asks for a tracer or an export: these get one graph.)"""
+
+
+def _asked(tracer: ValueTracer, scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:
+    for name in (name for name in (*_IN_ONE_MODE, *_STAYING) if hasattr(torch, name)):
+        real = getattr(torch, name)
+
+        def told(*args: Any, real: Callable[..., Any] = real, name: str = name) -> Any:
+            answer = real(*args)
+            if _asked_by_user() and name in _IN_ONE_MODE:
+                tracer.goes_by(f"torch.{name}()")
+            elif _asked_by_user():
+                tracer.asks(name, args, answer)
+            return answer
+
+        yield from _wherever(torch, name, told, scopes)
+
+
+def _wherever(owner: Any, name: str, function: Callable[..., Any], scopes: Iterable[dict[str, Any]]) -> Iterator[Patch]:
+    """The name where it stands, and where a forward's own file has what it stands for (``from time import time``)."""
+    yield owner, name, function
+    real = None if isinstance(owner, type) else getattr(owner, name)
+    for scope in scopes if real is not None else ():
+        yield from ((scope, key, function) for key, value in list(scope.items()) if value == real and callable(value))
+
+
+def _asked_by_user() -> bool:
+    """Whether it is no code of Python's or torch's that called a replaced function; told from inside that."""
+    return not is_pythons(sys._getframe(3).f_globals.get("__name__"))
 
 
 def _questions(tracer: ValueTracer) -> Iterator[Patch]:

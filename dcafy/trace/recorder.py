@@ -28,15 +28,17 @@ from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import OWNER, PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
 from dcafy.graph.paths import above, below, joined, within
+from dcafy.graph.reading import Global, loaded, named
 from dcafy.graph.rewritten import is_rewritten, original_class
-from dcafy.graph.usual import loaded
 from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace.effects import (
     BOOKKEEPING,
+    GLOBAL,
     GONE,
     Kept,
     State,
     changed,
+    globals_state,
     holds_proxy,
     python_state,
     watched_globals,
@@ -125,6 +127,7 @@ class Recorder(ValueTracer):
                     self._inner.setdefault(around, {})[id(module)] = module
         self._observing: str | None = None
         self._changing: dict[str, tuple[nn.Module, list[str], Any, Any]] = {}
+        self._beside: dict[Any, tuple[Global, ...]] = {}  # class -> the global names that its forward speaks of
         self.calls: list[Call] = []
         self.kept_whole: dict[str, str] = {}
         self.observed: dict[str, Observed] = {}
@@ -138,7 +141,7 @@ class Recorder(ValueTracer):
                 swap.put()
                 for module in modules.values():
                     module.__dict__.pop("training", None)
-                before = python_state(model)
+                before = self._python_state(model)
                 try:
                     graph = self.trace(model)
                 finally:
@@ -173,6 +176,8 @@ class Recorder(ValueTracer):
             tuple(dict.fromkeys(self.settled)),
             model,
             modules,
+            asked={path: tuple(dict.fromkeys(asked)) for path, asked in self.asked.items()},
+            by_dtype=frozenset(self.by_dtype),
         )
 
     def create_args_for_root(
@@ -263,9 +268,22 @@ class Recorder(ValueTracer):
             holder[key] = value
         return [(holder, key, proxy) for holder, key, _, proxy in put]
 
+    def _python_state(self, module: nn.Module) -> State:
+        """What ``module`` keeps in Python, and what stands beside its forward."""
+        state = python_state(module)
+        if is_layer(module):
+            return state
+        own = module.__dict__.get("forward")
+        if own is not None or type(module) not in self._beside:
+            beside = tuple(named(module, original_class(module)).globals.values())
+            if own is not None:
+                return {**state, **globals_state(beside)}
+            self._beside[type(module)] = beside
+        return {**state, **globals_state(self._beside[type(module)])}
+
     def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
         """Remembers a module whose forward has changed what it keeps in Python."""
-        names = changed(before, python_state(module))
+        names = changed(before, self._python_state(module))
         if names:
             self._changing[path] = module, names, values_of(args), values_of(kwargs)
 
@@ -294,7 +312,7 @@ class Recorder(ValueTracer):
         for inner in self._inner[path].values():
             inner.__dict__["training"] = self.mode
         for name in names:
-            del module.__dict__[name]
+            module.__dict__.pop(name, None)
         self.asked_for.clear()
         try:
             with self.run(), torch.no_grad():
@@ -309,15 +327,19 @@ class Recorder(ValueTracer):
         """Says which modules change at every call: what was computed once and kept is the same ever after."""
         for path, (module, names, args, kwargs) in self._changing.items():
             if path in stored:
+                others = [name for name in names if not holds_proxy(module.__dict__.get(name))]
+                if others:  # tensors that it stores may stay, where there is nothing else
+                    self.unwritten.setdefault(path, f"its forward changes {_place_of(others[0])}")
                 continue
-            before = python_state(module)
+            before = self._python_state(module)
             if not any(within(inner, path) for inner in stored):
                 # A forward that cannot be run again, for whatever reason, counts as one that changes.
                 with self.run(), torch.no_grad(), contextlib.suppress(Exception):
                     module.forward(*args, **kwargs)
-                    if not changed(before, python_state(module)):
+                    names = changed(before, self._python_state(module))
+                    if not names:
                         continue
-            self.unwritten.setdefault(path, f"its forward changes self.{names[0]}")
+            self.unwritten.setdefault(path, f"its forward changes {_place_of(names[0])}")
 
     def on_wire(self, function: Callable[..., Any], dca: nn.Module, number: int, *values: Any) -> Any:
         """What a connected module's code does at an end of the wire, as a node: its connections are kept."""
@@ -436,7 +458,7 @@ class Recorder(ValueTracer):
         before = _last(self.graph)
         outer = self.owner, self.place
         self.owner, self.place = path, self._place(module)
-        state, own = self._state(args, kwargs), python_state(module)
+        state, own = self._state(args, kwargs), self._python_state(module)
         kept = Kept(self._inner[path].values(), (*args, *kwargs.values()))
         self.calls.append(call)
         try:
@@ -542,6 +564,11 @@ class Recorder(ValueTracer):
         """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
+
+
+def _place_of(name: str) -> str:
+    """An attribute of a module, or a global name, as a state has it."""
+    return f"the {name}" if name.startswith(GLOBAL) else f"self.{name}"
 
 
 def _is_tensor(proxy: ValueProxy) -> bool:

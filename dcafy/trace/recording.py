@@ -12,6 +12,9 @@ from torch import fx, nn
 from dcafy.errors import DcafyError
 from dcafy.graph.nodes import node_value
 
+Question = tuple[str, tuple[Any, ...], Any]
+"""What a forward asks of torch: a function's name, what it is given, and the answer."""
+
 
 @dataclass(eq=False)
 class Call:
@@ -69,6 +72,8 @@ class Recording:
     ``held``        those of them that the sizes of the input might answer otherwise; the graph checks them when it runs
     ``model``       the data-free copy that was traced
     ``modules``     its submodules by path
+    ``asked``       module path -> what its forward asks of torch: the function's name, with what, and the answer
+    ``by_dtype``    paths of modules whose forwards decide by the dtype of a tensor
     """
 
     graph: fx.Graph
@@ -82,6 +87,8 @@ class Recording:
     model: nn.Module
     modules: dict[str, nn.Module]
     held: tuple[Decision, ...] = ()
+    asked: dict[str, tuple[Question, ...]] = field(default_factory=dict)
+    by_dtype: frozenset[str] = frozenset()
 
     @functools.cached_property
     def order(self) -> dict[fx.Node, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dcafy.graph.usual import closed_over
+from dcafy.graph.reading import closed_over
 from dcafy.threads import Patch
 from dcafy.trace.effects import forward_globals
 from dcafy.trace.proxy import ValueProxy

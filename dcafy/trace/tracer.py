@@ -22,7 +22,7 @@ from dcafy.graph.ops import alters_argument
 from dcafy.graph.paths import joined
 from dcafy.trace.inputs import real_inputs
 from dcafy.trace.proxy import Answering, Mode, ValueProxy
-from dcafy.trace.recording import Decision
+from dcafy.trace.recording import Decision, Question
 
 _PLAIN: dict[type, Callable[[Any], Any]] = {
     bool: lambda value: value,
@@ -44,6 +44,8 @@ class ValueTracer(Answering):
     ``settled``    what forwards decided by
     ``asked_for``  names that were asked of a module that has no value of its own for them, but parts and parameters
     ``unwritten``  module path -> what its forward does besides, which no graph has
+    ``asked``      module path -> what its forward asks of torch, and is told
+    ``by_dtype``   paths of modules whose forwards decide by a dtype
     """
 
     def __init__(self, evaluator: Evaluator, model: nn.Module, original: nn.Module) -> None:
@@ -61,6 +63,8 @@ class ValueTracer(Answering):
         self.settled: list[Decision] = []
         self.asked_for: set[str] = set()
         self.unwritten: dict[str, str] = {}
+        self.asked: dict[str, list[Question]] = {}
+        self.by_dtype: set[str] = set()
         self._attributes: dict[str, ValueProxy] = {}
         self._tensors: dict[int, str] = {}
         for path, module in self.modules.items():
@@ -247,12 +251,50 @@ class ValueTracer(Answering):
         """What a forward wants to decide by; remembered, to be checked at other sizes."""
         if isinstance(node_value(proxy.node), Tensor):
             raise self.refusal("its forward decides by the content of a tensor")
+        read = _read_of_tensors(proxy.node)
+        if not read.isdisjoint(_BY_GRADIENTS):
+            self.goes_by(f"{next(iter(read & _BY_GRADIENTS))} of a tensor")
+        if not read.isdisjoint(_OF_DTYPE):
+            self.by_dtype.add(self.owner)
         decision = Decision(proxy.node, ask, self.owner)
         answer = decision.answer
         self.settled.append(decision)
         return answer
 
+    def goes_by(self, what: str) -> None:
+        """Told where a forward reads what is another at every call, or in training: a graph has it once for all."""
+        if not self.running:
+            self.unwritten.setdefault(self.owner, f"its forward goes by {what}")
+
+    def asks(self, function: str, given: tuple[Any, ...], answer: Any) -> None:
+        """Told where a forward asks torch for something that stays, as a rule."""
+        if not self.running:
+            self.asked.setdefault(self.owner, []).append((function, given, answer))
+
     def switches(self, what: str) -> None:
         """Told where a forward enters a context: its effect is on what runs, and nodes run outside of it."""
         if not self.running:
             self.unwritten.setdefault(self.owner, f"its forward runs a part under {what}")
+
+
+_BY_GRADIENTS = frozenset({"requires_grad", "is_leaf"})
+_OF_DTYPE = frozenset({"dtype", "is_floating_point", "is_complex", "type", "element_size", "itemsize"})
+
+
+def _read_of_tensors(node: fx.Node) -> frozenset[str]:
+    """What is read of tensors, by name, in what ``node`` is computed from."""
+    read: set[str] = set()
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen or isinstance(node_value(current), Tensor):
+            continue
+        seen.add(current)
+        pending += current.all_input_nodes
+        if current.target is getattr:
+            read.add(str(current.args[1]))
+        elif current.op == "call_method":
+            read.add(str(current.target))
+        elif current.op == "call_function":
+            read.add(getattr(current.target, "__name__", ""))
+    return frozenset(read)

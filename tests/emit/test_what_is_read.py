@@ -1,0 +1,324 @@
+"""What a forward reads besides its own plain attributes is compared at every call, or the module is left alone."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import os
+import pickle
+import random
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from random import uniform
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dcafy
+
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+SCALE = 1.0
+FLAGS = {"scale": 1.0, "nested": {"on": True}}
+COUNTS = [0]
+CALLS = 0
+SEEN: list[Any] = []
+CHANCE = random.Random(0)
+
+
+@dataclasses.dataclass
+class Config:
+    scale: float = 1.0
+    others: list[dict[str, float]] = dataclasses.field(default_factory=lambda: [{"scale": 1.0}])
+
+    def twice(self) -> float:
+        return 2 * self.scale
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Shared:
+    scale = 1.0
+
+
+SHARED = Shared()
+
+
+class Gated(nn.Module):
+    """Attention that is scaled by what ``read`` finds."""
+
+    by_class = 1.0
+    table = (1.0, 2.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop, self.norm = nn.Linear(8, 8), nn.Dropout(0.0), nn.GroupNorm(2, 8, eps=1.0)
+        self.layers = nn.ModuleList([nn.Dropout(0.5)])
+        self.space, self.config, self.slotted = argparse.Namespace(scale=1.0), Config(), Slotted()
+        self.tree: Any = {"a": [{"scale": 1.0}], "b": (1, [2, 3])}
+        self.array, self.number = np.ones(1), np.float32(1.0)
+        self.scaled = functools.partial(torch.mul, other=1.0)
+        self.own = self.norm.own = 1.0  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+        return x * gate
+
+
+def scale_of_package() -> float:
+    return SCALE
+
+
+def reading(function: Callable[[Any, Tensor], Any]) -> type[Gated]:
+    """``Gated`` with a forward that has ``function`` in it, as its own method."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gate = self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+        return x * gate * self.read(x)
+
+    return type("Gated", (Gated,), {"read": function, "forward": forward, "__module__": __name__})
+
+
+def network(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), kind(), nn.Conv2d(8, 8, 3), kind()).eval()
+
+
+def units(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, Gated))
+
+
+def beside(name: str, value: Any) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    return lambda model, patch: patch.setitem(globals(), name, value)
+
+
+def inside(change: Callable[[Any], object]) -> Callable[[nn.Module, pytest.MonkeyPatch], None]:
+    def all_of(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+        for unit in units(model):
+            change(unit)
+
+    return all_of
+
+
+Case = tuple[Callable[[Any, Tensor], Any], Callable[[nn.Module, pytest.MonkeyPatch], None]]
+
+COMPARED: dict[str, Case] = {
+    "namespace": (lambda self, x: self.space.scale, inside(lambda u: setattr(u.space, "scale", 3.0))),
+    "new namespace": (
+        lambda self, x: self.space.scale,
+        inside(lambda u: setattr(u, "space", types.SimpleNamespace(scale=3.0))),
+    ),
+    "dataclass": (lambda self, x: self.config.scale, inside(lambda u: setattr(u.config, "scale", 3.0))),
+    "method of a config": (lambda self, x: self.config.twice(), inside(lambda u: setattr(u.config, "scale", 3.0))),
+    "list of dicts in a dataclass": (
+        lambda self, x: self.config.others[0]["scale"],
+        inside(lambda u: u.config.others[0].update(scale=3.0)),
+    ),
+    "slots": (lambda self, x: self.slotted.scale, inside(lambda u: setattr(u.slotted, "scale", 3.0))),
+    "dict in a list in a dict": (
+        lambda self, x: self.tree["a"][0]["scale"],
+        inside(lambda u: u.tree["a"][0].update(scale=3.0)),
+    ),
+    "list in a tuple in a dict": (lambda self, x: self.tree["b"][1][0], inside(lambda u: u.tree["b"][1].insert(0, 7))),
+    "numpy array": (lambda self, x: float(self.array[0]), inside(lambda u: u.array.__setitem__(0, 3.0))),
+    "numpy number": (lambda self, x: float(self.number), inside(lambda u: setattr(u, "number", np.float32(3.0)))),
+    "partial": (
+        lambda self, x: self.scaled(torch.ones_like(x)),
+        inside(lambda u: setattr(u, "scaled", functools.partial(torch.mul, other=3.0))),
+    ),
+    "a part's p": (lambda self, x: 1.0 + self.drop.p, inside(lambda u: setattr(u.drop, "p", 0.5))),
+    "a part's p, which it has as well": (
+        lambda self, x: self.own + self.norm.own,
+        inside(lambda u: setattr(u.norm, "own", 3.0)),
+    ),
+    "a part's p, in a list": (
+        lambda self, x: sum(layer.p for layer in self.layers),
+        inside(lambda u: setattr(u.layers[0], "p", 0.25)),
+    ),
+    "a part's eps": (
+        lambda self, x: F.group_norm(x, 2, self.norm.weight, self.norm.bias, self.norm.eps),
+        inside(lambda u: setattr(u.norm, "eps", 3.0)),
+    ),
+    "a part's bias": (
+        lambda self, x: 1.0 if self.norm.bias is None else 2.0,
+        inside(lambda u: setattr(u.norm, "bias", None)),
+    ),
+    "getattr": (lambda self, x: getattr(self, "own"), inside(lambda u: setattr(u, "own", 3.0))),  # noqa: B009
+    "getattr with a default": (lambda self, x: getattr(self, "later", 1.0), inside(lambda u: setattr(u, "later", 3.0))),
+    "getattr of a config": (
+        lambda self, x: getattr(self.space, "later", 1.0),
+        inside(lambda u: setattr(u.space, "later", 3.0)),
+    ),
+    "hasattr": (lambda self, x: 3.0 if hasattr(self, "later") else 1.0, inside(lambda u: setattr(u, "later", 3.0))),
+    "__dict__": (lambda self, x: self.__dict__["own"], inside(lambda u: setattr(u, "own", 3.0))),
+    "vars": (lambda self, x: vars(self)["own"], inside(lambda u: setattr(u, "own", 3.0))),
+    "class attribute": (lambda self, x: self.by_class, lambda m, patch: patch.setattr(Gated, "by_class", 3.0)),
+    "a class's tuple": (lambda self, x: self.table[0], lambda m, patch: patch.setattr(Gated, "table", (3.0,))),
+    "attribute of a named class": (lambda self, x: Gated.by_class, lambda m, p: p.setattr(Gated, "by_class", 3.0)),
+    "global": (lambda self, x: SCALE, beside("SCALE", 3.0)),
+    "global that a function reads": (lambda self, x: scale_of_package(), beside("SCALE", 3.0)),
+    "global dict": (lambda self, x: FLAGS["scale"], beside("FLAGS", {"scale": 3.0})),
+    "dict in a global dict": (
+        lambda self, x: 1.0 if FLAGS["nested"]["on"] else 3.0,  # type: ignore[index]
+        lambda m, patch: patch.setitem(FLAGS["nested"], "on", False),  # type: ignore[arg-type]
+    ),
+    "global object": (
+        lambda self, x: SHARED.scale,
+        lambda m, patch: patch.setattr(SHARED, "scale", 3.0, raising=False),
+    ),
+    "dtype": (lambda self, x: 3.0 if x.dtype == torch.float64 else 1.0, lambda m, patch: m.double() and None),
+    "default dtype": (
+        lambda self, x: 3.0 if torch.get_default_dtype() == torch.float64 else 1.0,
+        lambda m, patch: patch.setattr(torch, "get_default_dtype", lambda: torch.float64),
+    ),
+    "autocast": (
+        lambda self, x: 3.0 if torch.is_autocast_enabled("cpu") else 1.0,
+        lambda m, patch: patch.setattr(torch, "is_autocast_enabled", lambda *of: True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_what_is_compared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, change = COMPARED[name]
+    model = network(reading(read))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+        assert len(dcafy.connections(connected)) == 1
+        assert heard(connected) == heard(copy.deepcopy(connected)) == 1
+    for one in (model, connected):
+        change(one, monkeypatch)
+    images = IMAGES.to(next(model.parameters()).dtype)
+    with pytest.warns(UserWarning, match="own forward runs"):
+        assert torch.equal(connected(images), model(images))
+
+
+def heard(model: nn.Module) -> int:
+    """How many connections speak in one call."""
+    spoken = []
+    hooks = [c.register_forward_hook(lambda *_: spoken.append(1)) for c in dcafy.connections(model).values()]
+    model(IMAGES)
+    for hook in hooks:
+        hook.remove()
+    return len(spoken)
+
+
+def counted(self: Any, x: Tensor) -> float:
+    COUNTS[0] += 1
+    return 1.0
+
+
+def counted_by_name(self: Any, x: Tensor) -> float:
+    global CALLS
+    CALLS += 1
+    return 1.0
+
+
+def kept_apart(self: Any, x: Tensor) -> float:
+    SEEN.append(tuple(x.shape))
+    return 1.0
+
+
+class Drawing(Gated):
+    """Has a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chance, self.numpys = random.Random(0), np.random.default_rng(0)
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "random": (lambda self, x: random.uniform(0.8, 1.2), "random.uniform"),
+    "random in training": (lambda self, x: random.random() if self.training else 1.0, "random.random"),
+    "from random": (lambda self, x: uniform(0.8, 1.2), "random.uniform"),
+    "numpy's": (lambda self, x: float(np.random.rand()) if self.training else 1.0, "numpy.random.rand"),
+    "a generator beside": (lambda self, x: CHANCE.random(), "changes the global CHANCE"),
+    "environment": (lambda self, x: float(os.environ.get("SCALE", "1")), "os.environ"),
+    "getenv": (lambda self, x: float(os.getenv("SCALE", "1")), "os.getenv"),
+    "clock": (lambda self, x: 1.0 + time.time() % 1, "time.time"),
+    "a counter in a list": (counted, "changes the global COUNTS"),
+    "a counter": (counted_by_name, "changes the global CALLS"),
+    "a list beside": (kept_apart, "changes the global SEEN"),
+    "gradients": (lambda self, x: 2.0 if torch.is_grad_enabled() else 1.0, "torch.is_grad_enabled"),
+    "inference": (lambda self, x: 2.0 if torch.is_inference_mode_enabled() else 1.0, "is_inference_mode_enabled"),
+    "requires_grad": (lambda self, x: 2.0 if x.requires_grad else 1.0, "requires_grad of a tensor"),
+    "requires_grad of a weight": (lambda self, x: 2.0 if self.fc.weight.requires_grad else 1.0, "requires_grad"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str) -> None:
+    read, reason = REFUSED[name]
+    plan = dcafy.inspect(network(reading(read)), example_inputs=IMAGES)
+    assert not plan.links
+    assert sum(reason in item.reason for item in plan.skipped) == 2, plan.skipped
+
+
+@pytest.mark.parametrize(
+    "read", [lambda self, x: self.chance.random(), lambda self, x: float(self.numpys.random())], ids=["random", "numpy"]
+)
+def test_a_generator_of_its_own(read: Any) -> None:
+    kind = reading(read)
+    plan = dcafy.inspect(network(type("Drawing", (kind, Drawing), {})), example_inputs=IMAGES)
+    assert not plan.links
+    assert all("its forward changes self." in item.reason for item in plan.skipped)
+
+
+def test_above_the_blocks_all_of_it_is_the_users_own() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network(Gated)
+
+        def forward(self, x: Tensor) -> Any:
+            COUNTS[0] += 1
+            return self.body(x * random.uniform(0.8, 1.2)) * float(os.environ.get("SCALE", "1"))
+
+    model = Net().eval()
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    random.seed(0)
+    expected = [model(IMAGES), model(IMAGES)]
+    random.seed(0)
+    assert all(torch.equal(connected(IMAGES), one) for one in expected)
+    assert not torch.equal(*expected)
+
+
+class Reading(Gated):
+    """Reads of everything that is compared, in code that a pickle can name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+        scale = self.space.scale * self.config.others[0]["scale"] * SCALE * FLAGS["scale"] * self.by_class  # type: ignore[operator]
+        return x * gate * (scale * getattr(self, "later", 1.0) * SHARED.scale + self.drop.p)
+
+
+def test_copies_pickles_and_compiled_ones_stay_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = dcafy.convert(network(Reading), example_inputs=IMAGES).eval()
+    with torch.no_grad():
+        next(iter(dcafy.connections(connected).values())).beta.fill_(1.0)
+    expected = connected(IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = pickle.loads(pickle.dumps(connected))
+        assert torch.equal(copy.deepcopy(connected)(IMAGES), expected)
+        assert torch.equal(again(IMAGES), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(connected, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(IMAGES), expected)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    with pytest.warns(UserWarning, match="The global SCALE"):
+        assert not torch.equal(again(IMAGES), expected)
