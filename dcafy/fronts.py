@@ -22,7 +22,13 @@ def front(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any],
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home = homes[name] if homes[name].startswith("dcafy.") else f"{package}.{homes[name]}"
-        value = getattr(importlib.import_module(home), name)
+        import random
+
+        drawn = random.getstate()
+        try:
+            value = getattr(importlib.import_module(home), name)
+        finally:
+            random.setstate(drawn)  # importing rich draws
         setattr(sys.modules[package], name, value)
         return value
 

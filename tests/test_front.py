@@ -36,3 +36,25 @@ def test_the_module_imports_nothing_from_the_working_folder_by_accident(tmp_path
         command = [sys.executable, "-m", "dcafy", *arguments]
         subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True)
     assert not (tmp_path / "imported").exists()
+
+
+def test_the_first_use_draws_no_random_numbers() -> None:
+    """Importing rich draws from Python's own: a run under one seed would depend on whether dcafy was used before."""
+    program = """
+import random, sys
+import numpy as np, torch
+import dcafy
+from torchvision.ops import SqueezeExcitation as SE
+from torch import nn
+
+def states():
+    return repr((random.getstate(), np.random.get_state(), torch.get_rng_state()))
+
+model = nn.Sequential(nn.Conv2d(3, 8, 3), SE(8, 4), nn.Conv2d(8, 8, 3), SE(8, 4)).eval()
+x, before = torch.zeros(1, 3, 16, 16), states()
+plan = dcafy.inspect(model, example_inputs=x)
+repr(plan), str(plan), dcafy.convert(model, example_inputs=x), dcafy.summary, dcafy.load
+assert "rich.style" in sys.modules
+sys.exit(states() != before)
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=False).returncode == 0

@@ -83,13 +83,11 @@ def named(module: nn.Module, kind: type[nn.Module]) -> Named:
                 seen.add(id(function))
                 found.functions.append(function)
                 pending += closed_over(function)
-                for one in _globals_of(function):
-                    found.globals.setdefault((id(function.__globals__), one.name), one)
-                for code in codes_of(function):
-                    found.attributes.update(code.co_names)
-                    found.behind.update(_behind(code))
-                    if not _ASKS.isdisjoint(code.co_names):
-                        found.strings.update(_strings(code))
+                own = _of_function(function)
+                found.attributes |= own.attributes
+                found.behind |= own.behind
+                found.strings |= own.strings
+                found.globals = own.globals | found.globals
         names = found.attributes | found.strings
         beside = [value for one in found.globals.values() for value in _values(one)]
         holders = {id(value): value for value in (*_held(module, names), *beside)}
@@ -98,6 +96,19 @@ def named(module: nn.Module, kind: type[nn.Module]) -> Named:
         for holder in holders.values():
             pending += _methods(holder, names, packages)
         pending = [value for value in pending if any(id(function) not in seen for function in _functions(value))]
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_function(function: types.FunctionType) -> Named:
+    found = Named(functions=[function])
+    for one in _globals_of(function):
+        found.globals[id(function.__globals__), one.name] = one
+    for code in codes_of(function):
+        found.attributes.update(code.co_names)
+        found.behind.update(_behind(code))
+        if not _ASKS.isdisjoint(code.co_names):
+            found.strings.update(_strings(code))
     return found
 
 
@@ -180,7 +191,7 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
     """The user's function in a method, property, partial or wrapper, and the wrapper, if it is the user's too."""
     value = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
     for one in (value, inspect.unwrap(value)) if isinstance(value, types.FunctionType) else ():
-        if not f"{one.__module__}.".startswith("torch."):
+        if isinstance(one, types.FunctionType) and not f"{one.__module__}.".startswith("torch."):
             yield one
 
 

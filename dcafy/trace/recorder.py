@@ -127,7 +127,7 @@ class Recorder(ValueTracer):
                     self._inner.setdefault(around, {})[id(module)] = module
         self._observing: str | None = None
         self._changing: dict[str, tuple[nn.Module, list[str], Any, Any]] = {}
-        self._beside: dict[Any, tuple[Global, ...]] = {}  # class -> the global names that its forward speaks of
+        self._beside = dict(_beside(self.modules.values()))
         self.calls: list[Call] = []
         self.kept_whole: dict[str, str] = {}
         self.observed: dict[str, Observed] = {}
@@ -270,16 +270,7 @@ class Recorder(ValueTracer):
 
     def _python_state(self, module: nn.Module) -> State:
         """What ``module`` keeps in Python, and what stands beside its forward."""
-        state = python_state(module)
-        if is_layer(module):
-            return state
-        own = module.__dict__.get("forward")
-        if own is not None or type(module) not in self._beside:
-            beside = tuple(named(module, original_class(module)).globals.values())
-            if own is not None:
-                return {**state, **globals_state(beside)}
-            self._beside[type(module)] = beside
-        return {**state, **globals_state(self._beside[type(module)])}
+        return {**python_state(module), **globals_state(self._beside.get(id(module), ()))}
 
     def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
         """Remembers a module whose forward has changed what it keeps in Python."""
@@ -564,6 +555,20 @@ class Recorder(ValueTracer):
         """Whether what was recorded since used no module: a function that is called anew has the copy's in it."""
         modules_used = any(node.op in ("call_module", "get_attr") for node in _after(before, self.graph))
         return len(self.calls) == state.calls and not modules_used
+
+
+def _beside(modules: Iterable[nn.Module]) -> Iterator[tuple[int, tuple[Global, ...]]]:
+    """Identity of a module -> the global names that its forward speaks of."""
+    known: dict[type, tuple[Global, ...]] = {}
+    for module in modules:
+        if not is_layer(module):
+            kind = type(module)
+            if "forward" in module.__dict__:
+                yield id(module), tuple(named(module, original_class(module)).globals.values())
+                continue
+            if kind not in known:
+                known[kind] = tuple(named(module, original_class(module)).globals.values())
+            yield id(module), known[kind]
 
 
 def _place_of(name: str) -> str:
