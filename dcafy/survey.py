@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from dcafy.graph.copies import has_own_hooks
 from dcafy.graph.evaluator import Evaluator, device_of
 from dcafy.graph.nodes import mapped_tensors, node_value, values_of
 from dcafy.graph.paths import joined, outermost
-from dcafy.graph.rewritten import CONTAINERS, refusal, taken_of_graphs
+from dcafy.graph.reading import named, types_compared
+from dcafy.graph.rewritten import CONTAINERS, original_class, refusal, taken_of_graphs
 from dcafy.link.batches import batches
 from dcafy.link.message import Message, message_of
 from dcafy.link.network import Network
@@ -287,7 +289,22 @@ class _Surveyor:
                 refused[name] = Skipped(joined(region.path, error.path) or self.name, f"kept whole: {error.reason}")
             else:
                 hosts.setdefault(name, set()).update(site.path for site in sites if not site.layer)
+                for path in dict.fromkeys(joined(region.path, site.path) for site in sites):
+                    kind = original_class(self.model.get_submodule(path))
+                    if kind in self._compared:
+                        where = f"{self._compared[kind]} compares its type with {kind.__name__}"
+                        why = f"kept whole: {where}, of which it would be a subclass; use isinstance() there"
+                        refused.setdefault(name, Skipped(path or self.name, why))
         return network, hosts, refused
+
+    @functools.cached_property
+    def _compared(self) -> dict[type, str]:
+        """The classes that a forward in the model holds the type of something against, and the first that does."""
+        found: dict[type, str] = {}
+        for module in {type(module): module for module in self.model.modules() if not is_layer(module)}.values():
+            for function in named(module, original_class(module)).functions:
+                found = dict.fromkeys(types_compared(function), function.__qualname__) | found
+        return found
 
     def _judged(self, network: Network, hosts: dict[str, set[str]]) -> tuple[Network, dict[str, Skipped]]:
         """The network whose modules check what they decide by sizes; and blocks whose modules compute with them."""

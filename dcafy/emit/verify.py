@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +34,31 @@ def verify_outputs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ..
             "copy; with copy=False it is equal to the model."
         )
         return
+    first = _first_that_differs(model, converted, example)
+    where = "" if first is None else f", and what {first} puts out is the first that does"
     raise VerificationError(
-        f"The converted model differs from the original by up to {difference:.3g} on the example. {_ADVICE}"
+        f"The converted model differs from the original by up to {difference:.3g} on the example{where}. {_ADVICE}"
     )
+
+
+def _first_that_differs(model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...]) -> str | None:
+    """The path of the first module whose call puts out something else than in the original, if there is one."""
+    outputs: list[tuple[str, list[Tensor]]] = []
+    _output(model, inputs, lambda path, output: outputs.append((path, [own.clone() for own in tensors_in(output)])))
+    theirs, known = iter(outputs), {path for path, _ in outputs}
+    found: list[str] = []
+
+    def compare(path: str, output: Any) -> None:
+        if path not in known or found:
+            return
+        there, expected = next(theirs, ("", []))
+        ours = list(tensors_in(output))
+        alike = [one.shape for one in ours] == [one.shape for one in expected]
+        if there != path or not alike or _difference(ours, expected) is not None:
+            found.append(path)
+
+    _output(converted, inputs, compare)
+    return next((path for path in found if path), None)
 
 
 _ADVICE = (
@@ -95,18 +119,30 @@ def tell_drift(what: list[str], model: nn.Module, converted: nn.Module, inputs: 
     warn(f"{message}. Train before you use it.")
 
 
-def _output(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+def _output(
+    model: nn.Module, inputs: tuple[Any, ...], tell: Callable[[str, Any], object] | None = None
+) -> list[Tensor]:
     """The tensors that the model puts out in eval mode, and it is as it was.
+
+    ``tell``: is told what each module puts out, with its path.
 
     Where a copy computes the same for sure, it is a copy that runs: others may use the model meanwhile.
     """
     twin = copy_to_run(model) if copies_plainly(model) else model
     modes = [(module, module.training) for module in twin.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in twin.buffers()]
+    hooks = contextlib.ExitStack()
+    for path, module in twin.named_modules() if tell is not None else ():
+
+        def told(_: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            assert tell is not None
+            tell(path, output)
+
+        hooks.callback(module.register_forward_hook(told).remove)
     try:
         for module, _ in modes:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), hooks:
             return list(tensors_in(drawing_apart(lambda: twin(*inputs), seed=0)))
     finally:
         for module, mode in modes:

@@ -73,7 +73,7 @@ def named(module: nn.Module, kind: type[nn.Module]) -> Named:
     found = Named()
     packages = {base.__module__.partition(".")[0] for base in kind.__mro__}
     seen: set[int] = set()
-    pending: list[Any] = [module.__dict__.get("forward"), *_of_class(kind, "forward")]
+    pending: list[Any] = [module.__dict__.get("forward"), *_of_class(kind, "forward", set())]
     holders: dict[int, Any] = {}
     while pending:
         while pending:
@@ -91,7 +91,7 @@ def named(module: nn.Module, kind: type[nn.Module]) -> Named:
         names = found.attributes | found.strings
         beside = [value for one in found.globals.values() for value in _values(one)]
         holders = {id(value): value for value in (*_held(module, names), *beside)}
-        pending = [v for name in names for v in _of_class(kind, name)]
+        pending = [v for name in names for v in _of_class(kind, name, names)]
         pending += [v for v in holders.values() if type(v) is types.FunctionType and is_of(v.__module__, packages)]
         for holder in holders.values():
             pending += _methods(holder, names, packages)
@@ -129,9 +129,10 @@ def _is_installed(package: str) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _of_class(kind: type, name: str) -> list[Any]:
-    """What a class and those below it (``super()``) have under the name."""
-    return [vars(base)[name] for base in kind.__mro__ if name in vars(base) and base is not nn.Module]
+def _of_class(kind: type, name: str, names: set[str]) -> list[Any]:
+    """What a class has under the name, and where ``super`` is among the names, those that it is derived from."""
+    found = [vars(base)[name] for base in kind.__mro__ if name in vars(base) and base is not nn.Module]
+    return found if "super" in names else found[:1]
 
 
 def _methods(holder: Any, names: set[str], packages: set[str]) -> Iterator[Any]:
@@ -143,9 +144,8 @@ def _methods(holder: Any, names: set[str], packages: set[str]) -> Iterator[Any]:
     kind = holder if isinstance(holder, type) else type(holder)
     if kind.__module__.partition(".")[0] in _OF_PYTHON or isinstance(holder, types.FunctionType):
         return
-    called = set() if isinstance(holder, nn.Module) else {"__call__"}
-    for name in (names | called) - {"forward"}:
-        yield from _of_class(kind, name)
+    for name in names - {"forward"} if isinstance(holder, nn.Module) else names | {"__call__"}:
+        yield from _of_class(kind, name, names)
 
 
 def _held(module: nn.Module, names: set[str], depth: int = 3) -> Iterator[Any]:

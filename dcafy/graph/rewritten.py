@@ -34,7 +34,7 @@ from dcafy.graph.nodes import leaves
 from dcafy.graph.rows import Rows, found, portable
 from dcafy.graph.source import source_of
 from dcafy.graph.usual import Usual, same
-from dcafy.wording import warn
+from dcafy.wording import reason_of, warn
 
 _WRITTEN, SAID = "dcafy: written", "dcafy: said"
 """Under which a generated class has what it was made of, and a module what it was warned of: no identifiers, as every
@@ -197,7 +197,14 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
         if "__deepcopy__" in dir(kind) and kind.__deepcopy__ is not None:  # type: ignore[attr-defined]
             space["__deepcopy__"] = _deepcopy
         quiet = () if kind.__init_subclass__.__qualname__ == "object.__init_subclass__" else (_Quiet,)
-        made = metaclass(kind.__name__, (*quiet, kind, *forward.mixins), space)
+        try:
+            made = metaclass(kind.__name__, (*quiet, kind, *forward.mixins), space)
+        except Exception as error:  # any metaclass may refuse a class in any way
+            raise InputError(
+                f"{kind.__name__} cannot be connected: its metaclass {metaclass.__name__} refuses the subclass of the "
+                f"same name that dcafy gives it ({reason_of(error)}). Let the metaclass take a class whose base has "
+                "the name already, or leave the blocks of this class out with plan.without(...)."
+            ) from error
         _CLASSES[key] = _CLASSES[kind, id(forward)] = made  # it keeps this very forward, and so the number is its own
     assert made is not None
     return made
