@@ -87,6 +87,10 @@ class Network:
 
     def obstacle(self, source: str, target: str, of: Of = "message") -> str | None:
         """Why ``target`` cannot hear what ``source`` passes on; ``None`` where it can."""
+        found = self[target]
+        frozen = self.region(target).recording.without_gradient
+        if not found.block.nature and not frozen.isdisjoint(found.contexts):
+            return "it runs where gradients are off (torch.no_grad), and its connection would never learn"
         message = self.message(source, target, of)
         if isinstance(message, Message) and message.kind == "context":  # T̃ has been given a place, or is none
             try:

@@ -178,6 +178,7 @@ class Recorder(ValueTracer):
             modules,
             asked={path: tuple(dict.fromkeys(asked)) for path, asked in self.asked.items()},
             by_dtype=frozenset(self.by_dtype),
+            without_gradient=self._always_without_gradient(),
         )
 
     def create_args_for_root(
@@ -348,6 +349,11 @@ class Recorder(ValueTracer):
                 self.unwritten.setdefault(owner, f"its forward decides by the mode of {path or 'the model'}")
             asked.setdefault(owner, set()).add(below(path, owner))
         return {owner: frozenset(paths) for owner, paths in asked.items()}
+
+    def _always_without_gradient(self) -> frozenset[fx.Node]:
+        """But for those where a forward goes by a mode: it may well be in evaluation that it needs none."""
+        by_mode = {owner for owner, _ in self.mode_read}
+        return frozenset(node for node, owner in self.without_gradient.items() if owner not in by_mode)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self._paths.get(id(m))

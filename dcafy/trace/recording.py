@@ -73,6 +73,7 @@ class Recording:
     ``model``       the data-free copy that was traced
     ``modules``     its submodules by path
     ``asked``       module path -> what its forward asks of torch: the function's name, with what, and the answer
+    ``without_gradient``  nodes that are always computed where a forward has gradients switched off
     ``by_dtype``    paths of modules whose forwards decide by the dtype of a tensor
     """
 
@@ -89,6 +90,7 @@ class Recording:
     held: tuple[Decision, ...] = ()
     asked: dict[str, tuple[Question, ...]] = field(default_factory=dict)
     by_dtype: frozenset[str] = frozenset()
+    without_gradient: frozenset[fx.Node] = frozenset()
 
     @functools.cached_property
     def order(self) -> dict[fx.Node, int]:

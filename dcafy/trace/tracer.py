@@ -46,6 +46,7 @@ class ValueTracer(Answering):
     ``unwritten``  module path -> what its forward does besides, which no graph has
     ``asked``      module path -> what its forward asks of torch, and is told
     ``by_dtype``   paths of modules whose forwards decide by a dtype
+    ``without_gradient``  nodes that are computed where gradients are switched off -> the path of whose forward did so
     """
 
     def __init__(self, evaluator: Evaluator, model: nn.Module, original: nn.Module) -> None:
@@ -65,6 +66,10 @@ class ValueTracer(Answering):
         self.unwritten: dict[str, str] = {}
         self.asked: dict[str, list[Question]] = {}
         self.by_dtype: set[str] = set()
+        self.without_gradient: dict[fx.Node, str] = {}
+        self._switched_by = ""
+        self._is_grad_enabled = torch.is_grad_enabled  # before it is replaced
+        self._with_gradients = torch.is_grad_enabled()
         self._attributes: dict[str, ValueProxy] = {}
         self._tensors: dict[int, str] = {}
         for path, module in self.modules.items():
@@ -109,6 +114,8 @@ class ValueTracer(Answering):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
         node.meta[OWNER], node.meta[PLACE] = self.owner, self.place
+        if self._with_gradients and not self._is_grad_enabled():
+            self.without_gradient[node] = self._switched_by
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -274,6 +281,7 @@ class ValueTracer(Answering):
     def switches(self, what: str) -> None:
         """Told where a forward enters a context: its effect is on what runs, and nodes run outside of it."""
         if not self.running:
+            self._switched_by = self.owner
             self.unwritten.setdefault(self.owner, f"its forward runs a part under {what}")
 
 
