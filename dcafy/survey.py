@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from dcafy.trace import Recordable, judged, recorded
 from dcafy.trace.accepted import LOOKED_THROUGH, kept_whole, require_module
 from dcafy.trace.fold import CannotEnter
 from dcafy.trace.forms import require_one_form
-from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe
+from dcafy.trace.inputs import as_inputs, guesses, on_one_of, probe, require_positional, told_unknown_names
 from dcafy.trace.islands import observe
 from dcafy.trace.lineage import lineage
 from dcafy.trace.recorder import is_layer
@@ -71,7 +72,14 @@ def survey(model: nn.Module, example_inputs: Any = None) -> Survey:
     require_module(model)
     with uncollected():
         if example_inputs is not None:
-            return _Surveyor(model).run(as_inputs(example_inputs, model))
+            inputs = as_inputs(example_inputs, model)
+            try:
+                return _Surveyor(model).run(inputs)
+            except (TracingError, InputError) as error:
+                if not (isinstance(example_inputs, Mapping) and inputs[0] is example_inputs):
+                    raise
+                raise told_unknown_names(example_inputs, model, error) from error
+        require_positional(model, signature(model.forward).parameters)
         tried = list(guesses(model))
         shapes = ", ".join(str(tuple(inputs[0].shape)) for inputs in tried[:4])
         return on_one_of(

@@ -551,3 +551,55 @@ def test_messages_do_not_leak_the_copy() -> None:
     twin = copy.deepcopy(model)
     converted = dcafy.convert(model, example_inputs=IMAGES)
     assert torch.equal(converted.eval()(IMAGES), twin.eval()(IMAGES))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = se_network()
+
+    def forward(self, *, image: Tensor, mask: Any = None) -> Any:
+        return self.body(image)
+
+
+class ByAnyKeyword(ByKeyword):
+    def forward(self, **batch: Tensor) -> Any:
+        return self.body(batch["image"])
+
+
+class ByBoth(ByKeyword):
+    def forward(self, image: Tensor, *, scale: Any, flag: bool = False) -> Any:  # type: ignore[override]
+        return self.body(image) * scale
+
+
+@BOTH_DOORS
+@pytest.mark.parametrize("kind", [ByKeyword, ByAnyKeyword])
+@pytest.mark.parametrize("example", [{"image": IMAGES}, IMAGES, None], ids=["dict", "tensor", "guessed"])
+def test_a_forward_that_takes_no_input_by_position(door: Any, kind: Any, example: Any) -> None:
+    message = refused(door, kind(), InputError, example_inputs=example)
+    assert "takes no input by position" in message
+    assert "without a * before them" in message
+    assert "Leave it out" not in message
+
+
+def test_what_a_forward_takes_by_keyword_only() -> None:
+    needed = refused(dcafy.inspect, ByBoth(), InputError, example_inputs={"image": IMAGES, "scale": 2.0})
+    assert "'scale'" in needed
+    assert "without a * before them" in needed
+    optional = refused(dcafy.inspect, ByBoth(), InputError, example_inputs={"image": IMAGES, "flag": True})
+    assert "'flag'" in optional
+    assert "Leave it out" in optional
+
+
+@BOTH_DOORS
+def test_a_dictionary_with_a_wrong_name(door: Any) -> None:
+    message = refused(door, se_network(), (TracingError, InputError), example_inputs={"img": IMAGES})
+    assert re.search(r"a dictionary with 'img', and \w+\.forward has the parameters x", message)
+
+
+@BOTH_DOORS
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), [2, 3, 16, 16]], ids=["tuple", "list"])
+def test_a_shape_is_no_tensor(door: Any, shape: Any) -> None:
+    message = refused(door, se_network(), InputError, example_inputs=shape)
+    assert "numbers and no tensors" in message
+    assert "torch.rand(2, 3, 16, 16)" in message

@@ -219,6 +219,12 @@ def _trusted(named: NamedFile) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(named.path, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as error:
+        if isinstance(error, AttributeError) and "__main__" in str(error):
+            raise named.error(
+                f"was saved by a script whose classes stand in the script itself (__main__: {short(str(error), 200)}), "
+                f"where no other program finds them. There, {_SAVE_AGAIN} script.py:Network, a class or a function "
+                "that builds the network."
+            ) from error
         raise named.error(
             f"could not be unpickled ({type(error).__name__}: {short(str(error), 400)}). Its classes must be "
             "importable: run from the folder that holds their code."

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dcafy.errors import InputError, TracingError
+from dcafy.errors import DcafyError, InputError, TracingError
 from dcafy.graph.evaluator import device_of
 from dcafy.graph.nodes import mapped_tensors, tensors_in
+from dcafy.wording import few
 
 R = TypeVar("R")
 
@@ -32,6 +33,7 @@ def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
     named = example_inputs._asdict() if hasattr(example_inputs, "_fields") else example_inputs
     inputs = example_inputs if isinstance(named, tuple) else (example_inputs,)
     parameters = inspect.signature(model.forward).parameters
+    require_positional(model, parameters)
     if isinstance(named, Mapping) and named and parameters.keys() >= set(named):
         inputs = _by_position(named, parameters)
     for value in tensors_in(inputs):
@@ -41,6 +43,12 @@ def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
                 "Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
             )
     if next(tensors_in(inputs), None) is None:
+        numbers = isinstance(example_inputs, tuple | list) and all(type(n) is int for n in example_inputs)
+        if numbers and example_inputs:
+            raise InputError(
+                f"example_inputs={example_inputs!r} are numbers and no tensors. If they are a shape, pass "
+                f"example_inputs=torch.rand({', '.join(map(str, example_inputs))})."
+            )
         raise InputError(
             "example_inputs must be a tensor, a tuple of positional inputs or a dict of inputs by name, with a tensor "
             f"in it, not {type(example_inputs).__name__}. Pass one like example_inputs=torch.rand(2, 3, 224, 224)."
@@ -48,12 +56,39 @@ def as_inputs(example_inputs: Any, model: nn.Module) -> tuple[Any, ...]:
     return inputs
 
 
+_NO_STAR = (
+    "Models are called with positional inputs here: write its parameters out, without a * before them, or work on the "
+    "part of the model that computes with tensors (model.backbone)"
+)
+
+
+def require_positional(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Nothing for a forward that takes an input by position; ``InputError`` says what else to do."""
+    by_position = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY}
+    if not any(p.kind in by_position or p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        raise InputError(
+            f"{type(model).__name__}.forward{inspect.signature(model.forward)} takes no input by position. {_NO_STAR}."
+        )
+
+
+def told_unknown_names(example_inputs: Any, model: nn.Module, error: DcafyError) -> DcafyError:
+    """``error``, which says besides that a dictionary was taken for an input itself, as its names are no parameters."""
+    parameters = inspect.signature(model.forward).parameters
+    unknown = sorted({str(name) for name in example_inputs} - parameters.keys())
+    return type(error)(
+        f"{error} (example_inputs is a dictionary with {few([repr(name) for name in unknown])}, and "
+        f"{type(model).__name__}.forward has the parameters {', '.join(parameters)}: the whole dictionary was its "
+        "first input.)"
+    )
+
+
 def _by_position(named: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> tuple[Any, ...]:
     """The values of the parameters up to the last one that is named, with defaults in between."""
     positions = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     for name in named:
         if name not in positions:
-            raise InputError(f"example_inputs names {name!r}, which the forward takes by keyword only. Leave it out.")
+            needed = "Leave it out" if parameters[name].default is not parameters[name].empty else _NO_STAR
+            raise InputError(f"example_inputs names {name!r}, which the forward takes by keyword only. {needed}.")
     given = positions[: 1 + max(map(positions.index, named))]
     values = {**{name: parameters[name].default for name in given}, **named}
     for name, value in values.items():

@@ -278,6 +278,28 @@ def test_a_generator_of_its_own(read: Any) -> None:
     assert all("its forward changes self." in item.reason for item in plan.skipped)
 
 
+def counts_and_shows(self: Any, x: Tensor) -> float:
+    self.seen, self.count = x * 2, self.count + 1
+    return 1.0
+
+
+def shows(self: Any, x: Tensor) -> float:
+    self.seen = x * 2
+    return 1.0
+
+
+class Counting(Gated):
+    count = 0
+
+
+def test_a_counter_beside_a_stored_map_is_what_is_named() -> None:
+    """A stored map alone is connected."""
+    both, alone = (type("Counting", (reading(read), Counting), {}) for read in (counts_and_shows, shows))
+    plan = dcafy.inspect(network(both), example_inputs=IMAGES)
+    assert [item.reason for item in plan.skipped[:2]] == ["kept whole: its forward changes self.count"] * 2
+    assert len(dcafy.inspect(network(alone), example_inputs=IMAGES).links) == 1
+
+
 def test_above_the_blocks_all_of_it_is_the_users_own() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

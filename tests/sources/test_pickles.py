@@ -145,6 +145,12 @@ def test_trusted_classes_come_from_the_current_directory(canary, tmp_path, monke
     del sys.modules["evil"]
 
 
+def test_a_network_that_a_script_saved_whole(tmp_path):
+    torch_zip(tmp_path / "whole.pt", b"\x80\x02c__main__\nNetOfScript\n.")
+    with pytest.raises(SourceError, match=r"saved by a script .*__main__.*save model.state_dict.*--arch script.py:"):
+        open_model(str(tmp_path / "whole.pt"), trust_pickle=True)
+
+
 def test_trusted_classes_that_are_not_there(tmp_path):
     torch_zip(tmp_path / "whole.pt", b"\x80\x02cno_such_module\nNet\n.")
     with pytest.raises(SourceError, match=r"could not be unpickled .ModuleNotFoundError.*must be importable"):
