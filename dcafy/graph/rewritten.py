@@ -332,16 +332,16 @@ def _other_way(
 
 def _say(module: nn.Module, usual: Usual) -> None:
     name = str(usual.differs(module))
-    part = name.removesuffix(".training")
+    part, inside = name.removesuffix(".training"), usual.place(module, name)
     kind = type(module).__name__
     if part != name and part in usual.modes:
         what = f"{kind}.{part} is in another mode than what it is a part of, which decides by both"
     elif any(name == one.name for one, _ in usual.beside):
-        what = f"The global {name}, by which {kind} goes, is no longer what it was when the model was converted"
+        what = f"The global {name}{inside}, by which {kind} goes, is no longer what it was when the model was converted"
     elif name.startswith("torch."):
         what = f"{name}, by which {kind} goes, is no longer what it was when the model was converted"
     else:
-        what = f"{kind}.{name} is no longer what it was when the model was converted"
+        what = f"{kind}.{name}{inside} is no longer what it was when the model was converted"
     _once(
         module,
         name,

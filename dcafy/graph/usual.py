@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import inspect
@@ -61,6 +62,14 @@ class Usual:
             if getattr(torch, function)(*given) != answer:
                 return f"torch.{function}()"
         return None
+
+    def place(self, module: nn.Module, name: str) -> str:
+        """Where in what :meth:`differs` names the difference is, if it is inside of it."""
+        noted = dict(self.attributes)
+        found = next((one for one, _ in self.beside if one.name == name), None)
+        if name in noted:
+            return place(_got(module, name), noted[name])
+        return "" if found is None else place(found.read(), dict(self.beside)[found])
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call is given what the recorded one was given, in the same way."""
@@ -128,14 +137,25 @@ def same(value: Any, wanted: Any) -> bool:
         return isinstance(value, np.ndarray) and numbers(value) == wanted
     if isinstance(wanted, tuple) and isinstance(value, dict):
         return same(tuple(value.items()), wanted)
-    if isinstance(wanted, tuple) and isinstance(value, tuple | list):
+    if isinstance(wanted, tuple) and isinstance(value, tuple | list | collections.deque):
         return len(value) == len(wanted) and all(map(same, value, wanted))
+    if kind is frozenset:
+        return bool(value == wanted)
     return value is wanted or (type(value) is type(wanted) and bool(value == wanted))
 
 
 def numbers(value: Any) -> Numbers:
     """What an array holds now."""
     return Numbers(str(value.dtype), value.shape, value.tobytes())
+
+
+def place(value: Any, wanted: Any) -> str:
+    """Where in a value that is not :func:`same` the first difference is: ``.temperature``, or nothing."""
+    fields = wanted.fields if isinstance(wanted, Inside) and value is not None else ()
+    for name, inner in fields:
+        if not same(_got(value, name), inner):
+            return f".{name}{place(_got(value, name), inner)}"
+    return ""
 
 
 _ABSENT = object()
@@ -229,15 +249,17 @@ class _Notes:
             return value
         if isinstance(value, _TENSORS):
             return Held.SOMETHING
-        if not depth or isinstance(value, set | frozenset):
+        if not depth:
             return Held.ANYTHING
+        if isinstance(value, set | frozenset):
+            return frozenset(value) if all(isinstance(item, _ATOMS) for item in value) else Held.ANYTHING
         if isinstance(value, np.ndarray):
             return numbers(value) if value.dtype != object else Held.ANYTHING
         if isinstance(value, dict):
             plain = all(isinstance(key, _ATOMS) for key in value)
             items = tuple((key, self.value(item, depth - 1)) for key, item in value.items())
             return items if plain else Held.ANYTHING
-        if isinstance(value, tuple | list):
+        if isinstance(value, tuple | list | collections.deque):
             return tuple(self.value(item, depth - 1) for item in value)
         if isinstance(value, types.MethodType):  # which a copy has of its own
             return Inside((("__func__", value.__func__),))
@@ -286,4 +308,4 @@ class _Notes:
             return hasattr(holder, name)
         if of_class is _ABSENT:
             return not isinstance(holder, nn.Module) and hasattr(kind, "__getattr__") and hasattr(holder, name)
-        return isinstance(of_class, (*_ATOMS, tuple, list, dict))
+        return not hasattr(type(of_class), "__get__")  # as functions and properties have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import dataclasses
 import functools
@@ -62,12 +63,14 @@ class Gated(nn.Module):
 
     by_class = 1.0
     table = (1.0, 2.0)
+    of_all = Config()
 
     def __init__(self) -> None:
         super().__init__()
         self.fc, self.drop, self.norm = nn.Linear(8, 8), nn.Dropout(0.0), nn.GroupNorm(2, 8, eps=1.0)
         self.layers = nn.ModuleList([nn.Dropout(0.5)])
         self.space, self.config, self.slotted = argparse.Namespace(scale=1.0), Config(), Slotted()
+        self.few, self.row, self.constants = {1}, collections.deque([1.0]), Shared
         self.tree: Any = {"a": [{"scale": 1.0}], "b": (1, [2, 3])}
         self.array, self.number = np.ones(1), np.float32(1.0)
         self.scaled = functools.partial(torch.mul, other=1.0)
@@ -133,6 +136,10 @@ COMPARED: dict[str, Case] = {
         inside(lambda u: u.tree["a"][0].update(scale=3.0)),
     ),
     "list in a tuple in a dict": (lambda self, x: self.tree["b"][1][0], inside(lambda u: u.tree["b"][1].insert(0, 7))),
+    "set": (lambda self, x: len(self.few), inside(lambda u: u.few.add(3))),
+    "deque": (lambda self, x: self.row[0], inside(lambda u: u.row.appendleft(3.0))),
+    "a class for a config": (lambda self, x: self.constants.scale, lambda m, p: p.setattr(Shared, "scale", 3.0)),
+    "a class's config": (lambda self, x: self.of_all.scale, lambda m, p: p.setattr(Gated.of_all, "scale", 3.0)),
     "numpy array": (lambda self, x: float(self.array[0]), inside(lambda u: u.array.__setitem__(0, 3.0))),
     "numpy number": (lambda self, x: float(self.number), inside(lambda u: setattr(u, "number", np.float32(3.0)))),
     "partial": (
@@ -344,3 +351,12 @@ def test_copies_pickles_and_compiled_ones_stay_connected(monkeypatch: pytest.Mon
     monkeypatch.setitem(globals(), "SCALE", 3.0)
     with pytest.warns(UserWarning, match="The global SCALE"):
         assert not torch.equal(again(IMAGES), expected)
+
+
+def test_the_warning_names_the_place() -> None:
+    model = network(reading(lambda self, x: self.space.scale))
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    for unit in units(connected):
+        unit.space.scale = 3.0
+    with pytest.warns(UserWarning, match=r"Gated\.space\.scale is no longer what it was"):
+        connected(IMAGES)
