@@ -203,10 +203,8 @@ def _attend(unit: Unit, host: nn.Module, attention: str, module: nn.Module) -> N
     for node in folded.graph.nodes:
         node.meta = {}
     host.add_module(name, module)
-    rewrite(
-        host,
-        Forward(rows_of(folded.graph), usual.reads(host, original_class(host)), needs=name, own=taken_forward(host)),
-    )
+    read = dataclasses.replace(usual.reads(host, original_class(host)), asked=unit.recording.asked.get("", ()))
+    rewrite(host, Forward(rows_of(folded.graph), read, needs=name, own=taken_forward(host)))
 
 
 def _behind(host: nn.Module, attention: str, module: nn.Module) -> None:

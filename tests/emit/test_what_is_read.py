@@ -360,3 +360,22 @@ def test_the_warning_names_the_place() -> None:
         unit.space.scale = 3.0
     with pytest.warns(UserWarning, match=r"Gated\.space\.scale is no longer what it was"):
         connected(IMAGES)
+
+
+class Residual(nn.Module):
+    """A block without attention, which goes by autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm(self.conv(x))
+        return x + (2 * inner if torch.is_autocast_enabled("cpu") else inner)
+
+
+def test_where_attention_was_put_in() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Residual(), Residual()).eval()
+    connected = dcafy.convert(model, attention="se", example_inputs=IMAGES).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
+        assert torch.equal(connected(IMAGES), model(IMAGES))
