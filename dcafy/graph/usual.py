@@ -6,6 +6,7 @@ import collections
 import enum
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Usual:
         """What has another value, if anything: of the ``module``, of a part of it, or beside it."""
         own = module.__dict__
         for name, wanted in self.attributes:
-            if not same(own[name] if name in own else _got(module, name), wanted):
+            if not same(own[name] if name in own else _got(module, name), wanted, module):
                 return name
         modules = own["_modules"]
         for name in self.children:
@@ -56,7 +57,7 @@ class Usual:
             if module.get_submodule(path).training is not module.training:
                 return f"{path}.training"
         for one, wanted in self.beside:
-            if not same(one.read(), wanted):
+            if not same(one.read(), wanted, module):
                 return one.name
         for function, given, answer in self.asked:
             if getattr(torch, function)(*given) != answer:
@@ -113,6 +114,13 @@ class Inside:
 
 
 @dataclass(frozen=True)
+class OwnMethod:
+    """A method of the module itself, as each copy of the module has one of its own."""
+
+    function: Any
+
+
+@dataclass(frozen=True)
 class Numbers:
     """An array of numpy's."""
 
@@ -126,19 +134,25 @@ _ATOMS = (*_PLAIN, enum.Enum, np.generic, torch.dtype, torch.memory_format, torc
 _SAME_IN_COPIES = (types.FunctionType, types.BuiltinFunctionType, type)
 
 
-def same(value: Any, wanted: Any) -> bool:
-    """Whether a value is the one that was noted; one in a container, an object or a part is looked at there."""
+def same(value: Any, wanted: Any, module: nn.Module | None = None) -> bool:
+    """Whether a value is the one that was noted; one in a container, an object or a part is looked at there.
+
+    ``module``: whose it is.
+    """
     kind = type(wanted)
     if kind is Held:
         return wanted is Held.ANYTHING or (value is _ABSENT if wanted is Held.NOTHING else value is not None)
     if kind is Inside:
-        return value is not None and all(same(_got(value, name), inner) for name, inner in wanted.fields)
+        return value is not None and all(same(_got(value, name), inner, module) for name, inner in wanted.fields)
+    if kind is OwnMethod:
+        is_own = isinstance(value, types.MethodType) and value.__self__ is module
+        return is_own and value.__func__ is wanted.function
     if kind is Numbers:
         return isinstance(value, np.ndarray) and numbers(value) == wanted
     if isinstance(wanted, tuple) and isinstance(value, dict):
-        return same(tuple(value.items()), wanted)
+        return same(tuple(value.items()), wanted, module)
     if isinstance(wanted, tuple) and isinstance(value, tuple | list | collections.deque):
-        return len(value) == len(wanted) and all(map(same, value, wanted))
+        return len(value) == len(wanted) and all(map(same, value, wanted, itertools.repeat(module)))
     if kind is frozenset:
         return bool(value == wanted)
     return value is wanted or (type(value) is type(wanted) and bool(value == wanted))
@@ -261,8 +275,10 @@ class _Notes:
             return items if plain else Held.ANYTHING
         if isinstance(value, tuple | list | collections.deque):
             return tuple(self.value(item, depth - 1) for item in value)
+        if isinstance(value, types.MethodType) and value.__self__ is self._module:
+            return OwnMethod(value.__func__)
         if isinstance(value, types.MethodType):  # which a copy has of its own
-            return Inside((("__func__", value.__func__),))
+            return Inside((("__func__", value.__func__), ("__self__", self.value(value.__self__, depth - 1))))
         if isinstance(value, functools.partial):
             given = ("func", "args", "keywords")
             return Inside(tuple((name, self.value(getattr(value, name), depth - 1)) for name in given))

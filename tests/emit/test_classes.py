@@ -556,6 +556,69 @@ def test_an_attribute_that_changes_concerns_its_block_only() -> None:
         assert torch.equal(before, value(model))
 
 
+class Scaling:
+    """A function that is an object, and is copied with what holds it."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class SECalling(SELinear):
+    """Squeeze-excitation that keeps a function of its own making: in every copy it is another object."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.function: Callable[[Tensor], Tensor] = self.made()
+
+    def made(self) -> Callable[[Tensor], Tensor]:
+        return functools.partial(nn.functional.leaky_relu, negative_slope=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.excite(self.function(x.mean((2, 3))))[..., None, None]
+
+
+class SECallingObject(SECalling):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        return Scaling(0.5)
+
+
+class SECallingMethod(SECalling):
+    def made(self) -> Callable[[Tensor], Tensor]:
+        return self.half
+
+    def half(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+OTHER_FUNCTIONS: dict[type[SECalling], Any] = {
+    SECalling: functools.partial(nn.functional.leaky_relu, negative_slope=0.2),
+    SECallingObject: Scaling(0.25),
+    SECallingMethod: SECallingMethod(8).half,
+}
+
+
+@named((SECalling, SECallingObject, SECallingMethod))
+def test_a_function_of_a_blocks_own_making_is_the_same_in_copies(kind: type[SECalling]) -> None:
+    """Blocks of one class have one each, and are connected in copies and in the graph; another function is another."""
+    _, d = started(trained_network(_with(kind)))
+    moved(d)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = value(d)
+        for twin in (copy.deepcopy(d), pickle.loads(pickle.dumps(d)), fx.GraphModule(d, d.graph), dcafy.flat(d).eval()):
+            assert torch.equal(value(twin), expected)
+        for connection in dcafy.connections(d).values():
+            before = value(d)
+            nn.init.constant_(connection.beta, 2.0)
+            assert not torch.equal(value(d), before)
+        d.blocks[2].attention.function = OTHER_FUNCTIONS[kind]
+        with pytest.warns(UserWarning, match=rf"{kind.__name__}\.function(\.\w+)* is no longer what it was"):
+            value(d)
+
+
 # The graph of the whole --------------------------------------------------------------------------
 
 
