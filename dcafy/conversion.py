@@ -127,7 +127,8 @@ def convert(
         raise TypeError(f"convert() got an unexpected keyword argument {name!r}.{nearest(name, known)}")
     conversion = Conversion(**options)
     check(conversion, CHOICES, dashes=False)
-    require_heeded(conversion, options, dashes=False)
+    if len(options) < len(known):  # a whole Conversion has all of them, whatever was meant
+        require_heeded(conversion, options, dashes=False)
     require_module(model)
     given = model
     model, natures = apart_by_nature(given, copy=copy)

@@ -83,11 +83,18 @@ def test_as_one_value_they_do_what_insert_and_convert_do():
         dcafy.insert(model, "ge-theta", where="layer[34].*", init="paper"), channel_match="fc1", verify=False
     )
     torch.manual_seed(3)
-    at_once = dcafy.convert(model, verify=False, **dataclasses.asdict(conversion))
+    with pytest.warns(UserWarning, match="'ge-theta' in its paper's own form is not the identity"):
+        at_once = dcafy.convert(model, verify=False, **dataclasses.asdict(conversion))
     ours, theirs = at_once.state_dict(), both.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert len(dcafy.connections(at_once)) == 3
+
+
+def test_a_whole_configuration_may_have_options_that_go_by_others():
+    model = torchvision.models.mobilenet_v3_small().eval()
+    d = dcafy.convert(model, verify=False, **dataclasses.asdict(Conversion(topology="own", attention_init="paper")))
+    assert len(dcafy.connections(d)) == 9
 
 
 def is_limited(item):

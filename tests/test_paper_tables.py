@@ -176,6 +176,7 @@ def test_published(row: paper_tables.Row) -> None:
     ],
     ids=lambda row: "-".join(key(row)).replace(" ", "_"),
 )
+@pytest.mark.filterwarnings("ignore:.* in its paper's own form is not the identity")
 def test_the_command_of_a_row_trains_its_network(row: paper_tables.Row) -> None:
     """By what the recipe makes of its options, as ``dcafy finetune`` does."""
     network, *words = shlex.split(row.command())[2:]

@@ -107,16 +107,16 @@ def _size(value: Tensor) -> float:
 
 
 def tell_drift(what: list[str], model: nn.Module, converted: nn.Module, inputs: tuple[Any, ...] | None) -> None:
-    """Warns that this is not the identity at the start; with ``inputs``, where outputs have moved, and by how much."""
+    """Warns that this is not the identity at the start; with ``inputs``, by how much outputs have moved."""
     are = "is" if len(what) == 1 else "are"
-    message = f"{' and '.join(what)} {are} not the identity at the start, so that the outputs have moved"
+    message = f"{' and '.join(what)} {are} not the identity at the start"
+    moved = "so that the outputs have moved"
     if inputs is not None:
         _, expected, actual = _both(model, converted, inputs)
         drift, largest = _difference(actual, expected), max(map(_size, expected), default=0.0)
-        if drift is None:
-            return
-        message += f": by up to {drift:.3g} on the example, where the largest output is {largest:.3g}"
-    warn(f"{message}. Train before you use it.")
+        moved += f": by up to {drift or 0:.3g} on the example, where the largest output is {largest:.3g}"
+        moved = "though on the example no output has moved" if drift is None else moved
+    warn(f"{message}, {moved}. Train before you use it.")
 
 
 def _output(
