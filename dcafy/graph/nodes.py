@@ -27,6 +27,22 @@ def node_value(node: fx.Node) -> Any:
     return node.meta.get(VALUE)
 
 
+def behind(node: fx.Node, *, past: Callable[[fx.Node], bool] = lambda _: True) -> Iterator[fx.Node]:
+    """``node`` and what it is computed from, but for tensors and what is behind them; each once.
+
+    ``past``: whether to go on behind a node.
+    """
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen or isinstance(node_value(current), Tensor):
+            continue
+        seen.add(current)
+        yield current
+        if past(current):
+            pending += current.all_input_nodes
+
+
 def values_of(arguments: Any) -> Any:
     """``arguments`` with every proxy and node replaced by its value."""
     return mapped(arguments, _value)

@@ -17,7 +17,7 @@ from torch.fx import _symbolic_trace
 
 from dcafy.draws import drawing_apart
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import OWNER, PLACE, VALUE, Remake, is_record, node_value, parts, tensors_in, values_of
+from dcafy.graph.nodes import OWNER, PLACE, VALUE, Remake, behind, is_record, node_value, parts, tensors_in, values_of
 from dcafy.graph.ops import alters_argument
 from dcafy.graph.paths import joined
 from dcafy.trace.inputs import real_inputs
@@ -292,13 +292,7 @@ _OF_DTYPE = frozenset({"dtype", "is_floating_point", "is_complex", "type", "elem
 def _read_of_tensors(node: fx.Node) -> frozenset[str]:
     """What is read of tensors, by name, in what ``node`` is computed from."""
     read: set[str] = set()
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen or isinstance(node_value(current), Tensor):
-            continue
-        seen.add(current)
-        pending += current.all_input_nodes
+    for current in behind(node):
         if current.target is getattr:
             read.add(str(current.args[1]))
         elif current.op == "call_method":

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from dcafy.graph.evaluator import Evaluator
-from dcafy.graph.nodes import mapped_tensors, node_value
+from dcafy.graph.nodes import behind, mapped_tensors, node_value
 from dcafy.graph.paths import within
 from dcafy.trace.fold import CannotEnter
 from dcafy.trace.recording import Decision, Observed, Recording
@@ -80,17 +80,9 @@ def _turned(settled: tuple[Decision, ...], other: Recording) -> dict[str, Decisi
 
 def _asks_sizes(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     """Whether any number behind ``node`` is another one among ``values``, which were computed at another size."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen or isinstance(node_value(current), Tensor):
-            continue
-        seen.add(current)
-        if current in values and values[current] != node_value(current):
-            return True
-        if current.target is not operator.getitem:  # which of the sizes was taken is what counts, not the others
-            pending += current.all_input_nodes
-    return False
+    # Which of the sizes was taken is what counts, not the others.
+    asked = behind(node, past=lambda one: one.target is not operator.getitem)
+    return any(one in values and values[one] != node_value(one) for one in asked)
 
 
 def _values(recording: Recording, evaluator: Evaluator, change: Callable[[Any], Any]) -> dict[fx.Node, Any]:
