@@ -119,7 +119,7 @@ def is_of(module: str | None, packages: set[str]) -> bool:
 
 
 def is_pythons(module: str | None) -> bool:
-    """Whether a module, by its name, is of Python itself, of torch or of numpy."""
+    """Whether a module, by its name, is of Python itself, of torch or of numpy, or of dcafy."""
     return (module or "").partition(".")[0] in _OF_PYTHON
 
 

@@ -288,7 +288,8 @@ def _scopes(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     modules = list(modules)
     scopes = {id(scope): scope for scope in (forward_globals(module) for module in modules)}
     for scope in list(scopes.values()):  # ``einops.reduce``: a function in a module
-        scopes.update((id(vars(v)), vars(v)) for v in scope.values() if isinstance(v, ModuleType) and _is_others(v))
+        beside = (v for v in scope.values() if isinstance(v, ModuleType) and not is_pythons(v.__name__))
+        scopes.update((id(vars(module)), vars(module)) for module in beside)
     # What was a node of its own when a host was recorded is one again: code that was written calls it by itself.
     scopes.update((id(scope), scope) for module in modules for scope in written_globals(module))
     return list(scopes.values())
@@ -308,14 +309,6 @@ def _functions(scopes: Iterable[dict[str, Any]], call: Callable[..., Any]) -> It
 
 def _is_users(module: str | None) -> bool:
     return not f"{module}.".startswith("torch.")
-
-
-def _is_others(module: ModuleType) -> bool:
-    """Whether a module that a forward finds beside its class belongs neither to Python nor to PyTorch, nor here."""
-    return module.__name__.partition(".")[0] not in {*sys.stdlib_module_names, "torch", "numpy", _HERE}
-
-
-_HERE = __name__.partition(".")[0]
 
 
 def _isinstance(value: Any, kinds: Any, /) -> bool:
