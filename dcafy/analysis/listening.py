@@ -253,24 +253,26 @@ def usage_sheet(found: Usage) -> Sheet:
 
 def _on(found: Usage) -> str:
     on = f"on {counted(found.images, 'image')} (loss {fixed(found.loss)}, top1 {percent(found.accuracy)})"
-    return f"{on}; the loss changes by"
+    return f"{on}: changes of the loss, and of top1 in points"
 
+
+_IF = tuple(f"if {kind}" for kind in KINDS)
 
 _STATES = (
     Column("module", "name"),
     Column("hears the state of", "name"),
-    *(Column(title, "number") for title in ("varies", "if cut", "if shuffled", "if mean", "top1 if cut")),
+    *(Column(title, "number") for title in ("varies", *_IF)),
 )
 
 _USAGE = (
     Column("receiving block", "name"),
-    *(Column(title, "number") for title in ("β", "varies", "T moves", "if cut", "if shuffled", "if mean")),
-    Column("top1 if cut", "number"),
+    *(Column(title, "number") for title in ("β", "varies", "T moves", *_IF)),
 )
 
 
-def _changes(row: ConnectionUsage | Usage | StateUsage | States) -> tuple[str, ...]:
-    return in_loss(row.cut), in_loss(row.shuffled), in_loss(row.mean), in_points(row.cut)
+def _changes(row: ConnectionUsage | Usage | StateUsage | States) -> tuple[Cell, ...]:
+    effects = (row.cut, row.shuffled, row.mean)
+    return tuple(NONE if effect is None else (in_loss(effect), in_points(effect)) for effect in effects)
 
 
 def in_loss(effect: Effect | None) -> str:

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +21,31 @@ _ASKS = frozenset({"getattr", "hasattr", "__dict__", "vars", "attrgetter"})
 _OF_PYTHON = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dcafy"}) - {"__main__"}
 
 
-class Global:
-    """A global name of some code, which is read as that code reads it.
+class Beside:
+    """What stands beside some code under a name, and is read as that code reads it.
 
     By a function, as ``torch.compile`` then watches this name only, and not the whole dictionary.
     """
 
+    kind = ""
+
+    def __init__(self, name: str, read: Callable[[], Any]) -> None:
+        self.name, self.read = name, read
+
+    @property
+    def title(self) -> str:
+        """What it is and is called, of two words."""
+        return f"{self.kind} {self.name}"
+
+
+class Global(Beside):
+    """A global name."""
+
+    kind = "global"
+
     def __init__(self, scope: dict[str, Any], name: str) -> None:
-        self.module, self.name = str(scope.get("__name__")), name
-        code = _read_global.__code__
-        self.read: Callable[[], Any] = types.FunctionType(code.replace(co_names=(name,)), scope)
+        self.module = str(scope.get("__name__"))
+        super().__init__(name, types.FunctionType(_read_global.__code__.replace(co_names=(name,)), scope))
 
     def __reduce__(self) -> Any:
         return _global_of, (self.module, self.name)
@@ -39,8 +54,37 @@ class Global:
         return f"Global({self.module}.{self.name}, {id(self.read.__globals__)})"
 
 
+class Enclosed(Beside):
+    """A name of a function around some code, or the default of an argument, in a cell of its own.
+
+    A pickle has no cells: ``where`` says in which function of the class's code it is, to be looked for there.
+    """
+
+    def __init__(self, kind: str, name: str, where: tuple[Any, ...], cell: types.CellType | None) -> None:
+        self.kind, self.where, self.is_found = kind, where, cell is not None
+        self._cell = types.CellType(_NOT_FOUND) if cell is None else cell
+        super().__init__(name, types.FunctionType(_read_cell.__code__, globals(), closure=(self._cell,)))
+
+    def __reduce__(self) -> Any:
+        return Enclosed, (self.kind, self.name, self.where, None)
+
+    def __repr__(self) -> str:
+        return f"Enclosed({self.title}, {self.where}, {id(self._cell)})"
+
+
+_NOT_FOUND = types.SimpleNamespace()
+"""In the place of what was in a pickle and is not there any more: nothing that was noted is the same."""
+
+
 def _read_global() -> Any:
     return Global
+
+
+def _reader(cell: Any) -> Callable[[], Any]:
+    return lambda: cell
+
+
+_read_cell = _reader(None)
 
 
 def _global_of(module: str, name: str) -> Global:
@@ -54,14 +98,14 @@ class Named:
     ``attributes``  names that are looked up, of whatever
     ``behind``      those of them that are looked up of what was looked up just before (``self.drop.p``)
     ``strings``     strings with which attributes may be asked for
-    ``globals``     names beside the code, in the order in which they are met
+    ``beside``      what stands beside the code, in the order in which it is met
     ``functions``   whose code that is
     """
 
     attributes: set[str] = field(default_factory=set)
     behind: set[str] = field(default_factory=set)
     strings: set[str] = field(default_factory=set)
-    globals: dict[tuple[int, str], Global] = field(default_factory=dict)
+    beside: dict[tuple[int, str], Beside] = field(default_factory=dict)
     functions: list[types.FunctionType] = field(default_factory=list)
 
 
@@ -87,9 +131,9 @@ def named(module: nn.Module, kind: type[nn.Module]) -> Named:
                 found.attributes |= own.attributes
                 found.behind |= own.behind
                 found.strings |= own.strings
-                found.globals = own.globals | found.globals
+                found.beside = own.beside | found.beside
         names = found.attributes | found.strings
-        beside = [value for one in found.globals.values() for value in _values(one)]
+        beside = [value for one in found.beside.values() for value in _values(one)]
         holders = {id(value): value for value in (*_held(module, names), *beside)}
         pending = [v for name in names for v in _of_class(kind, name, names)]
         pending += [v for v in holders.values() if type(v) is types.FunctionType and is_of(v.__module__, packages)]
@@ -103,7 +147,9 @@ def named(module: nn.Module, kind: type[nn.Module]) -> Named:
 def _of_function(function: types.FunctionType) -> Named:
     found = Named(functions=[function])
     for one in _globals_of(function):
-        found.globals[id(function.__globals__), one.name] = one
+        found.beside[id(function.__globals__), one.name] = one
+    for held in _enclosed_by(function) if not is_pythons(function.__module__) else ():
+        found.beside[id(function), held.title] = held
     for code in codes_of(function):
         found.attributes.update(code.co_names)
         found.behind.update(_behind(code))
@@ -158,7 +204,17 @@ def _held(module: nn.Module, names: set[str], depth: int = 3) -> Iterator[Any]:
                 yield from _held(value, names, depth - 1)
 
 
-def _values(one: Global) -> Iterator[Any]:
+def found_again(beside: Iterable[tuple[Beside, Any]], kind: type[nn.Module]) -> tuple[tuple[Beside, Any], ...]:
+    """The same with what is enclosed in the code of ``kind`` looked for anew, where it comes out of a pickle."""
+    rows = tuple(beside)
+    if all(one.is_found for one, _ in rows if isinstance(one, Enclosed)):
+        return rows
+    there = [one for one in named(nn.Module(), kind).beside.values() if isinstance(one, Enclosed)]
+    again = {(one.title, one.where): one for one in there}
+    return tuple((again.get((one.title, one.where), one) if isinstance(one, Enclosed) else one, v) for one, v in rows)
+
+
+def _values(one: Beside) -> Iterator[Any]:
     with contextlib.suppress(NameError):
         yield one.read()
 
@@ -168,6 +224,21 @@ def _globals_of(function: types.FunctionType) -> Iterator[Global]:
         for step in dis.get_instructions(code):
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
                 yield Global(function.__globals__, step.argval)
+
+
+def _enclosed_by(function: types.FunctionType) -> Iterator[Enclosed]:
+    """What a function closes over, and those of its defaults that can be changed where they are."""
+    code = function.__code__
+    where = function.__module__, function.__qualname__, getattr(code, "co_qualname", code.co_name)  # of Python 3.11
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        if name != "__class__":  # of which the attributes are known
+            yield Enclosed("enclosed", name, where, cell)
+    given = function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount]
+    by_name = dict(zip(names[len(names) - len(given) :], given, strict=True)) | (function.__kwdefaults__ or {})
+    for name, value in by_name.items():
+        if not isinstance(value, str | int | float | types.NoneType):
+            yield Enclosed("default", name, where, types.CellType(value))
 
 
 def _behind(code: types.CodeType) -> Iterator[str]:

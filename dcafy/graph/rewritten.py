@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 
 from dcafy.errors import InputError
 from dcafy.graph.nodes import leaves
+from dcafy.graph.reading import found_again
 from dcafy.graph.rows import Rows, found, portable
 from dcafy.graph.source import source_of
 from dcafy.graph.usual import Usual, same
@@ -179,6 +180,9 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     below = None if forward.below is None else rewritten_class(kind, forward.below)
     runs = below if forward.below is not None and forward.below.rows is not None else None
     rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own, below, forward.stores
+    beside = () if forward.usual is None else found_again(forward.usual.beside, kind)
+    if forward.usual is not None and beside is not forward.usual.beside:
+        forward = replace(forward, usual=replace(forward.usual, beside=beside))
     key = kind, tuple(code.src for code in codes), spoken, repr(forward.usual), rest
     made = _CLASSES.get(key)
     if made is None:
@@ -336,8 +340,8 @@ def _say(module: nn.Module, usual: Usual) -> None:
     kind = type(module).__name__
     if part != name and part in usual.modes:
         what = f"{kind}.{part} is in another mode than what it is a part of, which decides by both"
-    elif any(name == one.name for one, _ in usual.beside):
-        what = f"The global {name}{inside}, by which {kind} goes, is no longer what it was when the model was converted"
+    elif any(name == one.title for one, _ in usual.beside):
+        what = f"The {name}{inside}, by which {kind} goes, is no longer what it was when the model was converted"
     elif name.startswith("torch."):
         what = f"{name}, by which {kind} goes, is no longer what it was when the model was converted"
     else:

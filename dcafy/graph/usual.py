@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dcafy.graph.nodes import leaves, mapped, node_value
-from dcafy.graph.reading import Global, Named, is_pythons, named
+from dcafy.graph.reading import Beside, Named, is_pythons, named
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Usual:
     ``attributes``  what its class reads of the module: plain values, and what is in containers, objects and parts
     ``children``    names of submodules that its class reads, and that are there
     ``modes``       paths of its parts by whose mode it decides, which was the module's own
-    ``beside``      what it reads beside the module: global names
+    ``beside``      what it reads beside the module: global names, and what is enclosed in its code
     ``asked``       what it asks of torch: the function's name, with what, and the answer
     """
 
@@ -40,7 +40,7 @@ class Usual:
     attributes: tuple[tuple[str, Any], ...] = ()
     children: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
-    beside: tuple[tuple[Global, Any], ...] = ()
+    beside: tuple[tuple[Beside, Any], ...] = ()
     asked: tuple[tuple[str, tuple[Any, ...], Any], ...] = ()
 
     def differs(self, module: nn.Module) -> str | None:
@@ -58,7 +58,7 @@ class Usual:
                 return f"{path}.training"
         for one, wanted in self.beside:
             if not same(one.read(), wanted, module):
-                return one.name
+                return one.title
         for function, given, answer in self.asked:
             if getattr(torch, function)(*given) != answer:
                 return f"torch.{function}()"
@@ -67,7 +67,7 @@ class Usual:
     def place(self, module: nn.Module, name: str) -> str:
         """Where in what :meth:`differs` names the difference is, if it is inside of it."""
         noted = dict(self.attributes)
-        found = next((one for one, _ in self.beside if one.name == name), None)
+        found = next((one for one, _ in self.beside if one.title == name), None)
         if name in noted:
             return place(_got(module, name), noted[name])
         return "" if found is None else place(found.read(), dict(self.beside)[found])
@@ -227,7 +227,7 @@ def reads(module: nn.Module, kind: type[nn.Module], stores: Iterable[str] = ()) 
     children = tuple(name for name, noted in own if noted is Held.SOMETHING and name in module._modules)
     attributes = tuple((name, noted) for name, noted in own if name not in children)
     beside = []
-    for one in spoken.globals.values():
+    for one in spoken.beside.values():
         noted = note.value(one.read(), note.depth)
         if noted is not Held.ANYTHING and noted is not Held.SOMETHING and not isinstance(noted, _SAME_IN_COPIES):
             beside.append((one, noted))

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from dcafy.graph.nodes import OWNER, leaves
-from dcafy.graph.reading import Global
+from dcafy.graph.reading import Beside
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _CONTAINERS = (list, tuple, set, dict, collections.OrderedDict, collections.defaultdict, collections.deque)
@@ -36,18 +36,14 @@ def python_state(module: nn.Module) -> State:
     return {name: _described(value) for name, value in module.__dict__.items() if name not in BOOKKEEPING}
 
 
-GLOBAL = "global "
-"""With what the name of a global value begins in a state."""
-
-
-def globals_state(beside: Iterable[Global]) -> State:
-    """What stands under global names, but for functions, classes and modules."""
+def beside_state(beside: Iterable[Beside]) -> State:
+    """What stands beside code under its title (two words), but for functions, classes and modules."""
     state: State = {}
     for one in beside:
         with contextlib.suppress(NameError):
             value = one.read()
             if not isinstance(value, _OPAQUE) and not callable(value):
-                state[GLOBAL + one.name] = _described(value)
+                state[one.title] = _described(value)
     return state
 
 

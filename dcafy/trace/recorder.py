@@ -28,17 +28,16 @@ from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import OWNER, PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
 from dcafy.graph.paths import above, below, joined, within
-from dcafy.graph.reading import Global, loaded, named
+from dcafy.graph.reading import Beside, loaded, named
 from dcafy.graph.rewritten import is_rewritten, original_class
 from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace.effects import (
     BOOKKEEPING,
-    GLOBAL,
     GONE,
     Kept,
     State,
+    beside_state,
     changed,
-    globals_state,
     holds_proxy,
     python_state,
     watched_globals,
@@ -271,7 +270,7 @@ class Recorder(ValueTracer):
 
     def _python_state(self, module: nn.Module) -> State:
         """What ``module`` keeps in Python, and what stands beside its forward."""
-        return {**python_state(module), **globals_state(self._beside.get(id(module), ()))}
+        return {**python_state(module), **beside_state(self._beside.get(id(module), ()))}
 
     def _watch(self, path: str, module: nn.Module, before: State, args: Any, kwargs: Any) -> None:
         """Remembers a module whose forward has changed what it keeps in Python."""
@@ -563,23 +562,23 @@ class Recorder(ValueTracer):
         return len(self.calls) == state.calls and not modules_used
 
 
-def _beside(modules: Iterable[nn.Module]) -> Iterator[tuple[int, tuple[Global, ...]]]:
-    """Identity of a module -> the global names that its forward speaks of."""
-    known: dict[type, tuple[Global, ...]] = {}
+def _beside(modules: Iterable[nn.Module]) -> Iterator[tuple[int, tuple[Beside, ...]]]:
+    """Identity of a module -> what its forward speaks of beside it."""
+    known: dict[type, tuple[Beside, ...]] = {}
     for module in modules:
         if not is_layer(module):
             kind = type(module)
             if "forward" in module.__dict__:
-                yield id(module), tuple(named(module, original_class(module)).globals.values())
+                yield id(module), tuple(named(module, original_class(module)).beside.values())
                 continue
             if kind not in known:
-                known[kind] = tuple(named(module, original_class(module)).globals.values())
+                known[kind] = tuple(named(module, original_class(module)).beside.values())
             yield id(module), known[kind]
 
 
 def _place_of(name: str) -> str:
-    """An attribute of a module, or a global name, as a state has it."""
-    return f"the {name}" if name.startswith(GLOBAL) else f"self.{name}"
+    """An attribute of a module, or what is beside it, as a state has it."""
+    return f"the {name}" if " " in name else f"self.{name}"
 
 
 def _is_tensor(proxy: ValueProxy) -> bool:

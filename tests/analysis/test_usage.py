@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -248,6 +250,17 @@ def test_what_nobody_listens_to_is_named_and_what_is_listened_to_is_not():
     with torch.no_grad():
         first[1].beta.zero_()  # which has said nothing yet
     assert dcafy.usage(model, batches()).unheard == ()
+
+
+@pytest.mark.parametrize("kind", ["cut", "shuffled", "mean"])
+def test_the_table_has_the_loss_and_the_accuracy_of_each_change_with_their_errors(kind):
+    found = dcafy.usage(moved(converted(SELinear, "chain")).eval(), batches())
+    effect = dataclasses.replace(getattr(found, kind), accuracy=-0.4321, accuracy_error=0.0123)
+    lines = str(dataclasses.replace(found, **{kind: effect})).splitlines()
+    of_all = next(n for n, line in enumerate(lines) if line.startswith("all"))
+    column = ["cut", "shuffled", "mean"].index(kind)
+    assert lines[of_all].split(" ± ")[column].split()[-1] == fixed(effect.loss, sign=True)
+    assert re.split(r"\s{2,}", lines[of_all + 1].strip())[column] == "-43.21 ± 1.23"
 
 
 def test_what_is_worth_something_together_is_not_dropped_together(monkeypatch):

@@ -116,6 +116,29 @@ def inside(change: Callable[[Any], object]) -> Callable[[nn.Module, pytest.Monke
     return all_of
 
 
+def enclosing() -> tuple[Callable[[Any, Tensor], Any], Callable[[], None], dict[str, float]]:
+    """A function with a name and a dictionary around it, what gives the name another value, and the dictionary."""
+    scale, table = 1.0, {"scale": 1.0}
+
+    def grow() -> None:
+        nonlocal scale
+        scale += 1
+
+    return lambda self, x: scale * table["scale"], grow, table
+
+
+READ_ENCLOSED, GROW_ENCLOSED, TABLE = enclosing()
+DEFAULTS = {"scale": 1.0}
+
+
+def with_default(self: Any, x: Tensor, table: dict[str, float] = DEFAULTS) -> float:
+    return table["scale"]
+
+
+def with_named_default(self: Any, x: Tensor, *, table: dict[str, float] = DEFAULTS) -> float:
+    return table["scale"]
+
+
 Case = tuple[Callable[[Any, Tensor], Any], Callable[[nn.Module, pytest.MonkeyPatch], None]]
 
 COMPARED: dict[str, Case] = {
@@ -186,6 +209,10 @@ COMPARED: dict[str, Case] = {
         lambda self, x: SHARED.scale,
         lambda m, patch: patch.setattr(SHARED, "scale", 3.0, raising=False),
     ),
+    "enclosed name": (READ_ENCLOSED, lambda m, patch: GROW_ENCLOSED()),
+    "enclosed dict": (READ_ENCLOSED, lambda m, patch: patch.setitem(TABLE, "scale", 3.0)),
+    "default": (with_default, lambda m, patch: patch.setitem(DEFAULTS, "scale", 3.0)),
+    "named default": (with_named_default, lambda m, patch: patch.setitem(DEFAULTS, "scale", 3.0)),
     "dtype": (lambda self, x: 3.0 if x.dtype == torch.float64 else 1.0, lambda m, patch: m.double() and None),
     "default dtype": (
         lambda self, x: 3.0 if torch.get_default_dtype() == torch.float64 else 1.0,
@@ -240,6 +267,22 @@ def kept_apart(self: Any, x: Tensor) -> float:
     return 1.0
 
 
+def counting() -> Callable[[Any, Tensor], float]:
+    calls = 0
+
+    def read(self: Any, x: Tensor) -> float:
+        nonlocal calls
+        calls += 1
+        return 1.0
+
+    return read
+
+
+def kept_in_default(self: Any, x: Tensor, seen: list[Any] = []) -> float:  # noqa: B006
+    seen.append(tuple(x.shape))
+    return 1.0
+
+
 class Drawing(Gated):
     """Has a generator of its own."""
 
@@ -260,6 +303,8 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "a counter in a list": (counted, "changes the global COUNTS"),
     "a counter": (counted_by_name, "changes the global CALLS"),
     "a list beside": (kept_apart, "changes the global SEEN"),
+    "an enclosed counter": (counting(), "changes the enclosed calls"),
+    "a list as a default": (kept_in_default, "changes the default seen"),
     "gradients": (lambda self, x: 2.0 if torch.is_grad_enabled() else 1.0, "torch.is_grad_enabled"),
     "inference": (lambda self, x: 2.0 if torch.is_inference_mode_enabled() else 1.0, "is_inference_mode_enabled"),
     "requires_grad": (lambda self, x: 2.0 if x.requires_grad else 1.0, "requires_grad of a tensor"),
@@ -351,6 +396,55 @@ def test_copies_pickles_and_compiled_ones_stay_connected(monkeypatch: pytest.Mon
     monkeypatch.setitem(globals(), "SCALE", 3.0)
     with pytest.warns(UserWarning, match="The global SCALE"):
         assert not torch.equal(again(IMAGES), expected)
+
+
+SCALES = {"scale": 1.0}
+
+
+def scaled_by(table: dict[str, float]) -> Callable[[Callable[[Any, Tensor], Tensor]], Callable[[Any, Tensor], Tensor]]:
+    def decorated(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        def scaled(self: Any, x: Tensor) -> Tensor:
+            return forward(self, x) * table["scale"]
+
+        return scaled
+
+    return decorated
+
+
+class Decorated(Gated):
+    forward = scaled_by(SCALES)(Gated.forward)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # what warns
+@pytest.mark.parametrize("way", ["as it is", "copied", "pickled", "compiled"])
+def test_what_a_decorator_encloses(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(Decorated)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    with torch.no_grad():
+        next(iter(dcafy.connections(connected).values())).beta.fill_(1.0)
+    ways: dict[str, Callable[[nn.Module], Any]] = {
+        "copied": copy.deepcopy,
+        "pickled": lambda one: pickle.loads(pickle.dumps(one)),
+        "compiled": lambda one: torch.compile(one, backend="eager"),
+    }
+    torch._dynamo.reset()
+    again = ways[way](connected) if way in ways else connected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(again(IMAGES), connected(IMAGES))
+        assert not torch.equal(again(IMAGES), model(IMAGES))
+    monkeypatch.setitem(SCALES, "scale", 3.0)
+    with pytest.warns(UserWarning, match="The enclosed table, by which Decorated goes"):
+        assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+def test_what_is_enclosed_no_more_after_a_pickle_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class that is there now is another one than was pickled."""
+    model = network(Decorated)
+    data = pickle.dumps(dcafy.convert(model, example_inputs=IMAGES).eval())
+    monkeypatch.setattr(Decorated, "forward", Gated.forward)
+    with pytest.warns(UserWarning, match="The enclosed table"):
+        assert torch.equal(pickle.loads(data)(IMAGES), model(IMAGES))
 
 
 def test_the_warning_names_the_place() -> None:
