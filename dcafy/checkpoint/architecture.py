@@ -16,7 +16,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import BuiltinFunctionType, FunctionType
@@ -90,37 +90,44 @@ def _is_data(value: Any, depth: int) -> bool:
 # --- building -------------------------------------------------------------------------------------------
 
 
-def built(how: Built, expected: Shapes, inputs: Any = None) -> nn.Module:
+def with_insertions(model: nn.Module, insertions: Iterable[Insertion], inputs: Any, *, copy: bool) -> nn.Module:
+    """``model`` with the attention that a folder says was put into it.
+
+    ``inputs``: the example that the network was converted with. Raises what :func:`dcafy.insert` raises.
+    """
+    example = None if inputs is None else from_data(inputs)
+    with OwnDraws():
+        for insertion in insertions:
+            model, copy = put(model, **dataclasses.asdict(insertion), example_inputs=example, copy=copy), False
+    return model
+
+
+def built(how: Built, insertions: tuple[Insertion, ...], expected: Shapes, inputs: Any = None) -> nn.Module:
     """The network of that name with new weights, once a copy without data has shown the ``expected`` shapes.
 
     ``inputs``: the example that the network was converted with. Nothing is fetched. Raises ``CheckpointError`` for a
     name that is not registered, an argument that may not be given, and a network with other keys or shapes.
     """
     try:
-        differs = difference(expected, shapes_of(_network_of(how, inputs, on_meta=True).state_dict()))
+        differs = difference(expected, shapes_of(_network_of(how, insertions, inputs, on_meta=True).state_dict()))
         if differs:
             raise CheckpointError(
                 f"the tensors in the folder do not fit the {printable(how.name)} that is built here: {differs}. "
                 "If the installed version builds it differently, pass the network: dcafy.load(directory, model=...)."
             )
-        return _network_of(how, inputs, on_meta=False)
+        return _network_of(how, insertions, inputs, on_meta=False)
     except (UsageError, InputError, TracingError) as error:
         raise CheckpointError(f"its network cannot be built here: {error}") from error
 
 
-def _network_of(how: Built, inputs: Any, *, on_meta: bool) -> nn.Module:
+def _network_of(how: Built, insertions: tuple[Insertion, ...], inputs: Any, *, on_meta: bool) -> nn.Module:
     """The network, with the attention that was inserted into it."""
-    model = _blueprint(how).build(on_meta=on_meta)
-    example = None if inputs is None else from_data(inputs)
-    with OwnDraws():
-        try:
-            for insertion in how.insertions:
-                model = put(model, **dataclasses.asdict(insertion), example_inputs=example, copy=False)
-        except TracingError:
-            if not on_meta:
-                raise
-            return _network_of(how, inputs, on_meta=False)  # detectors look at their boxes, so they need data
-    return model
+    try:
+        return with_insertions(_blueprint(how).build(on_meta=on_meta), insertions, inputs, copy=False)
+    except TracingError:
+        if not on_meta:
+            raise
+        return _network_of(how, insertions, inputs, on_meta=False)  # detectors look at their boxes, so they need data
 
 
 def _blueprint(how: Built) -> specs.Blueprint:
@@ -175,6 +182,12 @@ _INFORMATIVE = frozenset(
 """Attributes of the outermost module that describe it: a new head leaves them as they were."""
 
 
+def insertions_of(model: nn.Module) -> tuple[Insertion, ...]:
+    """The attention that was put into ``model``, as a folder has it."""
+    found: tuple[Insertion, ...] = getattr(model, INSERTED, ())
+    return found
+
+
 def recognised(model: nn.Module, recipe: Recipe | None, inputs: Any = None) -> Built | None:
     """How torchvision or timm builds the network that ``model`` was converted from; ``None`` where they do not.
 
@@ -182,10 +195,9 @@ def recognised(model: nn.Module, recipe: Recipe | None, inputs: Any = None) -> B
     """
     inputs = recipe.inputs if inputs is None and recipe is not None else inputs
     ours = _network(model)
-    inserted: tuple[Insertion, ...] = getattr(model, INSERTED, ())
-    for named in _candidates(model, ours, recipe):
-        candidate = dataclasses.replace(named, insertions=inserted)
-        theirs = _zoo_network(candidate, inputs)
+    zoo_network = functools.partial(_zoo_network, insertions=insertions_of(model), inputs=inputs)
+    for candidate in _candidates(model, ours, recipe):
+        theirs = zoo_network(candidate)
         if theirs is None:
             continue
         if ours.is_like(theirs):
@@ -193,14 +205,14 @@ def recognised(model: nn.Module, recipe: Recipe | None, inputs: Any = None) -> B
         told = _told(ours, theirs)
         if told:
             candidate = dataclasses.replace(candidate, arguments={**candidate.arguments, **told})
-            theirs = _zoo_network(candidate, inputs)
+            theirs = zoo_network(candidate)
             if theirs is None:
                 continue
             if ours.is_like(theirs):
                 return candidate
         for number in _class_counts(ours.shapes, theirs.shapes):
             headed = dataclasses.replace(candidate, arguments={**candidate.arguments, "num_classes": number})
-            theirs = _zoo_network(headed, inputs)
+            theirs = zoo_network(headed)
             if theirs is not None and ours.is_like(theirs):
                 return headed
     return None
@@ -298,16 +310,17 @@ def _torchvision_names(home: str, size: int) -> list[str]:
     return sorted(names, key=distance)
 
 
-def _zoo_network(how: Built, inputs: Any) -> _Network | None:
-    """What a zoo builds that way."""
-    return _described_network(json.dumps([written(how), inputs]))
+def _zoo_network(how: Built, insertions: tuple[Insertion, ...], inputs: Any) -> _Network | None:
+    """What a zoo builds that way, with that attention in it."""
+    return _described_network(json.dumps([written(how), [written(one) for one in insertions], inputs]))
 
 
 @functools.lru_cache(maxsize=32)  # a training program saves after every epoch
 def _described_network(described: str) -> _Network | None:
-    how, inputs = json.loads(described)
+    how, insertions, inputs = json.loads(described)
     try:
-        return _network(_network_of(read(Built, how), inputs, on_meta=True))
+        put_in = tuple(read(Insertion, one) for one in insertions)
+        return _network(_network_of(read(Built, how), put_in, inputs, on_meta=True))
     except Exception as error:  # a builder may fail in any way; the network then goes without a name
         log.debug("%s could not be built for comparison: %s", how["name"], error)
         return None

@@ -119,12 +119,12 @@ def _lines(description: Description, found: Measured) -> Iterator[str]:
     if built is not None and built.arguments:
         given = ", ".join(f"{key}={value!r}" for key, value in built.arguments.items())
         yield f"- Built with {_shown(given)}"
-    if built is not None and built.insertions:
-        yield f"- Inserted attention: {_shown(', '.join(one.attention for one in built.insertions))}"
+    if description.insertions:
+        yield f"- Inserted attention: {_shown(', '.join(one.attention for one in description.insertions))}"
     if about is not None:
         yield from _known(about)
     if not description.weights.with_base:
-        yield "- This folder holds the connections only; they belong to the base weights that they were trained on"
+        yield "- This folder holds only what dcafy added; it belongs to the base weights that it was trained on"
     yield f"- Parameters: {found.parameters:,}"
     if found.cost is not None and about is not None and about.preparation is not None:
         height, width = about.preparation.size

@@ -26,9 +26,12 @@ from dcafy.wording import printable
 
 
 def _with_insertions(data: dict[str, Any]) -> dict[str, Any]:
-    """Folders from before attention could be inserted do not say that none was."""
-    model = data.get("model")
-    return {**data, "model": {"insertions": [], **model}} if isinstance(model, dict) else data
+    """Folders from before hand-written networks had them say it of a zoo's network; the oldest do not say it at all."""
+    model, said = data.get("model"), []
+    if isinstance(model, dict) and "insertions" in model:
+        said = model["insertions"]
+        data = {**data, "model": {name: value for name, value in model.items() if name != "insertions"}}
+    return {"insertions": said, **data}
 
 
 def _keyed_by_block(data: dict[str, Any]) -> dict[str, Any]:
@@ -160,14 +163,10 @@ _STRIDES = matching(r"\d{1,15}(x\d{1,15})*", "strides")
 
 @dataclass(frozen=True)
 class Built:
-    """How torchvision or timm builds the network: a name such as ``timm:seresnet50``, and arguments.
-
-    ``insertions``  the attention that :func:`dcafy.insert` then put into it
-    """
+    """How torchvision or timm builds the network: a name such as ``timm:seresnet50``, and arguments."""
 
     name: str
     arguments: dict[str, Annotated[Any, ReadBy(_argument)]] = field(default_factory=dict)
-    insertions: tuple[Insertion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class Weights:
 
     ``file``          one of :data:`FILES`
     ``sha256``        the fingerprint of everything in the file
-    ``base_sha256``   the fingerprint of the base weights: every key without ``dca`` in its path
+    ``base_sha256``   the fingerprint of the base weights: all but connections and attention that was put in
     ``base``          without the base in the file: key -> facts about the weights that have to be there
     ``tied``          key -> the key under which its tensor is stored
     ``layouts``       key -> the strides (``27x1x9x3``) of a tensor that is dense and not laid out contiguously
@@ -219,16 +218,18 @@ class State:
 class Description:
     """Everything that ``dcafy.json`` says.
 
-    ``versions``   package -> version, of those that made the model
-    ``model``      how the network is built, where that is known
-    ``about``      its classes, how its images are made ready, what it was trained on, where that is known
-    ``options``    the options of :func:`dcafy.convert`
-    ``inputs``     the example it was traced with (see :func:`dcafy.trace.inputs.as_data`), where that is known
-    ``plan``       what was connected; ``None`` for a network without connections
+    ``versions``    package -> version, of those that made the model
+    ``model``       how the network is built, where that is known
+    ``insertions``  the attention that was then put into it (:func:`dcafy.insert`)
+    ``about``       its classes, how its images are made ready, what it was trained on, where that is known
+    ``options``     the options of :func:`dcafy.convert`
+    ``inputs``      the example it was traced with (see :func:`dcafy.trace.inputs.as_data`), where that is known
+    ``plan``        what was connected; ``None`` for a network without connections
     """
 
     versions: dict[str, str]
     model: Built | None
+    insertions: tuple[Insertion, ...]
     about: About | None
     options: Annotated[dict[str, Any], ReadBy(_options)]
     inputs: Annotated[Any, _inputs]

@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dcafy.attention.inserted import inserted
-from dcafy.checkpoint.architecture import built
+from dcafy.checkpoint.architecture import built, with_insertions
 from dcafy.checkpoint.description import Description, Facts, installed_versions
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.hub import fetched, is_address
 from dcafy.checkpoint.keys import Keys
 from dcafy.checkpoint.state import restore
-from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connection, put
+from dcafy.checkpoint.tensors import dtype_named, facts, fingerprint, is_connection, new_keys, put
 from dcafy.conversion import convert
 from dcafy.emit.dca import dca_of, is_connected
-from dcafy.errors import CheckpointError, DcafyError, InputError
+from dcafy.errors import CheckpointError, DcafyError, InputError, TracingError, UsageError
 from dcafy.graph.copies import own_copy
 from dcafy.images.about import put_about
 from dcafy.trace.accepted import require_module
@@ -41,7 +41,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     No other code runs, whatever the folder says. What is known of the network besides comes with it:
     :func:`dcafy.about` gives its classes, preprocessing and results, :func:`dcafy.transforms` the preprocessing.
 
-    ``model``: the network as it was before :func:`dcafy.convert`; with the attention in it that was put in by
+    ``model``: the network as it was before :func:`dcafy.convert`, with or without the attention that was put in by
     :func:`dcafy.insert` or ``convert(attention=...)``. Its weights do not matter if the folder holds them; a folder
     saved with ``base=False`` needs the very weights that the connections were trained on.
 
@@ -80,13 +80,14 @@ def _loaded(description: Description, tensors: dict[str, Tensor], model: nn.Modu
     if model is None:
         network = _built(description, base)
     else:
-        network = model
-        own = {key: fact for key, fact in _state(model).items() if not is_connection(key)}  # it may have a dca itself
-        has_attention = next(inserted(model), None) is not None
+        network = _with_attention(model, description)
+        own = {key: fact for key, fact in _state(network).items() if not is_connection(key)}  # it may have a dca itself
+        has_attention = next(inserted(network), None) is not None
         _compare(base, own, "the network that was given", "" if has_attention else _AS_IT_WAS)
     if not description.weights.with_base:
-        _require_same_weights(network, base)
-    converted = _converted(network, description, copy=model is not None)
+        _require_no_base(description, tensors, new_keys(network))
+        _require_same_weights(network, description.weights.base)
+    converted = _converted(network, description, copy=network is model)
     if description.weights.keyed_by == "block":
         description, tensors = _rekeyed(description, tensors, converted)
         expected = _expected(description, tensors)
@@ -146,13 +147,18 @@ def _expected(description: Description, tensors: Mapping[str, Tensor]) -> dict[s
         if original not in stored or key in stored:
             raise CheckpointError(f"{printable(key)} is said to be tied to {printable(original)}, which is not stored.")
     tied = {key: stored[original] for key, original in weights.tied.items()}
-    if not weights.with_base and any(not is_connection(key) for key in (*stored, *tied)):
-        raise CheckpointError(f"its {weights.file} holds base weights too, which it should not.")
     if weights.base and (weights.with_base or fingerprint(weights.base) != weights.base_sha256):
         raise CheckpointError("its list of base weights is damaged. Save the model again, or copy the folder again.")
     for fact in weights.base.values():
         _dtype(fact.dtype)
     return {**weights.base, **stored, **tied}
+
+
+def _require_no_base(description: Description, tensors: Mapping[str, Tensor], is_new: Callable[[str], bool]) -> None:
+    """Nothing where what is stored is new to the base, and nothing of that stands among the base's own."""
+    weights = description.weights
+    if not all(is_new(key) and key not in weights.base for key in (*tensors, *weights.tied)):
+        raise CheckpointError(f"its {weights.file} holds base weights too, which it should not.")
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -167,16 +173,29 @@ def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
     network = printable(_name(description))
     if not description.weights.with_base:
         raise CheckpointError(
-            f"it holds connections only (it was saved with base=False). Pass the {network} that they were trained on, "
+            f"it holds connections only (it was saved with base=False). Pass the {network} that they were trained in, "
             "with its weights: dcafy.load(directory, model=...)."
         )
     if description.model is None:
         raise CheckpointError(
             f"it does not say how its network is built: {network} was hand-written, or was changed in a way that "
-            "torchvision and timm do not build. Pass the network as it was before dcafy.convert, after dcafy.insert if "
-            "that was used (its weights do not matter): dcafy.load(directory, model=...)."
+            "torchvision and timm do not build. Pass the network as it was before dcafy.convert (its weights do not "
+            "matter): dcafy.load(directory, model=...)."
         )
-    return built(description.model, {key: fact.shape for key, fact in base.items()}, description.inputs)
+    shapes = {key: fact.shape for key, fact in base.items()}
+    return built(description.model, description.insertions, shapes, description.inputs)
+
+
+def _with_attention(model: nn.Module, description: Description) -> nn.Module:
+    """``model``, which stays as it is, with the attention in it that was put in; itself where it has some."""
+    if not description.insertions or next(inserted(model), None) is not None:
+        return model
+    try:
+        return with_insertions(model, description.insertions, description.inputs, copy=True)
+    except (UsageError, InputError, TracingError) as error:
+        raise CheckpointError(
+            f"the attention that it has put in does not fit the network that was given: {error}"
+        ) from error
 
 
 def _name(description: Description) -> str:
@@ -189,7 +208,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-_AS_IT_WAS = " If attention was put in, pass the network with it: dcafy.insert(model, ...), with the options of then."
+_AS_IT_WAS = " If an older dcafy put attention in, pass the network with it: dcafy.insert(model, ...), as it was then."
 
 
 def _compare(saved: Mapping[str, Facts], network: Mapping[str, Tensor], what: str, advice: str = "") -> None:

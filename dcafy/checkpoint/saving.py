@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from dcafy.attention.inserted import hands_on
-from dcafy.checkpoint.architecture import recognised
+from dcafy.checkpoint.architecture import insertions_of, recognised
 from dcafy.checkpoint.card import card, measured
 from dcafy.checkpoint.description import FILES, Built, Description, Weights, installed_versions
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import state_of
-from dcafy.checkpoint.tensors import fingerprint, is_connection, pack
+from dcafy.checkpoint.tensors import fingerprint, new_keys, pack
 from dcafy.emit.dca import Recipe, is_connected, recipes
 from dcafy.errors import InputError
 from dcafy.images.about import About, about, known
@@ -27,8 +27,9 @@ from dcafy.zoos.specs import blueprint_of, has_random_weights
 def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True) -> None:
     """A folder from which :func:`dcafy.load` gives ``dca`` back: ``dcafy.json``, ``model.safetensors``, ``README.md``.
 
-    ``base=False``: only the connections, in ``connections.safetensors``, beside a fingerprint of the base
-    weights that they belong to. A network that torchvision or timm builds is noted by its name. Nothing is pickled.
+    ``base=False``: only the connections, and attention that dcafy put in, in ``connections.safetensors``, beside a
+    fingerprint of the base weights that they belong to. A network that torchvision or timm builds is noted by its name.
+    Nothing is pickled.
 
     A folder that :func:`save` wrote before is replaced all at once: killed half-way, it is as it was. Tensors
     that share memory are stored once; optimizer state, gradients and hooks are not stored.
@@ -49,11 +50,6 @@ def save(dca: nn.Module, directory: str | os.PathLike[str], *, base: bool = True
     require_module(dca)
     if is_connected(dca) or not hands_on(dca):
         _recipe(dca)
-    elif not base:
-        raise InputError(
-            f"{type(dca).__name__} has no connections to store without the base: what was put in is part of that. Save "
-            "it with base=True (on the command line: without --connections-only)."
-        )
     store(dca, directory, base=base)
 
 
@@ -62,8 +58,9 @@ def store(model: nn.Module, directory: str | os.PathLike[str], *, base: bool = T
     recipe = _recipe(model) if is_connected(model) else None
     folder = Folder(directory)
     folder.require_replaceable()
-    packed = pack(model, kept=lambda key: base or is_connection(key))
-    of_base = {key: facts for key, facts in packed.facts.items() if not is_connection(key)}
+    is_new = new_keys(model)
+    packed = pack(model, kept=lambda key: base or is_new(key))
+    of_base = {key: facts for key, facts in packed.facts.items() if not is_new(key)}
     what = known(model)
     if recipe is not None:
         inputs = recipe.inputs
@@ -74,6 +71,7 @@ def store(model: nn.Module, directory: str | os.PathLike[str], *, base: bool = T
     description = Description(
         versions=installed_versions(built),
         model=built,
+        insertions=insertions_of(model),
         about=_about(model, built),
         options={} if recipe is None else recipe.options,
         inputs=inputs,

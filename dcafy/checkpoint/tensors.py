@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dcafy.attention.inserted import inserted
 from dcafy.checkpoint.description import Facts
 from dcafy.errors import CheckpointError, InputError
 from dcafy.wording import printable
@@ -29,6 +30,14 @@ _DTYPES: dict[str, torch.dtype] = {
 def is_connection(key: str) -> bool:
     """Whether a key of a state dict belongs to a connection and not to the base."""
     return "dca" in key.split(".")
+
+
+def new_keys(model: nn.Module) -> Callable[[str], bool]:
+    """What tells keys of connections, and of attention that was put in, from those of the base."""
+    put_in = {id(module) for _, module in inserted(model)}
+    paths = (path for path, module in model.named_modules(remove_duplicate=False) if id(module) in put_in)
+    roots = tuple(f"{path}." for path in paths)
+    return lambda key: is_connection(key) or key.startswith(roots)
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -31,7 +31,7 @@ def convert_command(
     conversion: Conversion,
     file: FileOptions,
     base: Annotated[
-        bool, typer.Option("--base/--connections-only", help="Write all weights, or only the connections'.")
+        bool, typer.Option("--base/--connections-only", help="Write all weights, or only what is new.")
     ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the model in a folder.  [default: refuse]")

@@ -22,6 +22,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from family import Plain
 from safetensors.torch import load_file
 from snapshot import differences, snapshot
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def untrained() -> nn.Module:
     return networks.with_attention(networks.SELinear)
 
 
-def assert_same(one: nn.Module, other: nn.Module, images: Tensor = IMAGES) -> None:
+def assert_same(one: nn.Module, other: nn.Module, images: Tensor = IMAGES, *, unconnected: bool = False) -> None:
     """The same state, flags and outputs, bit for bit, in both modes."""
     state, theirs = one.state_dict(), other.state_dict()
     assert list(state) == list(theirs)
@@ -81,7 +82,8 @@ def assert_same(one: nn.Module, other: nn.Module, images: Tensor = IMAGES) -> No
     assert {path: m.training for path, m in one.named_modules()} == {p: m.training for p, m in other.named_modules()}
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (one, other)]
     assert flags[0] == flags[1]
-    assert list(dcafy.connections(one)) == list(dcafy.connections(other)) != []
+    if not unconnected:
+        assert list(dcafy.connections(one)) == list(dcafy.connections(other)) != []
     for training in (False, True):
         outputs = []
         for model in (one, other):
@@ -184,6 +186,46 @@ def test_inserted_attention(tmp_path: Path) -> None:
     dcafy.save(dca, tmp_path)
     assert_same(dca, dcafy.load(tmp_path))
     assert_same(dca, dcafy.load(tmp_path, dcafy.insert(torchvision.models.resnet18(), "se")))
+    assert_same(dca, dcafy.load(tmp_path, torchvision.models.resnet18()))
+
+
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("attention", ["se", "eca", "dia", "mrla"])
+def test_attention_inserted_into_a_network_written_by_hand(attention: str, base: bool, tmp_path: Path) -> None:
+    model = trained(Plain)
+    by_nature = attention == "dia"
+    dca = dcafy.insert(model, attention) if by_nature else connected(model, attention=attention)
+    with seeded(31), torch.no_grad():
+        for name, parameter in dca.named_parameters():
+            parameter.add_(torch.rand_like(parameter), alpha=0.1 * (f".{attention}." in name))
+    dcafy.save(dca, tmp_path, base=base)
+    added = dca.state_dict().keys() - model.state_dict().keys()
+    held = load_file(tmp_path / f"{'model' if base else 'connections'}.safetensors").keys()
+    assert any("dca" not in key.split(".") for key in added)
+    assert base or held <= added
+    own, before = (model if not base else Plain()), torch.get_rng_state()
+    keys = list(own.state_dict())
+    assert_same(dca, dcafy.load(tmp_path, own), unconnected=by_nature)
+    assert list(own.state_dict()) == keys
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_attention_inserted_into_another_network_than_is_given(tmp_path: Path) -> None:
+    dcafy.save(connected(trained(Plain), attention="se"), tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit the network that was given"):
+        dcafy.load(tmp_path, nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    with pytest.raises(CheckpointError, match="do not fit the network that was given"):
+        dcafy.load(tmp_path, torchvision.models.resnet18())
+
+
+def test_a_folder_that_says_of_the_zoos_network_what_was_inserted(resnet_with_attention: Path, tmp_path: Path) -> None:
+    """As those of this version did at first."""
+    shutil.copytree(resnet_with_attention, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "dcafy.json"
+    description = json.loads(file.read_text())
+    description["model"]["insertions"] = description.pop("insertions")
+    file.write_text(json.dumps(description))
+    assert_same(dcafy.load(resnet_with_attention), dcafy.load(tmp_path))
 
 
 def test_attention_inserted_twice_and_elsewhere(tmp_path: Path) -> None:
@@ -201,7 +243,7 @@ def test_an_insertion_that_is_none(resnet_with_attention: Path, tmp_path: Path, 
     shutil.copytree(resnet_with_attention, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "dcafy.json"
     description = json.loads(file.read_text())
-    description["model"]["insertions"][0][entry] = value
+    description["insertions"][0][entry] = value
     file.write_text(json.dumps(description))
     with pytest.raises(CheckpointError, match=rf"insertions\[0\]\.{entry}"):
         dcafy.load(tmp_path)
@@ -300,7 +342,7 @@ def by_name(model: nn.Module, folder: Path, images: Tensor = IMAGES) -> Any:
 
 def test_torchvision_by_name(tmp_path: Path) -> None:
     model = trained(torchvision.models.mobilenet_v3_small)
-    expected = {"name": "torchvision:mobilenet_v3_small", "arguments": {}, "insertions": []}
+    expected = {"name": "torchvision:mobilenet_v3_small", "arguments": {}}
     assert by_name(model, tmp_path) == expected
     assert description(tmp_path)["versions"]["torchvision"]
     reloaded = dcafy.load(tmp_path)
@@ -311,7 +353,7 @@ def test_torchvision_with_a_new_head(tmp_path: Path) -> None:
     dca = mobilenet()
     dca.classifier[-1] = nn.Linear(1024, 7)
     dcafy.save(dca, tmp_path)
-    expected = {"name": "torchvision:mobilenet_v3_small", "arguments": {"num_classes": 7}, "insertions": []}
+    expected = {"name": "torchvision:mobilenet_v3_small", "arguments": {"num_classes": 7}}
     assert description(tmp_path)["model"] == expected
     assert_same(dca, dcafy.load(tmp_path))
 
@@ -479,7 +521,6 @@ def test_detector(tmp_path: Path) -> None:
     expected = {
         "name": "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn",
         "arguments": {"num_classes": 4},
-        "insertions": [],
     }
     assert description(tmp_path)["model"] == expected
     loaded = dcafy.load(tmp_path)

@@ -221,7 +221,7 @@ def test_the_card_tells_what_was_measured_and_nothing_else(model: nn.Module, tmp
     bare = (tmp_path / "bare" / CARD).read_text()
     assert "Validation" not in bare
     assert "Trained" not in bare
-    assert "holds the connections only" in bare
+    assert "holds only what dcafy added" in bare
 
 
 def test_random_weights_are_told_whatever_they_went_through(tmp_path: Path, dcafy_command: Run) -> None:
