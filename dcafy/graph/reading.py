@@ -18,6 +18,9 @@ from torch import Tensor, nn
 _ASKS = frozenset({"getattr", "hasattr", "__dict__", "vars", "attrgetter"})
 """By which an attribute is asked for with a string."""
 
+_LOOKS_UP = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME"})
+"""Steps of code that look up a name, and do not give it a value."""
+
 _OF_PYTHON = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dcafy"}) - {"__main__"}
 
 
@@ -151,7 +154,7 @@ def _of_function(function: types.FunctionType) -> Named:
     for held in _enclosed_by(function) if not is_pythons(function.__module__) else ():
         found.beside[id(function), held.title] = held
     for code in codes_of(function):
-        found.attributes.update(code.co_names)
+        found.attributes.update(step.argval for step in dis.get_instructions(code) if step.opname in _LOOKS_UP)
         found.behind.update(_behind(code))
         if not _ASKS.isdisjoint(code.co_names):
             found.strings.update(_strings(code))
@@ -266,14 +269,9 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
             yield one
 
 
-def plain_function(value: Any) -> types.FunctionType | None:
-    """The user's function in a method, property, partial or wrapper, if there is one."""
-    return next(iter(reversed(list(_functions(value)))), None)
-
-
-def codes_of(function: types.FunctionType | None) -> list[types.CodeType]:
+def codes_of(function: types.FunctionType) -> list[types.CodeType]:
     """The code of a function, and of the functions inside it."""
-    codes = [] if function is None else [function.__code__]
+    codes = [function.__code__]
     for code in codes:
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
     return codes
@@ -288,27 +286,6 @@ def closed_over(function: Any) -> Iterator[Any]:
 def _content(cell: types.CellType) -> Iterator[Any]:
     with contextlib.suppress(ValueError):
         yield cell.cell_contents
-
-
-def loaded(module: nn.Module, kind: type[nn.Module]) -> set[str]:
-    """The attributes that its forward, and whatever function that reaches, may ask for, of whatever."""
-    names: set[str] = set()
-    seen: set[int] = set()
-    pending: list[Any] = [module.__dict__.get("forward"), inspect.getattr_static(kind, "forward", None)]
-    while pending:
-        function = plain_function(pending.pop())
-        if function is None or id(function) in seen:
-            continue
-        seen.add(id(function))
-        scopes = [module.__dict__, function.__globals__, *(vars(base) for base in kind.__mro__)]
-        scopes += [vars(value) for value in function.__globals__.values() if isinstance(value, types.ModuleType)]
-        pending += closed_over(function)
-        for code in codes_of(function):
-            steps = list(dis.get_instructions(code))
-            names.update(step.argval for step in steps if step.opname in ("LOAD_ATTR", "LOAD_METHOD"))
-            names.update(const for const in code.co_consts if isinstance(const, str))  # getattr(self, "name")
-            pending += [scope[name] for name in code.co_names for scope in scopes if name in scope]
-    return names
 
 
 @functools.lru_cache(maxsize=4096)

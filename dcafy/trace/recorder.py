@@ -28,7 +28,7 @@ from dcafy.graph.copies import is_nothing, running_copy
 from dcafy.graph.evaluator import Evaluator
 from dcafy.graph.nodes import OWNER, PLACE, VALUE, as_plain, is_record, leaves, mapped, values_of
 from dcafy.graph.paths import above, below, joined, within
-from dcafy.graph.reading import Beside, loaded, named
+from dcafy.graph.reading import Beside, named
 from dcafy.graph.rewritten import is_rewritten, original_class
 from dcafy.threads import ONE_AT_A_TIME
 from dcafy.trace.effects import (
@@ -297,7 +297,8 @@ class Recorder(ValueTracer):
     def _goes_by(self, path: str, names: Set[str]) -> bool:
         """Whether a forward asks for an attribute before it has set it: it goes by what the last call left there."""
         module, _, args, kwargs = self._changing[path]
-        if not loaded(module, original_class(module)) & names:
+        spoken = named(module, original_class(module))
+        if names.isdisjoint(spoken.attributes | spoken.strings):
             return False
         kept = Kept(self._inner[path].values())
         for inner in self._inner[path].values():
