@@ -25,6 +25,8 @@ What is expected, written down before any run that counts:
    fine-tuned; *inserted, connected* is *inserted* within half a point, and *inserted, centred* is above both.
 9. (As 8.) ``blur`` and ``cast`` are as ``gain`` and ``noise``. Networks of ``mobile``, whose shortcuts carry what early
    layers saw wherever there is no stride, gain less than the same tasks do without shortcuts, and more than ``wide``.
+10. (Before any of these was run.) ``tuned, adamw``, with the optimizer and the rates that ``dcafy finetune`` has where
+    it is told nothing: *centred* is above *vanilla*, and by less than in ``tuned``.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ from dcafy.attention.inserted import hearing_states, inserted_parameters
 from dcafy.converted import undecayed
 from dcafy.emit.connection import Connection
 from dcafy.emit.dca import is_connected, own_parameters, scale_parameters
+from dcafy.training.options import LEARNING_RATES, WEIGHT_DECAYS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -428,19 +431,33 @@ INSERTED_FAMILY = {
 }
 """Other ways to connect attention, for a trained network that has none."""
 
-FEW = {name: {**MAIN, **CONTROLS}[name] for name in ("vanilla", "no attention", "connected", "centred", "own message")}
+
+def _few(*names: str) -> dict[str, Arm]:
+    return {name: {**MAIN, **CONTROLS}[name] for name in names}
+
+
+FEW = _few("vanilla", "no attention", "connected", "centred", "own message")
+BY_ADAMW = _few("vanilla", "connected", "centred", "own message", "centred x1")
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda groups, lr, cuda: torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, fused=cuda),  # paper 4.1
+    "adamw": lambda groups, lr, cuda: torch.optim.AdamW(groups, lr, fused=cuda, capturable=cuda),
+}
+"""By the names that ``dcafy finetune`` has for them, with its momentum."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """Data, network and budget; ``main``: one of the three with 20 seeds, the others are exploratory with 5.
 
-    ``classes``   of garments that are to be named
-    ``before``    classes that a network was trained on before, and is fine-tuned from
-    ``of``        the setting that it continues: runs of the same arm and seed are that one's
+    ``optimizer``  one of :data:`OPTIMIZERS`
+    ``classes``    of garments that are to be named
+    ``before``     classes that a network was trained on before, and is fine-tuned from
+    ``of``         the setting that it continues: runs of the same arm and seed are that one's
     """
 
     name: str
@@ -451,6 +468,7 @@ class Setting:
     steps: int = 1500
     lr: float = 0.1
     batch: int = 100
+    optimizer: str = "sgd"
     main: bool = False
     classes: range = range(10)
     before: range | None = None
@@ -464,7 +482,8 @@ class Setting:
     @property
     def budget(self) -> dict[str, Any]:
         """What decides a row beside setting, arm and seed: rows of another budget are not taken together."""
-        return {"steps": self.steps, "lr": self.lr, "batch": self.batch, "classes": len(self.classes)}
+        own = {"steps": self.steps, "lr": self.lr, "batch": self.batch, "classes": len(self.classes)}
+        return own if self.optimizer == "sgd" else {**own, "optimizer": self.optimizer}
 
 
 SWITCH = "two garments summed, one upside down; a patch in a corner, seen early only, says which one to name"
@@ -517,6 +536,14 @@ SETTINGS = {
             *(switch, Narrow),
             **TUNED,
             arms={name: arm for name, arm in {**FEW, **OPTIONS}.items() if arm.attention},
+        ),
+        Setting(
+            "tuned, adamw",
+            f"{SWITCH_TUNED}, by AdamW",
+            *(switch, Narrow),
+            **{**TUNED, "lr": LEARNING_RATES["adamw"]},
+            optimizer="adamw",
+            arms=BY_ADAMW,
         ),
         Setting(
             "inserted",
@@ -622,7 +649,9 @@ class Study:
             return self.network(setting, seed, attention=attention)
         key = setting.of or setting.name, seed
         if key not in self._trained:
-            first = dataclasses.replace(setting, classes=setting.before, before=None, steps=2 * setting.steps, lr=0.1)
+            first = dataclasses.replace(
+                setting, classes=setting.before, before=None, steps=2 * setting.steps, lr=0.1, optimizer="sgd"
+            )
             network = self.network(first, seed)
             self.train([(network, MAIN["vanilla"])], first, seed + 5000)
             self._trained = {key: network}
@@ -632,12 +661,12 @@ class Study:
         return self._placed(network)
 
     def train(self, arms: list[tuple[nn.Module, Arm]], setting: Setting, seed: int) -> None:
-        """SGD with Nesterov momentum (paper 4.1), a short warm-up, and a cosine to 0: networks of one order."""
+        """The setting's optimizer, a short warm-up, and a cosine to 0: networks of one order."""
         cuda = self.device.type == "cuda"
         trained: Trained = []
         for network, arm in arms:
             groups = _groups(network.train(), setting, arm)
-            trained.append((network, torch.optim.SGD(groups, lr=setting.lr, momentum=0.9, nesterov=True, fused=cuda)))
+            trained.append((network, OPTIMIZERS[setting.optimizer](groups, setting.lr, cuda)))
         (order,) = {arm.order for _, arm in arms}
         chance = torch.Generator().manual_seed(seed + order)
         if cuda:
@@ -767,7 +796,7 @@ def _groups(network: nn.Module, setting: Setting, arm: Arm) -> list[dict[str, An
             rate = setting.lr * arm.faster if id(p) in put_in else setting.lr
             if id(p) not in put_in or arm.options is not None:
                 rate = scale if id(p) in scales else match if id(p) in own else rate
-            groups.setdefault((rate, 0.0 if id(p) in apart else 1e-4), []).append(p)
+            groups.setdefault((rate, 0.0 if id(p) in apart else WEIGHT_DECAYS[setting.optimizer]), []).append(p)
     return [{"params": part, "lr": rate, "weight_decay": decay} for (rate, decay), part in groups.items()]
 
 

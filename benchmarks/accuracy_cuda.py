@@ -36,7 +36,8 @@ class Recorded:
             stepped(network, optimizer, self.x, self.y)
         network.load_state_dict(before)
         for state in optimizer.state.values():
-            state["momentum_buffer"].zero_()
+            for value in state.values():
+                value.zero_()
 
     def launch(self, x: Tensor, y: Tensor, part: float) -> None:
         with torch.cuda.stream(self.stream):

@@ -91,10 +91,11 @@ JUDGED: tuple[tuple[int, tuple[str, ...], str, str, str, Verdict], ...] = (
     (8, ("inserted",), "inserted, centred", "inserted", "above", _above),
     (8, ("inserted",), "inserted, centred", "inserted, connected", "above", _above),
     (9, ("blur", "cast"), "centred", "vanilla", "above", _above),
+    (10, ("tuned, adamw",), "centred", "vanilla", "above", _above),
 )
 """What was expected, by its number: in which settings which arm is what of which other.
 
-What 7 and 9 say of one setting beside another is not judged: settings are not paired.
+What 7, 9 and 10 say of one setting beside another is not judged: settings are not paired.
 """
 
 

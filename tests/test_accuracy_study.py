@@ -57,7 +57,16 @@ def test_an_arm_is_what_it_says(name: str, study: Any, modules: tuple[Any, Any])
     assert json.loads(json.dumps(row)) == row
 
 
-SLOW = ("cued eca", "cued gc", "cued, family", "switch, options", "inserted", "inserted, family", "plain")
+SLOW = (
+    "cued eca",
+    "cued gc",
+    "cued, family",
+    "switch, options",
+    "inserted",
+    "inserted, family",
+    "plain",
+    "tuned, adamw",
+)
 
 
 @pytest.mark.filterwarnings("ignore:The schema 'normalised' is not the identity")

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import dcafy
+from dcafy.training.optimization import groups_of
+from dcafy.training.options import TrainingConfig
 
 SOURCE = Path(__file__).parents[1] / "benchmarks"
 
@@ -175,6 +177,23 @@ def test_an_arm_is_what_it_says(name: str, study: Any, module: Any) -> None:
     assert start.fc.out_features == 2
 
 
+def test_by_adamw_as_finetune_trains(study: Any, module: Any) -> None:
+    """The optimizer's groups have the rates and the decay that the command's have."""
+    accuracy = importlib.import_module("accuracy")
+    setting = dataclasses.replace(module.SETTINGS["pretrained, adamw"], steps=1, batch=4)
+    (row,) = study.run(setting, ["centred"], 0)
+    assert (row["optimizer"], row["setting"]) == ("adamw", "pretrained, adamw")
+    arm = setting.arms["centred"]
+    network, _ = study.made(setting, arm, 0)
+    groups, wanted = accuracy._groups(network, setting, arm), groups_of(network, TrainingConfig())
+    found, expected = (
+        sorted((group["lr"], group["weight_decay"], sum(p.numel() for p in group["params"])) for group in one)
+        for one in (groups, wanted)
+    )
+    assert found == expected
+    assert isinstance(accuracy.OPTIMIZERS[setting.optimizer](groups, setting.lr, False), torch.optim.AdamW)
+
+
 def test_arms_start_from_the_same_outputs(study: Any, module: Any) -> None:
     x, _ = study.batch(module.SETTING, "train", 3, torch.Generator().manual_seed(1))
     accuracy = importlib.import_module("accuracy")
@@ -189,8 +208,8 @@ def test_arms_start_from_the_same_outputs(study: Any, module: Any) -> None:
 def test_the_rows_that_are_committed_make_the_tables(module: Any) -> None:
     rows = module.read(module.RESULTS)
     assert rows
-    assert all(module.SETTING.budget.items() <= row.items() for row in rows)
-    assert len({(row["arm"], row["seed"]) for row in rows}) == len(rows)
+    assert all(module.valid(row) for row in rows)
+    assert len({(row["setting"], row["arm"], row["seed"]) for row in rows}) == len(rows)
     written = module.RESULTS.with_suffix(".md").read_text(encoding="utf-8").splitlines()
     tables = [line for line in module.report(rows).splitlines() if line.startswith("|")]
     assert [line for line in written if line.startswith("|")] == tables
