@@ -387,7 +387,7 @@ def test_a_copy_that_computes_otherwise_is_not_looked_at(monkeypatch):
         copied.model.register_forward_hook(lambda module, given, output: 2 * output)
         return copied
 
-    monkeypatch.setattr("dcafy.analysis.usage.tapped", other)
+    monkeypatch.setattr("dcafy.analysis.looked.tapped", other)
     found = dcafy.usage(model, data)
     assert "computes otherwise" in str(found)
     assert [row.moved for row in found.connections] == [None, None]
