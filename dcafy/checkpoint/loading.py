@@ -174,13 +174,13 @@ def _built(description: Description, base: Mapping[str, Facts]) -> nn.Module:
     if not description.weights.with_base:
         raise CheckpointError(
             f"it holds connections only (it was saved with base=False). Pass the {network} that they were trained in, "
-            "with its weights: dcafy.load(directory, model=...)."
+            f"with its weights: {_PASS_IT}."
         )
     if description.model is None:
         raise CheckpointError(
             f"it does not say how its network is built: {network} was hand-written, or was changed in a way that "
             "torchvision and timm do not build. Pass the network as it was before dcafy.convert (its weights do not "
-            "matter): dcafy.load(directory, model=...)."
+            f"matter): {_PASS_IT}."
         )
     shapes = {key: fact.shape for key, fact in base.items()}
     return built(description.model, description.insertions, shapes, description.inputs)
@@ -196,6 +196,9 @@ def _with_attention(model: nn.Module, description: Description) -> nn.Module:
         raise CheckpointError(
             f"the attention that it has put in does not fit the network that was given: {error}"
         ) from error
+
+
+_PASS_IT = "dcafy.load(directory, model=...), or --arch package.module:factory"
 
 
 def _name(description: Description) -> str:

@@ -88,7 +88,7 @@ def _resolved(spec: str) -> Any:
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             raise UsageError(
                 f"There is no module {module_name!r} (looked in {str(Path.cwd())!r} and on Python's path). "
-                f"Run from the folder that holds it, or install it.{nearest(module_name, ['torchvision', 'timm'])}"
+                f"{_as_imported(module_name, path)}"
             ) from error
         raise UsageError(
             f"Importing {module_name} failed with {type(error).__name__}: {one_line(error)}{_where(error)}."
@@ -100,6 +100,13 @@ def _resolved(spec: str) -> Any:
             raise UsageError(f"{module_name} has nothing named {path!r}.{hint}")
         found = getattr(found, name)
     return found
+
+
+def _as_imported(module_name: str, path: str) -> str:
+    """What to do about a module that is not there."""
+    if module_name.endswith(".py"):
+        return f"It is named as Python imports it, and not as a file: {module_name.removesuffix('.py')}:{path}"
+    return f"Run from the folder that holds it, or install it.{nearest(module_name, ['torchvision', 'timm'])}"
 
 
 def _where(error: BaseException) -> str:

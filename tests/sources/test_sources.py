@@ -256,6 +256,7 @@ def test_what_may_be_a_factory(factories, factory, kind):
         ("{name}_leaving:build", {}, "SystemExit: 1"),
         ("{name}_absent:build", {}, "There is no module"),
         ("{name}.sub:build", {}, "There is no module"),
+        ("{name}.py:build", {}, "imports it, and not as a file: {name}:build"),
     ],
 )
 def test_factories_that_do_not_work(factories, spec, settings, says):
