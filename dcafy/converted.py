@@ -36,7 +36,7 @@ from dcafy.graph.rows import graph_from
 from dcafy.graph.source import require_writable
 from dcafy.link.given import checked
 from dcafy.link.topology import grouped
-from dcafy.plan.blocks import Alone, Chain, Link, Skipped
+from dcafy.plan.blocks import Alone, Chain, Link, Skipped, hearing
 from dcafy.plan.plan import Plan
 from dcafy.survey import survey
 from dcafy.trace.inputs import from_data, in_dtype_of
@@ -204,18 +204,26 @@ def _without(plan: Plan, asked: Iterable[str], own: Mapping[str, Connection]) ->
             raise UsageError(
                 f"{name} and {others[0]} are of one link, from {links[name].source}: drop both, or neither."
             )
-        gone.append(links[name])
+        gone += _with_those_that_share(links[name], plan)
     left = [link for link in plan.links if link not in gone]
     alone = []
-    for target in dict.fromkeys(link.target for link in gone):
-        mine = {name: own[name] for name, link in links.items() if link.target == target}
+    for target, shares in dict.fromkeys((link.target, link.shares) for link in gone):
+        mine = {name: own[name] for name, link in links.items() if link.target == (shares or target)}
         one = next(iter(mine.values()))
         stays = any(connection.alpha.item() != 1 for connection in mine.values()) or not SCHEMAS[one.schema].exact
         if stays and not any(link.target == target for link in left):
-            alone.append(Alone(target, one.schema, branched="[" in next(iter(mine)).removeprefix(target)))
+            branched = "[" in next(iter(mine)).removeprefix(shares or target)
+            alone.append(Alone(target, one.schema, branched, shares))
     told = tuple(Skipped(link.target, f"hears {link.source} no more: taken out with dcafy.drop") for link in gone)
     chains = tuple(part for chain in plan.chains for part in _parted(plan, chain, gone))
     return dataclasses.replace(plan, chains=chains, skipped=plan.skipped + told, alone=(*plan.alone, *alone))
+
+
+def _with_those_that_share(link: Link, plan: Plan) -> list[Link]:
+    """The link, and those of other calls of the same part, whose connection is its own."""
+    heard = hearing(plan.links)
+    number = heard[link.target].index(link)
+    return [link, *(others[number] for others in heard.values() if others[0].shares == link.target)]
 
 
 def _parted(plan: Plan, chain: Chain, gone: Collection[Link]) -> tuple[Chain, ...]:

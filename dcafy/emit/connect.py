@@ -46,7 +46,7 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     wire = wire_of(uuid.uuid4().hex, len(asked.names), len(asked.hosts), _before(network, links, asked.hears))
     asked.rewrite(wire)
     open_runs(model, recipe, wire, example, whole=whole, below=below)
-    _hand_on(model, network, links, [wiring for one in asked.hosts.values() for wiring in one.wires])
+    _hand_on(model, network, links, asked.wired)
 
 
 @dataclass
@@ -57,6 +57,7 @@ class _Connecting:
     ``names``     (what is told, who hears it) -> the number of its line
     ``hears``     each hearing in its host, with the numbers of its lines
     ``made``      layers that connections share
+    ``wired``     block -> the modules that it is connected by, in the order in which they are called
     """
 
     network: Network
@@ -67,6 +68,7 @@ class _Connecting:
     hears: list[tuple[Host, Hears, tuple[Numbers, ...]]] = field(default_factory=list)
     told: list[tuple[Host, str, Of, list[tuple[str, Site]]]] = field(default_factory=list)
     made: Shared = field(default_factory=dict)
+    wired: list[tuple[str, Wiring]] = field(default_factory=list)
 
     def host(self, region: Region, site: Site) -> Host:
         key = region.path, site.path
@@ -81,7 +83,7 @@ class _Connecting:
         sites = region.hearing(target)
         single = heard[0].source if len(heard) == 1 and heard[0].source != target else ""
         for wiring in wires(network, heard, _place(target, self.modules), self.made):
-            self.host(region, sites[wiring.contexts[0]]).wires.append((target, wiring))
+            self._add(target, wiring, self.host(region, sites[wiring.contexts[0]]))
             for i in wiring.contexts:
                 pairs = (None if link.source == target else _source(network, link, i) for link in heard)
                 to_here = functools.partial(self._line, f"{target}|{i}")
@@ -90,12 +92,18 @@ class _Connecting:
                 hears = Hears(target, sites[i], wiring, batch, source=single)
                 self.hears.append((self.host(region, sites[i]), hears, numbered))
 
+    def _add(self, name: str, wiring: Wiring, host: Host) -> None:
+        """A module that a block is connected by, which may be that of another call of the same part."""
+        self.wired.append((name, wiring))
+        if all(wiring is not other for _, other in host.wires):
+            host.wires.append((name, wiring))
+
     def alone(self, one: Alone) -> None:
         """A block that hears nobody has an f of its own."""
         region = self.network.region(one.name)
         sites = region.hearing(one.name)
-        for wiring in own_contexts(self.network, one, _place(one.name, self.modules)):
-            self.host(region, sites[wiring.contexts[0]]).wires.append((one.name, wiring))
+        for wiring in own_contexts(self.network, one, _place(one.name, self.modules), self.made):
+            self._add(one.name, wiring, self.host(region, sites[wiring.contexts[0]]))
             self.hears += [
                 (self.host(region, sites[i]), Hears(one.name, sites[i], wiring, ()), ()) for i in wiring.contexts
             ]
@@ -130,10 +138,15 @@ def _hand_on(model: nn.Module, network: Network, links: tuple[Link, ...], made: 
     """Has connections that hand a state on hear that of the block that they hear, each for the same output."""
     relays: dict[str, Any] = {}
     place: dict[tuple[str, int], Call] = {}
+    paths: dict[int, str] = {}
+    turns: dict[str, int] = {}
     for name, wiring in made:
         if hasattr(wiring.module, "relay"):
-            relays[f"{name}|{wiring.suffix}"] = wiring.module.relay
-            place |= {(name, i): (f"{name}|{wiring.suffix}", turn) for turn, i in enumerate(wiring.contexts)}
+            path = paths.setdefault(id(wiring), f"{name}|{wiring.suffix}")
+            relays[path] = wiring.module.relay
+            for i in wiring.contexts:
+                turns[path] = turns.get(path, -1) + 1
+                place[name, i] = path, turns[path]
     source = {link.target: link.source for link in links}  # the last one, where several are heard
     calls: dict[str, list[Call | None]] = {path: [] for path in relays}
     for (name, i), (path, _) in place.items():

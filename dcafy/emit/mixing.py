@@ -42,7 +42,7 @@ from dcafy.emit.connection import Connection, JoinedConnection
 from dcafy.find.layout import Extent
 from dcafy.plan.blocks import AttentionBlock, Link
 
-Shared = dict[Any, nn.Module]
+Shared = dict[Any, Any]
 """What the blocks of one conversion share, by keys of a topology's own."""
 
 

@@ -50,8 +50,18 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
     are called by themselves, too); any other has one for all of its extraction outputs. ``place``:
     device and dtype. ``made``: what the links of one conversion share, across blocks. Raises ``PlanError`` for a link
     that no connection can make.
+
+    They are those of another block where the links share its connection, and it has one.
     """
     target = network[links[0].target]
+    alike, (other, shared) = _alike(network, links), made.get((Wiring, links[0].shares), (None, ()))
+    if other is not None:
+        if other != alike:
+            raise PlanError(
+                f"{target.name} cannot share the connection of {links[0].shares}: they hear blocks of different "
+                "sizes, or with other settings. Change both alike, or give its links shares=None."
+            )
+        return shared  # type: ignore[no-any-return]
     messages = [message_for(network, link) for link in links]
     schemas = sorted({link.schema or "direct" for link in links})
     if len(schemas) > 1:
@@ -77,7 +87,19 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
         module = mix(parts, Mixed(target.block, extents(target)[contexts[0]], place, links, made))
         names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
         found.append(Wiring(module, contexts, suffix, {name: ""} if module is parts[0] else names))
+    made[Wiring, target.name] = alike, tuple(found)
     return tuple(found)
+
+
+def _alike(network: Network, links: tuple[Link, ...]) -> tuple[Any, ...]:
+    """What a block and another have in common that may share its connection."""
+    target, found = network[links[0].target], []
+    for link in links:
+        message = message_for(network, link)
+        settings = dataclasses.replace(link, source="", target="", shares=None)
+        found.append((settings, message.kind, message.extents, message.axis, network[link.source].axis))
+    hearing = tuple(site.path for site in network.region(target.name).hearing(target.name))
+    return hearing, target.block.dimension, target.axis, extents(target), *found
 
 
 def _hearing(name: str, network: Network) -> set[str]:
@@ -85,8 +107,10 @@ def _hearing(name: str, network: Network) -> set[str]:
     return {site.path for site in network.region(name).hearing(name)}
 
 
-def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple[Wiring, ...]:
+def own_contexts(network: Network, alone: Alone, place: dict[str, Any], shared: Shared) -> tuple[Wiring, ...]:
     """The modules of a block that hears nobody, as :func:`wires` makes them for one that does."""
+    if (Alone, alone.shares) in shared:
+        return shared[Alone, alone.shares]  # type: ignore[no-any-return]
     target, every = network[alone.name], tuple(range(len(network[alone.name].contexts)))
     known(SCHEMAS, alone.schema, "schema")
     matching, ends = MATCHES[target.block.dimension], SCHEMAS[alone.schema].normalises
@@ -95,7 +119,7 @@ def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple
         norm = matching.norm(extents(target)[output], place) if ends else None
         return OwnContext(target.block.dimension, schema=alone.schema, target_axis=target.axis, norm=norm, **place)
 
-    return tuple(
+    found = tuple(
         Wiring(
             made(contexts[0]),
             contexts,
@@ -104,13 +128,15 @@ def own_contexts(network: Network, alone: Alone, place: dict[str, Any]) -> tuple
         )
         for contexts in ([(i,) for i in every] if alone.branched else [every])
     )
+    shared[Alone, alone.name] = found
+    return found
 
 
 def _parameter_count(network: Network, links: tuple[Link, ...], alone: tuple[Alone, ...] = ()) -> int:
     """How many parameters the connections of these links have, which have all their settings."""
     groups, place, shared = hearing(links).values(), {"device": "meta"}, Shared()
     made = [wire.module for group in groups for wire in wires(network, tuple(group), place, shared)]
-    made += [wire.module for one in alone for wire in own_contexts(network, one, place)]
+    made += [wire.module for one in alone for wire in own_contexts(network, one, place, shared)]
     return sum({id(p): p.numel() for module in made for p in module.parameters()}.values())
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from dcafy.find.roles import Found
 from dcafy.link.batches import other_batch
@@ -100,6 +101,24 @@ class Network:
         if isinstance(message, Unlinkable):
             return str(message)
         return self._other_batch(source, target) or mismatch(message, self[target])
+
+    def in_each_call(self, target: str, sources: tuple[str, ...]) -> tuple[Any, ...] | None:
+        """What a block and those that it hears have in common in every call of the part that all of them are made in.
+
+        ``None`` where they are not made in one call of a part that is called several times.
+        """
+        home, names = self.region(target), (target, *sources)
+        if any(self.region(name) is not home for name in sources):
+            return None
+        around = {block.name: home.calls_around(block.name) for block in home.found}
+        common = [call for call in around[target] if all(call in around[name] for name in sources)]
+        part = next((call for call in common if len(home.sites.calls(call.path)) > 1), None)
+        if part is None:
+            return None
+        inside = [name for name, calls in around.items() if part in calls]
+        alike = [(around[name][0].path, self[name].block.dimension, extents(self[name])) for name in inside]
+        places = tuple((alike[i], alike[:i].count(alike[i])) for i in (inside.index(name) for name in names))
+        return home.path, part.path, places
 
     def apart(self, source: str, target: str) -> bool:
         """Whether two blocks lie in different regions, and the first is not known to reach the second."""

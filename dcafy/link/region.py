@@ -17,7 +17,7 @@ from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.sites import Site, Sites, placed
 from dcafy.plan.blocks import Of, Skipped
 from dcafy.trace.lineage import Mark
-from dcafy.trace.recording import Recording
+from dcafy.trace.recording import Call, Recording
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,14 @@ class Region:
         """The module that makes a block's G, as seen from the region, and in which of its calls."""
         call = self.recording.home.get(found.contexts[0])
         return (call.path, self.sites.calls(call.path).index(call)) if call else ("", 0)
+
+    def calls_around(self, name: str) -> tuple[Call, ...]:
+        """The calls that a block's G is made in, innermost first."""
+        call, found = self.recording.home.get(self[name].contexts[0]), []
+        while call is not None:
+            found.append(call)
+            call = self.recording.around[call]
+        return tuple(found)
 
     def marks(self) -> Iterator[Mark]:
         """The blocks as one run of the whole model can follow them: by the modules in which they read and fuse."""

@@ -155,7 +155,26 @@ def links_in(
             new = Link(source, target, schema="direct", message="plain") if block.nature else Link(source, target)
             settings = next(iter(given.values()), new)
             links.append(dataclasses.replace(settings, source=source, mixing=settings.mixing or mixing))
-    return links, skipped
+    return _shared(links, planned, network), skipped
+
+
+def _shared(links: list[Link], planned: Mapping[str, list[Link]], network: Network) -> list[Link]:
+    """The links, with the connections shared of those that are made alike in each call of one part.
+
+    Links of a plan stay as they are; so does what a plan says by sharing none.
+    """
+    first: dict[Any, str] = {}
+    found: list[Link] = []
+    for target, group in hearing(links).items():
+        given = planned.get(target, [])
+        key = network.in_each_call(target, tuple(link.source for link in group))
+        shares = target if key is None else first.setdefault(key, target)
+        if given != group:
+            free = not given or any(link.shares for link in given)
+            own = shares if free and shares != target else None
+            group = [dataclasses.replace(link, shares=own) for link in group]
+        found += group
+    return found
 
 
 def heard_of(link: Link) -> Of:

@@ -66,10 +66,13 @@ class Link(Brief, Overrides, _Ends):
     """A connection to be made from ``source`` to ``target``, both block names; a block may hear itself, centred.
 
     A setting that is ``None`` takes what :func:`dcafy.convert` is given; one that is set beats it. ``mixing``: the
-    topology that says how it is mixed with the others into its target, where they are not just added up.
+    topology that says how it is mixed with the others into its target, where they are not just added up. ``shares``:
+    the block whose connection it is, too: what is made in each call of one part is connected alike, as the part has one
+    set of weights for all of its calls.
     """
 
     mixing: str | None = field(default=None, metadata=LATER)
+    shares: str | None = field(default=None, metadata=LATER)
 
 
 def hearing(links: Iterable[Link]) -> dict[str, list[Link]]:
@@ -95,11 +98,13 @@ class Alone:
 
     ``schema``    the form of f that it had
     ``branched``  whether it has an α for each of its branches (SK)
+    ``shares``    the block whose α it is, too, as of a link
     """
 
     name: str
     schema: str = "direct"
     branched: bool = False
+    shares: str | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,6 @@ def _bridge(chain: Chain, dropped: set[str]) -> Chain:
     links = []
     for target in heard:
         if target not in dropped:
-            new = Link("", target, mixing=heard[target][0].mixing)
+            new = Link("", target, mixing=heard[target][0].mixing, shares=heard[target][0].shares)
             links += [kept.get((s, target), dataclasses.replace(new, source=s)) for s in dict.fromkeys(sources(target))]
     return Chain(chain.dimension, tuple(b for b in chain.blocks if b not in dropped), tuple(links))

@@ -121,6 +121,7 @@ def _block_sheet(plan: Contents, chains: Sequence[Chain], title: str) -> Sheet:
                     "x".join(map(str, block.size)) if block.size else NONE,
                     block.gate if block.fusion_kind == "mul" else f"{block.gate}, {block.fusion_kind}",
                     tuple(link.source for link in links),
+                    next((link.shares for link in links if link.shares), NONE),
                     tuple(_match(plan, block, link) for link in links),
                 )
             )
@@ -134,6 +135,7 @@ _BLOCK = (
     Column("size"),
     Column("gate"),
     Column("hears", "row"),
+    Column("connection of", "row"),
     Column("match"),
 )
 
