@@ -25,6 +25,7 @@ from dcafy.graph.copies import data_free_copy, own_copy, shared_copy
 from dcafy.graph.counting import multiply_adds
 from dcafy.graph.nodes import mapped_tensors
 from dcafy.link.given import checked
+from dcafy.link.sharing import settled
 from dcafy.link.topology import shaped
 from dcafy.plan.blocks import Cost
 from dcafy.plan.options import Conversion, Inserting, check, require_heeded, takes
@@ -154,7 +155,7 @@ def convert(
         elif verify:
             check_outputs(model)
         return model  # type: ignore[return-value]
-    chosen = chosen.with_links(lambda link: completed(link, conversion))
+    chosen = settled(chosen.with_links(lambda link: completed(link, conversion)), seen.network)
     if log.isEnabledFor(logging.INFO):
         price = cost(conversion.topology, chosen, seen.network, conversion)
         log.info(

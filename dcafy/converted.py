@@ -35,6 +35,7 @@ from dcafy.graph.rewritten import SAID, restore
 from dcafy.graph.rows import graph_from
 from dcafy.graph.source import require_writable
 from dcafy.link.given import checked
+from dcafy.link.sharing import settled
 from dcafy.link.topology import grouped
 from dcafy.plan.blocks import Alone, Chain, Link, Skipped, hearing
 from dcafy.plan.plan import Plan
@@ -178,7 +179,7 @@ def drop(model: nn.Module, names: str | Iterable[str], *, copy: bool = True) -> 
         return made
     inputs = None if recipe.inputs is None else in_dtype_of(made, from_data(recipe.inputs))
     seen = survey(made, inputs)
-    plan = checked(plan, seen.plan, seen.network)
+    plan = settled(checked(plan, seen.plan, seen.network), seen.network)
     with OwnDraws():  # layers are made, and then given what there was
         connect(made, seen.network, dataclasses.replace(recipe, plan=plan), example, whole=seen.whole)
     for name, one in connections(made).items():

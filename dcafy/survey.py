@@ -35,6 +35,7 @@ from dcafy.link.batches import batches
 from dcafy.link.message import Message, message_of
 from dcafy.link.network import Network
 from dcafy.link.region import InTraining, Region, earlier, training_of
+from dcafy.link.sharing import settled
 from dcafy.link.sites import NoPlace
 from dcafy.link.topology import grouped, links_in
 from dcafy.plan.blocks import Link, Skipped
@@ -164,7 +165,7 @@ class _Surveyor:
             model=self.name,
         )
         lost = (found.name for region in look.regions for found in region.found if found.name not in network)
-        return Survey(plan, network, inputs, obstacle is None, tuple(lost))
+        return Survey(settled(plan, network), network, inputs, obstacle is None, tuple(lost))
 
     def _no_graph(self, network: Network, links: list[Link]) -> str | None:
         """Why the whole connected model cannot be written down as one graph, if there is a reason."""

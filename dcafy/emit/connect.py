@@ -37,9 +37,9 @@ def connect(model: nn.Module, network: Network, recipe: Recipe, example: Any, *,
     """
     links, below = recipe.plan.links, forward_of(model)
     asked = _Connecting(network, dict(model.named_modules(remove_duplicate=False)))
-    for target, heard in hearing(links).items():
+    for target, heard in sorted(hearing(links).items(), key=lambda item: network.order.index(item[0])):
         asked.hear(target, tuple(heard))
-    for one in recipe.plan.alone:
+    for one in sorted(recipe.plan.alone, key=lambda one: network.order.index(one.name)):
         asked.alone(one)
     for source, of in dict.fromkeys((link.source, heard_of(link)) for link in links if link.source != link.target):
         asked.tell(source, of)
@@ -57,7 +57,7 @@ class _Connecting:
     ``names``     (what is told, who hears it) -> the number of its line
     ``hears``     each hearing in its host, with the numbers of its lines
     ``made``      layers that connections share
-    ``wired``     block -> the modules that it is connected by, in the order in which they are called
+    ``wired``     block -> the modules that it is connected by, in the order data meets them
     """
 
     network: Network

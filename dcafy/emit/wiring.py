@@ -20,6 +20,7 @@ from dcafy.graph.counting import multiply_adds
 from dcafy.graph.nodes import node_value
 from dcafy.link.message import Message, Unlinkable, extents
 from dcafy.link.network import Network
+from dcafy.link.sharing import settled
 from dcafy.link.topology import TOPOLOGIES, heard_of, mixing_of, shaped
 from dcafy.plan.blocks import Alone, Cost, Link, hearing
 from dcafy.plan.options import Linking, check
@@ -51,17 +52,11 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
     device and dtype. ``made``: what the links of one conversion share, across blocks. Raises ``PlanError`` for a link
     that no connection can make.
 
-    They are those of another block where the links share its connection, and it has one.
+    They are those of another block where the links share its connection (``dcafy.link.sharing``).
     """
     target = network[links[0].target]
-    alike, (other, shared) = _alike(network, links), made.get((Wiring, links[0].shares), (None, ()))
-    if other is not None:
-        if other != alike:
-            raise PlanError(
-                f"{target.name} cannot share the connection of {links[0].shares}: they hear blocks of different "
-                "sizes, or with other settings. Change both alike, or give its links shares=None."
-            )
-        return shared  # type: ignore[no-any-return]
+    if (Wiring, links[0].shares) in made:
+        return made[Wiring, links[0].shares]  # type: ignore[no-any-return]
     messages = [message_for(network, link) for link in links]
     schemas = sorted({link.schema or "direct" for link in links})
     if len(schemas) > 1:
@@ -87,19 +82,8 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
         module = mix(parts, Mixed(target.block, extents(target)[contexts[0]], place, links, made))
         names = {f"{name}<-{link.source}": f"parts.{i}" for i, link in enumerate(links)}
         found.append(Wiring(module, contexts, suffix, {name: ""} if module is parts[0] else names))
-    made[Wiring, target.name] = alike, tuple(found)
+    made[Wiring, target.name] = tuple(found)
     return tuple(found)
-
-
-def _alike(network: Network, links: tuple[Link, ...]) -> tuple[Any, ...]:
-    """What a block and another have in common that may share its connection."""
-    target, found = network[links[0].target], []
-    for link in links:
-        message = message_for(network, link)
-        settings = dataclasses.replace(link, source="", target="", shares=None)
-        found.append((settings, message.kind, message.extents, message.axis, network[link.source].axis))
-    hearing = tuple(site.path for site in network.region(target.name).hearing(target.name))
-    return hearing, target.block.dimension, target.axis, extents(target), *found
 
 
 def _hearing(name: str, network: Network) -> set[str]:
@@ -250,6 +234,6 @@ def costs(plan: Plan, network: Network, options: Linking) -> tuple[Cost, ...]:
 
 def cost(topology: str, plan: Plan, network: Network, options: Linking) -> Cost:
     """What this plan's links add to the model; ``topology`` is what it is called."""
-    complete = tuple(completed(link, options) for link in plan.links)
-    parameters = _parameter_count(network, complete, plan.alone)
-    return Cost(topology, len(complete), parameters, _multiply_adds(network, complete))
+    plan = settled(plan.with_links(lambda link: completed(link, options)), network)
+    parameters = _parameter_count(network, plan.links, plan.alone)
+    return Cost(topology, len(plan.links), parameters, _multiply_adds(network, plan.links))

@@ -43,6 +43,8 @@ def checked(plan: Plan, found: Plan, network: Network) -> Plan:
             raise PlanError(f"The plan has {one.name!r} hear nobody, which is no attention block of this model.")
         if any(link.target == one.name for link in plan.links):
             raise PlanError(f"The plan has {one.name!r} hear nobody and somebody. Leave one of them out.")
+    if len({one.name for one in plan.alone}) < len(plan.alone):
+        raise PlanError("The plan has a block hear nobody more than once. Leave all but one of them out.")
     heard = [(link.source, link.target) for link in plan.links]
     twice = next((pair for pair in heard if heard.count(pair) > 1), None)
     if twice:

@@ -35,6 +35,7 @@ class Topology:
     ``mixing``: the file in ``dcafy/emit`` that says how what a block hears becomes one term (``dcafy.emit.mixing``);
     empty: it is added up, each with a β of its own.
     ``of``: what of a block is heard: its ``message`` T̃, or its ``context`` G.
+    ``shares``: whether blocks of a part that is called several times have one connection for all of its calls.
     ``words``: what a block hears, as the help says it.
     ``what``: what it is, and where it comes from, where that is not the paper.
     """
@@ -44,6 +45,7 @@ class Topology:
     every: bool = False
     mixing: str = ""
     of: Of = "message"
+    shares: bool = True
     what: str = ""
 
 
@@ -95,6 +97,7 @@ TOPOLOGIES: dict[str, Topology] = {
         "an LSTM cell that has read all before it",
         mixing="hub",
         of="context",
+        shares=False,  # in each call a cell goes on from another one's state
         what="a block hears the state of one LSTM cell for each stage, which reads every G (DIA: arXiv 1905.10671, "
         "2210.16101)",
     ),
@@ -159,20 +162,17 @@ def links_in(
 
 
 def _shared(links: list[Link], planned: Mapping[str, list[Link]], network: Network) -> list[Link]:
-    """The links, with the connections shared of those that are made alike in each call of one part.
+    """The links, with what those share that are made alike in each call of one part (``dcafy.link.sharing``).
 
-    Links of a plan stay as they are; so does what a plan says by sharing none.
+    Links of a plan stay as they are.
     """
     first: dict[Any, str] = {}
     found: list[Link] = []
     for target, group in hearing(links).items():
-        given = planned.get(target, [])
         key = network.in_each_call(target, tuple(link.source for link in group))
         shares = target if key is None else first.setdefault(key, target)
-        if given != group:
-            free = not given or any(link.shares for link in given)
-            own = shares if free and shares != target else None
-            group = [dataclasses.replace(link, shares=own) for link in group]
+        if planned.get(target) != group:
+            group = [dataclasses.replace(link, shares=None if shares == target else shares) for link in group]
         found += group
     return found
 

@@ -19,7 +19,6 @@ from trained import moved, seeded
 
 import dcafy
 from dcafy.conversion import appraise
-from dcafy.errors import PlanError
 
 X, Y = (torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
@@ -54,19 +53,78 @@ class Pyramid(Pair):
         return sum(self.fc(one.mean((2, 3))) for one in maps)  # type: ignore[return-value]
 
 
+class Triple(Pair):
+    """Three calls, each a chain of its own."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        one, two, three = self.net(x), self.net(y), self.net(x + y)
+        return self.fc((one + two * three).mean((2, 3)))
+
+
+class Late(Pair):
+    """The second call goes on from blocks that stand before the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), SELinear(8), nn.Conv2d(8, 3, 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        before = self.front(x)
+        return self.fc((self.net(y) - self.net(before)).mean((2, 3)))
+
+
+class Scaled(nn.Module):
+    """Attention whose map is as large as what it weighs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.conv(F.adaptive_avg_pool2d(x, 4))
+        return x * F.interpolate(gate, size=x.shape[-2:]).relu()
+
+
+class Odd(nn.Module):
+    """What is not the same in each call of a part: ``again``, ``skips``, ``grows`` or ``in turn``."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        unit = Scaled if kind == "grows" else lambda: SELinear(8)
+        self.kind, self.stem = kind, nn.Conv2d(3, 8, 3, padding=1)
+        self.units = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 1), unit()) for _ in range(5)])
+        self.turns, self.fc = InTurn(), nn.Linear(8, 3)
+
+    def run(self, x: Tensor, fewer: bool = False) -> Tensor:
+        for unit in self.units[1:] if fewer else self.units:
+            x = unit(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "in turn":
+            x = self.turns(x) - self.turns(x.flip(3))
+        elif self.kind == "again":
+            x = self.run(self.run(self.stem(x)))
+        elif self.kind == "skips":
+            x = self.run(self.stem(x)) - self.run(self.stem(x.flip(3)), fewer=True)
+        else:
+            x = self.stem(x)
+            x = self.run(x) + F.interpolate(self.run(F.avg_pool2d(x, 2)), size=x.shape[-2:])
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
 class InTurn(nn.Module):
     """One unit, over and over."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
-        self.unit = nn.Sequential(nn.Conv2d(8, 8, 1), SELinear(8))
+        self.stem, self.unit = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 1), SELinear(8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for _ in range(3):
             x = self.unit(x)
-        return self.fc(x.mean((2, 3)))
+        return x
 
 
 def network(kind: Callable[[], nn.Module] = Pair) -> nn.Module:
@@ -92,7 +150,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "dense": {"topology": "dense"},
     "tree": {"topology": "tree"},
     "depth": {"topology": "depth"},
-    "hub": {"topology": "hub"},
     "own": {"topology": "own", "message": "centred"},
     "centred": {"message": "centred"},
     "normalised": {"schema": "normalised"},
@@ -138,13 +195,12 @@ def unshared(plan: dcafy.Plan) -> dcafy.Plan:
 
 
 def test_a_plan_may_say_otherwise() -> None:
-    """As plans do that were written before there was sharing, whatever is then asked for."""
+    """As plans do that were written before there was sharing."""
     model = network()
     plan = unshared(dcafy.inspect(model, example_inputs=(X, Y)))
-    for topology in ("chain", "dense"):
-        connected = dcafy.convert(model, example_inputs=(X, Y), plan=plan, topology=topology)
-        assert {name.partition("<-")[0] for name in dcafy.connections(connected)} >= {"net.three", "net.three#2"}
-        assert not shares(connected.dca.recipe.plan)
+    connected = dcafy.convert(model, example_inputs=(X, Y), plan=plan)
+    assert list(dcafy.connections(connected)) == ["net.two", "net.three", "net.two#2", "net.three#2", "last"]
+    assert not shares(connected.dca.recipe.plan)
 
 
 def test_units_in_turn_have_a_connection_for_each_call() -> None:
@@ -153,7 +209,7 @@ def test_units_in_turn_have_a_connection_for_each_call() -> None:
     assert not shares(plan)
 
 
-def test_what_is_left_out_of_one_call_is_told_where_the_connection_does_not_fit() -> None:
+def test_what_is_left_out_or_changed_in_one_call() -> None:
     model = network()
     plan = dcafy.inspect(model, example_inputs=(X, Y))
     both = plan.without("net.two", "net.two#2")
@@ -161,9 +217,66 @@ def test_what_is_left_out_of_one_call_is_told_where_the_connection_does_not_fit(
     assert list(dcafy.connections(dcafy.convert(model, example_inputs=(X, Y), plan=both))) == ["net.three", "last"]
     first = plan.without("net.three")  # whose connection there is none of
     assert "net.three#2" in dcafy.connections(dcafy.convert(model, example_inputs=(X, Y), plan=first))
-    other = plan.replace_link("net.two#2", "net.three#2", schema="softmax")
-    with pytest.raises(PlanError, match=r"net\.three#2 cannot share the connection of net\.three.*shares=None"):
-        dcafy.convert(model, example_inputs=(X, Y), plan=other)
+    changed = plan.replace_link("net.two#2", "net.three#2", message="centred")
+    other = dcafy.convert(model, example_inputs=(X, Y), plan=changed)
+    assert shares(other.dca.recipe.plan) == {"net.two#2": "net.two"}
+
+
+def test_whose_connection_it_is_follows_the_order_of_the_data() -> None:
+    """Whatever a plan calls it, and in whatever order its chains stand."""
+    model = network(Triple)
+    plan = dcafy.inspect(model, example_inputs=(X, Y))
+    assert shares(plan) == {f"net.{name}#{i}": f"net.{name}" for i in (2, 3) for name in ("two", "three")}
+    turned = dataclasses.replace(plan, chains=plan.chains[::-1])
+    renamed = plan.with_links(
+        lambda link: dataclasses.replace(link, shares="nowhere" if "two" in link.target else None)
+    )
+    without = plan.without("net.three")
+    for given, wanted in (
+        (turned, shares(plan)),
+        (renamed, {"net.two#2": "net.two", "net.two#3": "net.two"}),
+        (without, {"net.two#2": "net.two", "net.two#3": "net.two", "net.three#3": "net.three#2"}),
+    ):
+        connected = moved(dcafy.convert(model, example_inputs=(X, Y), plan=given).eval())
+        assert shares(connected.dca.recipe.plan) == wanted
+        names = [name for name in dcafy.connections(connected) if name.startswith("net.three")]
+        fewer = dcafy.drop(connected, names)
+        with torch.no_grad():
+            for name in names:
+                dcafy.connections(connected)[name].beta.zero_()
+            assert torch.equal(fewer(X, Y), connected(X, Y))
+
+
+def test_a_part_whose_later_call_is_what_data_meets_first_in_a_chain() -> None:
+    model = network(Late)
+    connected = moved(dcafy.convert(model, example_inputs=(X, Y)).eval())
+    assert [name for name in dcafy.connections(connected) if "three" in name] == ["net.three"]
+    fewer = dcafy.drop(connected, "net.two")
+    with torch.no_grad():
+        dcafy.connections(connected)["net.two"].beta.zero_()
+        assert torch.equal(fewer(X, Y), connected(X, Y))
+
+
+@pytest.mark.parametrize("topology", ["chain", "dense", "tree", "own", "depth", "hub"])
+@pytest.mark.parametrize("kind", ["again", "skips", "grows", "in turn"])
+def test_whatever_is_made_in_calls_of_one_part(kind: str, topology: str) -> None:
+    """Some of it is not alike: it is connected, exact at the start, and dropped for good."""
+    model = network(functools.partial(Odd, kind))
+    message = {"message": "centred"} if topology == "own" else {}
+    connected = dcafy.convert(model, example_inputs=X, topology=topology, **message).eval()
+    with torch.no_grad():
+        assert torch.equal(connected(X), model(X))
+        moved(connected)
+        name = list(dcafy.connections(connected))[-1].partition("<-")[0]
+        of_it = [one for one in dcafy.connections(connected) if one.partition("<-")[0] == name]
+        fewer = dcafy.drop(connected, of_it)
+        for one in of_it:
+            dcafy.connections(connected)[one].beta.zero_()
+        assert torch.allclose(fewer(X), connected(X), atol=1e-6)
+        if kind == "in turn" and topology != "hub":
+            symmetric = X + X.flip(3)
+            assert torch.equal(fewer(symmetric), fewer.fc(torch.zeros(len(X), 8)))
+    assert len(appraise(model, example_inputs=X).costs) >= 4
 
 
 @pytest.mark.parametrize(("attention", "alike"), [(SELinear, True), (CBAM, False)])
