@@ -34,7 +34,7 @@ from dcafy.emit.dca import Recipe
 from dcafy.errors import CheckpointError, InputError, TracingError, UsageError
 from dcafy.graph.rewritten import is_rewritten, original_class
 from dcafy.records import read, written
-from dcafy.trace.inputs import from_data
+from dcafy.trace.inputs import from_data, in_dtype_of
 from dcafy.wording import printable
 from dcafy.zoos import specs
 from dcafy.zoos.fitting import Shapes, difference, shapes_of
@@ -95,7 +95,7 @@ def with_insertions(model: nn.Module, insertions: Iterable[Insertion], inputs: A
 
     ``inputs``: the example that the network was converted with. Raises what :func:`dcafy.insert` raises.
     """
-    example = None if inputs is None else from_data(inputs)
+    example = None if inputs is None else in_dtype_of(model, from_data(inputs))
     with OwnDraws():
         for insertion in insertions:
             model, copy = put(model, **dataclasses.asdict(insertion), example_inputs=example, copy=copy), False

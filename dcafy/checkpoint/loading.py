@@ -194,7 +194,8 @@ def _with_attention(model: nn.Module, description: Description) -> nn.Module:
         return with_insertions(model, description.insertions, description.inputs, copy=True)
     except (UsageError, InputError, TracingError) as error:
         raise CheckpointError(
-            f"the attention that it has put in does not fit the network that was given: {error}"
+            f"the attention that was put in does not fit the network that was given: {error} Or pass the network with "
+            "it: dcafy.insert(model, ...), as it was then."
         ) from error
 
 

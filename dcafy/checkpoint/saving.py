@@ -15,7 +15,7 @@ from dcafy.checkpoint.description import FILES, Built, Description, Weights, ins
 from dcafy.checkpoint.folder import Folder
 from dcafy.checkpoint.state import state_of
 from dcafy.checkpoint.tensors import fingerprint, new_keys, pack
-from dcafy.emit.dca import Recipe, is_connected, recipes
+from dcafy.emit.dca import Recipe, example_of, is_connected, recipes
 from dcafy.errors import InputError
 from dcafy.images.about import About, about, known
 from dcafy.images.preparation import preparation
@@ -65,8 +65,11 @@ def store(model: nn.Module, directory: str | os.PathLike[str], *, base: bool = T
     if recipe is not None:
         inputs = recipe.inputs
     else:  # as attention was inserted
-        size = None if what is None or what.preparation is None else what.preparation
-        inputs = None if size is None else as_data((torch.zeros(2, size.channels, *size.size),))
+        size, example = None if what is None else what.preparation, example_of(model)
+        if size is not None:
+            inputs = as_data((torch.zeros(2, size.channels, *size.size),))
+        else:
+            inputs = None if example is None else as_data(example.inputs)
     built = recognised(model, recipe, inputs)
     description = Description(
         versions=installed_versions(built),

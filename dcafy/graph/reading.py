@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,15 +112,16 @@ class Named:
     functions: list[types.FunctionType] = field(default_factory=list)
 
 
-def named(module: nn.Module, kind: type[nn.Module]) -> Named:
+def named(module: nn.Module, kind: type[nn.Module], own: Any = None) -> Named:
     """What the forward of ``module`` names, and whatever that reaches of its own class, its parts and its package.
 
-    ``kind``: the user's class of the module. Functions of other packages are what their packages make of them.
+    ``kind``: the user's class of the module. ``own``: a forward of its own, where that is not found in the module any
+    more. Functions of other packages are what their packages make of them.
     """
     found = Named()
     packages = {base.__module__.partition(".")[0] for base in kind.__mro__}
     seen: set[int] = set()
-    pending: list[Any] = [module.__dict__.get("forward"), *_of_class(kind, "forward", set())]
+    pending: list[Any] = [own or module.__dict__.get("forward"), *_of_class(kind, "forward", set())]
     holders: dict[int, Any] = {}
     while pending:
         while pending:
@@ -134,11 +135,12 @@ def named(module: nn.Module, kind: type[nn.Module]) -> Named:
                 found.attributes |= own.attributes
                 found.behind |= own.behind
                 found.strings |= own.strings
-                found.beside = own.beside | found.beside
+                found.beside |= own.beside
+                found.beside |= {(id(function), one.title): one for one in _numbered(_enclosed_by(function), found)}
         names = found.attributes | found.strings
         beside = [value for one in found.beside.values() for value in _values(one)]
         holders = {id(value): value for value in (*_held(module, names), *beside)}
-        pending = [v for name in names for v in _of_class(kind, name, names)]
+        pending = [v for name in sorted(names) for v in _of_class(kind, name, names)]
         pending += [v for v in holders.values() if type(v) is types.FunctionType and is_of(v.__module__, packages)]
         for holder in holders.values():
             pending += _methods(holder, names, packages)
@@ -151,8 +153,6 @@ def _of_function(function: types.FunctionType) -> Named:
     found = Named(functions=[function])
     for one in _globals_of(function):
         found.beside[id(function.__globals__), one.name] = one
-    for held in _enclosed_by(function) if not is_pythons(function.__module__) else ():
-        found.beside[id(function), held.title] = held
     for code in codes_of(function):
         found.attributes.update(step.argval for step in dis.get_instructions(code) if step.opname in _LOOKS_UP)
         found.behind.update(_behind(code))
@@ -188,33 +188,34 @@ def _methods(holder: Any, names: set[str], packages: set[str]) -> Iterator[Any]:
     """What code may call of an object or module that it names; a part's own forward runs where the part is called."""
     if isinstance(holder, types.ModuleType):
         if is_of(holder.__name__, packages):
-            yield from (vars(holder)[name] for name in names & vars(holder).keys())
+            yield from (vars(holder)[name] for name in sorted(names & vars(holder).keys()))
         return
     kind = holder if isinstance(holder, type) else type(holder)
     if kind.__module__.partition(".")[0] in _OF_PYTHON or isinstance(holder, types.FunctionType):
         return
-    for name in names - {"forward"} if isinstance(holder, nn.Module) else names | {"__call__"}:
+    for name in sorted(names - {"forward"} if isinstance(holder, nn.Module) else names | {"__call__"}):
         yield from _of_class(kind, name, names)
 
 
 def _held(module: nn.Module, names: set[str], depth: int = 3) -> Iterator[Any]:
     """The parts and objects of a module that are named, and those of these."""
     own = vars(module) | module._modules if isinstance(module, nn.Module) else getattr(module, "__dict__", {})
-    for name in names & own.keys() if depth else ():
+    for name in sorted(names & own.keys()) if depth else ():
         for value in own[name] if isinstance(own[name], nn.ModuleList | nn.Sequential | list | tuple) else [own[name]]:
             if isinstance(value, nn.Module) or not isinstance(value, Tensor | types.ModuleType | str | int | float):
                 yield value
                 yield from _held(value, names, depth - 1)
 
 
-def found_again(beside: Iterable[tuple[Beside, Any]], kind: type[nn.Module]) -> tuple[tuple[Beside, Any], ...]:
-    """The same with what is enclosed in the code of ``kind`` looked for anew, where it comes out of a pickle."""
-    rows = tuple(beside)
-    if all(one.is_found for one, _ in rows if isinstance(one, Enclosed)):
-        return rows
-    there = [one for one in named(nn.Module(), kind).beside.values() if isinstance(one, Enclosed)]
+def found_again(
+    beside: tuple[tuple[Beside, Any], ...], module: nn.Module, kind: type[nn.Module], own: Any
+) -> tuple[tuple[Beside, Any], ...]:
+    """The same with what is enclosed in code that ``module`` runs looked for anew, where it comes out of a pickle."""
+    if all(one.is_found for one, _ in beside if isinstance(one, Enclosed)):
+        return beside
+    there = [one for one in named(module, kind, own).beside.values() if isinstance(one, Enclosed)]
     again = {(one.title, one.where): one for one in there}
-    return tuple((again.get((one.title, one.where), one) if isinstance(one, Enclosed) else one, v) for one, v in rows)
+    return tuple((again.get((one.title, one.where), one) if isinstance(one, Enclosed) else one, v) for one, v in beside)
 
 
 def _values(one: Beside) -> Iterator[Any]:
@@ -231,6 +232,8 @@ def _globals_of(function: types.FunctionType) -> Iterator[Global]:
 
 def _enclosed_by(function: types.FunctionType) -> Iterator[Enclosed]:
     """What a function closes over, and those of its defaults that can be changed where they are."""
+    if is_pythons(function.__module__):
+        return
     code = function.__code__
     where = function.__module__, function.__qualname__, getattr(code, "co_qualname", code.co_name)  # of Python 3.11
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -242,6 +245,14 @@ def _enclosed_by(function: types.FunctionType) -> Iterator[Enclosed]:
     for name, value in by_name.items():
         if not isinstance(value, str | int | float | types.NoneType):
             yield Enclosed("default", name, where, types.CellType(value))
+
+
+def _numbered(held: Iterator[Enclosed], found: Named) -> Iterator[Enclosed]:
+    """With a number behind where each is, among those that are in code of the same name: a decorator may come twice."""
+    there = [(one.title, one.where[:-1]) for one in found.beside.values() if isinstance(one, Enclosed)]
+    for one in held:
+        one.where = (*one.where, there.count((one.title, one.where)))
+        yield one
 
 
 def _behind(code: types.CodeType) -> Iterator[str]:

@@ -180,9 +180,6 @@ def rewritten_class(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     below = None if forward.below is None else rewritten_class(kind, forward.below)
     runs = below if forward.below is not None and forward.below.rows is not None else None
     rest = forward.behind, forward.around, forward.mixins, forward.needs, forward.own, below, forward.stores
-    beside = () if forward.usual is None else found_again(forward.usual.beside, kind)
-    if forward.usual is not None and beside is not forward.usual.beside:
-        forward = replace(forward, usual=replace(forward.usual, beside=beside))
     key = kind, tuple(code.src for code in codes), spoken, repr(forward.usual), rest
     made = _CLASSES.get(key)
     if made is None:
@@ -411,6 +408,10 @@ def _set_state(self: nn.Module, state: Any) -> None:
     for one in beside.own:
         if one is not None:
             kind.__setstate__(self, one)
+    if forward.usual is not None:
+        again = found_again(forward.usual.beside, self, kind, forward.own)
+        if again is not forward.usual.beside:  # what code encloses is in no pickle
+            rewrite(self, replace(forward, usual=replace(forward.usual, beside=again)))
     held = {name for names in _held(self, forward) for name in names}
     for there, names in ((self._modules, beside.modules), (self.__dict__, beside.attributes)):
         there.update((name, module) for name, module in names.items() if name not in held)

@@ -7,6 +7,7 @@ import enum
 import functools
 import inspect
 import itertools
+import sys
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -228,10 +229,27 @@ def reads(module: nn.Module, kind: type[nn.Module], stores: Iterable[str] = ()) 
     attributes = tuple((name, noted) for name, noted in own if name not in children)
     beside = []
     for one in spoken.beside.values():
-        noted = note.value(one.read(), note.depth)
+        try:
+            noted = _portable(note.value(one.read(), note.depth))
+        except NameError:  # there is nothing yet, or no more
+            continue
         if noted is not Held.ANYTHING and noted is not Held.SOMETHING and not isinstance(noted, _SAME_IN_COPIES):
             beside.append((one, noted))
     return Usual(attributes=attributes, children=children, beside=tuple(beside))
+
+
+def _portable(noted: Any) -> Any:
+    """What is noted of something beside the code, but for functions that a pickle cannot name: it is in none."""
+    if isinstance(noted, Inside):
+        return Inside(tuple((name, _portable(inner)) for name, inner in noted.fields))
+    if isinstance(noted, tuple):
+        return tuple(map(_portable, noted))
+    if not isinstance(noted, types.FunctionType | type):
+        return noted
+    found: Any = sys.modules.get(noted.__module__)
+    for name in noted.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return noted if found is noted else Held.SOMETHING
 
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__)

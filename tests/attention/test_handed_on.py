@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import load_file
 from snapshot import differences, snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -556,8 +557,10 @@ def test_a_folder(model: Network, result: Any, kind: str, tmp_path: Path) -> Non
     dcafy.save(result, tmp_path)
     loaded = dcafy.load(tmp_path, model=inserted(model, kind))
     assert torch.equal(evaluate(loaded, X), evaluate(result, X))
-    with pytest.raises(InputError, match="base=True"):
-        dcafy.save(result, tmp_path, base=False)
+    dcafy.save(result, tmp_path, base=False)
+    held = load_file(tmp_path / "connections.safetensors").keys()
+    assert set() < held <= result.state_dict().keys() - model.state_dict().keys()
+    assert torch.equal(evaluate(dcafy.load(tmp_path, model), X), evaluate(result, X))
 
 
 @pytest.mark.slow

@@ -210,6 +210,32 @@ def test_attention_inserted_into_a_network_written_by_hand(attention: str, base:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_inserted_into_a_network_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    dca = connected(trained(Plain), attention="se").to(dtype)
+    dcafy.save(dca, tmp_path)
+    for own in (Plain(), Plain().to(dtype)):
+        assert_same(dca, dcafy.load(tmp_path, own), IMAGES.to(dtype))
+
+
+class TwoInputs(nn.Module):
+    """Says of no shape what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Plain()
+
+    def forward(self, image: Tensor, scale: Tensor) -> Tensor:
+        return self.net(image * scale[:, None, None, None])
+
+
+def test_what_hands_a_state_on_in_a_network_of_two_inputs(tmp_path: Path) -> None:
+    given = IMAGES, torch.ones(len(IMAGES))
+    handing = dcafy.insert(TwoInputs().eval(), "dia", example_inputs=given)
+    dcafy.save(handing, tmp_path)
+    assert torch.equal(dcafy.load(tmp_path, TwoInputs()).eval()(*given), handing(*given))
+
+
 def test_attention_inserted_into_another_network_than_is_given(tmp_path: Path) -> None:
     dcafy.save(connected(trained(Plain), attention="se"), tmp_path)
     with pytest.raises(CheckpointError, match="does not fit the network that was given"):

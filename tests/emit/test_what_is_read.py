@@ -438,6 +438,82 @@ def test_what_a_decorator_encloses(way: str, monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(again(IMAGES), model(IMAGES))
 
 
+class Twice(Gated):
+    """One decorator twice: two functions of one name, each with a table of its own."""
+
+    tables = ({"scale": 0.5}, {"scale": 1.5})
+    forward = scaled_by(tables[0])(scaled_by(tables[1])(Gated.forward))
+
+
+class Value(nn.Module):
+    def value(self, table: dict[str, float] = SCALES) -> float:
+        return table["scale"]
+
+
+class ByPart(Gated):
+    """What encloses something is found through a part only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Value()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.part.value()
+
+
+@pytest.mark.parametrize(
+    ("kind", "table"), [(Twice, Twice.tables[0]), (Twice, Twice.tables[1]), (ByPart, SCALES)], ids=["1", "2", "part"]
+)
+def test_what_is_enclosed_is_found_again_after_a_pickle(
+    kind: type[Gated], table: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(kind)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    with torch.no_grad():
+        next(iter(dcafy.connections(connected).values())).beta.fill_(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = pickle.loads(pickle.dumps(connected))
+        assert torch.equal(again(IMAGES), connected(IMAGES))
+        assert not torch.equal(again(IMAGES), model(IMAGES))
+    monkeypatch.setitem(table, "scale", 7.0)
+    with pytest.warns(UserWarning, match="own forward runs"):
+        assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+def raising(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A function over a name that is gone when it is called."""
+    try:
+        raise ValueError
+    except ValueError:
+
+        def guarded(self: Any, x: Tensor) -> Tensor:
+            if self.fc.in_features < 0:
+                raise error  # noqa: F821
+            return forward(self, x)
+
+    return guarded
+
+
+class Emptied(Gated):
+    forward = raising(Gated.forward)
+
+
+FUNCTIONS = [torch.relu, lambda x: x]
+
+
+class Lambdas(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return FUNCTIONS[1](super().forward(x))
+
+
+@pytest.mark.parametrize("kind", [Emptied, Lambdas])
+def test_what_cannot_be_noted_is_no_obstacle(kind: type[Gated]) -> None:
+    model = network(kind)
+    connected = dcafy.convert(model, example_inputs=IMAGES).eval()
+    assert heard(connected) == heard(pickle.loads(pickle.dumps(connected))) == 1
+
+
 def test_what_is_enclosed_no_more_after_a_pickle_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class that is there now is another one than was pickled."""
     model = network(Decorated)
