@@ -289,6 +289,28 @@ class Compiled(nn.Module):
         return self.last[0](self.body(x))
 
 
+def test_modes_of_two_threads_that_overlap_leave_no_note() -> None:
+    """Torch notes for all threads at once that there is a mode: the first to leave is not the last that came."""
+    entered, left = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with OwnDraws():
+            entered.set()
+            assert second_is_in.wait(10)
+        left.set()
+
+    second_is_in = threading.Event()
+
+    def second() -> None:
+        assert entered.wait(10)
+        with OwnDraws():
+            second_is_in.set()
+            assert left.wait(10)
+
+    beside(first, second)
+    assert not is_in_torch_dispatch_mode()
+
+
 def test_compiled_functions_run_as_they_do() -> None:
     model = Compiled().eval()
     connected = dcafy.convert(model, example_inputs=X)

@@ -399,7 +399,7 @@ def test_cutting_connections_on_labelled_images(command: Run, tmp_path: Path, fo
         connected, "--images", folder, "--text", "--image-size", 64, "--data", f"imagefolder:{data}"
     )
     assert code == 0, err
-    assert re.search(r"all of them( +[+-]\d\.\d{4} ± \d\.\d{4}){3} +[+-]\d+\.\d\d ± \d+\.\d\d", out)
+    assert re.search(r"all of them( +[+-]\d\.\d{4} ± \d\.\d{4}){3} *\n( +[+-]\d+\.\d\d ± \d+\.\d\d){3}", out)
 
 
 def test_classes_are_named(tmp_path: Path, folder: Path) -> None:
