@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dcafy.attention.kinds import ATTENTIONS, KIND
+from dcafy.attention.kinds import ATTENTIONS, INSERTED, KIND, Insertion
 from dcafy.emit.relay import Relay
 from dcafy.graph.paths import joined
 from dcafy.wording import counted
+
+
+def insertions_of(model: nn.Module) -> tuple[Insertion, ...]:
+    """The calls of :func:`dcafy.insert` that ``model`` went through."""
+    found: tuple[Insertion, ...] = getattr(model, INSERTED, ())
+    return found
 
 
 def inserted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -21,6 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import fx, nn
 
+from dcafy.attention.inserted import insertions_of
 from dcafy.attention.kinds import ATTENTIONS, INSERTED, KIND, Attention, Insertion
 from dcafy.attention.order import order
 from dcafy.attention.starting import started
@@ -128,8 +129,7 @@ def put(
             _behind(host.get_submodule(path), attention, made[path])
         relays: Any = {path: module.relay for path, module in made.items()}
         join(host, relays, calls, chosen.inputs.args)
-    before = getattr(model, INSERTED, ())
-    host.__dict__[INSERTED] = (*before, Insertion(attention, reduction, where, init))
+    host.__dict__[INSERTED] = (*insertions_of(model), Insertion(attention, reduction, where, init))
     return host
 
 

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcafy.attention.inserted import insertions_of
 from dcafy.attention.insertion import put
-from dcafy.attention.kinds import INSERTED, Insertion
+from dcafy.attention.kinds import Insertion
 from dcafy.checkpoint.description import Built
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.draws import OwnDraws
@@ -180,12 +181,6 @@ _INFORMATIVE = frozenset(
     ("num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args", "_model_args", "_traits")
 )
 """Attributes of the outermost module that describe it: a new head leaves them as they were."""
-
-
-def insertions_of(model: nn.Module) -> tuple[Insertion, ...]:
-    """The attention that was put into ``model``, as a folder has it."""
-    found: tuple[Insertion, ...] = getattr(model, INSERTED, ())
-    return found
 
 
 def recognised(model: nn.Module, recipe: Recipe | None, inputs: Any = None) -> Built | None:

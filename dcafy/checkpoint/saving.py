@@ -8,8 +8,8 @@ import os
 import torch
 from torch import nn
 
-from dcafy.attention.inserted import hands_on
-from dcafy.checkpoint.architecture import insertions_of, recognised
+from dcafy.attention.inserted import hands_on, insertions_of
+from dcafy.checkpoint.architecture import recognised
 from dcafy.checkpoint.card import card, measured
 from dcafy.checkpoint.description import FILES, Built, Description, Weights, installed_versions
 from dcafy.checkpoint.folder import Folder

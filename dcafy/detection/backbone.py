@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dcafy.attention.inserted import insertions_of
 from dcafy.attention.insertion import put
-from dcafy.attention.kinds import INSERTED, Insertion
 from dcafy.checkpoint.tensors import is_connection
 from dcafy.conversion import convert, inspect
 from dcafy.emit.dca import connections, is_connected, own_contexts, recipes
@@ -46,7 +46,7 @@ def with_backbone(detector: nn.Module, classifier: nn.Module) -> nn.Module:
     own = _own(classifier)
     place = _place(detector, own)
     made = copy.deepcopy(detector)
-    inserted: tuple[Insertion, ...] = getattr(classifier, INSERTED, ())
+    inserted = insertions_of(classifier)
     for done in inserted:
         where = place.ours + ("*" if done.where == "auto" else done.where.removeprefix(place.theirs))
         made = put(made, **{**dataclasses.asdict(done), "where": where}, copy=False)

@@ -43,7 +43,7 @@ from dcafy.find.layout import Extent
 from dcafy.plan.blocks import AttentionBlock, Link
 
 Shared = dict[Any, Any]
-"""What the blocks of one conversion share, by keys of a topology's own."""
+"""What the blocks of one conversion share, by keys of a topology's own; and the modules by which each is connected."""
 
 
 @dataclass(frozen=True)

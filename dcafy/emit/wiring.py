@@ -55,8 +55,9 @@ def wires(network: Network, links: tuple[Link, ...], place: dict[str, Any], made
     They are those of another block where the links share its connection (``dcafy.link.sharing``).
     """
     target = network[links[0].target]
-    if (Wiring, links[0].shares) in made:
-        return made[Wiring, links[0].shares]  # type: ignore[no-any-return]
+    of_another: tuple[Wiring, ...] | None = made.get((Wiring, links[0].shares))
+    if of_another is not None:
+        return of_another
     messages = [message_for(network, link) for link in links]
     schemas = sorted({link.schema or "direct" for link in links})
     if len(schemas) > 1:
@@ -93,8 +94,9 @@ def _hearing(name: str, network: Network) -> set[str]:
 
 def own_contexts(network: Network, alone: Alone, place: dict[str, Any], shared: Shared) -> tuple[Wiring, ...]:
     """The modules of a block that hears nobody, as :func:`wires` makes them for one that does."""
-    if (Alone, alone.shares) in shared:
-        return shared[Alone, alone.shares]  # type: ignore[no-any-return]
+    of_another: tuple[Wiring, ...] | None = shared.get((Alone, alone.shares))
+    if of_another is not None:
+        return of_another
     target, every = network[alone.name], tuple(range(len(network[alone.name].contexts)))
     known(SCHEMAS, alone.schema, "schema")
     matching, ends = MATCHES[target.block.dimension], SCHEMAS[alone.schema].normalises

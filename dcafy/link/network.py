@@ -110,7 +110,7 @@ class Network:
         home, names = self.region(target), (target, *sources)
         if any(self.region(name) is not home for name in sources):
             return None
-        around = {block.name: home.calls_around(block.name) for block in home.found}
+        around = home.around
         common = [call for call in around[target] if all(call in around[name] for name in sources)]
         part = next((call for call in common if len(home.sites.calls(call.path)) > 1), None)
         if part is None:

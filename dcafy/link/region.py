@@ -131,13 +131,16 @@ class Region:
         call = self.recording.home.get(found.contexts[0])
         return (call.path, self.sites.calls(call.path).index(call)) if call else ("", 0)
 
-    def calls_around(self, name: str) -> tuple[Call, ...]:
-        """The calls that a block's G is made in, innermost first."""
-        call, found = self.recording.home.get(self[name].contexts[0]), []
+    @functools.cached_property
+    def around(self) -> dict[str, tuple[Call, ...]]:
+        """Block -> the calls that its G is made in, innermost first."""
+        return {found.name: tuple(self._around(found)) for found in self.found}
+
+    def _around(self, found: Found) -> Iterator[Call]:
+        call = self.recording.home.get(found.contexts[0])
         while call is not None:
-            found.append(call)
+            yield call
             call = self.recording.around[call]
-        return tuple(found)
 
     def marks(self) -> Iterator[Mark]:
         """The blocks as one run of the whole model can follow them: by the modules in which they read and fuse."""
