@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch.utils import _python_dispatch
+import torch
 
 ONE_AT_A_TIME = threading.RLock()
 """Held by whoever replaces names; a thread may replace more while it does."""
@@ -101,22 +101,16 @@ class OwnThread:
     """Mixed into a ``TorchDispatchMode`` it tells ``torch.compile`` nothing: torch notes modes for all threads at once.
 
     A function compiled with ``fullgraph=True`` would raise there, and two threads would leave the note behind for good:
-    the first one to leave takes back what it found, and the second what the first one had noted.
+    the first one to leave takes back what it found, and the second what the first one had noted. So a mode goes on the
+    stack, which is each thread's own, and off it, and nothing is noted.
     """
 
     def __enter__(self) -> Any:
-        if not _OPEN:
-            _OTHERS[0] = _python_dispatch._is_in_torch_dispatch_mode
-        _OPEN.append(None)
-        return super().__enter__()  # type: ignore[misc]
+        torch._C._push_on_torch_dispatch_stack(self)  # type: ignore[arg-type]
+        return self
 
-    def __exit__(self, *of: Any) -> Any:
-        try:
-            return super().__exit__(*of)  # type: ignore[misc]
-        finally:
-            _OPEN.pop()
-            if not _OPEN:
-                _python_dispatch._is_in_torch_dispatch_mode = _OTHERS[0]
+    def __exit__(self, *of: Any) -> None:
+        torch._C._pop_torch_dispatch_stack(None)
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -126,12 +120,6 @@ class OwnThread:
     def ignore_compile_internals(cls) -> bool:
         return True
 
-
-_OPEN: list[None] = []
-"""One for each mode of ours that is open, on any thread. (Without a lock, which an interrupt might leave held.)"""
-
-_OTHERS = [False]
-"""What torch had noted of others' modes when the first of ours was opened."""
 
 _numbers = itertools.count()
 _READY: weakref.WeakSet[Swap] = weakref.WeakSet()

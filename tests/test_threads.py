@@ -26,8 +26,10 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import dcafy
+from dcafy.analysis.complexity import complexity
 from dcafy.draws import OwnDraws, drawing_apart
 from dcafy.errors import DcafyError
+from dcafy.graph.counting import multiply_adds
 from dcafy.sources import open_model
 from dcafy.threads import ONE_AT_A_TIME, Swap
 
@@ -280,6 +282,11 @@ def test_a_process_forked_meanwhile_has_torch_as_it_is() -> None:
     assert type(kept(2)) is Tensor  # whoever kept the name has the real one
 
 
+def among_own_draws(call: Callable[[], object]) -> None:
+    with OwnDraws():
+        call()
+
+
 class Compiled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -289,26 +296,39 @@ class Compiled(nn.Module):
         return self.last[0](self.body(x))
 
 
-def test_modes_of_two_threads_that_overlap_leave_no_note() -> None:
+@pytest.mark.parametrize("inside", [among_own_draws, multiply_adds])
+def test_modes_of_two_threads_that_overlap_leave_no_note(inside: Callable[[Callable[[], object]], object]) -> None:
     """Torch notes for all threads at once that there is a mode: the first to leave is not the last that came."""
-    entered, left = threading.Event(), threading.Event()
+    entered, second_is_in, left = threading.Event(), threading.Event(), threading.Event()
 
     def first() -> None:
-        with OwnDraws():
-            entered.set()
-            assert second_is_in.wait(10)
+        inside(lambda: (entered.set(), second_is_in.wait(10)))
         left.set()
-
-    second_is_in = threading.Event()
 
     def second() -> None:
         assert entered.wait(10)
-        with OwnDraws():
-            second_is_in.set()
-            assert left.wait(10)
+        inside(lambda: (second_is_in.set(), left.wait(10)))
 
     beside(first, second)
+    assert left.is_set()
     assert not is_in_torch_dispatch_mode()
+
+
+def test_what_one_thread_counts_another_neither_counts_nor_hooks() -> None:
+    layer, x, hooks = nn.Linear(4, 3), torch.ones(1, 4), torch_module._has_any_global_hook
+
+    def count() -> int:
+        return multiply_adds(
+            lambda: [layer(x), beside(lambda: layer(x), lambda: compiled(x)), hooked.append(bool(hooks()))]
+        )
+
+    hooked: list[bool] = []
+    assert beside(count, count) == [12, 12]
+    assert hooked == [False, False]
+
+
+def test_a_network_that_compiles_a_part_whole_is_counted() -> None:
+    assert complexity(Compiled(), X) == complexity(network(), X)
 
 
 def test_compiled_functions_run_as_they_do() -> None:
