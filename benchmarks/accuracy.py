@@ -38,6 +38,7 @@ import dataclasses
 import gzip
 import json
 import math
+import operator
 import sys
 import time
 import zlib
@@ -286,6 +287,7 @@ class Arm:
     ``rates``     rates of the matching layers, and of α and β, over that of the base
     ``faster``    the rate of what was put in over that of the base
     ``heard``     what becomes of everything that is handed on from unit to unit
+    ``few``       how many seeds, where not as many as the setting's other arms
     """
 
     words: str
@@ -297,6 +299,7 @@ class Arm:
     rates: tuple[float, float] = (10.0, 10.0)
     faster: float = 1.0
     heard: Callable[[Tensor], Tensor] | None = None
+    few: int = 0
 
 
 def of_another(heard: Tensor) -> Tensor:
@@ -370,7 +373,7 @@ MAIN = {
 
 CONTROLS = {
     "no attention": Arm("without its attention", attention=False),
-    "other order": Arm("the images in another order", order=10_000),
+    "other order": Arm("the images in another order; exploratory", order=10_000, few=6),
 }
 
 OPTIONS = {
@@ -475,9 +478,9 @@ class Setting:
     of: str = ""
     arms: dict[str, Arm] = field(default_factory=lambda: FEW)
 
-    @property
-    def seeds(self) -> int:
-        return 20 if self.main else 5
+    def seeds(self, arm: str) -> range:
+        few = self.arms[arm].few if arm in self.arms else 0
+        return range(few or (20 if self.main else 5))
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -839,10 +842,9 @@ def due(settings: list[Setting], seeds: int | None) -> Iterator[Key]:
     for setting in main:
         yield from ((setting.name, "vanilla", seed) for seed in range(min(4, seeds or 4)))
     for group in (main, [setting for setting in settings if not setting.main]):
-        for seed in range(max((seeds or setting.seeds for setting in group), default=0)):
-            for setting in group:
-                arms = setting.arms if seed < (seeds or setting.seeds) else ()
-                yield from ((home(setting, name), name, seed) for name in arms)
+        asked = ((one, arm, range(seeds) if seeds else one.seeds(arm)) for one in group for arm in one.arms)
+        keys = [(home(setting, arm), arm, seed) for setting, arm, of_arm in asked for seed in of_arm]
+        yield from sorted(keys, key=operator.itemgetter(2))
 
 
 def carried_on(

@@ -115,8 +115,8 @@ def judged(rows: list[Row]) -> list[str]:
 
 
 def by_seed(rows: list[Row], setting: Setting, arm: str) -> dict[int, Row]:
-    """Seed -> the row, of as many seeds as the setting has."""
-    key, seeds = (home(setting, arm), arm), range(setting.seeds)
+    """Seed -> the row, of as many seeds as the arm has there."""
+    key, seeds = (home(setting, arm), arm), setting.seeds(arm)
     return {row["seed"]: row for row in rows if (row["setting"], row["arm"]) == key and row["seed"] in seeds}
 
 
@@ -266,7 +266,7 @@ def _per_parameter(rows: list[Row]) -> list[str]:
 
 def missing(rows: list[Row], setting: Setting) -> int:
     """How many runs of a setting are still to come."""
-    return sum(len(set(range(setting.seeds)) - by_seed(rows, setting, arm).keys()) for arm in setting.arms)
+    return sum(len(set(setting.seeds(arm)) - by_seed(rows, setting, arm).keys()) for arm in setting.arms)
 
 
 def _machines(rows: list[Row]) -> list[str]:

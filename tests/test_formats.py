@@ -89,9 +89,9 @@ def test_a_folder_computes_what_it_did(name: str, written: Path) -> None:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_folder_says_again_what_it_said(name: str, written: Path, tmp_path: Path) -> None:
     """Everything but the versions of the packages and of the format, in which connections have other keys."""
-    before = json.loads((written / name / "dcafy.json").read_text())
+    before, given = json.loads((written / name / "dcafy.json").read_text()), MODELS[name](written)
     now, file = keys_now(before), before["weights"]["file"]
-    model = dcafy.load(written / name, **MODELS[name](written))
+    model = dcafy.load(written / name, **given)
     dcafy.save(model, tmp_path / "again", base=file == "model.safetensors")
     after = json.loads((tmp_path / "again" / "dcafy.json").read_text())
     stored, again = load_file(written / name / file), load_file(tmp_path / "again" / file)
@@ -114,9 +114,7 @@ def test_a_folder_says_again_what_it_said(name: str, written: Path, tmp_path: Pa
     for key in ("versions", "format_version"):
         del before[key], after[key]
     assert after == before
-    dcafy.save(
-        dcafy.load(tmp_path / "again", **MODELS[name](written)), tmp_path / "twice", base=file == "model.safetensors"
-    )
+    dcafy.save(dcafy.load(tmp_path / "again", **given), tmp_path / "twice", base=file == "model.safetensors")
     for part in ("dcafy.json", file):
         assert (tmp_path / "twice" / part).read_bytes() == (tmp_path / "again" / part).read_bytes()
 

@@ -273,7 +273,9 @@ def test_a_plan_says_who_hears_nobody_and_may_not_say_both() -> None:
     assert list(own_contexts(again)) == [first]
     both = dataclasses.replace(whole, alone=plan.alone)
     stranger = dataclasses.replace(plan, alone=(dataclasses.replace(plan.alone[0], name="elsewhere"),))
-    for wrong, says in ((both, "nobody and somebody"), (stranger, "no attention block")):
+    twice = dataclasses.replace(plan, alone=plan.alone * 2)
+    said = {"nobody and somebody": both, "no attention block": stranger, "nobody more than once": twice}
+    for says, wrong in said.items():
         with pytest.raises(PlanError, match=says):
             dcafy.convert(plain, plan=wrong, example_inputs=images(2, 32))
     schema = dataclasses.replace(plan, alone=(dataclasses.replace(plan.alone[0], schema="__class__"),))
