@@ -116,10 +116,6 @@ class OwnThread:
     def is_infra_mode(cls) -> bool:
         return True
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
 
 _numbers = itertools.count()
 _READY: weakref.WeakSet[Swap] = weakref.WeakSet()
